@@ -1,0 +1,412 @@
+"""The configuration: one typed tree, read from YAML with dotted overrides (`train.steps=100`).
+
+Every option's meaning stands in its description, which `--help` prints. Unknown keys are refused with the
+nearest known name; combinations that cannot work are refused with the arithmetic.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_taipan.errors import UserError
+from megatron_taipan.pattern import parse_pattern
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; the message names the key and the numbers."""
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A field with its meaning. `...` as default makes it required."""
+    return Field(default, description=help, **bounds)
+
+
+class MambaConfig(Section):
+    """Mamba-2 blocks (`M`); arXiv 2405.21060."""
+
+    d_state: int = option(128, "size of the SSM state per channel", ge=1)
+    headdim: int = option(64, "channels per SSM head", ge=1)
+    expand: int = option(2, "d_inner = expand * d_model", ge=1)
+    n_groups: int = option(1, "groups that share one B and C", ge=1)
+    d_conv: int = option(4, "width of the causal convolution", ge=2)
+    chunk_size: int = option(256, "tokens per chunk of the SSD scan; changes speed, not results", ge=1)
+    conv_bias: bool = option(True, "whether the convolution has a bias")
+    a_init: tuple[float, float] = option((1.0, 16.0), "range of -A at initialisation, uniform")
+    dt_init: tuple[float, float] = option((1e-3, 0.1), "range of dt at initialisation, log-uniform")
+    dt_init_floor: float = option(1e-4, "least dt at initialisation", gt=0)
+
+
+class AttentionConfig(Section):
+    """Attention of every kind (`S`, `W`, `A`)."""
+
+    n_heads: int = option(12, "query heads", ge=1)
+    n_kv_heads: int | None = option(None, "key and value heads; null means n_heads", ge=1)
+    head_dim: int | None = option(None, "size of a head; null means d_model / n_heads", ge=1)
+    window: int = option(2048, "tokens that a query of S or W sees, itself included", ge=1)
+    rope_theta: float = option(500_000.0, "base of the rotary embedding (A only)", gt=0)
+
+
+class GateConfig(Section):
+    """The gate of selective attention (`S`); arXiv 2410.18572."""
+
+    capacity: float = option(0.15, "C: fraction of tokens that should be selected", ge=0, le=1)
+    tau: float = option(1.0, "temperature of the Gumbel-softmax", gt=0)
+    budget_lambda: float = option(1.0, "weight of the budget loss", ge=0)
+    gradient: Literal["selected", "all"] = option(
+        "selected", "selected: only selected queries are computed; all: every query, exact gate gradient"
+    )
+    threshold: float = option(0.0, "evaluation selects a token where s1 - s0 exceeds this (calibration overrides it)")
+
+
+class ModelConfig(Section):
+    """What the network computes."""
+
+    pattern: str = option(..., 'one letter a layer: M, S, W, A; repeats as in "(M*6 S)*3"; "|" cuts pipeline stages')
+    vocab_size: int = option(..., "number of token ids", ge=1)
+    d_model: int = option(..., "width of the residual stream", ge=1)
+    d_ff: int = option(..., "width of the SwiGLU of attention layers", ge=1)
+    tie_embeddings: bool = option(True, "the head shares the embedding's weight")
+    norm_eps: float = option(1e-5, "epsilon of every RMSNorm", gt=0)
+    residual_fp32: bool = option(True, "keep the residual stream in float32 under bf16 or fp16")
+    init_std: float = option(0.02, "standard deviation of embedding and attention weights at initialisation", gt=0)
+    mamba: MambaConfig = option(MambaConfig(), "Mamba-2 blocks")
+    attention: AttentionConfig = option(AttentionConfig(), "attention layers")
+    gate: GateConfig = option(GateConfig(), "the gate of selective attention")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, text: str) -> str:
+        parse_pattern(text)
+        return text
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        m, a = self.mamba, self.attention
+        if "M" in self.letters:
+            if self.d_inner % m.headdim:
+                raise ValueError(
+                    f"mamba.headdim={m.headdim} does not divide d_inner = expand * d_model = {m.expand} * {self.d_model}"
+                    f" = {self.d_inner} (remainder {self.d_inner % m.headdim})"
+                )
+            if self.mamba_heads % m.n_groups:
+                raise ValueError(
+                    f"mamba.n_groups={m.n_groups} does not divide the {self.mamba_heads} SSM heads"
+                    f" (d_inner / headdim = {self.d_inner} / {m.headdim}); choose {divisors(self.mamba_heads)}"
+                )
+        if set(self.letters) & set("SWA"):
+            if a.head_dim is None and self.d_model % a.n_heads:
+                raise ValueError(
+                    f"attention.n_heads={a.n_heads} does not divide d_model={self.d_model}"
+                    f" ({self.d_model} % {a.n_heads} = {self.d_model % a.n_heads}); choose {divisors(self.d_model)}"
+                )
+            if a.n_heads % self.n_kv_heads:
+                raise ValueError(
+                    f"attention.n_kv_heads={self.n_kv_heads} does not divide n_heads={a.n_heads}"
+                    f" ({a.n_heads} % {self.n_kv_heads} = {a.n_heads % self.n_kv_heads}); choose {divisors(a.n_heads)}"
+                )
+            if "A" in self.letters and self.head_dim % 2:
+                raise ValueError(f"the rotary embedding of A layers needs an even head size, not {self.head_dim}")
+        return self
+
+    @property
+    def letters(self) -> str:
+        """One letter a layer."""
+        return parse_pattern(self.pattern).letters
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Layer indices before which a new pipeline stage starts."""
+        return parse_pattern(self.pattern).cuts
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.letters)
+
+    @property
+    def d_inner(self) -> int:
+        return self.mamba.expand * self.d_model
+
+    @property
+    def mamba_heads(self) -> int:
+        return self.d_inner // self.mamba.headdim
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.attention.n_kv_heads or self.attention.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim or self.d_model // self.attention.n_heads
+
+
+class ParallelConfig(Section):
+    """How the work is spread; the data-parallel size is what is left of the world."""
+
+    tensor: int = option(1, "tensor-parallel size", ge=1)
+    pipeline: int = option(1, "pipeline-parallel size", ge=1)
+    sequence: bool = option(False, "sequence parallelism: norms and residuals on sequence shards of the tensor group")
+    zero_stage: Literal[0, 1, 2, 3] = option(1, "DeepSpeed ZeRO stage")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO keeps the optimizer state")
+    offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters")
+    nvme_path: str | None = option(None, "folder for nvme offload")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activation checkpointing: selective recomputes norms, conv and scan; full recomputes whole layers"
+    )
+    recompute_every: int = option(1, "with recompute=full: layers per checkpointed segment", ge=1)
+    timeout_s: float = option(1800.0, "seconds after which a collective that does not finish ends the job", gt=0)
+
+
+class DataSource(Section):
+    """One tokenized dataset of a blend."""
+
+    prefix: str = option(..., "path of the .bin/.idx pair without its ending")
+    weight: float = option(1.0, "share of the blend, relative to the others", gt=0)
+
+
+class DataConfig(Section):
+    """What is read, and in which order."""
+
+    train: list[DataSource] = option(..., "tokenized datasets to train on, with weights", min_length=1)
+    valid: list[DataSource] | None = option(None, "datasets to validate on; null takes valid_fraction of each train set")
+    valid_fraction: float = option(0.02, "documents held out for validation when data.valid is null", ge=0, lt=1)
+    seq_len: int = option(4096, "tokens per sample", ge=1)
+    seed: int = option(1234, "seed of the sample order", ge=0)
+    tokenizer: str | None = option(None, "tokenizer file that the data was made with; copied into exports")
+    mask_documents: bool = option(True, "documents packed into one sample never see each other (seq_idx)")
+    one_document: bool = option(
+        False, "every sample lies inside one document of more than seq_len tokens; shorter ones are left out"
+    )
+    workers: int = option(0, "loader processes per rank; 0 loads in the training process", ge=0)
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        """A path, or a list of paths, stands for sources of equal weight."""
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            value = [{"prefix": v} if isinstance(v, str) else v for v in value]
+        return value
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = option(5e-4, "peak learning rate", gt=0)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", ge=0)
+    warmup_steps: int = option(2000, "steps of linear warm-up from 0", ge=0)
+    decay_steps: int | None = option(None, "step at which min_lr is reached; null means train.steps", ge=1)
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices", ge=0)
+    betas: tuple[float, float] = option((0.9, 0.95), "Adam's betas")
+    eps: float = option(1e-8, "Adam's epsilon", gt=0)
+    grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
+
+    @model_validator(mode="after")
+    def _min_below_peak(self) -> "OptimConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: int = option(..., "optimizer steps of the whole run", ge=1)
+    stop_at: int | None = option(None, "stop (with a checkpoint) after this step, the schedule unchanged", ge=1)
+    global_batch: int = option(..., "samples per optimizer step over all ranks", ge=1)
+    micro_batch: int = option(1, "samples per forward pass of one rank", ge=1)
+    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "compute precision; masters and islands are float32")
+    tf32: bool = option(True, "allow TensorFloat-32 products where the precision is fp32 (NVIDIA GPUs)")
+    seed: int = option(1234, "seed of the initial weights and the gate's noise", ge=0)
+    eval_every: int = option(500, "steps between validations; 0 validates at the end only", ge=0)
+    eval_samples: int = option(64, "samples per validation", ge=1)
+    deterministic: bool = option(False, "use deterministic algorithms only")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    dir: str = option(..., "folder of this run's checkpoints")
+    save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only", ge=0)
+    load: str | None = option(
+        "auto", "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: resume from there"
+    )
+    keep_last: int | None = option(None, "newest checkpoints that are kept; null keeps all", ge=1)
+
+
+class LogConfig(Section):
+    """What is written while it runs."""
+
+    every: int = option(10, "steps between log lines", ge=1)
+    tensorboard: bool = option(True, "write TensorBoard events to checkpoint.dir/tensorboard")
+    progress: bool = option(True, "progress bar on rank 0 when stderr is a terminal, plain lines elsewhere")
+
+
+class OpsConfig(Section):
+    """Which implementation of each operation runs."""
+
+    backend: Literal["auto", "reference", "fast"] = option(
+        "auto", "auto: the fast kernels where they run; reference: plain torch; fast: refuse to start without kernels"
+    )
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    name: str = option("taipan", "name of the run, used in logs and exports")
+    model: ModelConfig = option(..., "the network")
+    parallel: ParallelConfig = option(ParallelConfig(), "the layout")
+    data: DataConfig = option(..., "the data")
+    optim: OptimConfig = option(OptimConfig(), "the optimizer")
+    train: TrainConfig = option(..., "the run")
+    checkpoint: CheckpointConfig = option(..., "checkpoints")
+    log: LogConfig = option(LogConfig(), "logs")
+    ops: OpsConfig = option(OpsConfig(), "implementations")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        t, p = self.train, self.parallel
+        if t.global_batch % t.micro_batch:
+            raise ValueError(
+                f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}"
+                f" (remainder {t.global_batch % t.micro_batch})"
+            )
+        if t.precision != "fp32" and p.zero_stage == 0:
+            raise ValueError(
+                f"train.precision={t.precision} with parallel.zero_stage=0 trains wrongly in DeepSpeed (Adam takes a"
+                " step on zero gradients at start); use zero_stage=1, which works on one process too"
+            )
+        if p.pipeline > 1 and p.zero_stage > 1:
+            raise ValueError(
+                f"parallel.pipeline={p.pipeline} cannot run with zero_stage={p.zero_stage}: DeepSpeed's pipeline"
+                " engine keeps whole gradients; use zero_stage 1"
+            )
+        return self
+
+
+def divisors(n: int) -> str:
+    """The divisors of n up to 64, as text for an error message."""
+    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies dotted overrides such as `train.steps=100` (values are YAML).
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown, a value does not fit.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections (model, data, train, ...)")
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_config(tree, str(path))
+
+
+def make_config(tree: dict, origin: str = "configuration") -> Config:
+    """Validates a nested dictionary; `origin` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every option spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_options(section: type[Section] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every option as (dotted name, default, meaning), in order, for `--help`."""
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            rows += describe_options(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else yaml_text(field.default)
+            rows.append((prefix + name, default, field.description or ""))
+    return rows
+
+
+def yaml_text(value: Any) -> str:
+    """A value as it would stand in YAML, on one line."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    """Sets one dotted key in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must have the form section.key=value, as in train.steps=100")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is no valid YAML") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 5e-4 as text; pydantic would accept it for a float, so only exponents are turned here."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    """All faults on one line, each with its dotted key, unknown keys with the nearest known one."""
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"unknown key {where!r}{_nearest(fault['loc'])}")
+        elif fault["type"] == "missing":
+            faults.append(f"{where} is required")
+        elif fault["type"] == "value_error":
+            faults.append(f"{where + ': ' if where else ''}{fault['ctx']['error']}")
+        else:
+            faults.append(f"{where}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return "; ".join(faults)
+
+
+def _nearest(location: tuple) -> str:
+    """`; did you mean train.steps?` where a known name is near, else the names known there."""
+    section: Any = Config
+    for part in location[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field else section
+        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, Section)):
+            section = DataSource  # the only section that stands inside a list
+    known = list(section.model_fields)
+    prefix = ".".join(str(part) for part in location[:-1])
+    prefix = prefix + "." if prefix else ""
+    near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
+    if near:
+        return f"; did you mean {prefix}{near[0]!r}?".replace("'", "")
+    elsewhere = [name for name, _, _ in describe_options() if name.split(".")[-1] == location[-1]]
+    if elsewhere:
+        return f"; it belongs at {elsewhere[0]}"
+    return f"; known there: {', '.join(known)}"

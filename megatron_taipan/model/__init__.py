@@ -1,0 +1,1 @@
+"""What the network computes, one file a layer type; start at taipan.py."""

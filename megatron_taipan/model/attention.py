@@ -1,0 +1,82 @@
+"""Attention of the layers S, W and A: chosen queries against every key of their interval."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_taipan.model.build import Build
+from megatron_taipan.model.cache import KeyValueStore
+from megatron_taipan.model.context import Context
+from megatron_taipan.model.rope import rotate
+from megatron_taipan.parallel.collectives import sum_gradients
+
+
+class Attention(nn.Module):
+    """Projections and attention, heads split over tensor ranks.
+
+    Where the ranks outnumber the key-value heads, every rank holds all of k_proj and v_proj, uses the head that its
+    query heads share, and the gradients are summed.
+    """
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    out_proj: Tensor
+
+    def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
+        super().__init__()
+        config, tp = build.config, build.tp
+        self.tp, self.attend = tp, build.ops.interval_attention
+        self.window, self.head_dim = window, config.head_dim
+        self.theta = config.attention.rope_theta if rope else None
+        self.heads = config.attention.n_heads // tp.size
+        self.shared_kv = config.n_kv_heads % tp.size != 0
+        self.kv_heads = 1 if self.shared_kv else config.n_kv_heads // tp.size
+        self.kv_head = tp.rank * config.n_kv_heads // tp.size if self.shared_kv else 0
+        build.parameters(self, prefix)
+
+    def forward(
+        self, u: Tensor, ctx: Context, queries: Sequence[Tensor | None] = (None,), store: KeyValueStore | None = None
+    ) -> list[Tensor]:
+        """This rank's part of W_O Attention(q, K, V), for each group of queries; the caller sums over the ranks.
+
+        Args:
+            u: [b, l, d], the whole sequence.
+            queries: groups of tokens whose queries are computed, each as flat indices [n] into b * l, rising;
+                None stands for all tokens.
+            store: keys and values of earlier tokens; takes the new ones in.
+
+        Returns:
+            [n, d] for each group.
+        """
+        within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
+        keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
+        lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))  # [b * l]
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        outputs = []
+        for rows in queries:
+            flat, low, high, place = u.flatten(0, 1), lo, hi, within
+            if rows is not None:
+                flat, low, high, place = flat[rows], lo[rows], hi[rows], within[rows]
+            q = F.linear(flat, self.q_proj).unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
+            if self.theta is not None:
+                q = rotate(q, place, self.theta)
+            o = self.attend(q, keys, values, low, high)
+            outputs.append(F.linear(o.flatten(1), self.out_proj))
+        return outputs
+
+    def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
+        """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
+        k_proj, v_proj = self.k_proj, self.v_proj
+        if self.shared_kv:
+            ours = slice(self.kv_head * self.head_dim, (self.kv_head + 1) * self.head_dim)
+            k_proj, v_proj = (t[ours] for t in sum_gradients(self.tp, k_proj, v_proj))
+        k, v = (F.linear(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
+        if self.theta is not None:
+            k = rotate(k.flatten(0, 1), within, self.theta).view_as(k)
+        return (k, v, 0) if store is None else store.append(k, v)
+
+    def new_state(self, batch: int, device, dtype) -> KeyValueStore:
+        """An empty memory for `batch` rows."""
+        return KeyValueStore(batch, self.kv_heads, self.head_dim, self.window, device, dtype)

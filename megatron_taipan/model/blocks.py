@@ -1,0 +1,98 @@
+"""The layers of a pattern, one class a letter. Each takes and returns the residual stream."""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_taipan.model.attention import Attention
+from megatron_taipan.model.build import Build
+from megatron_taipan.model.cache import KeyValueStore, MambaState
+from megatron_taipan.model.context import Context
+from megatron_taipan.model.gate import Gate, Selection
+from megatron_taipan.model.layers import RMSNorm, SwiGLU
+from megatron_taipan.model.mamba2 import Mamba2
+from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
+
+
+class MambaBlock(nn.Module):
+    """`M`: h + Mamba2(RMSNorm(h))."""
+
+    def __init__(self, build: Build, prefix: str, layer: int):
+        super().__init__()
+        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.mixer = Mamba2(build, f"{prefix}.mixer")
+
+    def forward(self, h: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, None]:
+        return h + self.mixer(self.norm(h), ctx, state).to(h.dtype), None
+
+    def new_state(self, batch: int, device, dtype) -> MambaState:
+        return self.mixer.new_state(batch, device, dtype)
+
+
+class AttentionBlock(nn.Module):
+    """`W` and `A`: h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h))."""
+
+    def __init__(self, build: Build, prefix: str, layer: int, *, window: int | None, rope: bool):
+        super().__init__()
+        self.tp = build.tp
+        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.attention = Attention(build, f"{prefix}.attention", window=window, rope=rope)
+        self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
+        self.mlp = SwiGLU(build, f"{prefix}.mlp")
+
+    def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, None]:
+        u = enter_block(self.norm(h), self.tp)
+        (o,) = self.attention(u, ctx, store=state)
+        h = h + leave_block(o.view(u.shape), self.tp).to(h.dtype)
+        return h + self.mlp(self.mlp_norm(h)).to(h.dtype), None
+
+    def new_state(self, batch: int, device, dtype) -> KeyValueStore:
+        return self.attention.new_state(batch, device, dtype)
+
+
+class SelectiveAttentionBlock(nn.Module):
+    """`S`: the gate picks tokens; those take alpha of a window attention's output; then SwiGLU for all.
+
+        h_i <- h_i + m_i alpha_i (o_i - h_i)
+
+    With gate gradient "selected" only the picked queries are computed. The cross-entropy gradient that would reach
+    m_i of an unselected token is lost; with "all" every query is computed and that gradient is exact. The values
+    are the same bit for bit, since "all" computes the unselected queries in a call of their own.
+    """
+
+    def __init__(self, build: Build, prefix: str, layer: int):
+        super().__init__()
+        self.tp, self.every_query = build.tp, build.config.gate.gradient == "all"
+        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.gate = Gate(build, f"{prefix}.gate", layer)
+        self.attention = Attention(build, f"{prefix}.attention", window=build.config.attention.window, rope=False)
+        self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
+        self.mlp = SwiGLU(build, f"{prefix}.mlp")
+
+    def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, Selection]:
+        u = self.norm(h)  # [b, l, d] or a sequence shard
+        selection = self.gate(u, ctx)
+        u = enter_block(u, self.tp)  # [b, l, d]
+        chosen = selection.selected.flatten()  # [b * l]
+        refine = (selection.m * selection.alpha).to(h.dtype)
+        queries = [chosen.nonzero()[:, 0]]
+        if self.every_query and self.training:
+            queries.append((~chosen).nonzero()[:, 0])
+        else:
+            refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
+        outputs = self.attention(u, ctx, queries, state)
+        o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
+        h = h + refine[..., None] * (o.to(h.dtype) - h)
+        h = h + self.mlp(self.mlp_norm(h)).to(h.dtype)
+        return h, selection
+
+    def _put_back(self, outputs: list[Tensor], queries: list[Tensor], shape: torch.Size) -> Tensor:
+        """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""
+        whole = outputs[0].new_zeros(shape[0] * shape[1], shape[2])
+        for rows, o in zip(queries, outputs, strict=True):
+            # Only computed rows travel: cheaper than a reduction of the whole sequence, shards or not.
+            o = sum_over_ranks(o, self.tp) if self.tp.sequence_parallel else leave_block(o, self.tp)
+            whole = whole.index_put((rows,), o)
+        return whole.view(shape)
+
+    def new_state(self, batch: int, device, dtype) -> KeyValueStore:
+        return self.attention.new_state(batch, device, dtype)

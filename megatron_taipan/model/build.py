@@ -1,0 +1,69 @@
+"""What every layer is built with, and how it makes its parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.model.init import initial_value
+from megatron_taipan.ops.dispatch import Ops
+from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.layout import ParamSpec, take_shard
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything that a layer needs to know to build itself."""
+
+    config: ModelConfig
+    table: dict[str, ParamSpec]
+    seed: int
+    tp: TensorParallel
+    ops: Ops
+
+    def parameters(self, module: nn.Module, prefix: str) -> None:
+        """Registers on `module` every parameter of the table that lies directly under `prefix`, with its value.
+
+        The attributes `tensor_model_parallel` (what DeepSpeed asks when it adds up the gradient norm) and
+        `spec` (the table's line) are set on each.
+        """
+        for name, spec in self.table.items():
+            head, _, last = name.rpartition(".")
+            if head == prefix:
+                parameter = nn.Parameter(self._value(name, spec))
+                parameter.spec = spec
+                if spec.split is not None and self.tp.size > 1:
+                    parameter.tensor_model_parallel = True
+                module.register_parameter(last, parameter)
+
+    def _value(self, name: str, spec: ParamSpec) -> Tensor:
+        """This rank's shard of the initial value; only its shape where the default device is meta."""
+        device = torch.get_default_device()
+        if device.type == "meta":
+            return torch.empty(spec.local_shape(self.tp.size))
+        with torch.device("cpu"):
+            full = initial_value(name, spec, self.config, self.seed)
+        return take_shard(full, spec, self.tp.size, self.tp.rank).to(device)
+
+
+class WithFloat32Islands(nn.Module):
+    """A module some of whose own parameters and buffers stay float32 when it is cast to bf16 or fp16.
+
+    Which parameters those are stands in the table; buffers of such a module always do. Any other move or cast
+    (device, float64) applies to them too.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WithFloat32Islands":
+        islands = {n: p.data for n, p in self._parameters.items() if p is not None and p.spec.float32}
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in islands.items():
+            parameter = self._parameters[name]
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device)
+        for name, before in buffers.items():
+            if self._buffers[name].dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = before.to(self._buffers[name].device)
+        return self

@@ -1,0 +1,119 @@
+"""What decoding remembers: constant memory for Mamba-2 and window attention, all keys for full attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MambaState:
+    """One Mamba-2 layer: the last d_conv - 1 inputs of the convolution and the SSM state."""
+
+    conv_tail: Tensor  # [b, d_conv - 1, channels]
+    ssm: Tensor  # [b, h, p, n] float32
+
+    def forget(self, rows: Tensor) -> None:
+        """Zeroes the rows (bool [b]) whose next token starts another document."""
+        self.conv_tail = torch.where(rows[:, None, None], 0, self.conv_tail)
+        self.ssm = torch.where(rows[:, None, None, None], 0, self.ssm)
+
+    def select(self, index: Tensor) -> None:
+        self.conv_tail, self.ssm = self.conv_tail[index], self.ssm[index]
+
+
+class KeyValueStore:
+    """Keys and values of one attention layer, in the order of their positions.
+
+    With a window the buffer holds 2 x window tokens: new ones are written behind the old, and when it is full the
+    last window - 1 move to the front. So memory is constant, the move costs one copied token per decoded token, and
+    what a query sees is always one contiguous interval. Without a window the buffer grows by doubling.
+    """
+
+    def __init__(self, batch: int, heads: int, head_dim: int, window: int | None, device, dtype):
+        self.window = window
+        capacity = 2 * window if window else 256
+        self.keys = torch.zeros(batch, capacity, heads, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.used = 0  # tokens in the buffer
+        self.first = 0  # position of the buffer's first token
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Adds new tokens.
+
+        Args:
+            k, v: [b, l, heads, head_dim].
+
+        Returns:
+            keys and values [b, s, heads, head_dim] that hold every token the new ones may see, and the position of
+            the first of the s.
+        """
+        new = k.shape[1]
+        if self.used + new > self.keys.shape[1]:
+            self._make_room(new)
+        if self.used + new > self.keys.shape[1]:  # a chunk longer than the buffer: attend over a joined copy
+            keys = torch.cat([self.keys[:, : self.used], k], 1)
+            values = torch.cat([self.values[:, : self.used], v], 1)
+            first = self.first
+            keep = self.window - 1
+            self.first += self.used + new - keep
+            self.used = keep
+            self.keys[:, :keep], self.values[:, :keep] = keys[:, -keep:] if keep else 0, values[:, -keep:] if keep else 0
+            return keys, values, first
+        self.keys[:, self.used : self.used + new] = k
+        self.values[:, self.used : self.used + new] = v
+        self.used += new
+        return self.keys, self.values, self.first
+
+    def _make_room(self, new: int) -> None:
+        if self.window is None:
+            grown = max(2 * self.keys.shape[1], self.used + new)
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                buffer = old.new_zeros(old.shape[0], grown, *old.shape[2:])
+                buffer[:, : self.used] = old[:, : self.used]
+                setattr(self, name, buffer)
+            return
+        keep = min(self.used, self.window - 1)
+        for buffer in (self.keys, self.values):
+            buffer[:, :keep] = buffer[:, self.used - keep : self.used].clone()
+        self.first += self.used - keep
+        self.used = keep
+
+    def select(self, index: Tensor) -> None:
+        self.keys, self.values = self.keys[index], self.values[index]
+
+
+@dataclass
+class Cache:
+    """The memory of all layers, and where each row stands.
+
+    A row's tokens continue the cached document where their seq_idx equals the last one seen; where it differs, a
+    new document starts and nothing of the old one is visible any more.
+    """
+
+    layers: list[MambaState | KeyValueStore]
+    length: int = 0  # tokens consumed so far, the same for every row
+    last_seq_idx: Tensor | None = None  # [b]
+    document_start: Tensor | None = None  # [b] position at which the current document began
+
+    def forget(self, rows: Tensor) -> None:
+        """Makes the rows (bool [b]) whose next token starts another document forget the old one."""
+        for layer in self.layers:
+            if isinstance(layer, MambaState):  # attention forgets through the intervals
+                layer.forget(rows)
+
+    def select(self, index: Tensor) -> None:
+        """Keeps, repeats or reorders rows: index [new b] of row numbers (beam search)."""
+        for layer in self.layers:
+            layer.select(index)
+        if self.last_seq_idx is not None:
+            self.last_seq_idx, self.document_start = self.last_seq_idx[index], self.document_start[index]
+
+    def n_bytes(self) -> int:
+        """Memory held by the layers."""
+        total = 0
+        for layer in self.layers:
+            tensors = (layer.conv_tail, layer.ssm) if isinstance(layer, MambaState) else (layer.keys, layer.values)
+            total += sum(t.numel() * t.element_size() for t in tensors)
+        return total

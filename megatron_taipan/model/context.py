@@ -1,0 +1,68 @@
+"""What a forward pass knows about its tokens: positions, documents, samples, and the cache they extend."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.model.cache import Cache
+
+
+@dataclass
+class Context:
+    """Per-token facts shared by all layers of one forward pass. b rows of l tokens (the whole sequence, not a shard)."""
+
+    batch: int
+    length: int
+    seq_idx: Tensor | None  # [b, l] int32 document of each token, None: one document a row
+    position: Tensor  # [l] absolute positions of the tokens
+    document_start: Tensor  # [b, l] absolute position at which each token's document begins
+    samples: Tensor  # [b] index of each row's sample in the run, for the gate's noise
+    step: int | Tensor  # optimizer step, for the gate's noise
+    cache: Cache | None = None
+
+    def interval(self, window: int | None, row_stride: int, first: int) -> tuple[Tensor, Tensor]:
+        """The keys that each token sees, in a flattened [b, row_stride] key axis whose rows begin at position `first`.
+
+        Returns:
+            lo, hi: [b, l] int32, both ends included.
+        """
+        row = torch.arange(self.batch, device=self.position.device)[:, None] * row_stride - first
+        lowest = self.document_start
+        if window is not None:
+            lowest = torch.maximum(lowest, self.position - window + 1)
+        return (row + lowest).int(), (row + self.position).int()
+
+
+def make_context(
+    tokens: Tensor, seq_idx: Tensor | None, samples: Tensor | None, step: int | Tensor, cache: Cache | None
+) -> Context:
+    """Works out positions and document starts; makes the cache forget rows whose document ended.
+
+    Args:
+        tokens: [b, l]; seq_idx: [b, l] or None; samples: [b] or None (rows count from 0).
+    """
+    b, l = tokens.shape
+    device = tokens.device
+    past = cache.length if cache is not None else 0
+    position = torch.arange(past, past + l, device=device)
+    if samples is None:
+        samples = torch.arange(b, device=device)
+    began = torch.full((b,), past, device=device) if not past else cache.document_start
+    if seq_idx is None:
+        start = began[:, None].expand(b, l)
+    else:
+        fresh = torch.ones(b, l, dtype=torch.bool, device=device)  # tokens that begin a document
+        fresh[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        if past:
+            fresh[:, 0] = seq_idx[:, 0] != cache.last_seq_idx
+            cache.forget(fresh[:, 0])
+        start = torch.where(fresh, position, began[:, None]).cummax(1).values
+    if cache is not None:
+        cache.length += l
+        cache.document_start = start[:, -1]
+        if seq_idx is not None:
+            cache.last_seq_idx = seq_idx[:, -1]
+        elif not past:
+            cache.last_seq_idx = torch.zeros(b, dtype=torch.int32, device=device)
+    return Context(b, l, seq_idx, position, start, samples, step, cache)

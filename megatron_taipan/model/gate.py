@@ -1,0 +1,76 @@
+"""The gate of selective attention: which tokens attend, how much they take, and what the budget costs (arXiv 2410.18572)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_taipan.model.build import Build, WithFloat32Islands
+from megatron_taipan.model.context import Context
+from megatron_taipan.model.noise import gumbel_noise
+from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.parallel.collectives import (
+    all_reduce_sum,
+    gather_tokens,
+    stream_parameters,
+    sum_over_shards,
+    take_tokens,
+)
+
+
+@dataclass
+class Selection:
+    """The gate's decision for tokens [b, l] (or this rank's sequence shard of them)."""
+
+    m: Tensor  # [b, l] 0 or 1; in training with the straight-through gradient of the selected class
+    alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1
+    selected: Tensor  # [b, whole l] bool, of the whole sequence
+    budget_loss: Tensor  # scalar: mean over rows of (capacity - mean m)^2
+    stats: Tensor  # [4] selected, selected_eval, alpha, entropy: means over the tokens, detached
+
+
+STATS = ("selected", "selected_eval", "alpha", "entropy")
+
+
+class Gate(WithFloat32Islands):
+    """One linear layer d_model -> 2 in float32, and what follows from its logits.
+
+    In training m is the selected-class entry of a hard Gumbel-softmax sample with straight-through gradient. In
+    evaluation m = 1 where s_1 - s_0 exceeds `threshold`, without noise.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, build: Build, prefix: str, layer: int):
+        super().__init__()
+        self.tp, self.layer, self.seed = build.tp, layer, build.seed
+        self.capacity, self.tau = build.config.gate.capacity, build.config.gate.tau
+        build.parameters(self, prefix)
+        self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
+
+    def forward(self, u: Tensor, ctx: Context) -> Selection:
+        """u: [b, l, d] normed hidden states (or this rank's sequence shard)."""
+        weight, bias = stream_parameters(self.tp, self.weight, self.bias)
+        wide = at_least_float32(u)
+        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))  # [b, l, 2]
+        alpha = logits.softmax(-1)[..., 1]
+        above = (logits[..., 1] - logits[..., 0]).detach() > self.threshold
+        if self.training:
+            noise = take_tokens(gumbel_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer), self.tp)
+            soft = ((logits + noise) / self.tau).softmax(-1)[..., 1]
+            hard = (soft > 0.5).to(soft.dtype)
+            m = hard + soft - soft.detach()
+        else:
+            m = hard = above.to(alpha.dtype)
+        share = sum_over_shards(m.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
+        budget_loss = (self.capacity - share).square().mean()
+        return Selection(m, alpha, gather_tokens(hard > 0.5, self.tp), budget_loss, self._stats(hard, above, alpha))
+
+    @torch.no_grad()
+    def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:
+        a = alpha.float().clamp(1e-7, 1 - 1e-7)
+        entropy = -(a * a.log() + (1 - a) * (1 - a).log())
+        means = torch.stack([t.float().mean() for t in (hard, above, alpha, entropy)])
+        return all_reduce_sum(means, self.tp) / self.tp.size if self.tp.sequence_parallel else means

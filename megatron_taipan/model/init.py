@@ -1,0 +1,57 @@
+"""Initial values: one rule a kind, a pure function of (seed, parameter name).
+
+The full tensor is drawn and then sliced, so that the values depend neither on the layout nor on the order in which
+modules are built. Sources: mamba_ssm's Mamba2 for the Mamba-2 parameters, GPT-2's scaled residual projections.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.parallel.layout import ParamSpec
+
+
+def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
+    """The full float32 tensor of a parameter, on the CPU."""
+    m = config.mamba
+    generator = torch.Generator().manual_seed(_seed_of(name, seed))
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(spec.shape).uniform_(low, high, generator=generator)
+
+    def normal(std: float) -> Tensor:
+        return torch.empty(spec.shape).normal_(0.0, std, generator=generator)
+
+    # Every projection back into the residual stream is scaled down by the square root of their number.
+    residual = 1.0 / math.sqrt(sum(1 if letter == "M" else 2 for letter in config.letters))
+    match spec.init:
+        case "zeros":
+            return torch.zeros(spec.shape)
+        case "ones":
+            return torch.ones(spec.shape)
+        case "normal":
+            return normal(config.init_std)
+        case "normal_residual":
+            return normal(config.init_std * residual)
+        case "linear":  # torch's default of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+            return uniform(-1.0, 1.0) / math.sqrt(spec.shape[1])
+        case "linear_residual":
+            return uniform(-1.0, 1.0) * (residual / math.sqrt(spec.shape[1]))
+        case "conv_bias":
+            return uniform(-1.0, 1.0) / math.sqrt(m.d_conv)
+        case "A_log":
+            return uniform(*m.a_init).log()
+        case "dt_bias":  # softplus(dt_bias) is log-uniform in dt_init
+            low, high = (math.log(v) for v in m.dt_init)
+            dt = uniform(low, high).exp().clamp(min=m.dt_init_floor)
+            return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
+    raise ValueError(f"parameter {name}: unknown initialisation {spec.init!r}")
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """63 bits from (seed, name)."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,39 @@
+"""Small layers that every block uses: RMSNorm and SwiGLU."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_taipan.model.build import Build
+from megatron_taipan.parallel.collectives import enter_block, leave_block, stream_parameters
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm of the residual stream; the result has the weight's dtype, in which the layer computes."""
+
+    weight: Tensor
+
+    def __init__(self, build: Build, prefix: str):
+        super().__init__()
+        self.tp, self.eps, self.norm = build.tp, build.config.norm_eps, build.ops.rms_norm
+        build.parameters(self, prefix)
+
+    def forward(self, h: Tensor) -> Tensor:
+        (weight,) = stream_parameters(self.tp, self.weight)
+        return self.norm(h, weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(u)) * up(u)), arXiv 2002.05202; column- and row-split over tensor ranks."""
+
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+
+    def __init__(self, build: Build, prefix: str):
+        super().__init__()
+        self.tp = build.tp
+        build.parameters(self, prefix)
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = enter_block(u, self.tp)  # [b, l, d]
+        return leave_block(F.linear(F.silu(F.linear(u, self.gate_proj)) * F.linear(u, self.up_proj), self.down_proj), self.tp)

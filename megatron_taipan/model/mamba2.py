@@ -1,0 +1,107 @@
+"""The Mamba-2 mixer (arXiv 2405.21060, figure 6): projections, short convolution, SSD scan, gated norm."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_taipan.model.build import Build, WithFloat32Islands
+from megatron_taipan.model.cache import MambaState
+from megatron_taipan.model.context import Context
+from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.ssd import ssd_step
+from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_gradients, sum_over_ranks
+
+
+class Mamba2(WithFloat32Islands):
+    """The mixer of an `M` layer. Each tensor rank holds whole heads; z, x and dt are theirs alone.
+
+    Where the ranks outnumber the groups, every rank holds all of B and C, uses the group of its heads, and the
+    gradients are summed; the norm's group then spreads over ranks, which add up their sums of squares.
+    """
+
+    def __init__(self, build: Build, prefix: str):
+        super().__init__()
+        config, m, tp = build.config, build.config.mamba, build.tp
+        self.ops, self.tp = build.ops, tp
+        self.inner, self.heads = config.d_inner // tp.size, config.mamba_heads // tp.size
+        self.headdim, self.d_state, self.d_conv = m.headdim, m.d_state, m.d_conv
+        self.chunk_size, self.eps, self.conv_bias = m.chunk_size, config.norm_eps, m.conv_bias
+        self.group_size = config.d_inner // m.n_groups  # channels under one norm, over all ranks
+        self.shared_groups = m.n_groups % tp.size != 0  # B and C are on every rank
+        self.groups = 1 if self.shared_groups else m.n_groups // tp.size
+        self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of the shared ones is ours
+        self.norm_spans_ranks = self.group_size > self.inner
+        self.ranks_per_group = tp.size // m.n_groups if self.shared_groups else 1
+        build.parameters(self, prefix)
+
+    def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
+        """u: [b, l, d] (or this rank's sequence shard); returns the same shape. `state` is read and updated."""
+        u = enter_block(u, self.tp)
+        in_proj, conv_weight, conv_bias = self._joined_weights()
+        states = self.groups * self.d_state
+        z, xBC, dt = F.linear(u, in_proj).split([self.inner, self.inner + 2 * states, self.heads], -1)
+
+        initial_tail = state.conv_tail if state else None
+        xBC = self.ops.causal_conv1d(
+            xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=initial_tail, return_tail=state is not None
+        )
+        if state is not None:
+            xBC, state.conv_tail = xBC
+        x, B, C = xBC.split([self.inner, states, states], -1)
+        b, l = x.shape[:2]
+        x = x.view(b, l, self.heads, self.headdim)
+        B, C = (t.view(b, l, self.groups, self.d_state) for t in (B, C))
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [b, l, h]
+        A = -at_least_float32(self.A_log).exp()
+
+        if state is None:
+            y = self.ops.ssd(x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx)
+        elif l == 1:
+            y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
+            y = y[:, None]
+        else:
+            y, state.ssm = self.ops.ssd(
+                x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx,
+                initial_state=state.ssm, return_state=True,
+            )  # fmt: skip
+        y = self._gated_norm(y.reshape(b, l, self.inner), z)
+        return leave_block(F.linear(y, self.out_proj), self.tp)
+
+    def _joined_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C."""
+        names = ["in_proj_B", "in_proj_C", "conv_B_weight", "conv_C_weight"]
+        names += ["conv_B_bias", "conv_C_bias"] if self.conv_bias else []
+        shared = tuple(getattr(self, name) for name in names)
+        if self.shared_groups:
+            rows = slice(self.group * self.d_state, (self.group + 1) * self.d_state)
+            shared = tuple(t[rows] for t in sum_gradients(self.tp, *shared))
+        in_B, in_C, conv_B, conv_C, *biases = shared
+        in_proj = torch.cat([self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt])
+        conv_weight = torch.cat([self.conv_x_weight, conv_B, conv_C])
+        conv_bias = torch.cat([self.conv_x_bias, *biases]) if self.conv_bias else None
+        return in_proj, conv_weight, conv_bias
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        reduce_sum = self._sum_over_group if self.norm_spans_ranks else None
+        return self.ops.gated_rms_norm(
+            y, z, self.norm_weight, eps=self.eps, group_size=self.group_size, reduce_sum=reduce_sum
+        )
+
+    def _sum_over_group(self, squares: Tensor) -> Tensor:
+        """Adds up the sums of squares [b, l, 1, 1] of the ranks that share this rank's group."""
+        if self.ranks_per_group == self.tp.size:
+            return sum_over_ranks(squares, self.tp)
+        # Several groups: each has its column, so that one all-reduce over the whole tensor group serves all.
+        n_groups = self.tp.size // self.ranks_per_group
+        column = torch.zeros(n_groups, dtype=squares.dtype, device=squares.device)
+        column[self.group] = 1
+        return sum_over_ranks(squares * column, self.tp)[..., self.group : self.group + 1]
+
+    def new_state(self, batch: int, device, dtype) -> MambaState:
+        """An empty memory for `batch` rows."""
+        channels = self.inner + 2 * self.groups * self.d_state
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return MambaState(
+            torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
+            torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide),
+        )

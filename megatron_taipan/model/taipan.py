@@ -1,0 +1,160 @@
+"""Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.model.blocks import AttentionBlock, MambaBlock, SelectiveAttentionBlock
+from megatron_taipan.model.build import Build
+from megatron_taipan.model.cache import Cache
+from megatron_taipan.model.context import Context, make_context
+from megatron_taipan.model.embedding import Embedding, Head
+from megatron_taipan.model.gate import STATS, Selection
+from megatron_taipan.model.layers import RMSNorm
+from megatron_taipan.model.recompute import recomputed
+from megatron_taipan.ops.dispatch import Ops, pick_ops
+from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.parallel.collectives import take_tokens
+from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.layout import describe
+
+
+@dataclass
+class TaipanOutput:
+    """What a forward pass gives."""
+
+    logits: Tensor | None = None  # [b, l, vocab] float32, without labels
+    loss: Tensor | None = None  # ce_loss + budget_lambda * budget_loss
+    ce_loss: Tensor | None = None  # sum of masked cross entropies times ce_scale
+    budget_loss: Tensor | None = None  # sum over S layers of the mean over rows of (capacity - selected fraction)^2
+    gate_stats: list[dict[str, Tensor]] | None = None  # one for each S layer: 0-dim float32, detached
+
+
+def make_layer(build: Build, letter: str, index: int) -> nn.Module:
+    """The layer that a pattern's letter stands for."""
+    prefix, window = f"layers.{index}", build.config.attention.window
+    match letter:
+        case "M":
+            return MambaBlock(build, prefix, index)
+        case "S":
+            return SelectiveAttentionBlock(build, prefix, index)
+        case "W":
+            return AttentionBlock(build, prefix, index, window=window, rope=False)
+        case "A":
+            return AttentionBlock(build, prefix, index, window=None, rope=True)
+    raise ValueError(f"unknown layer {letter!r}")
+
+
+class Taipan(nn.Module):
+    """The network of a ModelConfig, or one tensor rank's part of it.
+
+    Parameters are float32, drawn from (seed, name). Under `torch.device("meta")` only shapes are made.
+
+    Args:
+        seed: of the initial weights and of the gate's noise.
+        tensor_parallel: this rank's place; None: the whole network.
+        ops: implementations; None: the fast ones where they run.
+        recompute: "none", "selective" or "full" activation checkpointing; "full" in segments of recompute_every layers.
+
+    Raises:
+        UserError: the network cannot be split over that many tensor ranks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        tensor_parallel: TensorParallel | None = None,
+        ops: Ops | None = None,
+        recompute: str = "none",
+        recompute_every: int = 1,
+    ):
+        super().__init__()
+        self.config, self.tp = config, tensor_parallel or TensorParallel()
+        self.recompute, self.recompute_every = recompute, recompute_every
+        build = Build(config, describe(config, self.tp.size), seed, self.tp, ops or pick_ops())
+        self.embedding = Embedding(build, "embedding")
+        self.layers = nn.ModuleList(make_layer(build, letter, i) for i, letter in enumerate(config.letters))
+        self.final_norm = RMSNorm(build, "final_norm")
+        self.head = Head(build, "head")
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        samples: Tensor | None = None,
+        step: int | Tensor = 0,
+        ce_scale: Tensor | float | None = None,
+        cache: Cache | None = None,
+        all_logits: bool = True,
+    ) -> TaipanOutput:
+        """One pass over b rows of l tokens.
+
+        Args:
+            tokens: [b, l] ids.
+            labels: [b, l] the id that each position should predict; given: a loss comes back, else logits.
+            loss_mask: [b, l] weight of each position's cross entropy; None: all 1.
+            seq_idx: [b, l] int32, non-decreasing document numbers; documents never see each other. Left padding is a
+                document of its own.
+            samples: [b] each row's index in the run, and step, the optimizer step: counters of the gate's noise.
+            ce_scale: factor of the summed cross entropy; None: 1 / sum(loss_mask). A trainer passes the factor of
+                its whole global batch, so that the loss does not depend on how the batch is split.
+            cache: memory of earlier tokens, extended in place.
+            all_logits: False: logits of the last position only, [b, 1, vocab].
+        """
+        ctx = make_context(tokens, seq_idx, samples, step, cache)
+        h = self.embedding(tokens)
+        h = at_least_float32(h) if self.config.residual_fp32 else h
+        h, selections = self._run_layers(h, ctx)
+        if not all_logits and labels is None:
+            h = h[:, -1:]
+        h = self.final_norm(h)
+        stats = [dict(zip(STATS, s.stats, strict=True), budget=s.budget_loss.detach().float()) for s in selections]
+        if labels is None:
+            return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), gate_stats=stats)
+        mask = torch.ones_like(tokens, dtype=torch.float32) if loss_mask is None else loss_mask
+        scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
+        ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
+        budget_loss = sum((s.budget_loss for s in selections), torch.zeros_like(ce_loss))
+        loss = ce_loss + self.config.gate.budget_lambda * budget_loss
+        return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, gate_stats=stats)
+
+    def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
+        """The residual stream through all layers, and what the gates decided."""
+        if self.recompute == "none" or not torch.is_grad_enabled() or ctx.cache is not None:
+            return self._segment(h, ctx, 0, len(self.layers))
+        every = self.recompute_every if self.recompute == "full" else 1
+        selections = []
+        for first in range(0, len(self.layers), every):
+            h, chosen = recomputed(self._segment, self.recompute, h, ctx, first, min(first + every, len(self.layers)))
+            selections += chosen
+        return h, selections
+
+    def _segment(self, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
+        selections = []
+        for index in range(first, last):
+            state = ctx.cache.layers[index] if ctx.cache is not None else None
+            h, selection = self.layers[index](h, ctx, state)
+            if selection is not None:
+                selections.append(selection)
+        return h, selections
+
+    def new_cache(self, batch: int, device=None, dtype=None) -> Cache:
+        """An empty memory for decoding `batch` rows.
+
+        Args:
+            dtype: of the remembered keys, values and convolution inputs; None: the embedding's.
+        """
+        weight = self.embedding.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return Cache([layer.new_state(batch, device, dtype) for layer in self.layers])
+
+    def num_params(self) -> int:
+        """Parameters of the whole network, over all tensor ranks, shared ones once."""
+        return sum(torch.Size(spec.shape).numel() for spec in describe(self.config).values())

@@ -1,0 +1,83 @@
+"""The one place that picks which implementation of an operation runs, and says why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_taipan.errors import UserError
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
+from megatron_taipan.ops.interval_attention import interval_attention_reference
+from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_reference
+from megatron_taipan.ops.ssd import ssd_reference
+
+REFERENCES: dict[str, Callable] = {
+    "ssd": ssd_reference,
+    "causal_conv1d": causal_conv1d_reference,
+    "rms_norm": rms_norm_reference,
+    "gated_rms_norm": gated_rms_norm_reference,
+    "interval_attention": interval_attention_reference,
+    "linear_cross_entropy": linear_cross_entropy_reference,
+}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations that the layers call. Tensors on a CPU always take the reference."""
+
+    ssd: Callable
+    causal_conv1d: Callable
+    rms_norm: Callable
+    gated_rms_norm: Callable
+    interval_attention: Callable
+    linear_cross_entropy: Callable
+    report: str
+    """One line for the log: which implementation runs, and why."""
+
+
+def pick_ops(backend: str = "auto") -> Ops:
+    """Chooses the implementations once, at start-up.
+
+    Args:
+        backend: "auto" takes each fast kernel that runs here; "reference" takes none; "fast" refuses to go without.
+
+    Raises:
+        UserError: backend is "fast" and a kernel that this project has cannot run here.
+    """
+    chosen, words, lacking = {}, [], []
+    for name, reference in REFERENCES.items():
+        fast, label = (None, "reference (asked for)") if backend == "reference" else _fast(name)
+        chosen[name] = reference if fast is None else _on_gpu(fast, reference)
+        words.append(f"{name}={label}")
+        if fast is None and name in FAST:
+            lacking.append(f"{name}: {label}")
+    if backend == "fast" and lacking:
+        raise UserError(f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto")
+    return Ops(**chosen, report="ops: " + " ".join(words))
+
+
+def _fast(name: str) -> tuple[Callable | None, str]:
+    """The fast implementation and its label, or None and the reason."""
+    if name not in FAST:
+        return None, "reference (no kernel)"
+    if not torch.cuda.is_available():
+        return None, "reference (no CUDA)"
+    label, load = FAST[name]
+    try:
+        return load(), label
+    except ImportError as error:
+        return None, f"reference ({error})"
+
+
+def _on_gpu(fast: Callable, reference: Callable) -> Callable:
+    """The kernel for CUDA tensors in a dtype that kernels take, the reference for all others."""
+
+    def run(first: torch.Tensor, *args, **kwargs):
+        return (fast if first.is_cuda and first.dtype != torch.float64 else reference)(first, *args, **kwargs)
+
+    return run
+
+
+# Kernels by operation: (label, function that imports and returns it; an ImportError means: not here).
+FAST: dict[str, tuple[str, Callable[[], Callable]]] = {}

@@ -1,0 +1,9 @@
+"""In which precision the references accumulate."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or unchanged where it is float64 already: what statistics, states and softmaxes are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
