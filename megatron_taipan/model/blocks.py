@@ -7,17 +7,38 @@ from megatron_taipan.model.attention import Attention
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore, MambaState
 from megatron_taipan.model.context import Context
+from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import RMSNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
 
 
-class MambaBlock(nn.Module):
+class Block(nn.Module):
+    """What every layer answers."""
+
+    letter: str
+
+    def __init__(self, build: Build, layer: int):
+        super().__init__()
+        self.config, self.layer = build.config, layer
+
+    def num_params(self) -> int:
+        """Parameters over all tensor ranks."""
+        return layer_params(self.config, self.layer)
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Forward operations per token in documents of seq_len tokens."""
+        return layer_flops(self.config, self.letter, seq_len)
+
+
+class MambaBlock(Block):
     """`M`: h + Mamba2(RMSNorm(h))."""
 
+    letter = "M"
+
     def __init__(self, build: Build, prefix: str, layer: int):
-        super().__init__()
+        super().__init__(build, layer)
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
@@ -28,12 +49,13 @@ class MambaBlock(nn.Module):
         return self.mixer.new_state(batch, device, dtype)
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """`W` and `A`: h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h))."""
 
-    def __init__(self, build: Build, prefix: str, layer: int, *, window: int | None, rope: bool):
-        super().__init__()
-        self.tp = build.tp
+    def __init__(self, build: Build, prefix: str, layer: int, letter: str):
+        super().__init__(build, layer)
+        self.letter, self.tp = letter, build.tp
+        window, rope = (build.config.attention.window, False) if letter == "W" else (None, True)
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.attention = Attention(build, f"{prefix}.attention", window=window, rope=rope)
         self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
@@ -49,7 +71,7 @@ class AttentionBlock(nn.Module):
         return self.attention.new_state(batch, device, dtype)
 
 
-class SelectiveAttentionBlock(nn.Module):
+class SelectiveAttentionBlock(Block):
     """`S`: the gate picks tokens; those take alpha of a window attention's output; then SwiGLU for all.
 
         h_i <- h_i + m_i alpha_i (o_i - h_i)
@@ -59,8 +81,10 @@ class SelectiveAttentionBlock(nn.Module):
     are the same bit for bit, since "all" computes the unselected queries in a call of their own.
     """
 
+    letter = "S"
+
     def __init__(self, build: Build, prefix: str, layer: int):
-        super().__init__()
+        super().__init__(build, layer)
         self.tp, self.every_query = build.tp, build.config.gate.gradient == "all"
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.gate = Gate(build, f"{prefix}.gate", layer)

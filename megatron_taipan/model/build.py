@@ -26,14 +26,14 @@ class Build:
     def parameters(self, module: nn.Module, prefix: str) -> None:
         """Registers on `module` every parameter of the table that lies directly under `prefix`, with its value.
 
-        The attributes `tensor_model_parallel` (what DeepSpeed asks when it adds up the gradient norm) and
-        `spec` (the table's line) are set on each.
+        Each carries its full name, its line of the table as `spec`, and `tensor_model_parallel` where it is split
+        (what DeepSpeed asks when it adds up the gradient norm).
         """
         for name, spec in self.table.items():
             head, _, last = name.rpartition(".")
             if head == prefix:
                 parameter = nn.Parameter(self._value(name, spec))
-                parameter.spec = spec
+                parameter.full_name, parameter.spec = name, spec
                 if spec.split is not None and self.tp.size > 1:
                     parameter.tensor_model_parallel = True
                 module.register_parameter(last, parameter)

@@ -1,16 +1,18 @@
 """Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.model.blocks import AttentionBlock, MambaBlock, SelectiveAttentionBlock
+from megatron_taipan.model.blocks import AttentionBlock, Block, MambaBlock, SelectiveAttentionBlock
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.embedding import Embedding, Head
+from megatron_taipan.model.flops import model_flops
 from megatron_taipan.model.gate import STATS, Selection
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
@@ -32,18 +34,16 @@ class TaipanOutput:
     gate_stats: list[dict[str, Tensor]] | None = None  # one for each S layer: 0-dim float32, detached
 
 
-def make_layer(build: Build, letter: str, index: int) -> nn.Module:
+def make_layer(build: Build, letter: str, index: int) -> Block:
     """The layer that a pattern's letter stands for."""
-    prefix, window = f"layers.{index}", build.config.attention.window
+    prefix = f"layers.{index}"
     match letter:
         case "M":
             return MambaBlock(build, prefix, index)
         case "S":
             return SelectiveAttentionBlock(build, prefix, index)
-        case "W":
-            return AttentionBlock(build, prefix, index, window=window, rope=False)
-        case "A":
-            return AttentionBlock(build, prefix, index, window=None, rope=True)
+        case "W" | "A":
+            return AttentionBlock(build, prefix, index, letter)
     raise ValueError(f"unknown layer {letter!r}")
 
 
@@ -157,4 +157,8 @@ class Taipan(nn.Module):
 
     def num_params(self) -> int:
         """Parameters of the whole network, over all tensor ranks, shared ones once."""
-        return sum(torch.Size(spec.shape).numel() for spec in describe(self.config).values())
+        return sum(math.prod(spec.shape) for spec in describe(self.config).values())
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Forward operations per token of the whole network (see model/flops.py)."""
+        return model_flops(self.config, seq_len)
