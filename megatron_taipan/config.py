@@ -230,6 +230,10 @@ class TrainConfig(Section):
     eval_every: int = option(500, "steps between validations; 0 validates at the end only", ge=0)
     eval_samples: int = option(64, "samples per validation", ge=1)
     deterministic: bool = option(False, "use deterministic algorithms only")
+    max_skipped: int = option(20, "steps in a row with a non-finite loss or gradient after which the run stops", ge=1)
+    hang_after_s: float = option(
+        1800.0, "seconds without a finished step after which all stacks are printed and the run ends; 0: never", ge=0
+    )
 
 
 class CheckpointConfig(Section):
@@ -238,9 +242,12 @@ class CheckpointConfig(Section):
     dir: str = option(..., "folder of this run's checkpoints")
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only", ge=0)
     load: str | None = option(
-        "auto", "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: resume from there"
+        "auto", "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: the same, but while"
+        " checkpoint.dir holds none start from that folder's newest"
     )
+    save_minutes: float | None = option(None, "save as well when this many minutes have passed since the last", gt=0)
     keep_last: int | None = option(None, "newest checkpoints that are kept; null keeps all", ge=1)
+    keep_every: int | None = option(None, "checkpoints at multiples of this many steps are kept for good", ge=1)
 
 
 class LogConfig(Section):
@@ -249,6 +256,9 @@ class LogConfig(Section):
     every: int = option(10, "steps between log lines", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events to checkpoint.dir/tensorboard")
     progress: bool = option(True, "progress bar on rank 0 when stderr is a terminal, plain lines elsewhere")
+    peak_tflops: float | None = option(
+        None, "peak TFLOP/s of one device in the precision used, for MFU; null looks known GPUs up", gt=0
+    )
 
 
 class OpsConfig(Section):

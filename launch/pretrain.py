@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Pretrains a Taipan (or a baseline of the same family).
+
+    deepspeed --num_gpus 8 launch/pretrain.py --config launch/configs/taipan_190m.yaml train.steps=1000
+    torchrun --nproc_per_node 8 launch/pretrain.py --config ...
+    srun python launch/pretrain.py --config ...            (launch/slurm/pretrain.sbatch)
+
+Options of the configuration are given as section.option=value and override the file. Exit status: 0 finished (or
+stopped at train.stop_at), 2 the input is wrong (one line says what), 75 stopped by a signal with a checkpoint: start
+the same command again.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+try:
+    import megatron_taipan  # noqa: F401
+except ModuleNotFoundError:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+
+from megatron_taipan.config import describe_options, load_config
+from megatron_taipan.errors import UserError
+from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+from megatron_taipan.train.dry_run import dry_run
+from megatron_taipan.train.engine import check_layout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = parse(arguments)
+    try:
+        place = find_place(os.environ)
+        config = load_config(options.config, options.overrides)
+        check_layout(config, options.processes or place.world_size)
+        if options.dry_run:
+            print(dry_run(config, options.processes or place.world_size))
+            return 0
+        device = pick_device(place)
+        start_processes(place, device, config.parallel.timeout_s)
+        from megatron_taipan.train.loop import train  # imported late: a typo in the configuration shows at once
+
+        return train(config, place, device)
+    except UserError as error:
+        return report(error)
+    finally:
+        stop_processes()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; argparse itself exits with status 2 on errors."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=options_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print parameters, layout and steps, and stop"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --dry-run: the number of processes to check the layout for"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
+    return parser.parse_args(arguments)
+
+
+def options_text() -> str:
+    """Every option of the configuration with default and meaning."""
+    lines = ["options of the configuration (name, default, meaning):"]
+    for name, default, meaning in describe_options():
+        lines.append(f"  {name} [{default}]")
+        lines += textwrap.wrap(meaning, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def report(error: UserError) -> int:
+    """Prints the error once for the whole run, and gives the exit status.
+
+    What every rank finds wrong, rank 0 says. Before the processes are joined a rank cannot know whether it is alone
+    with its error; it waits for rank 0 to end the run, and speaks only if that does not happen.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not dist.is_initialized():
+        time.sleep(3)
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The folder of a run's checkpoints, and the protocol that leaves no half-written one behind.
+
+    DIR/step_00000200/        one checkpoint, complete
+        manifest.json         every file's size and SHA-256; written last, so it marks the checkpoint complete
+        metadata.json         step, samples, layout, versions, git commit, data fingerprint
+        config.yaml           the resolved configuration
+        state/                parameters and optimizer state
+    DIR/step_00000300.tmp/    being written; what a killed run leaves behind, and the next one removes
+    DIR/latest                name of the newest complete checkpoint, replaced atomically
+
+A checkpoint is written under its temporary name by all ranks, every file is flushed to the disk and hashed, the
+manifest is written, and only then is the folder renamed. All ranks must see the same folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_taipan.errors import UserError
+
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+CONFIG = "config.yaml"
+STATE = "state"
+LATEST = "latest"
+FORMAT = 1
+NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that may be resumed from, and the newer ones that were passed over, each with the reason."""
+
+    path: Path
+    passed_over: list[str]
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name carries; None if it is no checkpoint's name."""
+    match = NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Folders with a checkpoint's name, oldest first, complete or not."""
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda p: step_of(p) or 0)
+
+
+def find_newest(directory: Path) -> Found | None:
+    """The newest complete checkpoint, sizes checked; None where there is none.
+
+    `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
+    """
+    passed_over = []
+    for path in reversed(checkpoints(directory)):
+        fault = incomplete(path)
+        if fault is None:
+            return Found(path, passed_over)
+        passed_over.append(f"{path.name}: {fault}")
+    return None
+
+
+def incomplete(path: Path) -> str | None:
+    """Why a checkpoint must not be used: no manifest, a file missing or of the wrong size. None if it is complete."""
+    try:
+        files = read_manifest(path)
+    except UserError as error:
+        return str(error)
+    for name, (size, _) in files.items():
+        try:
+            actual = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} bytes, its manifest says {size}"
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of every file.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise UserError(f"it has no {MANIFEST}, so it was never completed") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
+    """Which of these files do not have the content that the manifest promises."""
+    files = read_manifest(path)
+    return [name for name in names if hash_file(path / name, flush=False)[1] != files[name][1]]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `metadata.json` holds.
+
+    Raises:
+        UserError: it is missing, damaged or of another format version.
+    """
+    try:
+        metadata = json.loads((path / METADATA).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / METADATA} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {metadata.get('format')}; this version reads format {FORMAT}")
+    return metadata
+
+
+def locate(place: str) -> Path:
+    """The checkpoint that a user's path means: a checkpoint itself, or the newest complete one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(place)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {place}: no such folder")
+    if (path / METADATA).exists() or (path / MANIFEST).exists():
+        fault = incomplete(path)
+        if fault:
+            raise UserError(f"checkpoint {place} is not complete: {fault}")
+        return path
+    found = find_newest(path)
+    if found is None:
+        raise UserError(f"{place} holds no complete checkpoint (folders named {folder_name(0)} and so on)")
+    return found.path
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Deletes what killed runs left half written; returns the names."""
+    gone = []
+    for path in directory.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+        gone.append(path.name)
+    return gone
+
+
+def hash_file(path: Path, *, flush: bool) -> tuple[int, str]:
+    """Size and SHA-256 of a file; with `flush` its content is on the disk afterwards."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+        if flush:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def write_manifest(path: Path, files: dict[str, tuple[int, str]]) -> None:
+    """Marks the checkpoint complete."""
+    entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
+    write_text(path / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+    for folder in {path / name for name in files} | {path / MANIFEST}:
+        flush_folder(folder.parent)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Gives a finished checkpoint its name and points `latest` at it."""
+    if final.exists():  # a checkpoint of this step that was passed over as damaged
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    flush_folder(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that either the old or the whole new content is there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes names in a folder (new, renamed) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_old(directory: Path, *, keep_last: int | None, keep_every: int | None) -> list[str]:
+    """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps.
+
+    Only complete ones count as kept, so that damaged ones never push out a good one. Returns the deleted names.
+    """
+    if keep_last is None:
+        return []
+    complete = [p for p in checkpoints(directory) if incomplete(p) is None]
+    gone = []
+    for path in complete[:-keep_last]:
+        if keep_every and (step_of(path) or 0) % keep_every == 0:
+            continue
+        # the manifest goes first: a deletion that is cut short must not look like a checkpoint
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        gone.append(path.name)
+    return gone

@@ -1,0 +1,195 @@
+"""Which process this is, and how the processes of a run find each other.
+
+The same program starts under `deepspeed`, `torchrun`, `srun` or plain `python`: each leaves its marks in the
+environment, and `find_place` reads them. `start_processes` then joins the run.
+"""
+
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place among all processes of the run."""
+
+    rank: int  # 0 <= rank < world_size
+    world_size: int
+    local_rank: int  # among the processes of this host; the number of its GPU
+    local_size: int
+    address: str  # where rank 0 listens
+    port: int
+    launcher: str  # who started us: "environment" (torchrun, deepspeed), "slurm" or "none"
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Reads this process's place from environment variables.
+
+    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they
+    come from SLURM's variables; those of a *step* are asked for, because a batch script itself (outside srun) carries
+    SLURM_PROCID and SLURM_NTASKS too, and would wait for tasks that never start.
+
+    Raises:
+        UserError: a variable is missing or no number.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        place = Place(
+            rank=_number(env, "RANK"),
+            world_size=_number(env, "WORLD_SIZE"),
+            local_rank=_number(env, "LOCAL_RANK", _number(env, "RANK")),
+            local_size=_number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", _number(env, "WORLD_SIZE"))),
+            address=env.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number(env, "MASTER_PORT"),
+            launcher="environment",
+        )
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        place = Place(
+            rank=_number(env, "SLURM_PROCID"),
+            world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_number(env, "SLURM_LOCALID"),
+            local_size=int(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]),
+            address=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
+            # every task of a job must name the same port and two jobs of one host should not: take it from the job
+            port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
+            launcher="slurm",
+        )
+    else:
+        place = Place(0, 1, 0, 1, "127.0.0.1", free_port(), "none")
+    if not 0 <= place.rank < place.world_size:
+        raise UserError(f"rank {place.rank} is not among {place.world_size} processes (0 to {place.world_size - 1})")
+    return place
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-005,9],login1` -> `gpu003`.
+
+    Raises:
+        UserError: the list is empty.
+    """
+    match = re.match(r"\s*([^\[,\s]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise UserError("SLURM names no host for this step (SLURM_STEP_NODELIST is empty); set MASTER_ADDR")
+    prefix, number, suffix = match.groups(default="")
+    return prefix + number + suffix
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pick_device(place: Place) -> torch.device:
+    """This process's GPU, or the CPU where the host has none.
+
+    Raises:
+        UserError: there are GPUs, but fewer than processes on this host.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {place.local_rank} of this host has no GPU: {torch.cuda.device_count()} GPUs are visible"
+            f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one process per GPU"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def start_processes(place: Place, device: torch.device, timeout_s: float) -> None:
+    """Joins the run: gloo on CPU, NCCL on GPU. Every collective that takes longer than `timeout_s` ends the process."""
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_SIZE=str(place.local_size),  # what DeepSpeed's CPU accelerator takes for the number of devices
+        MASTER_ADDR=place.address,
+        MASTER_PORT=str(place.port),
+    )
+    deepspeed = import_deepspeed(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def stop_processes() -> None:
+    """Leaves the run in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def import_deepspeed(device: torch.device):
+    """The deepspeed module, prepared for this device and silenced.
+
+    It is imported here and not at the top because it reads DS_ACCELERATOR while it loads, and because it takes
+    seconds that a typo in the configuration should not cost.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed calls what torch 2.13 will rename; nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Compiled on first use, for two minutes; a killed build leaves a lock on which every later run waits for
+        # ever. Only DeepSpeed's inference uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def agree(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every rank; if it raises UserError on any of them, it is raised on all with one message.
+
+    So a fault that one rank alone can see (a file missing on its host) ends the run at once, where otherwise the
+    others would wait in the next collective until its timeout.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        failed = [rank for rank, text in enumerate(messages) if text is not None]
+        if failed:
+            where = "" if failed[0] == 0 else f"rank {failed[0]}: "
+            raise UserError(where + str(messages[failed[0]]))
+    elif message is not None:
+        raise UserError(message)
+    return result  # type: ignore[return-value]
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None:
+        if default is None:
+            found = ", ".join(f"{k}={env[k]}" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID") if k in env)
+            raise UserError(f"the environment variable {name} is missing beside {found}; start through deepspeed or srun")
+        return default
+    with suppress(ValueError):
+        return int(text)
+    raise UserError(f"the environment variable {name}={text!r} is no whole number")

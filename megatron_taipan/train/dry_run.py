@@ -1,0 +1,59 @@
+"""What a configuration would do, found out on the meta device: no GPU, no memory, no other process."""
+
+import torch
+
+from megatron_taipan.config import Config
+from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.errors import UserError
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
+from megatron_taipan.train.engine import accumulation, count_parameters
+
+
+def dry_run(config: Config, processes: int) -> str:
+    """Builds and checks everything for that many processes; returns the report.
+
+    Raises:
+        UserError: the layout or the data do not fit.
+    """
+    p, t = config.parallel, config.train
+    data = data_parallel_size(processes, p.tensor, p.pipeline)
+    with torch.device("meta"):
+        model = Taipan(config.model, seed=t.seed, tensor_parallel=TensorParallel(p.tensor, 0, None, p.sequence))
+    here = count_parameters(model)
+    tokens = t.global_batch * config.data.seq_len
+    flops = model.num_flops_per_token(config.data.seq_len)
+    lines = [
+        f"model      {config.name}: {config.model.n_layers} layers {config.model.pattern}, d_model"
+        f" {config.model.d_model}, {model.num_params():,} parameters, {flops / 1e9:.3g} GFLOP per token forward",
+        f"layout     {processes} processes = {data} data x {p.tensor} tensor x {p.pipeline} pipeline, ZeRO"
+        f" {p.zero_stage}, {t.precision}, recompute {p.recompute}",
+        f"per rank   {here:,} parameters; parameters, gradients and optimizer state"
+        f" {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted",
+        f"batch      {t.global_batch} samples x {config.data.seq_len} tokens = {tokens:,} tokens a step:"
+        f" {accumulation(config, data)} micro-batches of {t.micro_batch} on each of {data} ranks",
+        f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens,"
+        f" {3 * flops * t.steps * tokens:.3g} FLOP forward and backward",
+    ]
+    try:
+        train_data = build_dataset(config.data, "train", config.model.vocab_size)
+    except UserError as error:
+        raise UserError("\n".join([f"the data cannot be used: {error}", "the rest fits:", *lines])) from error
+    lines.append(
+        f"data       {len(train_data):,} samples an epoch, so the run is"
+        f" {t.steps * t.global_batch / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
+    )
+    return "\n".join(lines)
+
+
+def state_bytes(parameters: int, data: int, config: Config) -> float:
+    """Bytes that one rank keeps through a step for `parameters` parameters, ZeRO's sharding over `data` ranks applied.
+
+    Parameters and gradients in the compute precision and in float32 respectively; the optimizer holds a float32 master
+    and two moments.
+    """
+    stage, low = config.parallel.zero_stage, 4 if config.train.precision == "fp32" else 2
+    weights = low / data if stage == 3 else low
+    gradients = 4 / data if stage >= 2 else 4
+    moments = 8 if stage == 0 else 12 / data
+    return parameters * (weights + gradients + moments)

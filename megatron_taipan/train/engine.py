@@ -1,0 +1,221 @@
+"""The DeepSpeed engine: built from our configuration, with float32 islands inside low-precision training.
+
+DeepSpeed (0.19) casts every parameter as soon as `bf16.enabled` is set, and asks no module about exceptions. So the
+model is cast by its own rule *before* DeepSpeed sees it, and bf16 stays switched off there: ZeRO 1, 2 and 3 then keep
+a float32 master of every parameter, whatever its own type, as long as no parameter group mixes two types.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_taipan.config import Config, OptimConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.groups import Groups, data_parallel_size
+from megatron_taipan.parallel.layout import ParamSpec, check_tensor_size, describe
+from megatron_taipan.train.distributed import import_deepspeed
+
+MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
+
+
+def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Any:
+    """The DeepSpeedEngine that trains `model` (parameters float32, on any device).
+
+    Raises:
+        UserError: the device cannot compute in the configured precision.
+    """
+    deepspeed = import_deepspeed(device)
+    cast(model, config.train.precision, device)
+    table = describe(config.model, config.parallel.tensor)
+    mark_split_parameters(model, table, groups.tensor.size)
+    optimizer = make_optimizer(parameter_groups(model, table, config), config.optim)
+    with _islands_survive(config):
+        engine, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, groups, count_parameters(model)),
+            mpu=groups.mpu,
+        )
+    if config.parallel.zero_stage:
+        # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
+        engine.optimizer.check_grad_overflow = True
+    return engine
+
+
+def cast(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Turns the parameters to the compute precision in place; the model keeps its float32 islands itself."""
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16; use train.precision=fp16 or fp32")
+    if precision == "bf16":
+        model.bfloat16()
+    elif precision == "fp16":
+        model.half()
+
+
+def mark_split_parameters(model: nn.Module, table: dict[str, ParamSpec], tensor_size: int) -> None:
+    """Tells DeepSpeed which parameters are split; without the mark it counts tensor rank 0 alone in the norm."""
+    for name, parameter in model.named_parameters():
+        if tensor_size > 1 and _row(table, name).split is not None:
+            parameter.tensor_model_parallel = True
+
+
+def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Config) -> list[dict[str, Any]]:
+    """The optimizer's groups: with and without weight decay, and never two types in one group.
+
+    The first group's type is what DeepSpeed takes for *the* type. At stage 1 it has to be the low one, so that
+    gradients are summed over micro-batches in float32; at stage 2 under bf16 it has to be float32, so that the float32
+    parameters' gradients are not rounded on their way. At stage 3 either will do.
+    """
+    groups: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((parameter.dtype, _row(table, name).decay), []).append(parameter)
+    float32_first = config.parallel.zero_stage == 2 and config.train.precision == "bf16"
+
+    def order(key: tuple[torch.dtype, bool]) -> tuple[bool, bool]:
+        dtype, decay = key
+        return ((dtype == torch.float32) != float32_first, not decay)
+
+    return [
+        {"params": groups[key], "weight_decay": config.optim.weight_decay if key[1] else 0.0}
+        for key in sorted(groups, key=order)
+    ]
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW: the same on CPU and GPU, and nothing to compile (DeepSpeed's own are, for two minutes)."""
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str, Any]:
+    """What DeepSpeed is asked for."""
+    p, t = config.parallel, config.train
+    bucket = max(min(MAX_BUCKET, n_params), 1)
+    bucket += bucket % 2  # DeepSpeed aligns its buckets to two elements
+    zero: dict[str, Any] = {
+        "stage": p.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "overlap_comm": torch.cuda.is_available(),
+        "memory_efficient_linear": False,  # it replaces torch's linear for the whole process
+    }
+    if p.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": p.offload_optimizer, "nvme_path": p.nvme_path}
+    if p.offload_param != "none":
+        zero["offload_param"] = {"device": p.offload_param, "nvme_path": p.nvme_path}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": t.micro_batch,
+        "gradient_accumulation_steps": accumulation(config, groups.data_size),
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }
+    if t.precision == "fp16":
+        result["fp16"] = {"enabled": True, "initial_scale_power": 16}
+    return result
+
+
+def check_layout(config: Config, processes: int) -> None:
+    """Whether the configuration fits that many processes; needs no process group.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    p = config.parallel
+    data_size = data_parallel_size(processes, p.tensor, p.pipeline)
+    accumulation(config, data_size)
+    check_tensor_size(config.model, p.tensor)
+    if p.pipeline > 1:
+        raise UserError(f"parallel.pipeline={p.pipeline}: this trainer has no pipeline stages yet; set it to 1")
+    if p.sequence and config.data.seq_len % p.tensor:
+        raise UserError(
+            f"parallel.sequence needs data.seq_len={config.data.seq_len} to be a multiple of parallel.tensor={p.tensor}"
+            f" (remainder {config.data.seq_len % p.tensor})"
+        )
+    for name, where in (("offload_optimizer", p.offload_optimizer), ("offload_param", p.offload_param)):
+        if where == "nvme" and not p.nvme_path:
+            raise UserError(f"parallel.{name}=nvme needs parallel.nvme_path")
+    if p.offload_param != "none" and p.zero_stage != 3:
+        raise UserError(f"parallel.offload_param={p.offload_param} needs zero_stage=3, not {p.zero_stage}")
+    if p.offload_optimizer != "none" and p.zero_stage == 0:
+        raise UserError(f"parallel.offload_optimizer={p.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+
+
+def accumulation(config: Config, data_size: int) -> int:
+    """Micro-batches per step of one rank.
+
+    Raises:
+        UserError: the global batch is no multiple of micro_batch times the data-parallel size.
+    """
+    t = config.train
+    if t.global_batch % (t.micro_batch * data_size):
+        raise UserError(
+            f"train.global_batch={t.global_batch} is no multiple of train.micro_batch={t.micro_batch} x {data_size}"
+            f" data-parallel ranks = {t.micro_batch * data_size} (remainder"
+            f" {t.global_batch % (t.micro_batch * data_size)})"
+        )
+    return t.global_batch // (t.micro_batch * data_size)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters on this rank."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Sets the rate of the next optimizer step in every group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:
+    if name not in table:
+        raise KeyError(f"parameter {name} is missing from parallel.layout.describe: add a row for it")
+    return table[name]
+
+
+@contextmanager
+def _islands_survive(config: Config) -> Iterator[None]:
+    """Replaces the two places of DeepSpeed that insist on one parameter type, while the engine is built.
+
+    Stage 3 copies all partitions into one flat buffer and asserts that they have one type; fp16 (needed for its loss
+    scaler) casts every parameter.
+    """
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    whole_stage3 = stage3.DeepSpeedZeroOptimizer_Stage3
+
+    class Stage3WithIslands(whole_stage3):
+        """Partitions of the main type share one flat buffer, as before; a group of another type has its own."""
+
+        def _get_parameter_partitions(self):
+            return [t for t in super()._get_parameter_partitions() if t.dtype == self.dtype]
+
+        def _set_fp16_partitioned_groups_flat(self):
+            offset = 0
+            for group in self.fp16_groups:
+                size = sum(p.partition_numel() for p in group)
+                if group[0].ds_tensor.dtype == self.dtype:
+                    flat, offset = self.lp_param_buffer.narrow(0, offset, size), offset + size
+                else:
+                    flat = stage3.defragment([p.ds_tensor for p in group])
+                self.fp16_partitioned_groups_flat.append(flat)
+
+    cast_all = engine.DeepSpeedEngine._cast_module_mixed_precision
+    stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3WithIslands
+    engine.DeepSpeedEngine._cast_module_mixed_precision = lambda self, *args, **kwargs: None
+    try:
+        yield
+    finally:
+        stage3.DeepSpeedZeroOptimizer_Stage3 = whole_stage3
+        engine.DeepSpeedEngine._cast_module_mixed_precision = cast_all

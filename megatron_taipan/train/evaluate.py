@@ -1,0 +1,66 @@
+"""Loss on held-out text during training."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.data.loader import SampleDataset, make_loader
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.train.step import collect
+
+
+@dataclass
+class Evaluation:
+    """Results over a fixed set of validation samples; the same on every rank and in every layout."""
+
+    ce: float  # mean cross entropy per unmasked token, nats
+    perplexity: float
+    tokens: int  # unmasked tokens it is the mean of
+    gates: list[dict[str, float]]  # one for each S layer, means over tokens
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device
+) -> Evaluation:
+    """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
+
+    Every rank runs the same number of micro-batches, since ZeRO-3 gathers parameters along the way; samples beyond
+    the wanted ones, which fill up the last round, are masked out.
+    """
+    samples = min(samples, len(dataset))
+    together = micro_batch * groups.data_size
+    loader = make_loader(
+        dataset, start=0, global_batch=together, micro_batch=micro_batch, dp_rank=groups.data_rank,
+        dp_size=groups.data_size,
+    )  # fmt: skip
+    engine.eval()
+    sums, gate_names = None, []
+    for _ in range(-(-samples // together)):
+        batch = {name: value.to(device) for name, value in next(loader).items()}
+        wanted = batch["sample"] < samples  # [b]
+        mask = batch["loss_mask"] * wanted[:, None]
+        out = engine(
+            batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
+            samples=batch["sample"], ce_scale=1.0,
+        )  # fmt: skip
+        gate_names = list(out.gate_stats[0]) if out.gate_stats else []
+        rows = wanted.sum().double()
+        _, ce, _, *gates = collect(out)
+        values = torch.stack([ce, mask.sum().double(), rows, *(g * rows for g in gates)])
+        sums = values if sums is None else sums + values
+    engine.train()
+    dist.all_reduce(sums, group=groups.data_group)
+    ce_sum, tokens, rows, *gates = sums.tolist()
+    gates = [value / max(rows, 1) for value in gates]
+    n = max(len(gate_names), 1)
+    ce = ce_sum / max(tokens, 1)
+    return Evaluation(
+        ce=ce,
+        perplexity=math.exp(min(ce, 700.0)),
+        tokens=int(tokens),
+        gates=[dict(zip(gate_names, gates[i : i + n], strict=True)) for i in range(0, len(gates), n)],
+    )

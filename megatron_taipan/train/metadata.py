@@ -1,0 +1,56 @@
+"""Where a run came from: versions, git commit, layout, data. Written beside every checkpoint."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_taipan.config import Config
+from megatron_taipan.parallel.groups import Groups
+
+PACKAGES = ("megatron_taipan", "torch", "deepspeed", "numpy", "triton", "mamba_ssm", "causal_conv1d", "flash_attn")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide about numbers; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with "+changes" where tracked files differ from it; None outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def layout(config: Config, groups: Groups) -> dict[str, Any]:
+    """How the state is spread over processes."""
+    p = config.parallel
+    return {
+        "tensor": p.tensor,
+        "pipeline": p.pipeline,
+        "data": groups.data_size,
+        "zero_stage": p.zero_stage,
+        "processes": groups.data_size * p.tensor * p.pipeline,
+    }

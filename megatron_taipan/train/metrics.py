@@ -1,0 +1,155 @@
+"""What a run says about itself: a JSONL of every step, TensorBoard events, and a line for whoever watches."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from megatron_taipan.config import Config
+from megatron_taipan.train.evaluate import Evaluation
+from megatron_taipan.train.step import StepResult
+
+# Dense peak of one device in bf16, in 10^12 operations a second: from the makers' data sheets, by words of the name.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
+               "L40S": 362, "RTX 4090": 165, "V100": 125}  # fmt: skip
+LOG = "log.jsonl"
+
+
+class Metrics:
+    """Rank 0 writes; on other ranks every method does nothing.
+
+    Speed is measured between steps, so it includes waiting for data and the validation's own time is left out.
+    """
+
+    def __init__(self, config: Config, *, start_step: int, flops_per_token: float, devices: int, writes: bool):
+        self.config, self.writes = config, writes
+        self.flops, self.devices = flops_per_token, devices
+        self.peak = config.log.peak_tflops or known_peak()
+        self.step, self.end = start_step, min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.step_seconds: float | None = None  # smoothed, for the time left
+        self.lap = time.perf_counter()
+        self.jsonl: TextIO | None = None
+        self.board: Any = None
+        self.bar: tqdm | None = None
+        if not writes:
+            return
+        folder = Path(config.checkpoint.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.jsonl = open(folder / LOG, "a", buffering=1)
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            # purge_step hides what a killed run wrote after the checkpoint that this one continues from
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if config.log.progress and sys.stderr.isatty():
+            self.bar = tqdm(total=self.end, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def start_clock(self) -> None:
+        """Leaves what happened since the last step out of its time (validation, a checkpoint)."""
+        self.lap = time.perf_counter()
+
+    def after_step(self, step: int, result: StepResult, *, lr: float, tokens: int, data_wait_s: float) -> None:
+        """Records a finished step.
+
+        Args:
+            step: steps taken, this one included.
+            tokens: of this step, over all ranks.
+            data_wait_s: seconds that this rank waited for its batches.
+        """
+        if not self.writes:
+            return
+        now = time.perf_counter()
+        seconds, self.lap, self.step = now - self.lap, now, step
+        self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
+        speed = tokens / seconds
+        values = {
+            "loss": result.loss, "ce": result.ce, "budget": result.budget, "grad_norm": result.grad_norm,
+            "lr": lr, "skipped": int(result.skipped), "step_s": seconds, "tokens": tokens, "tokens_per_s": speed,
+            "data_wait_s": data_wait_s,
+        }  # fmt: skip
+        if self.peak:
+            values["mfu"] = 3 * self.flops * speed / (self.peak * 1e12 * self.devices)
+        if torch.cuda.is_available():
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        for index, gate in enumerate(result.gates):
+            values |= {f"gate{index}/{name}": value for name, value in gate.items()}
+        self._write({"event": "step", "step": step, **values})
+        if step % self.config.log.every == 0 or step == self.end:
+            for name, value in values.items():
+                self._chart(f"train/{name}", value, step)
+            mfu = f"MFU {values['mfu']:.1%}  " if "mfu" in values else ""
+            skipped = "  SKIPPED: not finite" if result.skipped else ""
+            self._line(
+                f"step {step}/{self.end}  loss {result.ce:.4f}  budget {result.budget:.4f}  norm"
+                f" {result.grad_norm:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {mfu}{self._left()} left{skipped}"
+            )
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {result.ce:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def after_evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
+        """Records a validation."""
+        if not self.writes:
+            return
+        values = {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens, "s": seconds}
+        for index, gate in enumerate(evaluation.gates):
+            values |= {f"gate{index}/{name}": value for name, value in gate.items()}
+        self._write({"event": "valid", "step": step, **values})
+        for name, value in values.items():
+            self._chart(f"valid/{name}", value, step)
+        self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
+
+    def after_save(self, step: int, path: Path, seconds: float) -> None:
+        """Records a written checkpoint; training stood still for that long."""
+        if not self.writes:
+            return
+        self._write({"event": "save", "step": step, "path": str(path), "stall_s": seconds})
+        self._chart("checkpoint/stall_s", seconds, step)
+        self._line(f"step {step}  checkpoint {path} written in {seconds:.1f} s")
+
+    def note(self, event: str, text: str, **values: Any) -> None:
+        """Records anything else that a reader of the log should know, and says it."""
+        if not self.writes:
+            return
+        self._write({"event": event, "step": self.step, "text": text, **values})
+        self._line(text)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+        if self.jsonl is not None:
+            self.jsonl.close()
+
+    def _left(self) -> str:
+        seconds = int((self.step_seconds or 0) * max(self.end - self.step, 0))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.jsonl is not None:
+            self.jsonl.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def _chart(self, name: str, value: float, step: int) -> None:
+        if self.board is not None:
+            self.board.add_scalar(name, value, step)
+
+    def _line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def known_peak() -> float | None:
+    """Peak TFLOP/s in bf16 of this host's GPU; None for a CPU or a GPU that the table does not know."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((float(peak) for words, peak in PEAK_TFLOPS.items() if words in name), None)

@@ -1,0 +1,113 @@
+"""One optimizer step: micro-batches forward and backward, the update, and what happened, agreed on by all ranks."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_taipan.parallel.groups import Groups, TensorParallel
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one step gave; the same numbers on every rank."""
+
+    loss: float  # ce + budget_lambda * budget
+    ce: float  # mean cross entropy of the global batch's unmasked tokens, nats
+    budget: float
+    gates: list[dict[str, float]]  # one for each S layer
+    grad_norm: float  # before clipping; inf where the step was skipped
+    skipped: bool  # loss or gradient was not finite, so nothing was updated
+    requests: list[bool] = field(default_factory=list)  # what any rank asked for, see train_step
+
+
+def train_step(
+    engine: Any, batches: list[Batch], *, step: int, groups: Groups, requests: list[bool] | None = None
+) -> StepResult:
+    """Trains on one global batch.
+
+    Args:
+        batches: this rank's micro-batches, each a dict of [b, l] tensors on its device.
+        step: steps taken before this one; a counter of the gate's noise.
+        requests: flags that a rank may raise (stop, save now, ...). Each comes back true where any rank raised it, so
+            that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
+    """
+    scale = cross_entropy_scale(batches, groups)
+    sums = None
+    for batch in batches:
+        out = engine(
+            batch["tokens"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            seq_idx=batch["seq_idx"],
+            samples=batch["sample"],
+            step=step,
+            ce_scale=scale,
+        )
+        engine.backward(out.loss)
+        values = collect(out)
+        sums = values if sums is None else sums + values
+        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+            norm = drop_gradients_unless_finite(engine.module, groups.tensor)
+        engine.step()
+
+    if engine.zero_optimization_stage() == 0:
+        skipped = not math.isfinite(norm)
+    else:
+        skipped, norm = bool(engine.optimizer.overflow), float(engine.get_global_grad_norm())
+
+    flags = torch.tensor(requests or [], dtype=torch.float64, device=sums.device)
+    sums = torch.cat([sums / len(batches), flags])
+    dist.all_reduce(sums)
+    count = len(flags)
+    means = (sums[: len(sums) - count] / dist.get_world_size()).tolist()
+    raised = [value > 0 for value in sums[len(sums) - count :].tolist()]
+    names = list(out.gate_stats[0]) if out.gate_stats else []
+    gates = [dict(zip(names, means[i : i + len(names)], strict=True)) for i in range(3, len(means), max(len(names), 1))]
+    return StepResult(*means[:3], gates=gates, grad_norm=norm, skipped=skipped, requests=raised)
+
+
+def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
+    """The factor of each micro-batch's summed cross entropy that makes the loss independent of the layout.
+
+    DeepSpeed averages gradients over micro-batches and data-parallel ranks. A mean over each micro-batch's own
+    unmasked tokens would weigh a token by how many unmasked neighbours it happens to have; so the sum is divided by
+    the count of the whole global batch instead, and multiplied by what DeepSpeed will divide by.
+    """
+    count = sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in batches)
+    dist.all_reduce(count, group=groups.data_group)
+    return (len(batches) * groups.data_size / count.clamp(min=1)).float()
+
+
+def collect(out: Any) -> Tensor:
+    """[loss, ce, budget, every gate's numbers] as one float64 vector, detached."""
+    gates = [value for gate in out.gate_stats or [] for value in gate.values()]
+    return torch.stack([t.detach().double() for t in (out.loss, out.ce_loss, out.budget_loss, *gates)])
+
+
+def drop_gradients_unless_finite(model: nn.Module, tensor: TensorParallel) -> float:
+    """The global gradient norm; where it is not finite the gradients are dropped, so that the update does nothing.
+
+    Only for ZeRO 0, where DeepSpeed neither reports the norm nor looks for infinities. Parameters that every tensor
+    rank holds count once.
+    """
+    squares = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            split = getattr(parameter, "tensor_model_parallel", False)
+            squares[split].append(torch.linalg.vector_norm(parameter.grad.float()).double().square())
+    device = next(model.parameters()).device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    over_ranks = sum(squares[True], zero)
+    if tensor.size > 1:
+        dist.all_reduce(over_ranks, group=tensor.group)
+    norm = float((over_ranks + sum(squares[False], zero)).sqrt())
+    if not math.isfinite(norm):
+        for parameter in model.parameters():
+            parameter.grad = None
+    return norm
