@@ -1,0 +1,92 @@
+"""In which order a blend visits its sources.
+
+Which source sample i comes from must be computable from i alone (state is one number), and at every point the samples
+drawn from a source must be within one of its exact share. The schedule that keeps both is Tijdeman's chairperson
+assignment ("The chairman assignment problem", Discrete Mathematics 32, 1980): among the sources that may be served
+without running ahead, serve the one whose deadline comes first. It keeps |drawn - share * i| < 1 for every source and
+every i. With whole-number weights of sum P it repeats after P samples, so one table of P entries answers any i.
+"""
+
+from fractions import Fraction
+from math import gcd, lcm
+
+import numpy as np
+
+from megatron_taipan.errors import UserError
+
+MAX_PERIOD = 1 << 17
+
+
+def whole_weights(weights: list[float]) -> list[int]:
+    """Whole numbers in the proportion of `weights`, as their decimal notation says it.
+
+    0.7 and 0.3 give 7 and 3. Where the exact numbers would have a sum above MAX_PERIOD they are rounded to that sum
+    (shares in steps of 1/131072, none below one step).
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(fraction.denominator for fraction in exact))
+    whole = [int(fraction * scale) for fraction in exact]
+    common = gcd(*whole)
+    whole = [number // common for number in whole]
+    if sum(whole) <= MAX_PERIOD:
+        return whole
+    if len(whole) > MAX_PERIOD // 2:
+        raise UserError(f"a blend of {len(whole)} sources has too many; the limit is {MAX_PERIOD // 2}")
+    total = sum(whole)
+    rounded = [max(1, number * MAX_PERIOD // total) for number in whole]
+    # the largest source takes what rounding left over or took too much; relative to its share that is the least
+    rounded[max(range(len(whole)), key=whole.__getitem__)] += MAX_PERIOD - sum(rounded)
+    return rounded
+
+
+def chairman_assignment(weights: list[int]) -> np.ndarray:
+    """One period of the schedule: int32 [sum(weights)], the source of each sample.
+
+    With n sources, share_k(i) = w_k * i / P and slack = 1 / (2n - 2): when sample i (from 0) is given out, source k is
+    eligible if share_k(i + 1) - drawn_k >= slack; of the eligible ones the least (1 - slack - share_k(i + 1) + drawn_k)
+    / w_k, the time until k would lag too far, is served. All numbers are kept whole, in units of slack / P.
+    """
+    n, period = len(weights), sum(weights)
+    if n == 1:
+        return np.zeros(1, np.int32)
+    unit = 2 * n - 2
+    out = np.empty(period, np.int32)
+    ahead = [0] * n  # share - drawn
+    for i in range(period):
+        best, best_time, best_weight = -1, 1, 0
+        for k, weight in enumerate(weights):
+            ahead[k] += weight * unit
+            if ahead[k] >= period:
+                time = (unit - 1) * period - ahead[k]
+                if best < 0 or time * best_weight < best_time * weight:  # fractions compared without dividing
+                    best, best_time, best_weight = k, time, weight
+        out[i] = best
+        ahead[best] -= period * unit
+    return out
+
+
+class Blend:
+    """Answers, for any sample number, which source it comes from and its number within that source."""
+
+    def __init__(self, weights: list[float]):
+        self.weights = whole_weights(weights)
+        self.period = sum(self.weights)
+        self.source = chairman_assignment(self.weights)  # [period]
+        self.rank = np.empty(self.period, np.int32)  # [period], samples of the same source earlier in the period
+        for k in range(len(weights)):
+            mine = np.flatnonzero(self.source == k)
+            self.rank[mine] = np.arange(len(mine))
+
+    def __call__(self, sample: int) -> tuple[int, int]:
+        """(source, sample number within the source)."""
+        if self.period == 1:
+            return 0, sample
+        turn, at = divmod(sample, self.period)
+        source = int(self.source[at])
+        return source, turn * self.weights[source] + int(self.rank[at])
+
+    def drawn(self, samples: int) -> list[int]:
+        """How many of the first `samples` come from each source."""
+        turns, rest = divmod(samples, self.period)
+        head = np.bincount(self.source[:rest], minlength=len(self.weights))
+        return [turns * weight + int(more) for weight, more in zip(self.weights, head, strict=True)]

@@ -1,0 +1,239 @@
+"""From a data configuration to batches: the dataset of numbered samples and the loader that hands them out.
+
+The order is one endless list of samples 0, 1, 2, ... that depends on (seed, epoch, data) alone. A run's place in it is
+the number of samples consumed; batch size, number of processes and number of steps only say how many are taken at once.
+"""
+
+import signal
+from collections.abc import Iterator
+from itertools import count
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_taipan.config import DataConfig, DataSource
+from megatron_taipan.data.blend import Blend
+from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.permutation import derive_key
+from megatron_taipan.data.samples import LongSamples, PackedSamples
+from megatron_taipan.data.split import split_documents
+from megatron_taipan.data.stream import TokenStream, whole
+from megatron_taipan.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+
+
+class SampleDataset(Dataset):
+    """Samples by number, any i >= 0, drawn from one or more weighted sources.
+
+    `dataset[i]` holds, with L = seq_len:
+        tokens     int64 [L]
+        labels     int64 [L]    the next token
+        loss_mask  float32 [L]  0 where the label belongs to another document
+        seq_idx    int32 [L]    number of the document within the sample, from 0; all 0 if documents are not masked
+        sample     int64 []     i
+
+    Attributes:
+        sources: the samples of each source, in the order of the configuration.
+        fingerprint: hash of all that decides which tokens sample i holds; a resume with another one must be refused.
+    """
+
+    def __init__(
+        self,
+        sources: list[PackedSamples] | list[LongSamples],
+        weights: list[float],
+        *,
+        seq_len: int,
+        vocab_size: int,
+        mask_documents: bool,
+        fingerprint: str,
+    ):
+        self.sources, self.blend = sources, Blend(weights)
+        self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        """Samples in one epoch of all sources together."""
+        return sum(source.per_epoch for source in self.sources)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: values[0] for name, values in self.batch([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """What DataLoader calls for a list of indices: the batch is filled in place, with nothing to collate."""
+        return self.batch(indices)
+
+    def tokens(self, index: int) -> tuple[np.ndarray, list[int]]:
+        """The L + 1 stored ids of one sample and where in them other documents begin.
+
+        Raises:
+            UserError: an id is beyond the model's vocabulary.
+        """
+        source, sample = self.blend(index)
+        source = self.sources[source]
+        reader = source.stream.reader
+        out = np.empty(self.seq_len + 1, reader.dtype)
+        begins = source.read_into(sample, out)
+        # unsigned, a negative id is a large one too
+        if (top := int(out.view(f"u{out.itemsize}").max())) >= self.vocab_size:
+            raise beyond_vocabulary(reader, top, self.vocab_size)
+        return out, begins
+
+    def batch(self, indices: list[int]) -> Batch:
+        """Several samples stacked: every tensor gets a first dimension [b]."""
+        b, l = len(indices), self.seq_len
+        ids = np.empty((b, l + 1), np.int64)
+        loss_mask = np.ones((b, l), np.float32)
+        seq_idx = np.zeros((b, l), np.int32)
+        for row, index in enumerate(indices):
+            ids[row], begins = self.tokens(index)
+            for number, begin in enumerate(begins, start=1):
+                loss_mask[row, begin - 1] = 0
+                if self.mask_documents:
+                    seq_idx[row, begin:] = number
+        ids = torch.from_numpy(ids)
+        return {
+            "tokens": ids[:, :-1].contiguous(),
+            "labels": ids[:, 1:].contiguous(),
+            "loss_mask": torch.from_numpy(loss_mask),
+            "seq_idx": torch.from_numpy(seq_idx),
+            "sample": torch.tensor(indices, dtype=torch.int64),
+        }
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source has been gone through after `samples` samples, by its prefix."""
+        drawn = self.blend.drawn(samples)
+        return {s.stream.reader.prefix: n / s.per_epoch for s, n in zip(self.sources, drawn, strict=True)}
+
+
+def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size: int) -> SampleDataset:
+    """The dataset of one split.
+
+    Args:
+        data: what to read; without `data.valid` each training source holds out `data.valid_fraction` of its documents.
+        vocab_size: ids of the model's vocabulary; a larger id in the data is refused, here where the first part of a
+            file shows it, otherwise when the sample is read.
+
+    Raises:
+        UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary.
+    """
+    own = split == "valid" and data.valid is not None
+    chosen = data.valid if own else data.train
+    _refuse_doubles(chosen, f"data.{'valid' if own else 'train'}")
+    if split == "valid" and not own and data.valid_fraction == 0:
+        raise UserError("there is no validation data: set data.valid, or data.valid_fraction above 0")
+    held_out = data.valid_fraction if data.valid is None else 0.0
+    sources, identity = [], []
+    for source in chosen:
+        reader = IndexedReader(source.prefix)
+        if not reader.n_tokens:
+            raise UserError(f"{source.prefix}.bin holds no tokens; tokenize a corpus with text in it")
+        _check_ids(reader, vocab_size)
+        train, valid = (whole(reader), None) if own else split_documents(reader, held_out)
+        sources.append(_samples(valid if valid is not None and split == "valid" else train, data, split, held_out))
+        identity += [reader.fingerprint, source.weight]
+    identity += [split, data.seq_len, data.seed, held_out, data.one_document]
+    return SampleDataset(
+        sources,
+        [source.weight for source in chosen],
+        seq_len=data.seq_len,
+        vocab_size=vocab_size,
+        mask_documents=data.mask_documents,
+        fingerprint=f"{derive_key(*identity):016x}",
+    )
+
+
+def make_loader(
+    dataset: SampleDataset,
+    *,
+    start: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This rank's micro-batches, without end, from sample number `start` on.
+
+    Counting steps from 0, global batch s is samples start + s * global_batch + [0, global_batch). Its micro-batch k
+    of rank r is samples k * dp_size * micro_batch + r * micro_batch + [0, micro_batch) of these.
+
+    Raises:
+        UserError: the global batch is not a whole number of micro-batches of all ranks.
+    """
+    together = dp_size * micro_batch
+    if global_batch % together:
+        raise UserError(
+            f"train.global_batch={global_batch} is not a multiple of data-parallel size * train.micro_batch = {dp_size}"
+            f" * {micro_batch} = {together} (remainder {global_batch % together})"
+        )
+    first = start + dp_rank * micro_batch
+    batches = (list(range(at, at + micro_batch)) for at in count(first, together))
+    if not workers:
+        return map(dataset.batch, batches)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None,
+    )
+    return iter(loader)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole process group; only the trainer may act on them.
+
+    A worker ends when its trainer does: DataLoader's workers watch for that.
+    """
+    del worker
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> PackedSamples | LongSamples:
+    kind = LongSamples if data.one_document else PackedSamples
+    try:
+        return kind(stream, data.seq_len, data.seed)
+    except UserError as error:
+        if split == "valid" and data.valid is None:
+            raise UserError(
+                f"validation: {error}; or raise data.valid_fraction={held_out}, or set data.valid to another dataset"
+            ) from error
+        raise
+
+
+def _refuse_doubles(sources: list[DataSource], where: str) -> None:
+    """The same data twice would draw the same samples twice at the same time."""
+    seen = set()
+    for source in sources:
+        if source.prefix in seen:
+            raise UserError(f"{where} lists {source.prefix} twice; list it once with the sum of the weights")
+        seen.add(source.prefix)
+
+
+def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
+    """Looks through the first 32 MB for ids that the model does not have; `tokens` looks at every sample again."""
+    if np.iinfo(reader.dtype).max < vocab_size and np.iinfo(reader.dtype).min == 0:
+        return
+    count = 1 << 20
+    for at in range(0, min(reader.n_tokens, 16 * count), count):
+        out = np.empty(min(count, reader.n_tokens - at), reader.dtype)
+        reader.read_into(at, out)
+        if (top := int(out.view(f"u{out.itemsize}").max())) >= vocab_size:
+            raise beyond_vocabulary(reader, top, vocab_size)
+
+
+def beyond_vocabulary(reader: IndexedReader, top: int, vocab_size: int) -> UserError:
+    """The error of an id that the model does not have."""
+    return UserError(
+        f"{reader.prefix}.bin holds id {top} and the model's vocabulary has {vocab_size} (ids 0 to {vocab_size - 1});"
+        f" set model.vocab_size to the tokenizer's size, above {top}, or tokenize with the model's tokenizer"
+    )

@@ -1,0 +1,262 @@
+"""Samples, splits, packing, order and the loader."""
+
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_taipan.config import DataConfig
+from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
+from megatron_taipan.data.loader import build_dataset, make_loader
+from megatron_taipan.data.split import split_documents
+from megatron_taipan.errors import UserError
+
+EOD = 0
+
+
+def corpus(path, lengths, base=1, dtype=np.uint16):
+    """Documents of distinct rising ids, each ended by EOD, so that every token tells where it comes from."""
+    at = base
+    with IndexedWriter(path, dtype) as writer:
+        for length in lengths:
+            writer.add_document([*range(at, at + length), EOD])
+            at += length
+    return str(path)
+
+
+def dataset(prefix, split="train", vocab_size=70_000, **options):
+    return build_dataset(DataConfig(train=prefix, **{"seq_len": 8, "valid_fraction": 0, **options}), split, vocab_size)
+
+
+def epoch_inputs(data, epoch=0):
+    return torch.cat([data[i]["tokens"] for i in range(epoch * len(data), (epoch + 1) * len(data))])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30), seq_len=st.integers(1, 20), seed=st.integers(0, 9)
+)
+def test_every_token_is_an_input_and_a_label_once_an_epoch(tmp_path_factory, lengths, seq_len, seed):
+    prefix = corpus(tmp_path_factory.mktemp("c") / "x", lengths)
+    total = sum(lengths) + len(lengths)
+    if total <= seq_len:
+        with pytest.raises(UserError, match=f"{total} tokens"):
+            dataset(prefix, seq_len=seq_len)
+        return
+    data = dataset(prefix, seq_len=seq_len, seed=seed)
+    assert len(data) == total // seq_len
+    for epoch in (0, 3):
+        for part in ("tokens", "labels"):
+            ids = torch.cat([data[i][part] for i in range(epoch * len(data), (epoch + 1) * len(data))]).numpy()
+            real = ids[ids != EOD]
+            assert len(np.unique(real)) == len(real)
+            assert len(ids) > total - seq_len
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=4, max_size=30), masked=st.booleans(), held=st.sampled_from([0, 0.3])
+)
+def test_documents_within_a_sample(tmp_path_factory, lengths, masked, held):
+    """seq_idx, loss_mask and labels against what the ids themselves say."""
+    prefix = corpus(tmp_path_factory.mktemp("c") / "x", lengths)
+    owner = np.repeat(np.arange(len(lengths)), lengths)  # document of id 1, 2, ...
+    try:
+        data = dataset(prefix, seq_len=16, mask_documents=masked, valid_fraction=held)
+    except UserError:
+        return
+    for i in range(len(data)):
+        sample = data[i]
+        tokens, labels, seq_idx = sample["tokens"], sample["labels"], sample["seq_idx"]
+        assert sample["sample"].item() == i
+        assert torch.equal(tokens[1:], labels[:-1])
+        # a document ends with its EOD and nowhere else
+        after_eod = torch.cat([torch.zeros(1, dtype=torch.int64), (tokens[:-1] == EOD).cumsum(0)])
+        assert seq_idx.tolist() == (after_eod if masked else torch.zeros(16)).tolist()
+        assert sample["loss_mask"].tolist() == (tokens != EOD).float().tolist()
+        for number in seq_idx.unique() if masked else []:
+            ids = tokens[(seq_idx == number) & (tokens != EOD)] - 1
+            assert len(np.unique(owner[ids.numpy()])) <= 1
+        assert [v.dtype for v in sample.values()] == [
+            torch.int64, torch.int64, torch.float32, torch.int32, torch.int64,
+        ]  # fmt: skip
+
+
+def test_epochs_differ_in_order_and_in_cuts(tmp_path):
+    data = dataset(corpus(tmp_path / "x", [7] * 200), seq_len=16)
+    first, second = epoch_inputs(data, 0), epoch_inputs(data, 1)
+    assert not torch.equal(first, second)
+    assert {tuple(row.tolist()) for row in first.view(-1, 16)}.isdisjoint(
+        {tuple(row.tolist()) for row in second.view(-1, 16)}
+    )
+
+
+def test_order_follows_the_seed_and_the_data_only(tmp_path):
+    prefix = corpus(tmp_path / "x", [9] * 100)
+    a, b, c = dataset(prefix), dataset(prefix), dataset(prefix, seed=5)
+    assert torch.equal(epoch_inputs(a), epoch_inputs(b)) and a.fingerprint == b.fingerprint
+    assert not torch.equal(epoch_inputs(a), epoch_inputs(c)) and a.fingerprint != c.fingerprint
+    # any order of access gives the same samples
+    backwards = [a[i]["tokens"].tolist() for i in reversed(range(3 * len(a)))]
+    assert backwards[::-1] == [b[i]["tokens"].tolist() for i in range(3 * len(b))]
+
+
+def test_split_by_document_is_random_disjoint_and_complete(tmp_path):
+    reader = IndexedReader(corpus(tmp_path / "x", [5] * 400))
+    train, valid = split_documents(reader, 0.1)
+    seen = {}
+    for name, stream in (("train", train), ("valid", valid)):
+        out = np.empty(stream.n_tokens, np.uint16)
+        stream.read_into(0, out)
+        seen[name] = {(int(i) - 1) // 5 for i in out if i != EOD}
+        assert len(out) == len(seen[name]) * 6  # whole documents
+    assert len(seen["valid"]) == 40 and seen["train"].isdisjoint(seen["valid"])
+    assert seen["train"] | seen["valid"] == set(range(400))
+    assert 120 < np.mean(sorted(seen["valid"])) < 280  # by position they would all be at an end
+
+
+def test_validation_sets(tmp_path):
+    prefix, other = corpus(tmp_path / "x", [9] * 100), corpus(tmp_path / "y", [9] * 50, base=5000)
+    held = dataset(prefix, "valid", valid_fraction=0.2)
+    assert set(epoch_inputs(held).tolist()).isdisjoint(
+        set(epoch_inputs(dataset(prefix, valid_fraction=0.2)).tolist()) - {0}
+    )
+    own = dataset(prefix, "valid", valid=other)
+    assert min(set(epoch_inputs(own).tolist()) - {0}) >= 5000
+    assert len(epoch_inputs(dataset(prefix, valid=other, valid_fraction=0.2))) == 1000  # nothing held out then
+
+
+def test_long_samples_never_cross_documents(tmp_path):
+    lengths = [3, 100, 7, 64, 63, 40, 200]
+    data = dataset(corpus(tmp_path / "x", lengths), seq_len=64, one_document=True)
+    assert len(data) == sum(length // 64 for length in lengths)
+    inputs = []
+    for i in range(2 * len(data)):
+        sample = data[i]
+        assert sample["seq_idx"].unique().tolist() == [0] and sample["loss_mask"].min() == 1
+        assert (sample["tokens"].diff() == 1).all()
+        inputs += sample["tokens"].tolist() if i < len(data) else []
+    assert len(set(inputs)) == len(inputs)
+    with pytest.raises(UserError, match="the longest has 201"):
+        dataset(str(tmp_path / "x"), seq_len=500, one_document=True)
+
+
+def test_long_samples_with_held_out_documents(tmp_path):
+    prefix = corpus(tmp_path / "x", [50] * 40)
+    both = [dataset(prefix, split, seq_len=20, one_document=True, valid_fraction=0.25) for split in ("train", "valid")]
+    assert [len(d) for d in both] == [60, 20]
+    train, valid = (set((epoch_inputs(d).numpy() - 1) // 50) for d in both)
+    assert train.isdisjoint(valid)
+
+
+def blended(tmp_path):
+    a, b = corpus(tmp_path / "a", [9] * 40), corpus(tmp_path / "b", [9] * 10, base=1000)
+    return dataset([{"prefix": a, "weight": 3}, {"prefix": b, "weight": 1}])
+
+
+def test_blend_draws_each_source_in_its_share_and_counts_epochs(tmp_path):
+    data = blended(tmp_path)
+    from_b = [bool((data[i]["tokens"] > 999).any()) for i in range(400)]
+    for i in range(1, 401):
+        assert abs(sum(from_b[:i]) - i / 4) < 1
+    a, b = data.epochs(400).values()
+    assert a == 300 / 50 and b == 100 / (100 // 8)
+
+
+def take(loader, n):
+    return [next(loader) for _ in range(n)]
+
+
+def order(data, start, global_batch, micro_batch, dp_size, steps):
+    """Samples in the order in which a job of this layout uses them."""
+    seen = []
+    loaders = [
+        make_loader(data, start=start, global_batch=global_batch, micro_batch=micro_batch, dp_rank=r, dp_size=dp_size)
+        for r in range(dp_size)
+    ]
+    for _ in range(steps):
+        step = []
+        for _ in range(global_batch // (dp_size * micro_batch)):
+            step += [s for loader in loaders for s in next(loader)["sample"].tolist()]
+        seen.append(step)
+    return seen
+
+
+def test_any_layout_takes_the_same_samples_in_a_step(tmp_path):
+    data = blended(tmp_path)
+    for micro_batch, dp_size in ((1, 1), (2, 2), (4, 3), (12, 1), (1, 12)):
+        steps = order(data, 24, 12, micro_batch, dp_size, 3)
+        assert [sorted(s) for s in steps] == [list(range(24 + 12 * s, 36 + 12 * s)) for s in range(3)]
+
+
+def test_changing_batch_and_world_mid_run_neither_repeats_nor_skips(tmp_path):
+    data = blended(tmp_path)
+    consumed, seen = 0, []
+    for global_batch, micro_batch, dp_size, steps in ((8, 2, 2, 3), (12, 3, 4, 2), (5, 5, 1, 4)):
+        for step in order(data, consumed, global_batch, micro_batch, dp_size, steps):
+            seen += sorted(step)
+        consumed += global_batch * steps
+    assert seen == list(range(consumed))
+
+
+def test_workers_give_the_same_batches(tmp_path):
+    data = blended(tmp_path)
+    options = {"start": 3, "global_batch": 8, "micro_batch": 2, "dp_rank": 1, "dp_size": 2}
+    plain, forked = (take(make_loader(data, workers=w, **options), 7) for w in (0, 2))
+    for a, b in zip(plain, forked, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert plain[0]["tokens"].shape == (2, 8)
+
+
+def test_workers_ignore_signals_meant_for_the_trainer(tmp_path):
+    loader = make_loader(blended(tmp_path), start=0, global_batch=2, micro_batch=2, dp_rank=0, dp_size=1, workers=2)
+    next(loader)
+    for worker in loader._workers:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(worker.pid, name)
+    assert [b["sample"].tolist() for b in take(loader, 20)] == [[2 * i, 2 * i + 1] for i in range(1, 21)]
+
+
+def test_batch_that_does_not_fit(tmp_path):
+    with pytest.raises(UserError, match=r"global_batch=8 .* 3 \* 2 = 6 \(remainder 2\)"):
+        make_loader(blended(tmp_path), start=0, global_batch=8, micro_batch=2, dp_rank=0, dp_size=3)
+
+
+def test_a_dataset_travels_to_another_process(tmp_path):
+    data = blended(tmp_path)
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(data[17]["tokens"], again[17]["tokens"])
+
+
+def test_ids_beyond_the_vocabulary(tmp_path):
+    prefix = corpus(tmp_path / "x", [50])
+    assert len(dataset(prefix, vocab_size=51))
+    with pytest.raises(UserError, match="holds id 50 and the model's vocabulary has 50"):
+        dataset(prefix, vocab_size=50)
+    # far into a file it is found when the sample is read
+    data = dataset(prefix, vocab_size=51)
+    data.vocab_size = 20
+    with pytest.raises(UserError, match="vocabulary has 20"):
+        epoch_inputs(data)
+
+
+def test_bad_input(tmp_path):
+    prefix = corpus(tmp_path / "x", [50])
+    with pytest.raises(UserError, match="1 document"):
+        dataset(prefix, valid_fraction=0.1)
+    with pytest.raises(UserError, match="no validation data"):
+        dataset(prefix, "valid")
+    with pytest.raises(UserError, match="twice"):
+        dataset([prefix, prefix])
+    with IndexedWriter(tmp_path / "empty", np.uint16):
+        pass
+    with pytest.raises(UserError, match="holds no tokens"):
+        dataset(str(tmp_path / "empty"))
+    two = corpus(tmp_path / "two", [50, 3])
+    with pytest.raises(UserError, match="validation: .*valid_fraction"):
+        dataset(two, "valid", valid_fraction=0.5, seq_len=100)
