@@ -1,0 +1,1 @@
+"""Programs that turn checkpoints into other layouts and other formats."""

@@ -1,0 +1,93 @@
+"""The model's source files as a flat folder, so that an exported model loads where our package is not installed.
+
+transformers copies the files that `auto_map` names, and whatever they import relatively, out of one folder. So each
+`from megatron_taipan.a.b import x` becomes `from .taipan_a_b import x`; nothing else in the files changes, but that
+kernels which need further packages (triton) stay behind: importing one raises ImportError, and `ops/dispatch.py` then
+takes the plain torch reference. transformers would refuse the whole folder where such a package is missing.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import megatron_taipan
+
+PACKAGE = "megatron_taipan"
+REQUIRED = {"torch", "transformers", "pydantic", "yaml", "numpy"}  # what an exported folder may import
+ENTRIES = ("megatron_taipan.hf.configuration_taipan", "megatron_taipan.hf.modeling_taipan")
+
+
+def bundle_sources(entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
+    """Every module that the entries need, by flat file name; found from the imports, nested ones included.
+
+    Raises:
+        ImportError: a module uses a form of import that cannot be made flat.
+    """
+    sources, waiting = {}, list(entries)
+    while waiting:
+        module = waiting.pop()
+        if f"{flat_name(module)}.py" in sources:
+            continue
+        text = _path_of(module).read_text(encoding="utf-8")
+        needed = _our_imports(module, text)
+        sources[f"{flat_name(module)}.py"] = _rewrite(text, needed)
+        waiting += [node.module for node in needed if not _needs_more(node.module)]
+    return dict(sorted(sources.items()))
+
+
+def flat_name(module: str) -> str:
+    """The module's name in the flat folder; the entry points keep their own, which transformers users expect."""
+    if module in ENTRIES:
+        return module.rpartition(".")[2]
+    return "taipan_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
+
+
+def _our_imports(module: str, text: str) -> list[ast.ImportFrom]:
+    """Every import of our own, nested ones included."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
+            raise ImportError(f"{module}:{node.lineno}: write `from {PACKAGE}.x import y`, which can be bundled")
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ImportError(f"{module}:{node.lineno}: relative imports cannot be bundled")
+            if node.module and node.module.split(".")[0] == PACKAGE:
+                if not _path_of(node.module).is_file():
+                    raise ImportError(f"{module}:{node.lineno}: {node.module} is no module; import from its files")
+                found.append(node)
+    return found
+
+
+def _rewrite(text: str, imports: list[ast.ImportFrom]) -> str:
+    lines = text.split("\n")
+    for node in imports:
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        if _needs_more(node.module):
+            indent = " " * node.col_offset
+            lines[first] = f'{indent}raise ImportError("kernels are not part of an export: install megatron_taipan")'
+            lines[first + 1 : last + 1] = [""] * (last - first)
+        else:
+            old, new = f"from {node.module} import", f"from .{flat_name(node.module)} import"
+            lines[first] = lines[first].replace(old, new, 1)
+    return "\n".join(lines)
+
+
+def _needs_more(module: str) -> bool:
+    """Whether a module, or one that it imports, cannot do without a package beyond REQUIRED."""
+    text = _path_of(module).read_text(encoding="utf-8")
+    foreign = set()
+    for node in ast.parse(text).body:  # top level: what is inside try or a function has its own way out
+        if isinstance(node, ast.Import):
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            top = node.module.split(".")[0]
+            if top == PACKAGE and _needs_more(node.module):
+                return True
+            foreign.add(top)
+    return bool(foreign - REQUIRED - {PACKAGE} - set(sys.stdlib_module_names))
+
+
+def _path_of(module: str) -> Path:
+    """The file of a module of our package (`megatron_taipan/a/b.py`)."""
+    root = Path(megatron_taipan.__file__).parent
+    return root.joinpath(*module.split(".")[1:]).with_suffix(".py")

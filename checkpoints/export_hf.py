@@ -1,0 +1,215 @@
+"""`python -m checkpoints.export_hf CHECKPOINT OUT`: a trained checkpoint as a Hugging Face folder.
+
+The folder holds weights, configuration, tokenizer, generation settings, a model card and the model's source files.
+It is written under a temporary name, loaded again by a process that cannot import our package, compared with the
+trainer's own forward pass, and renamed only if the logits agree.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from checkpoints import reload_folder
+from checkpoints.bundle import bundle_sources
+from checkpoints.model_card import model_card
+from checkpoints.safetensors_files import write_sharded
+from checkpoints.tokenizer import write_tokenizer
+from megatron_taipan.checkpoint.merge import TrainedState, open_state
+from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.inference.loading import build_model
+from megatron_taipan.inference.text import sample_texts
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.layout import describe
+
+TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m checkpoints.export_hf", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder of checkpoints (the newest)")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist unless --overwrite")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights; float32 islands stay float32")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: what the checkpoint's config names")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file, in 10^9 bytes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    options = parser.parse_args(arguments)
+    state = open_state(options.checkpoint)
+    tokenizer = None if options.no_tokenizer else find_tokenizer(state, options.tokenizer)
+    difference = export(
+        state,
+        options.out,
+        dtype=DTYPES[options.dtype],
+        tokenizer=tokenizer,
+        max_shard_bytes=int(options.max_shard_gb * 1e9),
+        overwrite=options.overwrite,
+    )
+    print(f"wrote {options.out}: logits agree with the trainer's to {difference:.1e} (relative; limit {TOLERANCE:.0e})")
+    return 0
+
+
+def export(
+    state: TrainedState,
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> float:
+    """Writes the folder; returns the relative difference of the logits that the check found.
+
+    Raises:
+        UserError: the folder exists, the tokenizer cannot be converted exactly, or the reloaded logits disagree.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        write_folder(state, work, dtype, tokenizer, max_shard_bytes)
+        difference = check_folder(state, work, dtype)
+        _sync(work)
+        if out.exists():
+            shutil.rmtree(out)
+        work.chmod(0o755)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return difference
+
+
+def write_folder(
+    state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, max_shard_bytes: int
+) -> None:
+    """Fills `folder` with every file of the export."""
+    config = state.config
+    special: dict[str, int] = {}
+    if tokenizer is not None:
+        special = write_tokenizer(tokenizer, folder, sample_texts(config.data, tokenizer), config.data.seq_len)
+    for name, text in bundle_sources().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", config_json(config, dtype, special))
+    write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
+    (folder / "README.md").write_text(model_card(config, state.step, str(dtype)[6:], tokenizer is not None))
+    write_sharded(
+        folder,
+        {f"model.{name}": stored for name, stored in stored_tensors(config.model, dtype).items()},
+        lambda name: state.load(name.removeprefix("model.")),
+        max_shard_bytes,
+    )
+
+
+def config_json(config: Config, dtype: torch.dtype, special: dict[str, int]) -> dict:
+    """What transformers reads as the model's configuration."""
+    return {
+        "architectures": ["TaipanForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_taipan.TaipanConfig",
+            "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
+        },
+        "model_type": "taipan",
+        "dtype": str(dtype)[6:],
+        "tokens_per_sample": config.data.seq_len,
+        **{key: value for key, value in special.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "network": config.model.model_dump(mode="json"),
+    }
+
+
+def check_folder(state: TrainedState, folder: Path, dtype: torch.dtype) -> float:
+    """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens.
+
+    Raises:
+        UserError: it does not load, or its logits differ by more than TOLERANCE of the largest.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model_config = state.config.model
+    # Longer than one chunk of the scan and one window where that is affordable, so that both matter.
+    length = min(max(model_config.mamba.chunk_size, model_config.attention.window) + 32, 512)
+    tokens = torch.randint(0, model_config.vocab_size, (2, length), generator=generator)
+    expected = trainer_logits(model_config, state, tokens, dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens_file, logits_file = f"{scratch}/tokens.npy", f"{scratch}/logits.npy"
+        numpy.save(tokens_file, tokens.numpy())
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), tokens_file, logits_file]
+        command += [str(dtype)[6:]] + (["tokenizer"] if (folder / "tokenizer.json").exists() else [])
+        done = subprocess.run(command, cwd=scratch, env=clean, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"the exported folder does not load by itself ({last[0]}); nothing was written")
+        got = torch.from_numpy(numpy.load(logits_file))
+    scale = expected.abs().max().clamp(min=1e-30)
+    difference = float((got - expected).abs().max() / scale)
+    if got.shape != expected.shape or not difference <= TOLERANCE:  # not <=: NaN must fail too
+        raise UserError(
+            f"the exported model's logits differ from the trainer's by {difference:.2e} of the largest logit"
+            f" (limit {TOLERANCE:.0e}); nothing was written"
+        )
+    return difference
+
+
+@torch.inference_mode()
+def trainer_logits(config: ModelConfig, state: TrainedState, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The trainer's model on tokens [b, l]: logits [b, l, v] float32."""
+    model = build_model(config, state.load, dtype)
+    return model(tokens).logits.float()
+
+
+def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype in the file of every parameter and buffer; float32 islands and buffers stay float32."""
+    table = describe(config)
+    with torch.device("meta"):
+        model = Taipan(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    lower = {name for name, spec in table.items() if not spec.float32}
+    return {name: (shape, dtype if name in lower else torch.float32) for name, shape in shapes.items()}
+
+
+def find_tokenizer(state: TrainedState, given: Path | None) -> Path | None:
+    """The tokenizer file to export: the one given, else the one that the configuration names.
+
+    Raises:
+        UserError: that file does not exist.
+    """
+    named = given or (Path(state.config.data.tokenizer) if state.config.data.tokenizer else None)
+    if named is None:
+        print("note: the configuration names no data.tokenizer; the folder will hold none", file=sys.stderr)
+        return None
+    if not named.is_file():
+        raise UserError(f"the tokenizer {named} does not exist; pass --tokenizer FILE or --no-tokenizer")
+    return named
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Makes sure that the files are on the disk before the folder gets its name."""
+    paths: Iterable[Path] = [*folder.iterdir(), folder]
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The README.md of an exported model."""
+
+from megatron_taipan.config import Config
+from megatron_taipan.parallel.layout import describe
+from megatron_taipan.pattern import LETTERS
+
+
+def model_card(config: Config, step: int | None, dtype: str, has_tokenizer: bool) -> str:
+    """What the model is, how to load it, how it was trained; in the Hub's format (YAML header, Markdown).
+
+    Args:
+        step: optimizer steps of the weights, where known.
+    """
+    model, train, data, optim = config.model, config.train, config.data, config.optim
+    n_params = sum(_count(spec.shape) for spec in describe(model).values())
+    layers = ", ".join(f"{model.letters.count(k)} {name}s" for k, name in LETTERS.items() if k in model.letters)
+    per_step = train.global_batch * data.seq_len
+    trained = f"{step:,} steps of {per_step:,} tokens ({step * per_step:,} tokens)" if step else "not recorded"
+    load_tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if has_tokenizer else ""
+    prompt = (
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        if has_tokenizer
+        else 'inputs = {"input_ids": torch.tensor([[1, 2, 3]])}  # this export holds no tokenizer\n'
+    )
+    show = "tokenizer.decode(output[0], skip_special_tokens=True)" if has_tokenizer else "output[0].tolist()"
+    selective = (
+        f"- selective attention: window {model.attention.window} tokens, capacity {model.gate.capacity:g} of the tokens\n"
+        if "S" in model.letters
+        else ""
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [taipan, mamba2, selective-attention, causal-lm]
+---
+
+# {config.name}
+
+A causal language model of {n_params:,} parameters in {dtype}, trained with Megatron-Taipan. Architecture: Taipan, a
+Mamba-2 network with selective attention layers (arXiv 2410.18572).
+
+- layer pattern `{model.pattern}`: {layers}
+- d_model {model.d_model}, SwiGLU {model.d_ff}, vocabulary {model.vocab_size:,}
+{selective}- training: {trained}; samples of {data.seq_len:,} tokens; AdamW, peak learning rate {optim.lr:g}, weight
+  decay {optim.weight_decay:g}, gradient clipping {optim.grad_clip:g}, {train.precision}
+
+## Use
+
+Needs `torch`, `transformers` and `pydantic`. The model's code is in this folder, hence `trust_remote_code=True`
+(not needed where `megatron_taipan.hf` has been imported).
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+{load_tokenizer}model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+{prompt}output = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_p=0.9)
+print({show})
+```
+
+Generation keeps a state of constant size{", except for the keys and values of full attention layers" if "A" in model.letters else ""}; batches are padded on the left.
+
+## Limits
+
+The model repeats what its training text holds, errors and prejudices included, and knows nothing else. It has not
+been aligned to follow instructions.
+"""
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

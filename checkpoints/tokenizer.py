@@ -1,0 +1,212 @@
+"""The tokenizer of an exported model: one `tokenizer.json` that the `tokenizers` library reads without our code.
+
+A sentencepiece model is rewritten piece by piece; what the two libraries make of real and of hostile text is then
+compared, and a tokenizer that gives other ids than the one the data was made with is refused.
+"""
+
+import base64
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+from megatron_taipan.errors import UserError
+
+SPACE = "\u2581"  # sentencepiece writes a blank as this character
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types of sentencepiece_model.proto
+UNIGRAM, BPE = 1, 2  # model types of sentencepiece_model.proto
+NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
+
+
+def write_tokenizer(source: Path, folder: Path, texts: Iterable[str], model_max_length: int) -> dict[str, int]:
+    """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
+
+    Args:
+        source: a sentencepiece model (`.model`) or a `tokenizer.json` of the tokenizers library.
+        texts: text on which the ids must agree, besides `hostile_texts()`.
+        model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
+
+    Returns:
+        The special ids that exist, by name: bos_token_id, eos_token_id, pad_token_id, unk_token_id.
+
+    Raises:
+        UserError: the file is of no known kind, or the conversion gives other ids.
+    """
+    if source.suffix == ".json":
+        tokenizer, special = Tokenizer.from_file(str(source)), {}
+        for kind, names in COMMON_SPECIALS.items():
+            found = [name for name in names if tokenizer.token_to_id(name) is not None]
+            if found:
+                special[kind] = found[0]
+    elif source.suffix == ".model":
+        tokenizer, special = convert_sentencepiece(source)
+        assert_same_ids(source, tokenizer, texts)
+    else:
+        raise UserError(f"{source}: tokenizers are exported from .model (sentencepiece) and .json (tokenizers) files")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model_max_length,
+        "padding_side": "left",  # a causal model continues the end of each row
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # "</s>" inside a text is text, as it was when the data was tokenized
+        **special,
+    }
+    if "pad_token" not in special and special:
+        config["pad_token"] = special.get("eos_token", next(iter(special.values())))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in COMMON_SPECIALS if kind in config}
+
+
+COMMON_SPECIALS = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+
+
+def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """A tokenizers-library tokenizer with the pieces of a sentencepiece model, and its special tokens by kind.
+
+    The format is google/sentencepiece's `sentencepiece_model.proto`. Ids are the positions of the pieces.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:
+        raise UserError(f"{path} is no sentencepiece model: {error}") from error
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    if trainer.treat_whitespace_as_suffix:
+        raise UserError(f"{path}: treat_whitespace_as_suffix has no counterpart in tokenizer.json")
+    pieces = list(proto.pieces)
+    if trainer.model_type == BPE:
+        model = _bpe(pieces, trainer.unk_piece)
+    elif trainer.model_type == UNIGRAM:
+        unknown = next(i for i, piece in enumerate(pieces) if piece.type == UNKNOWN)
+        scores = [(p.piece, p.score if p.type == NORMAL else NEVER) for p in pieces]
+        model = models.Unigram(scores, unk_id=unknown, byte_fallback=trainer.byte_fallback)
+    else:
+        raise UserError(f"{path}: only sentencepiece models of type bpe and unigram can be exported")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = _normalizer(rules)
+    strip = [decoders.Strip(" ", left=1, right=0)] if rules.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    special = {}
+    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
+    for kind, index in {**named, "unk_token": trainer.unk_id}.items():
+        if 0 <= index < len(pieces):
+            special[kind] = pieces[index].piece
+    added = [AddedToken(p.piece, special=True, normalized=False) for p in pieces if p.type in (CONTROL, UNKNOWN)]
+    tokenizer.add_special_tokens(added)
+    tokenizer.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == USER_DEFINED])
+    tokenizer.encode_special_tokens = True
+    return tokenizer, special
+
+
+def _bpe(pieces: list, unk_piece: str) -> models.BPE:
+    """sentencepiece joins the pair whose joint piece has the highest score; here that order becomes merge ranks."""
+    vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
+    joinable = {p.piece for p in pieces if p.type == NORMAL}
+    merges = []
+    for piece in sorted((p for p in pieces if p.type == NORMAL), key=lambda p: (-p.score, vocabulary[p.piece])):
+        text = piece.piece
+        splits = [(text[:at], text[at:]) for at in range(1, len(text))]
+        merges += [(left, right) for left, right in splits if left in joinable and right in joinable]
+    has_bytes = any(piece.type == BYTE for piece in pieces)
+    return models.BPE(vocabulary, merges, unk_token=unk_piece, fuse_unk=True, byte_fallback=has_bytes)
+
+
+def _normalizer(rules) -> normalizers.Normalizer:
+    """The steps of sentencepiece's normalizer, in its order."""
+    steps: list[normalizers.Normalizer] = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        steps.append(_from_json({"type": "Precompiled", "precompiled_charsmap": charsmap}))
+    if rules.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    if rules.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", SPACE))
+    if rules.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(f"{SPACE}+\\z"), ""))  # sentencepiece strips literal ones at the end too
+    return normalizers.Sequence(steps)
+
+
+def _from_json(step: dict) -> normalizers.Normalizer:
+    """A normalizer from its serialized form (the constructor of Precompiled differs between releases)."""
+    shell = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": step}
+    shell |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
+    shell["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    return Tokenizer.from_str(json.dumps(shell)).normalizer
+
+
+def assert_same_ids(source: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    """Compares ids and decoded text of both libraries; returns the number of texts compared.
+
+    Raises:
+        UserError: with the first text on which they differ.
+    """
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    count = 0
+    for text in [*hostile_texts(), *texts]:
+        wanted = reference.encode(text)
+        got = tokenizer.encode(text, add_special_tokens=False).ids
+        if wanted != got:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got))
+            )
+            raise UserError(
+                f"{source}: the converted tokenizer gives other ids for {text[:80]!r} (from token {at}:"
+                f" {got[at : at + 5]} instead of {wanted[at : at + 5]}); this sentencepiece model cannot be exported"
+                " exactly, pass --no-tokenizer to export without one"
+            )
+        count += 1
+    return count
+
+
+def hostile_texts() -> list[str]:
+    """Texts on which tokenizers like to disagree: odd Unicode, white space, text that looks like special tokens."""
+    fixed = [
+        "",
+        " ",
+        "  ",
+        " " * 1000,
+        "\n\n\n \t\t  \r\n",
+        " leading and trailing  ",
+        "a" * 500,
+        "tabs\tand\nnew lines\r\n  indented\n\n\n\n        code()",
+        "<s>not a token</s> <unk> <pad> <0x0A> <|endoftext|>",
+        "▁ literal ▁▁ blanks▁",
+        "naïve café Å Å ﬁ ﬀ ﬃ ① ½ ﷺ ㎢ Ⅷ",
+        "e\u0301 a\u0308\u0323 \u0344 \u1e9b\u0323 q\u0307\u0323",
+        "नमस्ते ক্ষ สวัสดี 안녕 한국어 こんにちは 漢字 ﾊﾝｶｸ",
+        "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽 ☺️",
+        "zero\u200bwidth\u200d joiner\ufeff bom \u00a0nbsp \u3000ideographic \u2028line \u2029para \u0085nel",
+        "\u202eright to left\u202c שלום مرحبا",
+        "control \x00 \x01 \x07 \x08 \x1b[0m \x7f \x9f",
+        "\U0001d54f \U0010ffff \ue000 \ufffd \ufffe",
+        "x" + "\u0300" * 50,
+        "1234567890 3.14159 1,000,000 -5e-10 0x1F",
+        "don't won't it's—“quoted” ‘text’ … – -",
+        "def f(x):\n    return {'a': [1, 2, (3,)], \"b\": x**2}\n",
+    ]
+    draw = random.Random(0)
+    ranges = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x900, 0x97F), (0x2000, 0x206F)]
+    ranges += [(0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xAD00), (0x1F600, 0x1F64F), (0xFB00, 0xFB06)]
+    noise = []
+    for _ in range(200):
+        spans = [draw.choice(ranges) for _ in range(draw.randint(1, 4))] + [(0x20, 0x20)]
+        noise.append("".join(chr(draw.randint(*draw.choice(spans))) for _ in range(draw.randint(1, 60))))
+    return fixed + noise

@@ -1,0 +1,72 @@
+"""A model for evaluation or generation from what training or export left on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.checkpoint.merge import open_state
+from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.model.taipan import Taipan
+
+
+def build_model(config: ModelConfig, load: Callable[[str], Tensor], dtype: torch.dtype = torch.float32) -> Taipan:
+    """A whole Taipan in evaluation mode with the given weights.
+
+    Args:
+        load: gives the full float32 tensor of a parameter or buffer by name.
+        dtype: of the computation; float32 islands stay float32.
+    """
+    with torch.device("meta"):
+        model = Taipan(config)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(load(name))
+    model.requires_grad_(False)
+    if dtype == torch.bfloat16:
+        model.bfloat16()
+    return model.eval()
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, Path | None, Config | None]:
+    """The model in a training checkpoint or an exported folder.
+
+    Returns:
+        the model on the CPU, its tokenizer file if known, and the run's configuration if it is a checkpoint.
+
+    Raises:
+        UserError: the path holds neither.
+    """
+    if (path / "config.json").is_file():
+        return _load_exported(path, dtype)
+    state = open_state(path)
+    named = state.config.data.tokenizer
+    return build_model(state.config.model, state.load, dtype), Path(named) if named else None, state.config
+
+
+def _load_exported(path: Path, dtype: torch.dtype) -> tuple[Taipan, Path | None, None]:
+    """Weights straight from the safetensors files: the folder's code is not run."""
+    from safetensors import safe_open
+
+    network = json.loads((path / "config.json").read_text()).get("network")
+    if network is None:
+        raise UserError(f"{path}/config.json describes no Taipan (it has no `network`)")
+    files = sorted(path.glob("*.safetensors"))
+    handles = [safe_open(file, framework="pt") for file in files]
+    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (no iterator of its own)
+
+    def load(name: str) -> Tensor:
+        if f"model.{name}" not in where:
+            raise UserError(f"{path} holds no weight {name}; the files are incomplete")
+        return where[f"model.{name}"].get_tensor(f"model.{name}")
+
+    tokenizer = path / "tokenizer.json"
+    return (
+        build_model(ModelConfig.model_validate(network), load, dtype),
+        tokenizer if tokenizer.is_file() else None,
+        None,
+    )
