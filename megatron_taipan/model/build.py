@@ -37,6 +37,8 @@ class Build:
                 if spec.split is not None and self.tp.size > 1:
                     parameter.tensor_model_parallel = True
                 module.register_parameter(last, parameter)
+                if spec.float32:
+                    module.islands = (*getattr(module, "islands", ()), last)
 
     def _value(self, name: str, spec: ParamSpec) -> Tensor:
         """This rank's shard of the initial value; only its shape where the default device is meta."""
@@ -52,11 +54,13 @@ class WithFloat32Islands(nn.Module):
     """A module some of whose own parameters and buffers stay float32 when it is cast to bf16 or fp16.
 
     Which parameters those are stands in the table; buffers of such a module always do. Any other move or cast
-    (device, float64) applies to them too.
+    (device, float64) applies to them too. Names are kept, not parameters: loaders may put new parameters in place.
     """
 
+    islands: tuple[str, ...] = ()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WithFloat32Islands":
-        islands = {n: p.data for n, p in self._parameters.items() if p is not None and p.spec.float32}
+        islands = {name: self._parameters[name].data for name in self.islands}
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in islands.items():
