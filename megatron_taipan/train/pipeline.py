@@ -1,0 +1,200 @@
+"""Taipan as DeepSpeed pipeline stages: the same layers, cut by the pattern's `|` or balanced by operations.
+
+Between stages travels a tuple of three tensors:
+
+    h       [b, l, d]    the residual stream (a sequence shard of it under sequence parallelism)
+    facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
+    budget  [1]          budget losses of the S layers so far
+
+The labels travel along, because head and loss are one operation that never holds the logits; `facts` is 48 bytes a
+token beside the 4 d of the stream.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_taipan.config import Config
+from megatron_taipan.model.blocks import Block
+from megatron_taipan.model.build import Build
+from megatron_taipan.model.context import make_context
+from megatron_taipan.model.embedding import Embedding, Head
+from megatron_taipan.model.flops import head_flops, layer_flops
+from megatron_taipan.model.gate import STATS
+from megatron_taipan.model.layers import RMSNorm
+from megatron_taipan.model.recompute import recomputed
+from megatron_taipan.model.taipan import make_layer
+from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parallel.stages import stage_bounds
+
+Payload = tuple[Tensor, Tensor, Tensor]
+
+
+class TaipanPipeline(PipelineModule):
+    """All stages; each process builds its own layers only. The output of the last stage is the loss.
+
+    Raises:
+        UserError: the cuts do not fit the number of stages.
+    """
+
+    def __init__(self, config: Config, groups: Groups):
+        build = Build(
+            config.model,
+            describe(config.model, groups.tensor.size),
+            config.train.seed,
+            groups.tensor,
+            pick_ops(config.ops.backend),
+        )
+        self.bounds = pipeline_bounds(config)
+        tied = config.model.tie_embeddings
+        embedding: Any = LayerSpec(PipelineEmbedding, build, config)
+        head: Any = LayerSpec(PipelineHead, build, config)
+        if tied:
+            embedding = TiedLayerSpec("embedding", PipelineEmbedding, build, config)
+            head = TiedLayerSpec("embedding", PipelineEmbedding, build, config, forward_fn=TiedHead(build, config))
+        layers = [LayerSpec(PipelineLayer, build, config, i) for i in range(config.model.n_layers)]
+        super().__init__(
+            [embedding, *layers, LayerSpec(PipelineNorm, build), head],
+            topology=PipeModelDataParallelTopology(
+                num_pp=config.parallel.pipeline, num_mp=groups.tensor.size, num_dp=groups.data_size
+            ),
+            loss_fn=None,
+        )
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Stage s holds specs parts[s] .. parts[s + 1] - 1: embedding with the first layers, norm and head with the last."""
+        self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def last_output(self) -> dict[str, Any] | None:
+        """ce_loss and budget_loss of the last micro-batch, on the last stage; None elsewhere."""
+        for func in self.forward_funcs:
+            owner = getattr(func, "func", func)
+            if isinstance(owner, TiedHead | PipelineHead):
+                return owner.last
+        return None
+
+    def gate_stats(self) -> dict[int, dict[str, Tensor]]:
+        """The last micro-batch's statistics of this stage's gates, by layer index."""
+        return {m.index: m.last for m in self.modules() if isinstance(m, PipelineLayer) and m.last is not None}
+
+
+def pipeline_bounds(config: Config) -> list[int]:
+    """First layer of each stage and the number of layers; embedding and head count with the first and last layer."""
+    model, seq_len = config.model, config.data.seq_len
+    costs = [layer_flops(model, letter, seq_len) for letter in model.letters]
+    costs[-1] += head_flops(model)
+    return stage_bounds(costs, model.cuts, config.parallel.pipeline)
+
+
+def pack_batch(batch: dict[str, Tensor], *, step: int, ce_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A micro-batch as (facts, labels) for the engine's data iterator; DeepSpeed wants the second, nothing reads it."""
+    weights = (batch["loss_mask"] * ce_scale).float()
+    shape = batch["tokens"].shape
+    facts = torch.stack(
+        [
+            batch["tokens"],
+            batch["seq_idx"].long(),
+            batch["labels"],
+            weights.view(torch.int32).long(),
+            batch["sample"].long()[:, None].expand(shape),
+            torch.full(shape, step, dtype=torch.int64, device=batch["tokens"].device),
+        ],
+        -1,
+    )
+    return facts, batch["labels"]
+
+
+def packed(batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The data iterator of one `train_batch`."""
+    return iter([pack_batch(batch, step=step, ce_scale=ce_scale) for batch in batches])
+
+
+class PipelineEmbedding(Embedding):
+    """First layer: facts -> (h, facts, budget)."""
+
+    def __init__(self, build: Build, config: Config):
+        super().__init__(build, "embedding")
+        self.residual_fp32 = config.model.residual_fp32
+
+    def forward(self, facts: Tensor) -> Payload:
+        h = super().forward(facts[..., 0])
+        h = at_least_float32(h) if self.residual_fp32 else h
+        # a leaf that wants a gradient: DeepSpeed sends one back for every floating-point tensor
+        return h, facts, torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled())
+
+
+class PipelineLayer(nn.Module):
+    """One layer of the pattern."""
+
+    def __init__(self, build: Build, config: Config, index: int):
+        super().__init__()
+        self.index, self.packed = index, config.data.mask_documents
+        self.recompute = config.parallel.recompute
+        self.layer: Block = make_layer(build, config.model.letters[index], index)
+        self.last: dict[str, Tensor] | None = None
+
+    def forward(self, payload: Payload) -> Payload:
+        h, facts, budget = payload
+        ctx = make_context(
+            facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], facts[0, 0, 5], None
+        )
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            h, selection = self.layer(h, ctx)
+        else:
+            h, selection = recomputed(self.layer, self.recompute, h, ctx)
+        if selection is not None:
+            budget = budget + selection.budget_loss
+            stats = dict(zip(STATS, selection.stats, strict=True), budget=selection.budget_loss.detach().float())
+            self.last = stats
+        return h, facts, budget
+
+
+class PipelineNorm(RMSNorm):
+    """The final norm."""
+
+    def __init__(self, build: Build):
+        super().__init__(build, "final_norm")
+
+    def forward(self, payload: Payload) -> Payload:
+        h, facts, budget = payload
+        return super().forward(h), facts, budget
+
+
+class PipelineHead(Head):
+    """Last layer: (h, facts, budget) -> loss, with a weight of its own or the tied embedding's."""
+
+    def __init__(self, build: Build, config: Config):
+        super().__init__(build, "head")
+        self.budget_lambda = config.model.gate.budget_lambda
+        self.last: dict[str, Tensor] | None = None
+
+    def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
+        h, facts, budget = payload
+        weights = facts[..., 3].int().view(torch.float32)
+        ce_loss = super().forward(h, embedding, facts[..., 2], weights)
+        loss = ce_loss + self.budget_lambda * budget[0]
+        self.last = {"loss": loss.detach(), "ce_loss": ce_loss.detach(), "budget_loss": budget[0].detach()}
+        return loss
+
+
+class TiedHead:
+    """The head that uses the tied embedding; a function of (embedding module, payload) for DeepSpeed's TiedLayerSpec."""
+
+    def __init__(self, build: Build, config: Config):
+        self.head = PipelineHead(build, config)
+
+    def __call__(self, embedding: PipelineEmbedding, payload: Payload) -> Tensor:
+        return self.head(payload, embedding.weight)
+
+    @property
+    def last(self) -> dict[str, Tensor] | None:
+        return self.head.last
