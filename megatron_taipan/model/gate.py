@@ -1,6 +1,6 @@
 """The gate of selective attention: which tokens attend, how much they take, and what the budget costs (arXiv 2410.18572)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from megatron_taipan.parallel.collectives import (
 )
 
 
-@dataclass
-class Selection:
-    """The gate's decision for tokens [b, l] (or this rank's sequence shard of them)."""
+class Selection(NamedTuple):
+    """The gate's decision for tokens [b, l] (or this rank's sequence shard of them). A tuple for ZeRO-3's sake."""
 
     m: Tensor  # [b, l] 0 or 1; in training with the straight-through gradient of the selected class
     alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1

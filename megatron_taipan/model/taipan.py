@@ -1,7 +1,7 @@
 """Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import describe
 
 
-@dataclass
-class TaipanOutput:
-    """What a forward pass gives."""
+class TaipanOutput(NamedTuple):
+    """What a forward pass gives. A tuple, because ZeRO-3 hooks the tensors that it finds in tuples, lists and dicts only."""
 
     logits: Tensor | None = None  # [b, l, vocab] float32, without labels
     loss: Tensor | None = None  # ce_loss + budget_lambda * budget_loss

@@ -1,0 +1,161 @@
+"""Starts real processes for a test and brings back what they return.
+
+    results = launch(2, cases.compare_stages, [1, 2, 3])
+
+runs `compare_stages([1, 2, 3])` in two processes that have joined a gloo group, and returns both results. A start costs
+seconds, so a function runs many cases and returns all their results.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_taipan.train.distributed import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(
+    processes: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 300.0,
+    env: dict[str, str] | None = None,
+    join: bool = True,
+) -> list[Any]:
+    """Runs `function(*arguments)` in that many new processes.
+
+    Args:
+        function: importable, at the top of a module; arguments and results are pickled.
+        timeout: seconds until all are killed, with their stacks in the failure.
+        env: more environment variables.
+        join: whether the processes join a process group before and leave it after the call.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        AssertionError: a process failed or the time is up; the message carries the end of every rank's stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="taipan-test-") as folder:
+        task = Path(folder) / "task"
+        task.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments, join, timeout)))
+        port = free_port()
+        running = [start(rank, processes, port, Path(folder), env or {}) for rank in range(processes)]
+        codes = wait(running, timeout + 30)
+        if any(code != 0 for code in codes):
+            raise AssertionError(explain(function.__name__, codes, Path(folder)))
+        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(processes)]
+
+
+def run_program(
+    processes: int, arguments: list[str], *, timeout: float = 300.0, env: dict[str, str] | None = None
+) -> "Finished":
+    """Runs `python ARGUMENTS...` once per rank with torchrun's environment, to the end."""
+    with tempfile.TemporaryDirectory(prefix="taipan-test-") as folder:
+        port = free_port()
+        running = []
+        for rank in range(processes):
+            with open(Path(folder) / f"stderr{rank}", "wb") as stderr:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        cwd=ROOT,
+                        env=process_env(rank, processes, port) | (env or {}),
+                        stdout=stderr,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        codes = wait(running, timeout)
+        return Finished(codes, [(Path(folder) / f"stderr{r}").read_text(errors="replace") for r in range(processes)])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a program: exit codes and everything printed, by rank. Code None: killed, the time was up."""
+
+    codes: list[int | None]
+    output: list[str]
+
+    def succeeded(self) -> "Finished":
+        assert all(code == 0 for code in self.codes), f"exit codes {self.codes}\n" + "\n---\n".join(self.output)
+        return self
+
+
+def start(rank: int, processes: int, port: int, folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    """One process, with torchrun's environment."""
+    with open(folder / f"stderr{rank}", "wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.launch", str(folder)],
+            cwd=ROOT,
+            env=process_env(rank, processes, port) | env,
+            stdout=stderr,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def process_env(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of one rank: torchrun's variables, one thread, the CPU."""
+    return os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+
+def wait(running: list[subprocess.Popen], timeout: float) -> list[int | None]:
+    """Exit codes of all; when one fails the others have ten seconds to follow, then they are killed (None)."""
+    end = time.monotonic() + timeout
+    while any(p.poll() is None for p in running) and time.monotonic() < end:
+        if any(p.poll() not in (None, 0) for p in running):
+            end = min(end, time.monotonic() + 10)
+        time.sleep(0.05)
+    codes = [p.poll() for p in running]
+    for p in running:
+        if p.poll() is None:
+            os.killpg(p.pid, signal.SIGKILL)
+            p.wait()
+    return codes
+
+
+def explain(name: str, codes: list[int | None], folder: Path) -> str:
+    """Why a launch failed, the end of every rank's output included."""
+    text = [f"{name} on {len(codes)} processes: exit codes {codes} (None: killed, the time was up)"]
+    for rank in range(len(codes)):
+        text.append(f"--- rank {rank} ---\n" + (folder / f"stderr{rank}").read_text(errors="replace")[-3000:])
+    return "\n".join(text)
+
+
+def main(folder: Path) -> None:
+    """The child's side."""
+    import faulthandler
+    import importlib
+
+    import torch
+
+    from megatron_taipan.train.distributed import find_place, start_processes, stop_processes
+
+    module, name, arguments, join, timeout = pickle.loads((folder / "task").read_bytes())
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    torch.set_num_threads(1)
+    place = find_place(os.environ)
+    if join:
+        start_processes(place, torch.device("cpu"), timeout)
+    result = getattr(importlib.import_module(module), name)(*arguments)
+    (folder / f"result{place.rank}").write_bytes(pickle.dumps(result))
+    if join:
+        stop_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,45 @@
+"""A tiny run: made-up but learnable text, a network of every layer kind that trains in milliseconds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_taipan.config import Config, make_config
+from megatron_taipan.data.indexed import IndexedWriter
+
+VOCAB = 64
+
+
+def write_data(prefix: Path, documents: int = 300, seed: int = 0) -> str:
+    """Documents of very different lengths that count upwards in threes, with noise; returns the prefix."""
+    rng = np.random.default_rng(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            length = int(rng.integers(3, 90))
+            writer.add_document((rng.integers(0, 50) + 3 * np.arange(length) + rng.integers(0, 2, length)) % VOCAB)
+    return str(prefix)
+
+
+def toy_tree(prefix: str, directory: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as a dictionary; `sections` are merged in, e.g. train={"steps": 3}."""
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "model": {
+            "pattern": "M S M A", "vocab_size": VOCAB, "d_model": 32, "d_ff": 48,
+            "mamba": {"d_state": 16, "headdim": 16, "chunk_size": 16}, "attention": {"n_heads": 2, "window": 12},
+        },
+        "parallel": {"zero_stage": 1, "timeout_s": 60},
+        "data": {"train": prefix, "seq_len": 32},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 6},
+        "checkpoint": {"dir": str(directory), "save_every": 0},
+        "log": {"every": 1, "tensorboard": False},
+    }  # fmt: skip
+    for name, options in sections.items():
+        tree[name] = tree.get(name, {}) | options
+    return tree
+
+
+def toy_config(prefix: str, directory: Path | str = "unused", **sections: dict[str, Any]) -> Config:
+    return make_config(toy_tree(prefix, directory, **sections))
