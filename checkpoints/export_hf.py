@@ -7,6 +7,7 @@ trainer's own forward pass, and renamed only if the logits agree.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,17 +24,16 @@ from checkpoints import reload_folder
 from checkpoints.bundle import bundle_sources
 from checkpoints.model_card import model_card
 from checkpoints.safetensors_files import write_sharded
-from checkpoints.tokenizer import write_tokenizer
+from checkpoints.tokenizer import hostile_texts, write_tokenizer
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.inference.loading import build_model
-from megatron_taipan.inference.text import sample_texts
+from megatron_taipan.inference.loading import DTYPES, build_model
+from megatron_taipan.inference.text import load_codec, sample_texts
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @exits_cleanly
@@ -81,8 +81,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        write_folder(state, work, dtype, tokenizer, max_shard_bytes)
-        difference = check_folder(state, work, dtype)
+        texts = sample_texts(state.config.data, tokenizer) if tokenizer else []
+        write_folder(state, work, dtype, tokenizer, texts, max_shard_bytes)
+        difference = check_folder(state, work, dtype, tokenizer, texts)
         _sync(work)
         if out.exists():
             shutil.rmtree(out)
@@ -94,17 +95,22 @@ def export(
 
 
 def write_folder(
-    state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, max_shard_bytes: int
+    state: TrainedState,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+    texts: list[str],
+    max_shard_bytes: int,
 ) -> None:
-    """Fills `folder` with every file of the export."""
+    """Fills `folder` with every file of the export. `texts`: on which a converted tokenizer must agree."""
     config = state.config
     special: dict[str, int] = {}
     if tokenizer is not None:
-        special = write_tokenizer(tokenizer, folder, sample_texts(config.data, tokenizer), config.data.seq_len)
+        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len)
     for name, text in bundle_sources().items():
         (folder / name).write_text(text, encoding="utf-8")
     write_json(folder / "config.json", config_json(config, dtype, special))
-    write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
+    write_json(folder / "generation_config.json", special)
     (folder / "README.md").write_text(model_card(config, state.step, str(dtype)[6:], tokenizer is not None))
     write_sharded(
         folder,
@@ -130,33 +136,36 @@ def config_json(config: Config, dtype: torch.dtype, special: dict[str, int]) -> 
     }
 
 
-def check_folder(state: TrainedState, folder: Path, dtype: torch.dtype) -> float:
-    """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens.
+def check_folder(
+    state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, texts: list[str]
+) -> float:
+    """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens, and
+    its AutoTokenizer with the tokenizer that the data was made with.
 
     Raises:
         UserError: it does not load, or its logits differ by more than TOLERANCE of the largest.
     """
-    generator = torch.Generator().manual_seed(0)
-    model_config = state.config.model
+    config = state.config.model
     # Longer than one chunk of the scan and one window where that is affordable, so that both matter.
-    length = min(max(model_config.mamba.chunk_size, model_config.attention.window) + 32, 512)
-    tokens = torch.randint(0, model_config.vocab_size, (2, length), generator=generator)
-    expected = trainer_logits(model_config, state, tokens, dtype)
+    length = min(max(config.mamba.chunk_size, config.attention.window) + 32, 512)
+    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    expected = trainer_logits(config, state, tokens, dtype)
+    codec = load_codec(tokenizer) if tokenizer else None
+    pairs = [(text, codec.encode(text)) for text in [*hostile_texts(), *texts]] if codec else []
     with tempfile.TemporaryDirectory() as scratch:
-        tokens_file, logits_file = f"{scratch}/tokens.npy", f"{scratch}/logits.npy"
-        numpy.save(tokens_file, tokens.numpy())
+        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
+        write_json(request, {"dtype": str(dtype)[6:], "tokens": tokens.tolist(), "texts": pairs})
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), tokens_file, logits_file]
-        command += [str(dtype)[6:]] + (["tokenizer"] if (folder / "tokenizer.json").exists() else [])
+        command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), str(request), str(answer)]
         done = subprocess.run(command, cwd=scratch, env=clean, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"the exported folder does not load by itself ({last[0]}); nothing was written")
-        got = torch.from_numpy(numpy.load(logits_file))
+            raise UserError(f"the exported folder does not stand by itself ({last[0]}); nothing was written")
+        got = torch.from_numpy(numpy.load(answer))
     scale = expected.abs().max().clamp(min=1e-30)
-    difference = float((got - expected).abs().max() / scale)
-    if got.shape != expected.shape or not difference <= TOLERANCE:  # not <=: NaN must fail too
+    difference = float((got - expected).abs().max() / scale) if got.shape == expected.shape else math.inf
+    if not difference <= TOLERANCE:  # not <=: NaN must fail too
         raise UserError(
             f"the exported model's logits differ from the trainer's by {difference:.2e} of the largest logit"
             f" (limit {TOLERANCE:.0e}); nothing was written"

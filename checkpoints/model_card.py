@@ -13,7 +13,8 @@ def model_card(config: Config, step: int | None, dtype: str, has_tokenizer: bool
     """
     model, train, data, optim = config.model, config.train, config.data, config.optim
     n_params = sum(_count(spec.shape) for spec in describe(model).values())
-    layers = ", ".join(f"{model.letters.count(k)} {name}s" for k, name in LETTERS.items() if k in model.letters)
+    layers = ", ".join(f"{model.letters.count(k)} x {name}" for k, name in LETTERS.items() if k in model.letters)
+    growing = ", except for the keys and values of full attention layers" if "A" in model.letters else ""
     per_step = train.global_batch * data.seq_len
     trained = f"{step:,} steps of {per_step:,} tokens ({step * per_step:,} tokens)" if step else "not recorded"
     load_tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if has_tokenizer else ""
@@ -24,7 +25,7 @@ def model_card(config: Config, step: int | None, dtype: str, has_tokenizer: bool
     )
     show = "tokenizer.decode(output[0], skip_special_tokens=True)" if has_tokenizer else "output[0].tolist()"
     selective = (
-        f"- selective attention: window {model.attention.window} tokens, capacity {model.gate.capacity:g} of the tokens\n"
+        f"- selective attention: window {model.attention.window}, capacity {model.gate.capacity:g} of the tokens\n"
         if "S" in model.letters
         else ""
     )
@@ -59,7 +60,7 @@ folder = "."  # this folder
 print({show})
 ```
 
-Generation keeps a state of constant size{", except for the keys and values of full attention layers" if "A" in model.letters else ""}; batches are padded on the left.
+Generation keeps a state of constant size{growing}; batches are padded on the left.
 
 ## Limits
 

@@ -29,7 +29,7 @@ def write_tokenizer(source: Path, folder: Path, texts: Iterable[str], model_max_
         model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
 
     Returns:
-        The special ids that exist, by name: bos_token_id, eos_token_id, pad_token_id, unk_token_id.
+        The ids that exist of bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
         UserError: the file is of no known kind, or the conversion gives other ids.
@@ -58,7 +58,8 @@ def write_tokenizer(source: Path, folder: Path, texts: Iterable[str], model_max_
     if "pad_token" not in special and special:
         config["pad_token"] = special.get("eos_token", next(iter(special.values())))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in COMMON_SPECIALS if kind in config}
+    named = ("bos_token", "eos_token", "pad_token")
+    return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in named if kind in config}
 
 
 COMMON_SPECIALS = {

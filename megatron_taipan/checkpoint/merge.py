@@ -47,7 +47,7 @@ def open_state(place: Path | str) -> "TrainedState":
     config = load_config(path / CONFIG)
     if config.parallel.pipeline > 1:
         raise UserError(f"{path} was saved with parallel.pipeline={config.parallel.pipeline}; only 1 can be merged")
-    return TrainedState(path, config, metadata["progress"]["step"], metadata["layout"]["data"])
+    return TrainedState(path, config, metadata["progress"]["step"], metadata["identity"]["layout.data"])
 
 
 def load_state(place: Path | str) -> dict[str, Tensor]:

@@ -12,6 +12,25 @@ from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the CPU.
+
+    Raises:
+        UserError: torch knows no such device, or it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
 
 def build_model(config: ModelConfig, load: Callable[[str], Tensor], dtype: torch.dtype = torch.float32) -> Taipan:
     """A whole Taipan in evaluation mode with the given weights.

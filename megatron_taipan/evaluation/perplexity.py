@@ -1,0 +1,113 @@
+"""`python -m megatron_taipan.evaluation.perplexity MODEL ...`: perplexity on a tokenized dataset.
+
+Every model named sees the same samples. `--untrained` adds the first model's network with its initial weights, so
+that one sees what training did.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_taipan.config import Config, DataConfig
+from megatron_taipan.data.loader import SampleDataset, build_dataset
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.model.taipan import Taipan
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over the scored tokens of a dataset."""
+
+    ce: float  # cross entropy in nats
+    tokens: int  # tokens it is the mean of; the first of a document is not scored
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.ce, 700.0))  # exp overflows beyond
+
+
+@torch.inference_mode()
+def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1) -> Score:
+    """Cross entropy of the first `samples` samples (at most one epoch), in evaluation mode.
+
+    Args:
+        batch: rows per forward pass; changes speed, not results.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    samples = min(samples, len(dataset))
+    for first in range(0, samples, batch):
+        rows = dataset.batch(list(range(first, min(first + batch, samples))))
+        tokens, labels, mask, seq_idx = (
+            rows[name].to(device) for name in ("tokens", "labels", "loss_mask", "seq_idx")
+        )  # [b, l] each
+        out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, ce_scale=1.0)
+        total += float(out.ce_loss)
+        count += int(mask.sum())
+    model.train(was_training)
+    if not count:
+        raise UserError("the dataset has no token to score: every document is one token long")
+    return Score(total / count, count)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_taipan.evaluation.perplexity", description=__doc__)
+    parser.add_argument("models", nargs="+", type=Path, help="checkpoints, runs' folders or exported folders")
+    parser.add_argument("--data", help="prefix of a .bin/.idx pair; default: the checkpoint's own data")
+    parser.add_argument("--split", choices=("train", "valid"), default="valid", help="of the checkpoint's own data")
+    parser.add_argument("--seq-len", type=int, help="tokens per sample; default: as in training")
+    parser.add_argument("--samples", type=int, default=64, help="samples scored")
+    parser.add_argument("--batch", type=int, default=4, help="samples per forward pass")
+    parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+
+    device, dtype = pick_device(options.device), DTYPES[options.dtype]
+    dataset: SampleDataset | None = None
+    print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
+    for path in options.models:
+        model, _, config = load_model(path, dtype)
+        if dataset is None:
+            data = choose_data(config, options.data, options.seq_len, path)
+            dataset = build_dataset(data, "train" if options.data else options.split, model.config.vocab_size)
+            if options.untrained:
+                seed = config.train.seed if config else 0
+                show("untrained", Taipan(model.config, seed=seed), dataset, options, device)
+        show(str(path), model, dataset, options, device)
+    return 0
+
+
+def show(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace, device: torch.device) -> None:
+    """Scores one model and prints its line."""
+    result = score(model.to(device), dataset, samples=options.samples, batch=options.batch)
+    print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)
+
+
+def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, path: Path) -> DataConfig:
+    """The data to score: a dataset named on the command line (all of it), or what the checkpoint was trained with.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if prefix is None:
+        if config is None:
+            raise UserError(f"{path} is an exported folder and names no data: pass --data PREFIX and --seq-len")
+        return config.data.model_copy(update={"seq_len": seq_len or config.data.seq_len})
+    length = seq_len or (config.data.seq_len if config else None)
+    if length is None:
+        raise UserError(f"{path} does not say how many tokens its samples had: pass --seq-len")
+    return DataConfig(train=prefix, seq_len=length, valid_fraction=0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""`python -m megatron_taipan.inference.generate MODEL --prompt TEXT`: continues prompts with a trained model."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.inference.generation import generate
+from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.sampling import Sampling
+from megatron_taipan.inference.text import load_codec
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_taipan.inference.generate", description=__doc__)
+    parser.add_argument("model", type=Path, help="a checkpoint, a run's folder of checkpoints, or an exported folder")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument("--prompt-file", type=Path, help="a file with one prompt a line")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=0.95, help="keep the most likely tokens up to this probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--ignore-end", action="store_true", help="do not stop at the end-of-document token")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
+    parser.add_argument("--prefill-chunk", type=int, default=2048, help="prompt tokens per pass; bounds the memory")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt, with token ids")
+    options = parser.parse_args(arguments)
+
+    sampling = Sampling(
+        options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
+    )  # refused before the model is loaded
+    texts = read_prompts(options.prompt, options.prompt_file)
+    device = pick_device(options.device)
+    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
+    named = options.tokenizer or tokenizer
+    if named is None:
+        raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
+    codec = load_codec(named)
+    continuations = generate(
+        model.to(device),
+        [codec.encode(text) for text in texts],
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        stop_tokens=() if options.ignore_end else codec.end_ids,
+        prefill_chunk=options.prefill_chunk,
+    )
+    for text, ids in zip(texts, continuations, strict=True):
+        whole = codec.decode(codec.encode(text) + [i for i in ids if i not in codec.end_ids])
+        print(
+            json.dumps({"prompt": text, "text": whole, "new_tokens": ids}, ensure_ascii=False)
+            if options.json
+            else whole
+        )
+    return 0
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        UserError: there is none, or the file cannot be read.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read prompts from {file}: {error}") from error
+    if not prompts:
+        raise UserError('there is nothing to continue: pass --prompt "some text" or --prompt-file FILE')
+    return prompts
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())
