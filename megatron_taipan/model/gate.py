@@ -25,6 +25,7 @@ class Selection(NamedTuple):
     m: Tensor  # [b, l] 0 or 1; in training with the straight-through gradient of the selected class
     alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1
     selected: Tensor  # [b, whole l] bool, of the whole sequence
+    margin: Tensor  # [b, l] s_1 - s_0, detached: what evaluation compares with the threshold
     budget_loss: Tensor  # scalar: mean over rows of (capacity - mean m)^2
     stats: Tensor  # [4] selected, selected_eval, alpha, entropy: means over the tokens, detached
 
@@ -55,7 +56,8 @@ class Gate(WithFloat32Islands):
         wide = at_least_float32(u)
         logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))  # [b, l, 2]
         alpha = logits.softmax(-1)[..., 1]
-        above = (logits[..., 1] - logits[..., 0]).detach() > self.threshold
+        margin = (logits[..., 1] - logits[..., 0]).detach()
+        above = margin > self.threshold
         if self.training:
             noise = take_tokens(gumbel_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer), self.tp)
             soft = ((logits + noise) / self.tau).softmax(-1)[..., 1]
@@ -65,7 +67,8 @@ class Gate(WithFloat32Islands):
             m = hard = above.to(alpha.dtype)
         share = sum_over_shards(m.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
         budget_loss = (self.capacity - share).square().mean()
-        return Selection(m, alpha, gather_tokens(hard > 0.5, self.tp), budget_loss, self._stats(hard, above, alpha))
+        stats = self._stats(hard, above, alpha)
+        return Selection(m, alpha, gather_tokens(hard > 0.5, self.tp), margin, budget_loss, stats)
 
     @torch.no_grad()
     def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""Calibrated thresholds give the wanted fraction on text that was not calibrated on."""
+
+import pytest
+import torch
+
+from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation.calibrate import calibrate
+from megatron_taipan.model.taipan import Taipan
+
+
+def make_model(pattern: str) -> Taipan:
+    config = ModelConfig(
+        pattern=pattern, vocab_size=61, d_model=32, d_ff=32, init_std=0.3,
+        mamba=MambaConfig(d_state=8, headdim=8, chunk_size=16), attention=AttentionConfig(n_heads=2, window=16),
+    )  # fmt: skip
+    return Taipan(config, seed=1)
+
+
+def make_batches(seed: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 61, (4, 4, 64), generator=generator)
+    return [{"tokens": t, "seq_idx": torch.zeros(4, 64, dtype=torch.int32)} for t in tokens]
+
+
+@pytest.mark.parametrize("capacity", [0.15, 0.4])
+def test_fraction_on_unseen_text(capacity):
+    model = make_model("M S M S")
+    calibrate(model, make_batches(0), capacity)
+    model.eval()
+    stats = [model(b["tokens"]).gate_stats for b in make_batches(1)]
+    for layer in range(2):
+        fraction = sum(s[layer]["selected"].item() for s in stats) / len(stats)
+        assert abs(fraction - capacity) < 0.05, (layer, fraction)
+
+
+def test_exact_fraction_on_the_text_itself_in_every_layer():
+    """Fails when all layers are calibrated in one pass: the lower thresholds change what the upper layer sees."""
+    model = make_model("M S S S")  # behind M, no two tokens have the same margin
+    batches = make_batches(0)
+    thresholds = calibrate(model, batches, 0.25)
+    model.eval()
+    stats = [model(b["tokens"]).gate_stats for b in batches]
+    fractions = [sum(s[layer]["selected"].item() for s in stats) / len(stats) for layer in range(3)]
+    assert fractions == pytest.approx([0.25] * 3, abs=1e-6)
+    assert len(set(thresholds)) == 3
+
+
+@pytest.mark.parametrize(("capacity", "fraction"), [(0.0, 0.0), (1.0, 1.0)])
+def test_ends_of_the_range(capacity, fraction):
+    model = make_model("M S")
+    calibrate(model, make_batches(0), capacity)
+    model.eval()
+    assert model(make_batches(0)[0]["tokens"]).gate_stats[0]["selected"].item() == fraction
+
+
+def test_a_model_without_gates_is_refused():
+    with pytest.raises(UserError, match="no S layer"):
+        calibrate(make_model("M W"), make_batches(0))
