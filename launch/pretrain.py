@@ -37,9 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = find_place(os.environ)
         config = load_config(options.config, options.overrides)
-        check_layout(config, options.processes or place.world_size)
+        processes = options.processes if options.dry_run and options.processes else place.world_size
+        check_layout(config, processes)
         if options.dry_run:
-            print(dry_run(config, options.processes or place.world_size))
+            for line in dry_run(config, processes):
+                print(line, flush=True)
             return 0
         device = pick_device(place)
         start_processes(place, device, config.parallel.timeout_s)

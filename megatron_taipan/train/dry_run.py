@@ -1,17 +1,18 @@
 """What a configuration would do, found out on the meta device: no GPU, no memory, no other process."""
 
+from collections.abc import Iterator
+
 import torch
 
 from megatron_taipan.config import Config
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
 from megatron_taipan.train.engine import accumulation, count_parameters
 
 
-def dry_run(config: Config, processes: int) -> str:
-    """Builds and checks everything for that many processes; returns the report.
+def dry_run(config: Config, processes: int) -> Iterator[str]:
+    """Builds and checks everything for that many processes; gives the report line by line, the data last.
 
     Raises:
         UserError: the layout or the data do not fit.
@@ -23,27 +24,31 @@ def dry_run(config: Config, processes: int) -> str:
     here = count_parameters(model)
     tokens = t.global_batch * config.data.seq_len
     flops = model.num_flops_per_token(config.data.seq_len)
-    lines = [
+    yield (
         f"model      {config.name}: {config.model.n_layers} layers {config.model.pattern}, d_model"
-        f" {config.model.d_model}, {model.num_params():,} parameters, {flops / 1e9:.3g} GFLOP per token forward",
+        f" {config.model.d_model}, {model.num_params():,} parameters, {flops / 1e9:.3g} GFLOP per token forward"
+    )
+    yield (
         f"layout     {processes} processes = {data} data x {p.tensor} tensor x {p.pipeline} pipeline, ZeRO"
-        f" {p.zero_stage}, {t.precision}, recompute {p.recompute}",
+        f" {p.zero_stage}, {t.precision}, recompute {p.recompute}"
+    )
+    yield (
         f"per rank   {here:,} parameters; parameters, gradients and optimizer state"
-        f" {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted",
+        f" {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted"
+    )
+    yield (
         f"batch      {t.global_batch} samples x {config.data.seq_len} tokens = {tokens:,} tokens a step:"
-        f" {accumulation(config, data)} micro-batches of {t.micro_batch} on each of {data} ranks",
-        f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens,"
-        f" {3 * flops * t.steps * tokens:.3g} FLOP forward and backward",
-    ]
-    try:
-        train_data = build_dataset(config.data, "train", config.model.vocab_size)
-    except UserError as error:
-        raise UserError("\n".join([f"the data cannot be used: {error}", "the rest fits:", *lines])) from error
-    lines.append(
+        f" {accumulation(config, data)} micro-batches of {t.micro_batch} on each of {data} ranks"
+    )
+    yield (
+        f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
+        " forward and backward"
+    )
+    train_data = build_dataset(config.data, "train", config.model.vocab_size)
+    yield (
         f"data       {len(train_data):,} samples an epoch, so the run is"
         f" {t.steps * t.global_batch / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
     )
-    return "\n".join(lines)
 
 
 def state_bytes(parameters: int, data: int, config: Config) -> float:
