@@ -1,0 +1,48 @@
+# make quickstart   from raw text to a small trained Taipan that writes a sentence
+# make test         the test suite            make test-all   the slow tests too
+# make lint         style, format and types   make clean      removes what the others made
+#
+# The first of them that runs makes the environment: VENV (default .venv), from constraints.txt. It needs Python 3.10 or
+# newer with the venv module: PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread a process: the tests and the quickstart start several processes on few cores.
+RUN := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+CODE := megatron_taipan data_prep checkpoints launch tests setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-all lint format clean
+
+help:
+	@sed -n '1,5s/^# //p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): constraints.txt setup.py launch/install.sh
+	launch/install.sh "$(PYTHON)" "$(VENV)"
+	@touch "$@"
+
+quickstart: $(STAMP)
+	@$(RUN) launch/quickstart.sh
+
+test: $(STAMP)
+	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(RUN) python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(RUN) ruff check $(CODE)
+	$(RUN) ruff format --check $(CODE)
+	$(RUN) mypy
+
+format: $(STAMP)
+	$(RUN) ruff check --fix $(CODE)
+	$(RUN) ruff format $(CODE)
+
+clean:
+	rm -rf .venv build dist *.egg-info runs/quickstart .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# launch/install.sh PYTHON VENV: makes the virtual environment from constraints.txt, torch first.
+#
+# Torch first, because which build is right depends on the machine: CUDA's where an NVIDIA GPU answers, else the CPU
+# build, which is gigabytes smaller. Everything that depends on torch then finds it installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$1 venv=$2
+
+say() { printf '== %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+command -v "$python" >/dev/null || fail "$python is not installed; Python 3.10 or newer is needed (make PYTHON=...)"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "$("$python" --version) is too old; Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12"
+
+say "virtual environment $venv ($("$python" --version))"
+"$python" -m venv --clear "$venv" ||
+    fail "$python cannot make virtual environments (Debian and Ubuntu: apt install python3-venv)"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+[ -n "$torch" ] || fail "constraints.txt pins no torch"
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+    say "torch $torch with CUDA: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
+    pip install --quiet --constraint constraints.txt "torch==$torch"
+else
+    say "torch $torch for the CPU (nvidia-smi finds no GPU)"
+    # PyTorch's own index has CPU builds. Where it cannot be reached the configured index decides: a second is lost.
+    pip install --quiet --quiet --no-deps --retries 0 --timeout 5 --index-url https://download.pytorch.org/whl/cpu \
+        "torch==$torch+cpu" 2>/dev/null ||
+        pip install --quiet --constraint constraints.txt "torch==$torch"
+fi
+
+say "megatron_taipan and what it needs"
+pip install --quiet --constraint constraints.txt --editable '.[dev]'
+# The tests' independent reader of .bin/.idx files; without its dependencies, which we do not need.
+pip install --quiet --no-deps --constraint constraints.txt megatron-core
+"$venv/bin/python" -c 'import torch; print(f"== torch {torch.__version__}, CUDA {torch.cuda.is_available()}")'

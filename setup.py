@@ -1,0 +1,75 @@
+"""Installs megatron_taipan with its command line programs.
+
+A range for torch stands here because users bring their own build; `make` and CI install the pinned one first (see
+Makefile), since a bare range on a machine without a GPU would fetch gigabytes of CUDA libraries.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_taipan/__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="megatron-taipan",
+    version=VERSION,
+    description="Pretraining of Taipan: Mamba-2 blocks with selective attention, tensor parallel, through DeepSpeed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    # Namespace packages: folders that hold only programs or data (launch, configs, recipes) have no __init__.py.
+    packages=find_namespace_packages(
+        include=[
+            f"{room}{inside}"
+            for room in ("megatron_taipan", "data_prep", "launch", "checkpoints")
+            for inside in ("", ".*")
+        ]
+    ),
+    package_data={"": ["*.yaml", "*.sbatch", "*.sh", "*.md", "*.jsonl.gz", "*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19.8,<0.20",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "numpy>=2",
+        "tqdm>=4.66",
+        "tensorboard>=2.18",
+        "transformers>=5.20,<6",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "protobuf>=5",
+        "tiktoken>=0.9",
+        "fastokens>=0.3.5",
+        "safetensors>=0.5",
+        "datasets>=4",
+        "pyarrow>=19",
+        "zstandard>=0.23",
+        "isal>=1.7",
+    ],
+    extras_require={
+        # These compile against the torch that is installed: `pip install --no-build-isolation '.[gpu]'` after torch.
+        "gpu": ["mamba-ssm>=2.3.2.post1", "causal-conv1d>=1.6", "flash-attn>=2.8", "liger-kernel>=0.6"],
+        "wandb": ["wandb>=0.19"],
+        # Beside these the tests read files back with Megatron's own reader: `pip install --no-deps megatron-core`
+        # (its dependencies would pull another torch).
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.17", "mypy>=1.15"],
+    },
+    entry_points={
+        "console_scripts": [
+            "taipan-data = data_prep.cli:main",
+            "taipan-pretrain = launch.pretrain:main",
+            "taipan-export = checkpoints.export_hf:main",
+        ]
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

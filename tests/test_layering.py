@@ -1,0 +1,120 @@
+"""Imports run downward only: each room imports what CONTRIBUTING.md's table allows, and nothing else.
+
+Read from the source with ast, so that imports inside functions count too.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("megatron_taipan", "data_prep", "checkpoints", "launch")
+BASICS = {"megatron_taipan", "megatron_taipan.errors"}  # the version and the exception: allowed everywhere
+
+# room -> rooms it may import; a room may always import itself
+ROOMS: dict[str, set[str]] = {
+    "megatron_taipan.errors": set(),
+    "megatron_taipan.pattern": set(),
+    "megatron_taipan.config": {"pattern"},
+    "megatron_taipan.ops": set(),
+    "megatron_taipan.parallel": {"config", "ops"},
+    "megatron_taipan.model": {"config", "pattern", "ops", "parallel"},
+    "megatron_taipan.data": {"config"},
+    "megatron_taipan.checkpoint": {"config", "parallel", "data"},
+    "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
+    "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference"},
+    "megatron_taipan.train": {"config", "pattern", "ops", "parallel", "model", "data", "checkpoint"},
+    "megatron_taipan.hf": {"config", "parallel", "model", "inference"},
+    "data_prep": {"data"},
+    "checkpoints": {"config", "pattern", "model", "parallel", "checkpoint", "data", "inference", "hf"},
+    "launch": {
+        "config",
+        "pattern",
+        "ops",
+        "parallel",
+        "model",
+        "data",
+        "checkpoint",
+        "inference",
+        "evaluation",
+        "train",
+    },
+}
+
+# Libraries that belong to a few rooms: the model must run where they are not installed, or not wanted.
+LIBRARIES: dict[str, set[str]] = {
+    "deepspeed": {"megatron_taipan.train", "megatron_taipan.checkpoint", "launch"},
+    "transformers": {"megatron_taipan.hf", "megatron_taipan.inference", "megatron_taipan.evaluation", "checkpoints"},
+    "triton": {"megatron_taipan.ops", "launch"},
+    "mamba_ssm": {"megatron_taipan.ops", "launch"},
+    "causal_conv1d": {"megatron_taipan.ops", "launch"},
+    "flash_attn": {"megatron_taipan.ops", "launch"},
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, full module or name) of every import, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write the full name"
+            yield node.lineno, node.module or ""
+
+
+def room_of(module: str) -> str:
+    """The room that a module of ours belongs to."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "megatron_taipan" else parts[0]
+
+
+def faults(module: str, text: str) -> list[str]:
+    """What `text`, the source of `module`, imports against the tables."""
+    room, found = room_of(module), []
+    allowed = {f"megatron_taipan.{name}" for name in ROOMS.get(room, set())} | BASICS | {room}
+    for line, name in imports(ast.parse(text)):
+        top = name.split(".")[0]
+        if top in OURS and room_of(name) not in allowed:
+            found.append(f"{module}:{line} imports {name}: {room} may import {sorted(allowed)}")
+        if top in LIBRARIES and room not in LIBRARIES[top]:
+            found.append(f"{module}:{line} imports {top}, which belongs to {sorted(LIBRARIES[top])}")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downward(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert room_of(module) in {*ROOMS, "megatron_taipan"}, f"{path} stands in no room of the table"
+    found = faults(module, path.read_text(encoding="utf-8"))
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_rooms_have_no_cycle() -> None:
+    """The table itself runs downward: sorting it topologically succeeds."""
+    left = {room: {f"megatron_taipan.{name}" for name in allowed} for room, allowed in ROOMS.items()}
+    while left:
+        free = [room for room, needs in left.items() if not needs & left.keys()]
+        assert free, f"these rooms may import each other in a circle: {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("megatron_taipan.model.taipan", "import deepspeed"),
+        ("megatron_taipan.model.taipan", "def f():\n    from megatron_taipan.train.loop import train"),
+        ("megatron_taipan.config", "from megatron_taipan.model.taipan import Taipan"),
+        ("megatron_taipan.ops.ssd", "from megatron_taipan.config import Config"),
+        ("data_prep.cli", "from megatron_taipan.train.loop import train"),
+        ("megatron_taipan.train.loop", "from launch.pretrain import main"),
+    ],
+)
+def test_an_upward_import_is_found(module: str, text: str) -> None:
+    assert len(faults(module, text)) == 1
