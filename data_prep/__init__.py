@@ -1,0 +1,1 @@
+"""From raw text to indexed shards: readers, tokenizers, the restartable pipeline, and tools for its output."""

@@ -1,0 +1,26 @@
+"""The command line: one subcommand a file of data_prep/commands."""
+
+import argparse
+from importlib import import_module
+
+from megatron_taipan.errors import exits_cleanly
+
+COMMANDS = {
+    "tokenize": "turn text into .bin/.idx",
+    "train-tokenizer": "train a sentencepiece tokenizer",
+    "inspect": "print documents decoded, special tokens visible, and a histogram of lengths",
+}
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> int | None:
+    """Runs a subcommand; each module has `add_arguments(parser)` and `run(args)`."""
+    parser = argparse.ArgumentParser(prog="data_prep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = import_module(f"data_prep.commands.{name.replace('-', '_')}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

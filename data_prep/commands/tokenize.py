@@ -1,0 +1,214 @@
+"""Turn text into Megatron's .bin/.idx, with several processes, restartably: a run that was killed at any instant is
+continued by the same command, and its output is the same byte for byte."""
+
+import argparse
+import errno
+import fcntl
+import os
+import shutil
+import time
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import orjson
+
+from data_prep import inputs, manifest
+from data_prep.job import Job
+from data_prep.join import join_parts
+from data_prep.parts import finished_part, make_part
+from data_prep.pool import run_pool
+from data_prep.progress import Progress
+from data_prep.readers import field_extractor, size_of
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from megatron_taipan.data.indexed import token_dtype
+from megatron_taipan.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders or globs; kinds: " + inputs.known_kinds()
+    )
+    parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
+    parser.add_argument(
+        "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
+    )
+    parser.add_argument("--text-field", default="text", help="field of the text in JSON and parquet (default: text)")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin token")
+    parser.add_argument("--eod-token", help="spelling of the end-of-document token, where the tokenizer does not say")
+    parser.add_argument("--bos-token", help="spelling of the begin token, where the tokenizer does not say")
+    parser.add_argument(
+        "--allow-special", action="store_true", help="let text that spells a special token become its id"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip", "quarantine"),
+        default="fail",
+        help="a record that gives no document: stop, leave it out and count it, or also keep it in PREFIX.skipped.jsonl",
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, help="start another shard (PREFIX-00000, ...) after this many tokens"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that was made from something else")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plans, tokenizes, joins, and writes the manifest last."""
+    started = time.monotonic()
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1 is needed")
+    if args.shard_tokens is not None and args.shard_tokens < 1:
+        raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
+    files = inputs.expand(args.input)
+    sizes = [(path, size_of(path)) for path in files]
+    if not sum(size for _, size in sizes):
+        raise UserError(f"the input is empty: {len(files)} file(s) with 0 bytes, the first is {files[0]}")
+    tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
+    job = Job(
+        pieces=inputs.cut(sizes),
+        work=args.output + ".work",
+        tokenizer=tokenizer,
+        extract=field_extractor(args.text_field),
+        dtype=token_dtype(tokenizer.vocab_size),
+        bos=_special(tokenizer, "bos", args.prepend_bos, args.bos_token),
+        eod=_special(tokenizer, "eod", args.append_eod, args.eod_token),
+        on_error=args.on_error,
+    )
+    options = {
+        "text_field": args.text_field,
+        "bos": job.bos,
+        "eod": job.eod,
+        "allow_special": args.allow_special,
+        "on_error": args.on_error,
+        "shard_tokens": args.shard_tokens,
+    }
+    identity = _identity(sizes, tokenizer, options)
+    before = manifest.read(args.output)
+    if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
+        shutil.rmtree(job.work, ignore_errors=True)  # a run killed while it cleaned up
+        print(f"{args.output} is complete already: {before['documents']} documents, {before['tokens']} tokens")
+        return
+    if before is None and os.path.exists(args.output + ".idx") and not os.path.exists(job.work):
+        before = {}
+    if before is not None and before.get("identity") != identity and not args.overwrite:
+        raise UserError(
+            f"{args.output} exists and was made from other inputs, options or another tokenizer; choose another"
+            " --output, or give --overwrite"
+        )
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    try:
+        with _claim(job.work, identity):
+            notes = _make_parts(job, args.workers, dict(sizes))
+            _finish(job, notes, args, files, sizes, options, identity, started)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of {args.output} is full ({error.filename or job.work}); free some space and run the same"
+                " command again: it continues where it stopped"
+            ) from error
+        raise
+
+
+def _make_parts(job: Job, workers: int, sizes: dict[str, int]) -> list[dict]:
+    """Notes of all parts, in order; parts that an earlier run finished are taken over."""
+    notes = {number: note for number in range(len(job.pieces)) if (note := finished_part(job, number))}
+    missing = [number for number in range(len(job.pieces)) if number not in notes]
+    if notes:
+        print(f"continuing: {len(notes)} of {len(job.pieces)} parts are done")
+    weight = [sum(piece.stop - piece.start for piece in pieces) for pieces in job.pieces]
+    progress = Progress(sum(weight[number] for number in missing), len(job.pieces))
+    done = 0
+
+    def make(number: int) -> dict:
+        return make_part(replace(job, report=progress.adder(number)), number)
+
+    for number, note in run_pool(make, missing, workers, lambda: progress.show(done)):
+        if isinstance(note, OSError):
+            raise note
+        notes[number] = note
+        done += weight[number]
+    progress.clear()
+    return [notes[number] for number in range(len(job.pieces))]
+
+
+def _finish(job, notes, args, files, sizes, options, identity, started) -> None:
+    """Joins the parts, writes the manifest, reports."""
+    documents, tokens, text = (sum(note[key] for note in notes) for key in ("documents", "tokens", "text_bytes"))
+    problems: dict[str, int] = {}
+    for note in notes:
+        for reason, count in note["problems"].items():
+            problems[reason] = problems.get(reason, 0) + count
+    if not documents:
+        why = "; ".join(f"{count} x {reason}" for reason, count in problems.items()) or "blank lines only"
+        shutil.rmtree(job.work)
+        raise UserError(f"the input holds no document ({why}); nothing was written")
+    manifest.remove(args.output)  # with the shards it names: a manifest stands only beside what it describes
+    shards = join_parts(job, args.output, args.shard_tokens)
+    skipped = args.output + ".skipped.jsonl"
+    if problems:
+        manifest.concatenate([job.part(number) + ".skipped" for number in range(len(notes))], skipped)
+    else:
+        Path(skipped).unlink(missing_ok=True)
+    manifest.write(
+        args.output,
+        manifest.describe(
+            job, notes, shards, sizes, options, identity, args.tokenizer, problems, documents, tokens, text
+        ),
+    )
+    shutil.rmtree(job.work)
+    seconds = time.monotonic() - started
+    print(
+        f"{args.output}: {documents} documents, {tokens} tokens ({job.dtype}, {len(shards)} shard(s)) from {len(files)}"
+        f" file(s), {text / 1e6:.1f} MB of text, {seconds:.1f} s, {text / seconds / 1e6:.1f} MB/s, {job.tokenizer.library}"
+    )
+    if problems:
+        print(f"left out {sum(problems.values())} records, listed in {skipped}:")
+        for reason, count in sorted(problems.items(), key=lambda item: -item[1]):
+            print(f"  {count:10d}  {reason}")
+
+
+def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None) -> int | None:
+    """The id of BOS or EOD if it is wanted."""
+    if not wanted:
+        return None
+    found = getattr(tokenizer, role) if spelling is None else tokenizer.token_id(spelling)
+    if found is None:
+        flag = "--append-eod" if role == "eod" else "--prepend-bos"
+        said = f"token {spelling!r}" if spelling else "token for it that is known by name"
+        raise UserError(f"{flag}: the tokenizer has no {said}; give its spelling with --{role}-token")
+    return found
+
+
+def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict) -> str:
+    """What must be equal for parts of an earlier run to be taken over."""
+    files = [(os.path.abspath(path), size, os.stat(path).st_mtime_ns) for path, size in sizes]
+    return sha256(orjson.dumps([files, tokenizer.digest, options], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+class _claim:
+    """The work folder for the length of one run: locked, and emptied if it belongs to another identity."""
+
+    def __init__(self, work: str, identity: str):
+        self.work, self.identity = work, identity
+
+    def __enter__(self) -> None:
+        os.makedirs(self.work, exist_ok=True)
+        self.lock = open(self.work + ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is writing to {self.work}; wait for it or end it") from error
+        note = Path(self.work, "identity")
+        if not note.exists() or note.read_text() != self.identity:
+            shutil.rmtree(self.work)
+            os.makedirs(self.work)
+            note.with_suffix(".partial").write_text(self.identity)
+            os.replace(note.with_suffix(".partial"), note)
+
+    def __exit__(self, *exception) -> None:
+        os.unlink(self.work + ".lock")
+        self.lock.close()

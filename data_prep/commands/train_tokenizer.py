@@ -1,0 +1,107 @@
+"""Train a sentencepiece tokenizer on the same inputs that `tokenize` reads. Every byte sequence can be encoded and
+decoded back (byte fallback, white space kept), so no text is lost to the tokenizer."""
+
+import argparse
+import io
+import os
+from collections.abc import Iterator
+
+from data_prep import inputs
+from data_prep.readers import field_extractor, read, size_of
+from megatron_taipan.errors import UserError
+
+LONGEST = 2000  # characters given to the trainer at a time; it drops lines of more than 4192 bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders or globs; kinds: " + inputs.known_kinds()
+    )
+    parser.add_argument("--output", required=True, help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, special and byte tokens included")
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    parser.add_argument("--text-field", default="text", help="field of the text in JSON and parquet (default: text)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=1 << 30, help="stop reading after this much text (default: 2^30)"
+    )
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what to do with a broken record")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, trains, writes the model whole or not at all."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError("training takes the package sentencepiece; `pip install sentencepiece`") from error
+    if args.vocab_size < 260 or args.vocab_size >= 1 << 20:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: it must lie between 260 (256 bytes, 3 special, 1 more) and 1048575"
+        )
+    files = inputs.expand(args.input)
+    counts = {"documents": 0, "bytes": 0, "skipped": 0}
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(files, args, counts),
+            model_writer=model,
+            vocab_size=args.vocab_size,
+            model_type=args.model_type,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=len(os.sched_getaffinity(0)),
+            train_extremely_large_corpus=args.max_bytes > 4 << 30,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if not counts["documents"]:
+            raise UserError(
+                f"the input holds no document ({len(files)} file(s), {counts['skipped']} broken records)"
+            ) from error
+        reason = " ".join(str(error).split()).rpartition(") ")[2] or str(error)
+        raise UserError(
+            f"sentencepiece cannot make --vocab-size {args.vocab_size} from {counts['documents']} documents"
+            f" ({counts['bytes']} bytes): {reason}"
+        ) from error
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    with open(args.output + ".partial", "wb") as file:
+        file.write(model.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(args.output + ".partial", args.output)
+    print(
+        f"{args.output}: {args.model_type}, {args.vocab_size} tokens, from {counts['documents']} documents,"
+        f" {counts['bytes'] / 1e6:.1f} MB"
+        + (f", {counts['skipped']} broken records left out" if counts["skipped"] else "")
+    )
+
+
+def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
+    """The documents in lines that the trainer takes, cut at white space where they are too long."""
+    extract = field_extractor(args.text_field)
+    for path in files:
+        for record in read(inputs.Slice(path, 0, size_of(path)), extract):
+            if record.problem:
+                if args.on_error == "fail":
+                    raise UserError(f"{record.where}: {record.problem}; leave such records out with --on-error skip")
+                counts["skipped"] += 1
+                continue
+            counts["documents"] += 1
+            counts["bytes"] += len(record.text.encode())
+            for line in record.text.splitlines():
+                while len(line) > LONGEST:
+                    at = line.rfind(" ", LONGEST // 2, LONGEST)
+                    at = LONGEST if at < 0 else at
+                    yield line[:at]
+                    line = line[at:]
+                if line:
+                    yield line
+            if counts["bytes"] >= args.max_bytes:
+                return

@@ -1,0 +1,98 @@
+"""What is read: input files in order, cut into pieces of work.
+
+A piece is a few slices of files. Pieces depend on the inputs alone, never on the number of workers, so their outputs
+laid end to end are the same whoever made them and in however many runs.
+"""
+
+import glob
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_taipan.errors import UserError
+
+KINDS = (".jsonl", ".txt", ".parquet")
+COMPRESSED = (".gz", ".zst")
+SPLITTABLE = (".jsonl",)  # a worker can start in the middle of these, at the next line
+PIECES = 64  # aimed at
+SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20  # bytes of input
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes [start, stop) of one file; of a file that cannot be cut, all of it."""
+
+    path: str
+    start: int
+    stop: int
+
+
+Piece = tuple[Slice, ...]
+
+
+def kind_of(path: str) -> str | None:
+    """`.jsonl`, `.jsonl.gz`, `.txt.zst`, ... or None where the name says nothing that we read."""
+    stem, ending = os.path.splitext(path.lower())
+    packed = ending if ending in COMPRESSED else ""
+    kind = os.path.splitext(stem)[1] if packed else ending
+    return kind + packed if kind in KINDS and not (packed and kind == ".parquet") else None
+
+
+def natural(path: str) -> list:
+    """Sort key that puts part_2 before part_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+def expand(inputs: list[str]) -> list[str]:
+    """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order.
+
+    Raises:
+        UserError: something does not exist, is of no known kind, or is named twice; or nothing is left.
+    """
+    files: list[str] = []
+    for name in inputs:
+        if os.path.isfile(name):
+            if not kind_of(name):
+                raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
+            files.append(name)
+        elif os.path.isdir(name):
+            inside = [str(path) for path in Path(name).rglob("*") if path.is_file() and kind_of(str(path))]
+            if not inside:
+                raise UserError(f"folder {name} holds no file of a known kind; known are {known_kinds()}")
+            files += sorted(inside, key=natural)
+        elif found := [path for path in glob.glob(name, recursive=True) if os.path.isfile(path) and kind_of(path)]:
+            files += sorted(found, key=natural)
+        else:
+            raise UserError(
+                f"{name} does not exist" if not glob.has_magic(name) else f"{name} matches no file of a known kind"
+            )
+    doubles = [path for path in set(files) if files.count(path) > 1] if len(set(files)) < len(files) else []
+    if doubles:
+        raise UserError(
+            f"{sorted(doubles)[0]} is named twice among the inputs ({len(doubles)} such files); name it once"
+        )
+    return files
+
+
+def known_kinds() -> str:
+    return ", ".join(KINDS) + "; .jsonl and .txt also with " + " or ".join(COMPRESSED)
+
+
+def cut(sizes: list[tuple[str, int]]) -> list[Piece]:
+    """The pieces of (file, bytes): large splittable files are cut, small files are put together."""
+    total = sum(size for _, size in sizes)
+    target = min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+    pieces: list[Piece] = []
+    gathered: list[Slice] = []
+    held = 0
+    for path, size in sizes:
+        step = target if kind_of(path) in SPLITTABLE else max(size, 1)
+        for start in range(0, max(size, 1), step):
+            part = Slice(path, start, min(start + step, size))
+            gathered.append(part)
+            held += part.stop - part.start
+            if held >= target:
+                pieces.append(tuple(gathered))
+                gathered, held = [], 0
+    return pieces + ([tuple(gathered)] if gathered else [])

@@ -1,0 +1,92 @@
+"""PREFIX.json: what the shards were made from and what they hold."""
+
+import os
+import shutil
+from pathlib import Path
+
+import orjson
+import xxhash
+
+from data_prep.job import Job
+from data_prep.parts import hash_file
+from megatron_taipan.data.indexed import sync_and_close
+
+
+def read(prefix: str) -> dict | None:
+    """The manifest of a prefix, or None where there is none (or none of ours)."""
+    try:
+        found = orjson.loads(Path(prefix + ".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == "data_prep manifest 1" else None
+
+
+def write(prefix: str, content: dict) -> None:
+    """Writes it whole or not at all."""
+    with open(prefix + ".json.partial", "wb") as file:
+        file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+        sync_and_close(file)
+    os.replace(prefix + ".json.partial", prefix + ".json")
+
+
+def present(prefix: str, content: dict) -> bool:
+    """Whether the shards that a manifest names are there."""
+    return all(os.path.exists(path + ending) for path in _paths(prefix, content) for ending in (".bin", ".idx"))
+
+
+def remove(prefix: str) -> None:
+    """Deletes the manifest, then the shards that it names."""
+    before = read(prefix) or {"shards": []}
+    Path(prefix + ".json").unlink(missing_ok=True)
+    for path in _paths(prefix, before):
+        for ending in (".idx", ".bin"):
+            Path(path + ending).unlink(missing_ok=True)
+
+
+def _paths(prefix: str, content: dict) -> list[str]:
+    return [os.path.join(os.path.dirname(prefix), shard["prefix"]) for shard in content["shards"]]
+
+
+def concatenate(paths: list[str], target: str) -> None:
+    """Joins files into one, whole or not at all."""
+    with open(target + ".partial", "wb") as out:
+        for path in paths:
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, out)
+        sync_and_close(out)
+    os.replace(target + ".partial", target)
+
+
+def describe(
+    job: Job, notes, shards, sizes, options, identity, tokenizer_name, problems, documents, tokens, text
+) -> dict:
+    """The content: inputs and tokenizer with hashes, options, counts and checksums per shard, what was left out."""
+    hashes: dict[str, xxhash.xxh3_128] = {path: xxhash.xxh3_128() for path, _ in sizes}
+    for piece, note in zip(job.pieces, notes, strict=True):
+        for part, digest in zip(piece, note["input"], strict=True):
+            hashes[part.path].update(bytes.fromhex(digest))
+    return {
+        "format": "data_prep manifest 1",
+        "documents": documents,
+        "tokens": tokens,
+        "text_bytes": text,
+        "dtype": str(job.dtype),
+        "shards": [
+            {**shard, "prefix": os.path.basename(shard["prefix"]), **_checksums(shard["prefix"])} for shard in shards
+        ],
+        "skipped": {"total": sum(problems.values()), "reasons": dict(sorted(problems.items()))},
+        "tokenizer": {
+            "name": tokenizer_name,
+            "sha256": job.tokenizer.digest,
+            "library": job.tokenizer.library,
+            "vocab_size": job.tokenizer.vocab_size,
+        },
+        "options": options,
+        # xxh3-128 over the xxh3-128 digests of the pieces in which a file was read
+        "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],
+        "identity": identity,
+    }
+
+
+def _checksums(prefix: str) -> dict:
+    return {"bin_xxh3_128": hash_file(prefix + ".bin"), "idx_xxh3_128": hash_file(prefix + ".idx")}

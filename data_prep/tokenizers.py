@@ -1,0 +1,263 @@
+"""Tokenizer libraries behind one face: texts in, one flat array of ids and the number of ids of each text out.
+
+Text is text: the spelling of a special token in a document never becomes its id unless `allow_special` says so, and no
+tokenizer adds BOS or EOD by itself; the pipeline does, in one place.
+"""
+
+import base64
+import json
+import os
+from abc import ABC, abstractmethod
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from megatron_taipan.errors import UserError
+
+Encoded = tuple[np.ndarray, np.ndarray]  # ids uint32 [n], counts int64 [texts]
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+
+
+class Tokenizer(ABC):
+    """A loaded tokenizer.
+
+    Attributes:
+        library: name and version of the library that does the work.
+        vocab_size: largest id + 1.
+        eod, bos: ids, or None where the tokenizer has none.
+        digest: hash of the tokenizer's file.
+    """
+
+    library: str
+    vocab_size: int
+    eod: int | None
+    bos: int | None
+    digest: str
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> Encoded:
+        """Ids of each text, nothing added."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Text with special tokens visible."""
+
+
+def flatten(lists: list[list[int]]) -> Encoded:
+    """Joins lists of ids."""
+    counts = np.array([len(ids) for ids in lists], np.int64)
+    flat = np.empty(int(counts.sum()), np.uint32)
+    at = 0
+    for ids in lists:
+        flat[at : at + len(ids)] = ids
+        at += len(ids)
+    return flat, counts
+
+
+class SentencePiece(Tokenizer):
+    """A sentencepiece .model file."""
+
+    def __init__(self, path: str, allow_special: bool = False):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UserError(f"{path}: the package sentencepiece is missing; `pip install sentencepiece`") from error
+        if allow_special:
+            raise UserError(
+                "--allow-special is not possible with sentencepiece: it never reads control tokens from text"
+            )
+        self.model = sentencepiece.SentencePieceProcessor()
+        try:
+            self.model.Load(path)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path} is no sentencepiece model: {' '.join(str(error).split())}") from error
+        self.library = f"sentencepiece {sentencepiece.__version__}"
+        self.vocab_size = self.model.vocab_size()
+        self.eod = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.digest = file_digest(path)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        return flatten(self.model.encode(texts, num_threads=1))
+
+    def token_id(self, token: str) -> int | None:
+        found = self.model.piece_to_id(token)
+        return found if self.model.id_to_piece(found) == token else None
+
+    def decode(self, ids: list[int]) -> str:
+        return with_special(
+            ids, self.model.decode, {i: self.model.id_to_piece(i) for i in set(ids) if self.model.is_control(i)}
+        )
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, path: str, allow_special: bool = False):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(f"{path}: the package tokenizers is missing; `pip install tokenizers`") from error
+        try:
+            self.model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is no tokenizer.json: {' '.join(str(error).split())}") from error
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.model.encode_special_tokens = not allow_special
+        self.library = f"tokenizers {tokenizers.__version__}"
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        self.special = {i: t.content for i, t in self.model.get_added_tokens_decoder().items() if t.special}
+        self.eod = self._named(path, "eos_token", EOD_NAMES)
+        self.bos = self._named(path, "bos_token", BOS_NAMES)
+        self.digest = file_digest(path)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        return flatten([e.ids for e in self.model.encode_batch_fast(texts, add_special_tokens=False)])
+
+    def token_id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
+
+    def _named(self, path: str, role: str, names: tuple[str, ...]) -> int | None:
+        """The id of a role: tokenizer_config.json beside the file says it, else the usual names are tried."""
+        try:
+            said = json.loads((Path(path).parent / "tokenizer_config.json").read_text()).get(role)
+            names = (said["content"] if isinstance(said, dict) else said, *names)
+        except (OSError, ValueError, AttributeError):
+            pass
+        return next((i for name in names if name and (i := self.token_id(name)) is not None), None)
+
+
+class TikToken(Tokenizer):
+    """tiktoken: an encoding by name (`tiktoken:gpt2`), or a file of base64 tokens and ranks (Llama-3's form)."""
+
+    LLAMA3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+
+    def __init__(self, name: str, allow_special: bool = False):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise UserError(f"{name}: the package tiktoken is missing; `pip install tiktoken`") from error
+        self.library = f"tiktoken {tiktoken.__version__}"
+        self.allow_special = allow_special
+        if name.startswith("tiktoken:"):
+            try:
+                self.model = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
+            except Exception as error:
+                raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+            self.digest = sha256(repr(sorted(self.model._mergeable_ranks.items())).encode()).hexdigest()
+        else:
+            ranks = tiktoken_ranks(name)
+            special = ["<|begin_of_text|>", "<|end_of_text|>"]
+            special = {token: len(ranks) + i for i, token in enumerate(special)}
+            self.model = tiktoken.Encoding(
+                Path(name).name, pat_str=self.LLAMA3, mergeable_ranks=ranks, special_tokens=special
+            )
+            self.digest = file_digest(name)
+        self.vocab_size = self.model.max_token_value + 1
+        self.special = {i: token for token, i in self.model._special_tokens.items()}
+        self.eod = next((i for t in EOD_NAMES if (i := self.token_id(t)) is not None), None)
+        self.bos = next((i for t in BOS_NAMES if (i := self.token_id(t)) is not None), None)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        if self.allow_special:
+            return flatten([self.model.encode(text, allowed_special="all") for text in texts])
+        found = [self.model.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return np.concatenate(found), np.array([len(ids) for ids in found], np.int64)
+
+    def token_id(self, token: str) -> int | None:
+        return self.model._special_tokens.get(token)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+def load_tokenizer(name: str, allow_special: bool = False) -> Tokenizer:
+    """The reference tokenizer of a file, a folder, `tiktoken:NAME`, or a Hugging Face hub name.
+
+    Raises:
+        UserError: it does not exist or is of no known form.
+    """
+    if name.startswith("tiktoken:"):
+        return TikToken(name, allow_special)
+    path = tokenizer_file(name)
+    if path.endswith(".json"):
+        return HuggingFace(path, allow_special)
+    if is_tiktoken(path):
+        return TikToken(path, allow_special)
+    return SentencePiece(path, allow_special)
+
+
+def tokenizer_file(name: str) -> str:
+    """The file that a file, folder or hub name stands for."""
+    if os.path.isfile(name):
+        return name
+    if os.path.isdir(name):
+        for inside in ("tokenizer.json", "tokenizer.model", "tiktoken.model"):
+            if os.path.isfile(os.path.join(name, inside)):
+                return os.path.join(name, inside)
+        raise UserError(f"folder {name} holds neither tokenizer.json nor tokenizer.model")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"tokenizer {name} does not exist; give a .model file, a tokenizer.json, or a folder with one")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(name, "tokenizer.json")
+    except Exception as error:
+        raise UserError(
+            f"tokenizer {name} is no file or folder, and the hub does not give it: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def is_tiktoken(path: str) -> bool:
+    """Whether the first line is a base64 token and a rank."""
+    with open(path, "rb") as file:
+        parts = file.readline(200).split()
+    try:
+        return len(parts) == 2 and parts[1].isdigit() and bool(base64.b64decode(parts[0], validate=True))
+    except ValueError:
+        return False
+
+
+def tiktoken_ranks(path: str) -> dict[bytes, int]:
+    """Tokens and their ranks from a tiktoken file."""
+    ranks = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token)] = int(rank)
+                except ValueError as error:
+                    raise UserError(f"{path} line {number} is no base64 token and rank") from error
+    return ranks
+
+
+def file_digest(path: str) -> str:
+    """sha256 of a file."""
+    return sha256(Path(path).read_bytes()).hexdigest()
+
+
+def with_special(ids: list[int], decode, special: dict[int, str]) -> str:
+    """Decodes the runs between special ids and puts the special tokens' names between them."""
+    out, run = "", []
+    for token in ids:
+        if token in special:
+            out += (decode(run) if run else "") + special[token]
+            run = []
+        else:
+            run.append(token)
+    return out + (decode(run) if run else "")
