@@ -29,6 +29,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.engine import check_layout
+from megatron_taipan.train.signals import EXIT_REQUEUE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         start_processes(place, device, config.parallel.timeout_s)
         from megatron_taipan.train.loop import train  # imported late: a typo in the configuration shows at once
 
-        return train(config, place, device)
+        status = train(config, place, device)
+        if status == EXIT_REQUEUE:
+            # Launchers kill what still runs when a process ends with a failure, and would then report the kill. So
+            # rank 0 alone carries the status, and ends last.
+            if place.rank != 0:
+                return 0
+            time.sleep(2)
+        return status
     except UserError as error:
         return report(error)
     finally:

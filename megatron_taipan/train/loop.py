@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_taipan.checkpoint import state
-from megatron_taipan.checkpoint.folder import checkpoints, find_newest, locate, remove_leftovers, remove_old
+from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, locate, remove_leftovers, remove_old
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.config import Config, dump_config
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
@@ -41,7 +41,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         sequence_parallel=p.sequence, timeout_s=p.timeout_s,
     )  # fmt: skip
     train_data, valid_data = agree(lambda: open_data(config))
-    source = agree(lambda: find_checkpoint(config, tidy=writer))
+    found = agree(lambda: find_checkpoint(config, tidy=writer))
 
     model = Taipan(
         config.model, seed=t.seed, tensor_parallel=groups.tensor, ops=agree(lambda: pick_ops(config.ops.backend)),
@@ -51,7 +51,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
     engine = agree(lambda: build_engine(model, config, groups, device))
     ours = identity(config, train_data.fingerprint, layout(config, groups))
     metadata = {"identity": ours, "name": config.name, "versions": versions(), "git_commit": git_commit()}
-    progress = state.load(engine, source, identity=ours) if source else state.Progress()
+    progress = state.load(engine, found.path, identity=ours) if found else state.Progress()
 
     last = min(t.stop_at or t.steps, t.steps)
     micro_batches = accumulation(config, groups.data_size)
@@ -62,8 +62,10 @@ def train(config: Config, place: Place, device: torch.device) -> int:
     metrics = Metrics(
         config, start_step=progress.step, flops_per_token=flops_per_token, devices=place.world_size, writes=writer
     )
+    for reason in found.passed_over if found else []:
+        metrics.note("warning", f"passed over checkpoint {reason}")
     metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
-                 f" {device.type}, step {progress.step} of {last}" + (f", resumed from {source}" if source else ""))  # fmt: skip
+                 f" {device.type}, step {progress.step} of {last}" + (f", resumed from {found.path}" if found else ""))  # fmt: skip
 
     def validate() -> None:
         if valid_data is not None:
@@ -133,7 +135,7 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
     return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
 
 
-def find_checkpoint(config: Config, *, tidy: bool) -> Path | None:
+def find_checkpoint(config: Config, *, tidy: bool) -> Found | None:
     """The checkpoint to start from, by checkpoint.load; None to start anew.
 
     Args:
@@ -157,8 +159,8 @@ def find_checkpoint(config: Config, *, tidy: bool) -> Path | None:
         names = ", ".join(path.name for path in checkpoints(directory))
         raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start anew")
     if found is not None or wanted == "auto":
-        return found.path if found else None
-    return locate(wanted)
+        return found
+    return Found(locate(wanted), [])
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

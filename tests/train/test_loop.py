@@ -1,0 +1,151 @@
+"""Whole runs on two processes: stop, resume, refuse."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
+from megatron_taipan.config import load_config, make_config
+from megatron_taipan.errors import UserError
+from tests.distributed.launch import launch, run_program
+from tests.train.toy import toy_tree, write_data
+
+SHORT = {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
+# what is measured rather than computed
+TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s")
+
+
+def runs(trees: list[dict]) -> list:
+    """Trains each configuration after the other in this process group; gives exit statuses or error messages."""
+    from megatron_taipan.train.distributed import find_place
+    from megatron_taipan.train.loop import train
+
+    results = []
+    for tree in trees:
+        try:
+            results.append(train(make_config(tree), find_place(os.environ), torch.device("cpu")))
+        except UserError as error:
+            results.append(str(error))
+    return results
+
+
+def log(directory: Path, event: str = "step") -> list[dict]:
+    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
+
+
+def numbers(directory: Path) -> list[tuple]:
+    """What must be equal to the last bit: every step's losses, norm, rate and gate statistics."""
+    return [tuple((k, v) for k, v in record.items() if k not in TIMING) for record in log(directory)]
+
+
+def with_options(tree: dict, **sections: dict) -> dict:
+    return {name: tree.get(name, {}) | sections.get(name, {}) if isinstance(tree[name], dict) else tree[name] for name in tree}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, prefix):
+    trees = []
+    for stage in (0, 1, 2, 3):
+        for name, steps in (("whole", [None]), ("parts", [3, None])):
+            tree = toy_tree(prefix, tmp_path / f"{name}{stage}", parallel={"zero_stage": stage})
+            trees += [with_options(tree, train={"stop_at": stop}) for stop in steps]
+    assert launch(2, runs, trees) == [[0] * len(trees)] * 2
+    for stage in (0, 1, 2, 3):
+        whole, parts = tmp_path / f"whole{stage}", tmp_path / f"parts{stage}"
+        assert len(numbers(whole)) == 6
+        assert numbers(parts) == numbers(whole), f"stage {stage}"
+        assert log(parts, "valid")[-1]["ce"] == log(whole, "valid")[-1]["ce"]
+        assert log(parts, "start")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_resumed_bf16_run_is_bit_equal_too(tmp_path, prefix, stage):
+    """By the real program, in processes of their own: in one process bf16 products may round differently."""
+
+    def run(name: str, **train) -> None:
+        tree = toy_tree(prefix, tmp_path / name, parallel={"zero_stage": stage})
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_options(tree, train={"precision": "bf16", **train})))
+        run_program(2, ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]).succeeded()
+
+    run("whole")
+    run("parts", stop_at=3)
+    assert [record["step"] for record in log(tmp_path / "parts")] == [1, 2, 3]
+    run("parts")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, prefix):
+    tree = toy_tree(prefix, tmp_path / "run", train=SHORT)
+    other = write_data(tmp_path / "other", seed=1)
+    cases = [
+        (with_options(tree, model={"d_ff": 64}), ["model.d_ff", "48", "64"]),
+        (with_options(tree, model={"pattern": "M S M W"}), ["model.pattern", "M S M A", "M S M W"]),
+        (with_options(tree, data={"train": other}), ["data.fingerprint"]),
+        (with_options(tree, data={"seq_len": 16}), ["data.seq_len", "32", "16"]),
+        (with_options(tree, parallel={"zero_stage": 2}), ["layout.zero_stage"]),
+        (with_options(tree, train={"seed": 7}), ["train.seed", "1234", "7"]),
+        (with_options(tree, checkpoint={"load": None}), ["step_00000002", "checkpoint.dir"]),
+        (with_options(tree, checkpoint={"load": str(tmp_path / "nowhere"), "dir": str(tmp_path / "new")}), ["nowhere"]),
+    ]
+    assert launch(2, runs, [tree])[0] == [0]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for results in launch(2, runs, [case for case, _ in cases]):
+        for message, (_, words) in zip(results, cases, strict=True):
+            assert isinstance(message, str), words
+            assert all(word in message for word in words), (words, message)
+            assert "\n" not in message
+    (alone,) = launch(1, runs, [tree])[0]
+    assert "layout.data: checkpoint has 2, this run 1" in alone
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_damaged_checkpoints(tmp_path, prefix):
+    """A truncated file is passed over for an older checkpoint; a changed one, which only its hash shows, is refused."""
+    tree = toy_tree(prefix, tmp_path / "run", train=SHORT, checkpoint={"save_every": 1})
+    longer = with_options(tree, train={"steps": 3})
+    assert launch(2, runs, [tree])[0] == [0]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001", "step_00000002"]
+    newest = tmp_path / "run" / "step_00000002"
+    state_file = max((newest / "state").iterdir(), key=lambda p: p.stat().st_size)
+    content = state_file.read_bytes()
+
+    state_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (message,) = launch(2, runs, [longer])[1]
+    assert state_file.name in message and "step_00000002" in message
+
+    state_file.write_bytes(content[:-1])
+    assert launch(2, runs, [longer])[0] == [0]
+    assert [r["text"] for r in log(tmp_path / "run", "warning")][0].startswith("passed over checkpoint step_00000002")
+    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2, 2, 3]
+    assert find_newest(tmp_path / "run").path.name == "step_00000003"
+
+
+def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
+    tree = toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 5})
+    tree["checkpoint"] |= {"save_every": 1, "keep_last": 2, "keep_every": 2}
+    second = with_options(tree, train={"steps": 6}, checkpoint={"dir": str(tmp_path / "second"), "load": str(tmp_path / "run")})
+    third = with_options(second, train={"steps": 7})
+    assert launch(2, runs, [tree, second, third])[0] == [0, 0, 0]
+    assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["2", "4", "5"]
+    path = tmp_path / "run" / "step_00000005"
+    metadata = read_metadata(path)
+    assert metadata["progress"] == {"step": 5, "samples": 20, "tokens": 20 * 32, "skipped": 0}
+    assert {"torch", "deepspeed", "python"} <= set(metadata["versions"])
+    assert metadata["git_commit"]
+    assert len(metadata["identity"]["data.fingerprint"]) >= 16
+    assert load_config(path / CONFIG).train.global_batch == 4
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000005\n"
+    # checkpoint.load=FOLDER starts there while checkpoint.dir is empty, and resumes from checkpoint.dir later
+    assert [record["step"] for record in log(tmp_path / "second")] == [6, 7]
+    assert [record["step"] for record in log(tmp_path / "second", "start")] == [5, 6]
+    shutil.rmtree(tmp_path)
