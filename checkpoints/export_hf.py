@@ -106,7 +106,7 @@ def write_folder(
     config = state.config
     special: dict[str, int] = {}
     if tokenizer is not None:
-        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len)
+        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len, config.model.vocab_size)
     for name, text in bundle_sources().items():
         (folder / name).write_text(text, encoding="utf-8")
     write_json(folder / "config.json", config_json(config, dtype, special))

@@ -20,19 +20,22 @@ UNIGRAM, BPE = 1, 2  # model types of sentencepiece_model.proto
 NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
-def write_tokenizer(source: Path, folder: Path, texts: Iterable[str], model_max_length: int) -> dict[str, int]:
+def write_tokenizer(
+    source: Path, folder: Path, texts: Iterable[str], model_max_length: int, vocab_size: int | None = None
+) -> dict[str, int]:
     """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
 
     Args:
         source: a sentencepiece model (`.model`) or a `tokenizer.json` of the tokenizers library.
         texts: text on which the ids must agree, besides `hostile_texts()`.
         model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
+        vocab_size: ids that the model has; may exceed the tokenizer's, never the other way round.
 
     Returns:
         The ids that exist of bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-        UserError: the file is of no known kind, or the conversion gives other ids.
+        UserError: the file is of no known kind, has more tokens than the model, or the conversion gives other ids.
     """
     if source.suffix == ".json":
         tokenizer, special = Tokenizer.from_file(str(source)), {}
@@ -45,6 +48,11 @@ def write_tokenizer(source: Path, folder: Path, texts: Iterable[str], model_max_
         assert_same_ids(source, tokenizer, texts)
     else:
         raise UserError(f"{source}: tokenizers are exported from .model (sentencepiece) and .json (tokenizers) files")
+    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{source} has {tokenizer.get_vocab_size()} tokens, the model only {vocab_size}; pass the tokenizer that"
+            " the data was made with"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -76,7 +76,7 @@ def _load_exported(path: Path, dtype: torch.dtype) -> tuple[Taipan, Path | None,
         raise UserError(f"{path}/config.json describes no Taipan (it has no `network`)")
     files = sorted(path.glob("*.safetensors"))
     handles = [safe_open(file, framework="pt") for file in files]
-    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (no iterator of its own)
+    where = {name: handle for handle in handles for name in handle.keys()}
 
     def load(name: str) -> Tensor:
         if f"model.{name}" not in where:

@@ -1,0 +1,145 @@
+"""An exported folder stands by itself, and a folder that disagrees with the trainer is never written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from checkpoints import export_hf
+from checkpoints.export_hf import export, main
+from megatron_taipan.errors import UserError
+from megatron_taipan.inference.generation import generate
+from megatron_taipan.inference.loading import load_model
+from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece
+from tests.inference.networks import VOCABULARY
+
+STRANGER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "megatron_taipan":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+tokens = torch.arange(1, 41).view(2, 20)
+with torch.no_grad():
+    logits = model(tokens).logits
+greedy = model.generate(tokens, max_new_tokens=8, do_sample=False)
+torch.save({"logits": logits, "greedy": greedy, "dtype": str(model.dtype)}, out)
+"""
+
+
+def as_a_stranger(folder, scratch) -> dict:
+    """Loads the folder in a process that starts elsewhere and cannot import our package."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    env |= {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    (scratch / "stranger.py").write_text(STRANGER)
+    command = [sys.executable, "-I", str(scratch / "stranger.py"), str(folder), str(scratch / "out.pt")]
+    subprocess.run(command, cwd=scratch, env=env, check=True, capture_output=True)
+    return torch.load(scratch / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_the_folder_gives_the_trainers_logits_elsewhere(tmp_path, dtype, tied):
+    state = memory_state("M S W M A", tie_embeddings=tied)
+    assert export(state, tmp_path / "hf", dtype=dtype, max_shard_bytes=20_000) <= 1e-5
+    answer = as_a_stranger(tmp_path / "hf", tmp_path)
+    model = export_hf.build_model(state.config.model, state.load, dtype)
+    tokens = torch.arange(1, 41).view(2, 20)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert answer["dtype"] == str(dtype)
+    assert (answer["logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    ours = generate(model, tokens.tolist(), max_new_tokens=8)
+    assert answer["greedy"][:, 20:].tolist() == ours
+
+    again, _, _ = load_model(tmp_path / "hf", dtype)  # our own reader, which runs none of the folder's code
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, logits)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+
+
+def test_islands_stay_float32_in_a_bf16_file(tmp_path):
+    export(memory_state(), tmp_path / "hf", dtype=torch.bfloat16)
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        kinds = {name: file.get_tensor(name).dtype for name in file.keys()}
+        threshold = file.get_tensor("model.layers.1.gate.threshold")
+    wide = {name.rpartition(".")[2] for name, dtype in kinds.items() if dtype == torch.float32}
+    assert wide == {"A_log", "dt_bias", "D", "weight", "bias", "threshold"}
+    assert {n for n in kinds if n.endswith(".weight") and kinds[n] == torch.float32} == {"model.layers.1.gate.weight"}
+    assert threshold == 0.125
+
+
+def test_tokenizer_settings_and_card_are_there(tmp_path):
+    state = memory_state(vocab_size=600)
+    tokenizer = train_sentencepiece(tmp_path)
+    export(state, tmp_path / "hf", tokenizer=tokenizer)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    settings = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert settings == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_taipan.TaipanForCausalLM"
+    card = (tmp_path / "hf/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
+    assert "7 steps of 64 tokens (448 tokens)" in card
+
+
+class Disagreeing(MemoryState):
+    """Gives other weights the second time it is asked: what is written is not what the trainer computes with."""
+
+    def load(self, name: str) -> torch.Tensor:
+        tensor = self.weights[name]
+        if name == "layers.0.mixer.out_proj":
+            self.asked = getattr(self, "asked", 0) + 1
+            return tensor * (1 + 1e-3 * self.asked)
+        return tensor
+
+
+def test_a_folder_that_disagrees_is_not_written(tmp_path):
+    state = memory_state()
+    with pytest.raises(UserError, match="logits differ from the trainer's"):
+        export(Disagreeing(state.config, state.weights), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    state = memory_state()
+    state.weights["final_norm.weight"] = torch.full_like(state.weights["final_norm.weight"], torch.nan)
+    with pytest.raises(UserError, match="differ"):
+        export(state, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_load_is_not_written(tmp_path, monkeypatch):
+    sources = export_hf.bundle_sources()
+    del sources["taipan_ops_ssd.py"]
+    monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
+    with pytest.raises(UserError, match="does not stand by itself.*taipan_ops_ssd"):
+        export(memory_state(), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/precious").write_text("x")
+    with pytest.raises(UserError, match="--overwrite"):
+        export(memory_state(), tmp_path / "hf")
+    assert (tmp_path / "hf/precious").exists()
+    export(memory_state(), tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf/config.json").exists() and not (tmp_path / "hf/precious").exists()
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path):
+    with pytest.raises(UserError, match=f"600 tokens.*{VOCABULARY}"):
+        export(memory_state(), tmp_path / "hf", tokenizer=train_sentencepiece(tmp_path))
+
+
+def test_the_program_reports_a_missing_checkpoint_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none"), str(tmp_path / "hf")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,102 @@
+"""A converted sentencepiece model gives the same ids, through transformers too; what would not is refused."""
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, hostile_texts, write_tokenizer
+from megatron_taipan.errors import UserError
+from tests.checkpoints.made import lines_of_text, train_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("spm"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"byte_fallback": False},
+        {"remove_extra_whitespaces": True},
+        {"pad_id": 3, "bos_id": -1},
+    ],
+)
+def test_ids_are_equal_on_real_and_hostile_text(tmp_path, options):
+    file = train_sentencepiece(tmp_path, **options)
+    tokenizer, special = convert_sentencepiece(file)
+    texts = lines_of_text()
+    texts += ["\n".join(texts[at : at + 50]) for at in range(0, len(texts), 50)]
+    assert assert_same_ids(file, tokenizer, texts) == len(texts) + len(hostile_texts())
+    assert ("pad_token" in special, "bos_token" in special) == ("pad_id" in options, "bos_id" not in options)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
+def test_ids_are_equal_on_any_text(model_file, text):
+    converted = getattr(test_ids_are_equal_on_any_text, "converted", None) or convert_sentencepiece(model_file)[0]
+    test_ids_are_equal_on_any_text.converted = converted
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
+
+
+def test_auto_tokenizer_encodes_and_decodes_alike(tmp_path, model_file):
+    special = write_tokenizer(model_file, tmp_path, lines_of_text()[:50], 128)
+    assert special == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    for text in hostile_texts() + lines_of_text()[:300]:
+        ids = reference.encode(text)
+        assert tokenizer(text)["input_ids"] == ids
+        if "\x00" not in text:
+            assert tokenizer.decode(ids) == reference.decode(ids)
+    padded = tokenizer(["a", "a longer text"], padding=True)
+    assert padded["attention_mask"][0][0] == 0 and padded["attention_mask"][0][-1] == 1  # on the left
+    assert tokenizer.eos_token_id == 2 and tokenizer.model_max_length == 128
+    assert tokenizer.decode([2, *reference.encode("text")], skip_special_tokens=True).strip() == "text"
+
+
+@pytest.mark.parametrize(
+    "options", [{"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram", "normalization_rule_name": "nfkc"}]
+)
+def test_a_model_that_cannot_be_converted_exactly_is_refused(tmp_path, options):
+    # the tokenizers library applies such rules to grapheme clusters, sentencepiece does not
+    file = train_sentencepiece(tmp_path, **options)
+    with pytest.raises(UserError, match="gives other ids"):
+        write_tokenizer(file, tmp_path / "out", [], 128)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_conversion_is_noticed(model_file):
+    tokenizer, _ = convert_sentencepiece(model_file)
+    tokenizer.normalizer = None
+    with pytest.raises(UserError, match="gives other ids"):
+        assert_same_ids(model_file, tokenizer, [])
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tok.model").write_bytes(b"\xff\xffnot a model")
+    with pytest.raises(UserError, match="no sentencepiece model"):
+        write_tokenizer(tmp_path / "tok.model", tmp_path, [], 1)
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(UserError, match="are exported from"):
+        write_tokenizer(tmp_path / "vocab.txt", tmp_path, [], 1)
+
+
+def test_a_tokenizers_file_is_taken_as_it_is(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(lines_of_text()[:500], trainer)
+    tokenizer.save(str(tmp_path / "source.json"))
+    special = write_tokenizer(tmp_path / "source.json", tmp_path / "out", [], 64)
+    assert special["eos_token_id"] == tokenizer.token_to_id("<|endoftext|>")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer.encode_special_tokens = True
+    for text in lines_of_text()[:100] + ["literal <|endoftext|> text"]:
+        assert loaded(text)["input_ids"] == tokenizer.encode(text).ids

@@ -1,0 +1,209 @@
+"""The transformers class: the trainer's numbers, generate() in every mode, loss, checkpointing, precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_taipan.hf import TaipanCache, TaipanConfig, TaipanForCausalLM
+from megatron_taipan.hf.modeling_taipan import documents_from_mask
+from megatron_taipan.model.taipan import Taipan
+from tests.inference.networks import VOCABULARY, small_config
+
+PATTERN = "M S W M A"
+
+
+def hf_model(pattern: str = PATTERN, **changes) -> TaipanForCausalLM:
+    """float64, evaluation mode; PAD = 0 is an ordinary token of the vocabulary."""
+    config = TaipanConfig(network=small_config(pattern, **changes).model_dump(mode="json"), pad_token_id=0)
+    torch.manual_seed(0)
+    return TaipanForCausalLM(config).double().eval()
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def naive_greedy(model: TaipanForCausalLM, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """argmax over full forwards of the trainer's model, no cache, no generate()."""
+    for _ in range(count):
+        tokens = torch.cat([tokens, model.model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def test_logits_are_the_trainers():
+    model, tokens = hf_model(), random_tokens(2, 25)
+    trainer = Taipan(small_config(PATTERN), seed=0).double().eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, trainer(tokens).logits)
+        assert torch.equal(model(tokens, logits_to_keep=3).logits, trainer(tokens).logits[:, -3:])
+        assert torch.equal(model(tokens, logits_to_keep=torch.tensor([1, 4])).logits, trainer(tokens).logits[:, [1, 4]])
+
+
+@pytest.mark.parametrize("pattern", ["M", "S", "A", PATTERN])
+def test_greedy_equals_argmax_over_full_forwards(pattern):
+    model, tokens = hf_model(pattern), random_tokens(3, 12)
+    with torch.no_grad():
+        wanted = naive_greedy(model, tokens, 15)
+    assert torch.equal(model.generate(tokens, max_new_tokens=15, do_sample=False), wanted)
+    assert torch.equal(model.generate(tokens, max_new_tokens=15, do_sample=False, use_cache=False), wanted)
+    assert torch.equal(model.generate(tokens, max_new_tokens=15, do_sample=False, prefill_chunk_size=5), wanted)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_return_sequences": 3}, {"length_penalty": 0.5, "repetition_penalty": 1.3}]
+)
+def test_beam_search_with_the_cache_equals_beam_search_without(options):
+    model, tokens = hf_model(), random_tokens(2, 9)
+    settings_ = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False, **options}
+    cached = model.generate(tokens, **settings_)
+    assert torch.equal(cached, model.generate(tokens, use_cache=False, **settings_))
+    assert not torch.equal(cached[:: options.get("num_return_sequences", 1)], model.generate(tokens, max_new_tokens=12))
+
+
+def test_sampling_with_the_cache_equals_sampling_without():
+    model, tokens = hf_model(), random_tokens(2, 9)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        results.append(model.generate(tokens, max_new_tokens=12, do_sample=True, top_p=0.9, use_cache=use_cache))
+    assert torch.equal(*results)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 15), min_size=2, max_size=4), st.sampled_from([None, 4]), st.booleans())
+def test_a_left_padded_batch_equals_single_prompts(lengths, chunk, beams):
+    model, longest = hf_model(), max(lengths)
+    prompts = [random_tokens(1, length, seed) for seed, length in enumerate(lengths)]
+    batch = torch.cat([torch.nn.functional.pad(p, (longest - p.shape[1], 0)) for p in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
+    options = {"max_new_tokens": 7, "do_sample": False, "num_beams": 3 if beams else 1}
+    got = model.generate(batch, attention_mask=mask, prefill_chunk_size=chunk, **options)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(got[row, longest:], model.generate(prompt, **options)[0, prompt.shape[1] :])
+
+
+def test_a_returned_cache_continues_the_text():
+    model, tokens = hf_model(), random_tokens(2, 20)
+    with torch.no_grad():
+        first = model(tokens[:, :13], use_cache=True)
+        assert isinstance(first.past_key_values, TaipanCache) and first.past_key_values.get_seq_length() == 13
+        rest = model(tokens[:, 13:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(rest.logits, model(tokens).logits[:, 13:], rtol=0, atol=1e-9)
+    done = model.generate(tokens[:, :13], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    more = model.generate(done.sequences, past_key_values=done.past_key_values, max_new_tokens=4, do_sample=False)
+    assert torch.equal(more, model.generate(tokens[:, :13], max_new_tokens=8, do_sample=False))
+
+
+def test_evaluation_loss_is_the_shifted_cross_entropy():
+    model, tokens = hf_model(), random_tokens(2, 15)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        output = model(tokens, labels=labels)
+        wanted = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_training_loss_is_cross_entropy_plus_budget():
+    model, tokens = hf_model().train(), random_tokens(2, 15)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    loss = model(tokens, labels=labels).loss
+    # the same noise: step 1, samples 0 and 1
+    trainer = Taipan(small_config(PATTERN), seed=0).double().train()
+    following = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
+    mask = (following != -100).float()
+    output = trainer(tokens, labels=following.clamp(min=0), loss_mask=mask, step=1)
+    assert output.budget_loss > 0
+    assert loss.item() == pytest.approx((output.ce_loss + output.budget_loss).item(), rel=1e-9)
+    # transformers' Trainer divides by the labels of the whole accumulated batch; the step counts up
+    loss = model(tokens, labels=labels, num_items_in_batch=100).loss
+    output = trainer(tokens, labels=following.clamp(min=0), loss_mask=mask, step=2, ce_scale=0.01)
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-9)
+
+
+def test_right_padding_changes_no_logits_and_no_loss():
+    model, tokens = hf_model(), random_tokens(1, 12)
+    padded = torch.nn.functional.pad(tokens, (0, 5))
+    mask = (torch.arange(17) < 12).long()[None]
+    with torch.no_grad():
+        short, long = model(tokens, labels=tokens), model(padded, attention_mask=mask, labels=padded)
+    torch.testing.assert_close(long.logits[:, :12], short.logits, rtol=0, atol=1e-9)
+    assert long.loss.item() == pytest.approx(short.loss.item(), rel=1e-6)
+
+
+def test_gradient_checkpointing_keeps_loss_and_gradients():
+    results = []
+    for enabled in (False, True):
+        model, tokens = hf_model().train(), random_tokens(2, 15)
+        if enabled:
+            model.gradient_checkpointing_enable()
+            assert model.model.recompute == "full"
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+        model.gradient_checkpointing_disable()
+        assert model.model.recompute == "none"
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
+
+
+def test_save_and_load_is_registered_and_exact(tmp_path):
+    model, tokens = hf_model().float(), random_tokens(1, 20)
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), TaipanConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, TaipanForCausalLM)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_bf16_keeps_its_float32_islands_through_loading_and_moving(tmp_path):
+    model = hf_model().float()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for moved in (loaded, loaded.to("cpu"), loaded.to(torch.bfloat16)):
+        kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in moved.named_parameters()}
+        assert kinds["A_log"] == kinds["dt_bias"] == kinds["D"] == torch.float32
+        assert kinds["in_proj_z"] == kinds["q_proj"] == torch.bfloat16
+        assert moved.model.layers[1].gate.weight.dtype == moved.model.layers[1].gate.threshold.dtype == torch.float32
+    out = loaded.generate(random_tokens(2, 5), max_new_tokens=5, do_sample=False)
+    assert out.shape == (2, 10)
+
+
+def test_a_weight_missing_from_the_file_gets_its_initial_value(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    hf_model().float().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    for name in ("model.layers.0.mixer.A_log", "model.layers.1.gate.threshold"):
+        del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    fresh = Taipan(small_config(PATTERN), seed=0)
+    assert torch.equal(loaded.model.layers[0].mixer.A_log, fresh.layers[0].mixer.A_log)
+    assert torch.equal(loaded.model.layers[1].gate.threshold, fresh.layers[1].gate.threshold)
+
+
+def test_masks_become_documents_or_are_refused():
+    left = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert documents_from_mask(left, 4).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    assert documents_from_mask(left, 2).tolist() == [[1, 1], [0, 0]]
+    with pytest.raises(ValueError, match="not inside"):
+        documents_from_mask(torch.tensor([[1, 1, 0, 1]]), 4)
+    with pytest.raises(ValueError, match="4-dimensional"):
+        documents_from_mask(torch.ones(1, 1, 4, 4), 4)
+
+
+def test_what_does_not_apply_is_refused():
+    model, tokens = hf_model("M"), random_tokens(1, 4)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, 4, 24))
+    with pytest.raises(ValueError, match="TaipanCache"):
+        from transformers import DynamicCache
+
+        model(tokens, past_key_values=DynamicCache())
