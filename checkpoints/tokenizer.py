@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
@@ -55,7 +56,7 @@ def write_tokenizer(
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model_max_length,
         "padding_side": "left",  # a causal model continues the end of each row
@@ -85,7 +86,7 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:
@@ -94,6 +95,7 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     if trainer.treat_whitespace_as_suffix:
         raise UserError(f"{path}: treat_whitespace_as_suffix has no counterpart in tokenizer.json")
     pieces = list(proto.pieces)
+    model: models.Model
     if trainer.model_type == BPE:
         model = _bpe(pieces, trainer.unk_piece)
     elif trainer.model_type == UNIGRAM:

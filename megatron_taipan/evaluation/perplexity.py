@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_taipan.config import Config, DataConfig
+from megatron_taipan.config import Config, DataConfig, DataSource
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
@@ -106,7 +106,7 @@ def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, 
     length = seq_len or (config.data.seq_len if config else None)
     if length is None:
         raise UserError(f"{path} does not say how many tokens its samples had: pass --seq-len")
-    return DataConfig(train=prefix, seq_len=length, valid_fraction=0.0)
+    return DataConfig(train=[DataSource(prefix=prefix)], seq_len=length, valid_fraction=0.0)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class SentencePieceCodec:
         import sentencepiece
 
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.end_ids = (self.processor.eos_id(),) if self.processor.eos_id() >= 0 else ()
+        self.end_ids: tuple[int, ...] = (self.processor.eos_id(),) if self.processor.eos_id() >= 0 else ()
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
