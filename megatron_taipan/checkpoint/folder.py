@@ -152,6 +152,7 @@ def remove_leftovers(directory: Path) -> list[str]:
     for path in directory.glob("step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
         gone.append(path.name)
+    (directory / (LATEST + ".tmp")).unlink(missing_ok=True)
     return gone
 
 

@@ -1,0 +1,160 @@
+"""The protocol of the checkpoint folder: whatever is cut off or changed, nothing half-written is ever picked up."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_taipan.checkpoint.folder import (
+    LATEST,
+    MANIFEST,
+    METADATA,
+    checkpoints,
+    find_newest,
+    folder_name,
+    hash_file,
+    incomplete,
+    locate,
+    publish,
+    read_metadata,
+    remove_leftovers,
+    remove_old,
+    step_of,
+    write_manifest,
+    wrong_hashes,
+)
+from megatron_taipan.errors import UserError
+
+
+def make(directory: Path, step: int, text: str = "weights") -> Path:
+    """A complete checkpoint."""
+    temporary = directory / (folder_name(step) + ".tmp")
+    (temporary / "state").mkdir(parents=True)
+    (temporary / "state" / "w.pt").write_text(f"{text} {step}")
+    (temporary / METADATA).write_text(json.dumps({"format": 1, "step": step}))
+    names = ["state/w.pt", METADATA]
+    write_manifest(temporary, {name: hash_file(temporary / name, flush=True) for name in names})
+    publish(temporary, directory / folder_name(step))
+    return directory / folder_name(step)
+
+
+def test_newest_complete_one_is_found_and_latest_points_at_it(tmp_path):
+    assert find_newest(tmp_path / "nowhere") is None
+    for step in (5, 20, 100):
+        make(tmp_path, step)
+    assert find_newest(tmp_path).path == tmp_path / "step_00000100"
+    assert (tmp_path / LATEST).read_text().strip() == "step_00000100"
+    assert incomplete(tmp_path / "step_00000100") is None
+    assert wrong_hashes(tmp_path / "step_00000100", ["state/w.pt", METADATA]) == []
+    assert read_metadata(tmp_path / "step_00000100")["step"] == 100
+
+
+@given(step=st.integers(0, 10**12))
+def test_names_sort_like_steps(step):
+    assert step_of(Path("x") / folder_name(step)) == step
+    assert step_of(Path("x") / (folder_name(step) + ".tmp")) is None
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "empty manifest", "missing", "short", "long", "other manifest"])
+def test_damage_is_passed_over_and_named(tmp_path, damage):
+    good, bad = make(tmp_path, 1), make(tmp_path, 2)
+    state = bad / "state" / "w.pt"
+    match damage:
+        case "no manifest":
+            (bad / MANIFEST).unlink()
+        case "empty manifest":
+            (bad / MANIFEST).write_text("")
+        case "missing":
+            state.unlink()
+        case "short":
+            state.write_text("weight")
+        case "long":
+            state.write_text("weights 2 ")
+        case "other manifest":
+            (bad / MANIFEST).write_text("[1]")
+    found = find_newest(tmp_path)
+    assert found.path == good
+    assert len(found.passed_over) == 1 and "step_00000002" in found.passed_over[0]
+    with pytest.raises(UserError):
+        locate(str(bad))
+    assert locate(str(tmp_path)) == good
+
+
+def test_changed_content_of_the_same_size_is_found_by_its_hash(tmp_path):
+    path = make(tmp_path, 1)
+    (path / "state" / "w.pt").write_text("weighty 1"[: len("weights 1")])
+    assert incomplete(path) is None
+    assert wrong_hashes(path, ["state/w.pt", METADATA]) == ["state/w.pt"]
+
+
+def test_a_crash_at_any_point_of_writing_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    """Every system call that changes names or makes data durable may be the last one."""
+
+    class Crash(Exception):
+        pass
+
+    count = 0
+    calls = 0
+
+    def counting(real):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                raise Crash
+            return real(*arguments, **keywords)
+
+        return call
+
+    reals = {name: getattr(os, name) for name in ("rename", "replace", "fsync")}
+    survived = 0
+    for count in range(1, 60):
+        directory = tmp_path / str(count)
+        calls = -(10**6)
+        make(directory, 1)
+        with monkeypatch.context() as patch:
+            for name, real in reals.items():
+                patch.setattr(os, name, counting(real))
+            calls = 0
+            try:
+                make(directory, 2)
+            except Crash:
+                survived += 1
+            else:
+                break
+        found = find_newest(directory)
+        assert found.path.name in ("step_00000001", "step_00000002")
+        assert incomplete(found.path) is None and wrong_hashes(found.path, ["state/w.pt", METADATA]) == []
+        assert (directory / LATEST).read_text().strip() in ("step_00000001", "step_00000002")
+        remove_leftovers(directory)
+        assert not list(directory.glob("*.tmp"))
+        make(directory, 2)
+        assert find_newest(directory).path.name == "step_00000002"
+    assert survived >= 8  # there really were that many points to fail at
+
+
+def test_an_existing_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    path = make(tmp_path, 3)
+    (path / "state" / "w.pt").unlink()
+    make(tmp_path, 3, "again")
+    assert (path / "state" / "w.pt").read_text() == "again 3"
+
+
+def test_keeping(tmp_path):
+    for step in range(10, 70, 10):
+        make(tmp_path, step)
+    (tmp_path / "step_00000060" / "state" / "w.pt").unlink()  # damaged: does not count as one of the newest
+    gone = remove_old(tmp_path, keep_last=2, keep_every=30)
+    assert gone == ["step_00000010", "step_00000020"]
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [30, 40, 50, 60]
+    assert remove_old(tmp_path, keep_last=None, keep_every=None) == []
+
+
+def test_foreign_format_is_refused(tmp_path):
+    path = make(tmp_path, 1)
+    (path / METADATA).write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 99"):
+        read_metadata(path)

@@ -1,0 +1,153 @@
+"""The program as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_taipan.config import describe_options, load_config
+from megatron_taipan.train.engine import check_layout
+from tests.distributed.launch import ROOT, process_env
+from tests.train.toy import toy_tree, write_data
+
+CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+FAMILIES = ("taipan", "samba", "jamba", "mamba2", "transformerpp")
+SIZES = {"190m": 188e6, "450m": 446e6, "1.3b": 1295e6}
+
+
+def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in process_env(0, 1, 0).items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    del env["PYTHONPATH"]  # it must find its checkout by itself
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    return run(sys.executable, "launch/pretrain.py", *arguments)
+
+
+def deepspeed(*arguments: str) -> subprocess.CompletedProcess:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    port = str(20000 + os.getpid() % 20000)
+    return run(str(launcher), "--num_gpus", "2", "--master_port", port, "launch/pretrain.py", *arguments)
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    tree = toy_tree(write_data(tmp_path / "data"), tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return str(tmp_path / "config.yaml")
+
+
+def test_help_lists_every_option_with_meaning_and_default():
+    text = " ".join(program("--help").stdout.split())
+    for name, default, meaning in describe_options():
+        assert f"{name} [{default}]" in text, name
+        assert " ".join(meaning.split()) in text, name
+
+
+def test_dry_run_says_parameters_layout_and_steps(config):
+    finished = program("--config", config, "--dry-run", "--processes", "4")
+    assert finished.returncode == 0, finished.stderr
+    assert "4 data x 1 tensor x 1 pipeline" in finished.stdout
+    assert "6 steps = 1,536 tokens" in finished.stdout
+    assert "1 micro-batches of 2 on each of 4 ranks" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train.stepz=3"], ["train.stepz", "train.steps"]),
+        (["parallel.tensor=2"], ["1 processes", "parallel.tensor=2"]),
+        (["parallel.tensor=3", "--processes", "3"], ["parallel.tensor=3", "SSM heads=4"]),
+        (["--processes", "3"], ["train.global_batch=8", "remainder 2"]),
+        (["model.vocab_size=40"], ["vocab", "40"]),
+        (["data.train=nowhere/x"], ["nowhere/x"]),
+        (["parallel.offload_param=cpu"], ["zero_stage=3"]),
+        (["parallel.zero_stage=0", "train.precision=bf16"], ["zero_stage=0"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config, arguments, words):
+    finished = program("--config", config, "--dry-run", *arguments)
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith("error: ")
+    assert all(word in finished.stderr for word in words), finished.stderr
+
+
+def test_missing_file_and_missing_option():
+    assert "no.yaml" in program("--config", "no.yaml").stderr
+    assert program().returncode == 2
+
+
+@pytest.mark.parametrize("arguments, word", [(["train.micro_batch=8"], "remainder 8"), (["model.vocab_size=40"], "vocab")])
+def test_under_the_launcher_an_error_is_printed_once_and_the_job_fails(config, arguments, word):
+    """One that is found before the processes join, and one after."""
+    finished = deepspeed("--config", config, *arguments)
+    lines = [line for line in (finished.stdout + finished.stderr).splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and word in lines[0], finished.stderr
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert not (Path(config).parent / "run").exists()
+
+
+def test_trains_under_the_launcher(config):
+    finished = deepspeed("--config", config, "train.steps=2")
+    assert finished.returncode == 0, finished.stderr
+    assert (Path(config).parent / "run" / "step_00000002" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_presets_fit_common_layouts(path):
+    config = load_config(path)
+    for processes in (1, 2) if path.stem == "quickstart" else (1, 8, 16):
+        check_layout(config, processes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_of_one_size_share_recipe_and_size(family, size):
+    ours, taipan = (load_config(ROOT / "launch" / "configs" / f"{name}_{size}.yaml") for name in (family, "taipan"))
+    for section in ("data", "optim", "train", "parallel", "ops"):
+        assert getattr(ours, section) == getattr(taipan, section), section
+    from megatron_taipan.parallel.layout import describe
+
+    count = sum(torch_numel(spec.shape) for spec in describe(ours.model).values())
+    assert count == pytest.approx(SIZES[size], rel=0.02)
+    assert ours.train.global_batch * ours.data.seq_len == 2**19
+    assert (ours.optim.lr, ours.optim.min_lr, ours.optim.warmup_steps) == (5e-4, 1e-5, 2000)
+    assert (ours.optim.weight_decay, ours.optim.grad_clip) == (0.01, 1.0)
+    tokens = {"190m": 27e9}.get(size, 100e9)
+    assert ours.train.steps * 2**19 == pytest.approx(tokens, rel=1e-3)
+
+
+def torch_numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def test_the_batch_script_is_valid_shell_and_passes_its_arguments_on(tmp_path):
+    """Run with srun and scontrol replaced: exit status 75 requeues the job, others end it."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    for name, text in {
+        "srun": f'#!/bin/bash\necho "$@" > {tmp_path}/srun\nexit ${{STATUS:-0}}\n',
+        "scontrol": f'#!/bin/bash\necho "$@" > {tmp_path}/scontrol\n',
+    }.items():
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    script = ["bash", "launch/slurm/pretrain.sbatch", "my.yaml", "train.steps=3"]
+    env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "SLURM_JOB_ID": "17"}
+    for status, expected, requeued in ((0, 0, False), (2, 2, False), (75, 0, True)):
+        (tmp_path / "scontrol").unlink(missing_ok=True)
+        finished = subprocess.run(script, cwd=ROOT, env=env | {"STATUS": str(status), "USER": "u"}, capture_output=True)
+        assert finished.returncode == expected, finished.stderr
+        assert (tmp_path / "scontrol").exists() == requeued
+    assert (tmp_path / "srun").read_text().endswith("launch/pretrain.py --config my.yaml train.steps=3\n")
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
