@@ -158,7 +158,7 @@ def check_folder(
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), str(request), str(answer)]
-        done = subprocess.run(command, cwd=scratch, env=clean, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=scratch, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"the exported folder does not stand by itself ({last[0]}); nothing was written")

@@ -28,7 +28,7 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
     if request["texts"]:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         for text, ids in request["texts"]:
             if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
                 sys.exit(f"AutoTokenizer gives other ids than the tokenizer of the data for {text[:60]!r}")
