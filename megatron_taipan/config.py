@@ -245,6 +245,9 @@ class CheckpointConfig(Section):
         "auto", "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: the same, but while"
         " checkpoint.dir holds none start from that folder's newest"
     )
+    init: str | None = option(
+        None, "folder of weights (an export or an import) that a new run starts from; ignored once it has a checkpoint"
+    )
     save_minutes: float | None = option(None, "save as well when this many minutes have passed since the last", gt=0)
     keep_last: int | None = option(None, "newest checkpoints that are kept; null keeps all", ge=1)
     keep_every: int | None = option(None, "checkpoints at multiples of this many steps are kept for good", ge=1)

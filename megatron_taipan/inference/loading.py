@@ -1,6 +1,5 @@
 """A model for evaluation or generation from what training or export left on disk."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint.merge import open_state
+from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
@@ -61,31 +61,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, 
         UserError: the path holds neither.
     """
     if (path / "config.json").is_file():
-        return _load_exported(path, dtype)
+        weights, tokenizer = open_weights(path), path / "tokenizer.json"
+        model = build_model(weights.network, weights.load, dtype)
+        return model, tokenizer if tokenizer.is_file() else None, None
     state = open_state(path)
     named = state.config.data.tokenizer
     return build_model(state.config.model, state.load, dtype), Path(named) if named else None, state.config
-
-
-def _load_exported(path: Path, dtype: torch.dtype) -> tuple[Taipan, Path | None, None]:
-    """Weights straight from the safetensors files: the folder's code is not run."""
-    from safetensors import safe_open
-
-    network = json.loads((path / "config.json").read_text()).get("network")
-    if network is None:
-        raise UserError(f"{path}/config.json describes no Taipan (it has no `network`)")
-    files = sorted(path.glob("*.safetensors"))
-    handles = [safe_open(file, framework="pt") for file in files]
-    where = {name: handle for handle in handles for name in handle.keys()}
-
-    def load(name: str) -> Tensor:
-        if f"model.{name}" not in where:
-            raise UserError(f"{path} holds no weight {name}; the files are incomplete")
-        return where[f"model.{name}"].get_tensor(f"model.{name}")
-
-    tokenizer = path / "tokenizer.json"
-    return (
-        build_model(ModelConfig.model_validate(network), load, dtype),
-        tokenizer if tokenizer.is_file() else None,
-        None,
-    )

@@ -1,0 +1,146 @@
+"""Carrying weights from one network into another: the k-th layer of a letter takes the k-th of that letter.
+
+What the source does not have is drawn anew from (seed, name); what the target does not have is left behind; both are
+reported. A tensor that both have with different shapes is an error, because nobody wants half a warm start.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.export_hf import write_json
+from checkpoints.safetensors_files import write_sharded
+from megatron_taipan.checkpoint.weights import PREFIX
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.model.init import initial_value
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.layout import describe
+
+
+@dataclass
+class Source:
+    """Weights under our names."""
+
+    letters: str  # one a layer
+    shapes: dict[str, tuple[int, ...]]
+    load: Callable[[str], Tensor]
+
+
+@dataclass
+class Report:
+    """What became of every tensor, by our names."""
+
+    taken: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        """A few lines for the user; layers that were treated alike share a line."""
+        lines = []
+        for label, names in (("taken", self.taken), ("new", self.new), ("left in the source", self.left)):
+            size = sum(torch.Size(shapes[name]).numel() for name in names if name in shapes)
+            lines.append(f"{label}: {len(names)} tensors" + (f", {size:,} elements" if size else ""))
+            lines += [f"    {group}" for group in group_layers(names)]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Report:
+    """Writes a folder of weights for `target` that `checkpoint.init` reads.
+
+    Raises:
+        UserError: `out` exists, shapes disagree, or nothing could be taken.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another folder")
+    names, report = match_layers(target.letters, source.letters), Report()
+    table = describe(target)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Taipan(target).state_dict().items()}
+    where = {name: rename(name, names) for name in shapes}
+    for name, shape in shapes.items():
+        theirs = source.shapes.get(where[name] or "")
+        if theirs is None:
+            report.new.append(name)
+        elif theirs == shape or _more_rows(name, theirs, shape):
+            report.taken.append(name)
+            if theirs != shape:
+                report.notes.append(f"{name}: the first {shape[0]} of {theirs[0]} rows (padding of the vocabulary)")
+        else:
+            raise UserError(
+                f"{name} has shape {list(shape)} in the target, {list(theirs)} in the source ({where[name]}); set the"
+                " model's sizes to the source's"
+            )
+    if not report.taken:
+        raise UserError(
+            f"nothing fits: the source has the layers {source.letters}, the target {target.letters} and no name agrees"
+        )
+    used = {where[name] for name in report.taken}
+    report.left = [name for name in source.shapes if name not in used]
+
+    def load(stored: str) -> Tensor:
+        name = stored.removeprefix(PREFIX)
+        if name in report.new:
+            if name in table:
+                return initial_value(name, table[name], target, seed)
+            return torch.tensor(target.gate.threshold)  # the only buffer there is
+        return source.load(where[name] or "")[: shapes[name][0]] if shapes[name] else source.load(where[name] or "")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        write_json(work / "config.json", {"model_type": "taipan", "network": target.model_dump(mode="json")})
+        write_sharded(work, {PREFIX + name: (shape, torch.float32) for name, shape in shapes.items()}, load)
+        work.chmod(0o755)
+        os.rename(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def match_layers(target: str, source: str) -> dict[int, int]:
+    """Layer of the target to layer of the source: the k-th of each letter, as long as the source has one."""
+    places: dict[str, list[int]] = {}
+    for index, letter in enumerate(source):
+        places.setdefault(letter, []).append(index)
+    matched = {}
+    for index, letter in enumerate(target):
+        if places.get(letter):
+            matched[index] = places[letter].pop(0)
+    return matched
+
+
+def rename(name: str, layers: dict[int, int]) -> str | None:
+    """The name that a target's tensor has in the source; None where the source has no such layer."""
+    if not name.startswith("layers."):
+        return name
+    _, index, rest = name.split(".", 2)
+    return f"layers.{layers[int(index)]}.{rest}" if int(index) in layers else None
+
+
+def group_layers(names: list[str]) -> list[str]:
+    """`layers.0.norm.weight`, `layers.2.norm.weight` -> `layers.{0,2}: norm.weight`; others as they are."""
+    parts: dict[int, list[str]] = {}
+    lines = []
+    for name in names:
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            parts.setdefault(int(number), []).append(rest)
+        else:
+            lines.append(name)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for index, rests in parts.items():
+        alike.setdefault(tuple(rests), []).append(index)
+    return lines + [f"layers.{{{','.join(map(str, at))}}}: {', '.join(rests)}" for rests, at in alike.items()]
+
+
+def _more_rows(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Vocabularies are often padded: rows beyond the target's are dropped."""
+    return name in ("embedding.weight", "head.weight") and theirs[1:] == ours[1:] and theirs[0] > ours[0]
