@@ -28,9 +28,7 @@ class Progress:
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
 
 
-def save(
-    engine: Any, directory: Path, progress: Progress, *, config_text: str, metadata: dict[str, Any]
-) -> Path:
+def save(engine: Any, directory: Path, progress: Progress, *, config_text: str, metadata: dict[str, Any]) -> Path:
     """Writes a checkpoint; collective. Returns its folder.
 
     Args:

@@ -60,7 +60,9 @@ def find_place(env: Mapping[str, str]) -> Place:
             rank=_number(env, "SLURM_PROCID"),
             world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(env, "SLURM_LOCALID"),
-            local_size=int(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]),
+            local_size=int(
+                env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
+            ),
             address=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
             # every task of a job must name the same port and two jobs of one host should not: take it from the job
             port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
@@ -188,7 +190,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if text is None:
         if default is None:
             found = ", ".join(f"{k}={env[k]}" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID") if k in env)
-            raise UserError(f"the environment variable {name} is missing beside {found}; start through deepspeed or srun")
+            raise UserError(
+                f"the environment variable {name} is missing beside {found}; start through deepspeed or srun"
+            )
         return default
     with suppress(ValueError):
         return int(text)

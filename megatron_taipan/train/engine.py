@@ -111,7 +111,8 @@ def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str,
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": accumulation(config, groups.data_size),
-        "gradient_clipping": config.optim.grad_clip,
+        # at stage 0 train/step.py clips: DeepSpeed's own way there fails when a step is skipped
+        "gradient_clipping": config.optim.grad_clip if p.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

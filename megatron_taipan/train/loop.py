@@ -1,6 +1,7 @@
 """The training run, top to bottom: build, load, loop, save."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -8,12 +9,15 @@ import torch
 from megatron_taipan.checkpoint import state
 from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, locate, remove_leftovers, remove_old
 from megatron_taipan.checkpoint.identity import identity
+from megatron_taipan.checkpoint.lock import FolderLock
+from megatron_taipan.checkpoint.weights import load_weights
 from megatron_taipan.config import Config, dump_config
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree
 from megatron_taipan.train.engine import accumulation, build_engine, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
@@ -22,6 +26,7 @@ from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 from megatron_taipan.train.step import train_step
+from megatron_taipan.train.watchdog import Watchdog
 
 
 def train(config: Config, place: Place, device: torch.device) -> int:
@@ -31,93 +36,122 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         The exit status: 0 when finished or stopped at train.stop_at, EXIT_REQUEUE when a signal ended it early.
 
     Raises:
-        UserError: data, layout or checkpoint do not fit; the same on every rank.
+        UserError: data, layout or checkpoint do not fit, or the loss stays not finite; the same on every rank.
     """
     t, p, c = config.train, config.parallel, config.checkpoint
-    writer = place.rank == 0
-    settle_numerics(config)
-    groups = build_groups(
-        world_size=place.world_size, rank=place.rank, tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=p.sequence, timeout_s=p.timeout_s,
-    )  # fmt: skip
-    train_data, valid_data = agree(lambda: open_data(config))
-    found = agree(lambda: find_checkpoint(config, tidy=writer))
+    directory, writer = Path(c.dir), place.rank == 0
+    with ExitStack() as stack:
+        # --- build ---
+        signals = stack.enter_context(StopSignals())
+        watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
+        settle_numerics(config)
+        groups = build_groups(
+            world_size=place.world_size, rank=place.rank, tensor=p.tensor, pipeline=p.pipeline,
+            sequence_parallel=p.sequence, timeout_s=p.timeout_s,
+        )  # fmt: skip
+        train_data, valid_data = agree(lambda: open_data(config))
+        agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
+        found = agree(lambda: find_checkpoint(config, tidy=writer))
+        ops = agree(lambda: pick_ops(config.ops.backend))
+        model = Taipan(
+            config.model, seed=t.seed, tensor_parallel=groups.tensor, ops=ops, recompute=p.recompute,
+            recompute_every=p.recompute_every,
+        )  # fmt: skip
+        agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else None)
+        flops_per_token = model.num_flops_per_token(config.data.seq_len)
+        engine = agree(lambda: build_engine(model, config, groups, device))
 
-    model = Taipan(
-        config.model, seed=t.seed, tensor_parallel=groups.tensor, ops=agree(lambda: pick_ops(config.ops.backend)),
-        recompute=p.recompute, recompute_every=p.recompute_every,
-    )  # fmt: skip
-    flops_per_token = model.num_flops_per_token(config.data.seq_len)
-    engine = agree(lambda: build_engine(model, config, groups, device))
-    ours = identity(config, train_data.fingerprint, layout(config, groups))
-    metadata = {"identity": ours, "name": config.name, "versions": versions(), "git_commit": git_commit()}
-    progress = state.load(engine, found.path, identity=ours) if found else state.Progress()
+        # --- load ---
+        ours = identity(config, train_data.fingerprint, layout(config, groups))
+        metadata = {"identity": ours, "name": config.name, "versions": versions(), "git_commit": git_commit()}
+        progress = state.load(engine, found.path, identity=ours) if found else state.Progress()
+        loader = make_loader(
+            train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
+            dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
+        )  # fmt: skip
+        metrics = stack.enter_context(
+            Metrics(config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer)
+        )
+        for reason in found.passed_over if found else []:
+            metrics.note("warning", f"passed over checkpoint {reason}")
+        metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
+                     f" {device.type}, step {progress.step} of {t.steps}; {ops.report}"
+                     + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
 
-    last = min(t.stop_at or t.steps, t.steps)
-    micro_batches = accumulation(config, groups.data_size)
-    loader = make_loader(
-        train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
-        dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
-    )  # fmt: skip
-    metrics = Metrics(
-        config, start_step=progress.step, flops_per_token=flops_per_token, devices=place.world_size, writes=writer
-    )
-    for reason in found.passed_over if found else []:
-        metrics.note("warning", f"passed over checkpoint {reason}")
-    metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
-                 f" {device.type}, step {progress.step} of {last}" + (f", resumed from {found.path}" if found else ""))  # fmt: skip
+        def validate() -> None:
+            if valid_data is not None:
+                began = time.perf_counter()
+                result = evaluate(
+                    engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device
+                )
+                metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
+                watchdog.beat()
 
-    def validate() -> None:
-        if valid_data is not None:
+        def save(at: state.Progress) -> None:
             began = time.perf_counter()
-            result = evaluate(
-                engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device
-            )
-            metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
+            path = state.save(engine, directory, at, config_text=dump_config(config), metadata=metadata)
+            if writer:
+                remove_old(directory, keep_last=c.keep_last, keep_every=c.keep_every)
+            metrics.after_save(at.step, path, time.perf_counter() - began)
+            watchdog.beat()
 
-    def save() -> None:
-        began = time.perf_counter()
-        path = state.save(engine, Path(c.dir), progress, config_text=dump_config(config), metadata=metadata)
-        if writer:
-            remove_old(Path(c.dir), keep_last=c.keep_last, keep_every=c.keep_every)
-        metrics.after_save(progress.step, path, time.perf_counter() - began)
-
-    saved_at, stopping = progress.step, False
-    if progress.step == 0:
-        validate()  # what an untrained model scores, to compare with
-    metrics.start_clock()
-    with StopSignals() as signals:
+        # --- loop ---
+        last = min(t.stop_at or t.steps, t.steps)
+        micro_batches = accumulation(config, groups.data_size)
+        tokens_per_step = t.global_batch * config.data.seq_len
+        last_save, streak, before_streak = time.monotonic(), 0, progress
+        stopping = False
+        if progress.step == 0:
+            validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
-            began = time.perf_counter()
+            metrics.start_clock()
             batches = [to_device(next(loader), device) for _ in range(micro_batches)]
-            waited = time.perf_counter() - began
+            waited = metrics.seconds()
             lr = learning_rate(progress.step, config.optim, t.steps)
             set_learning_rate(engine, lr)
+            overdue = bool(c.save_minutes) and time.monotonic() - last_save > 60 * (c.save_minutes or 0)
             result = train_step(
-                engine, batches, step=progress.step, groups=groups, requests=[signals.received is not None]
-            )
-            stopping = result.requests[0]
+                engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip,
+                requests=[signals.received is not None, overdue and writer],
+            )  # fmt: skip
+            stopping, save_now = result.requests
+            watchdog.beat()
 
-            progress.step += 1
-            progress.samples += t.global_batch
-            progress.tokens += t.global_batch * config.data.seq_len
-            progress.skipped += result.skipped
-            metrics.after_step(
-                progress.step, result, lr=lr, tokens=t.global_batch * config.data.seq_len, data_wait_s=waited
+            if result.skipped:
+                before_streak = before_streak if streak else progress
+                streak += 1
+                if streak == 1:
+                    metrics.note("skipped", first_not_finite(engine, batches, step=progress.step))
+            else:
+                streak = 0
+            progress = state.Progress(
+                step=progress.step + 1,
+                samples=progress.samples + t.global_batch,
+                tokens=progress.tokens + tokens_per_step,
+                skipped=progress.skipped + result.skipped,
             )
-            finished = progress.step == last or stopping
+            metrics.after_step(progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited)
+            if streak == t.max_skipped:
+                if before_streak.step > 0:
+                    save(before_streak)
+                raise UserError(
+                    f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
+                    f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
+                    f" {before_streak.step} continues there. Lower optim.lr, or look at the data of these steps"
+                )
+
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
-            if finished or (c.save_every and progress.step % c.save_every == 0):
-                save()
-                saved_at = progress.step
-            metrics.start_clock()
+            due = c.save_every and progress.step % c.save_every == 0
+            if due or save_now or stopping or progress.step == last:
+                save(progress)
+                last_save = time.monotonic()
 
-    if stopping and progress.step < last:
-        metrics.note("stop", f"stopped by {signals.received or 'a signal on another rank'} after step {progress.step};"
-                     f" the checkpoint of step {saved_at} continues it")  # fmt: skip
-    metrics.close()
-    return EXIT_REQUEUE if stopping and progress.step < last else 0
+        if progress.step < last:
+            metrics.note("stop", f"stopped by {signals.received or 'a signal on another rank'}; start the same command"
+                         " again to continue")  # fmt: skip
+            return EXIT_REQUEUE
+        return 0
 
 
 def settle_numerics(config: Config) -> None:

@@ -1,14 +1,17 @@
 """What a run says about itself: a JSONL of every step, TensorBoard events, and a line for whoever watches."""
 
 import json
+import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.train.evaluate import Evaluation
 from megatron_taipan.train.step import StepResult
@@ -19,17 +22,53 @@ PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200":
 LOG = "log.jsonl"
 
 
+@dataclass
+class Summary:
+    """A run in a few numbers."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of the steps; validations and checkpoints not counted
+    first_loss: float | None = None
+    last_loss: float | None = None
+    skipped: int = 0
+    saves: int = 0
+    stall_s: float = 0.0  # training stood still for checkpoints
+
+    def add(self, result: StepResult, tokens: int, seconds: float) -> None:
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+        self.skipped += result.skipped
+        if not result.skipped:
+            self.first_loss = result.ce if self.first_loss is None else self.first_loss
+            self.last_loss = result.ce
+
+    def text(self) -> str:
+        speed = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.seconds else "no steps"
+        loss = f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}" if self.first_loss is not None else "no loss"
+        return (
+            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)} ({speed}), {loss},"
+            f" {self.skipped} skipped, {self.saves} checkpoints in {self.stall_s:.1f} s"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
 class Metrics:
     """Rank 0 writes; on other ranks every method does nothing.
 
     Speed is measured between steps, so it includes waiting for data and the validation's own time is left out.
     """
 
-    def __init__(self, config: Config, *, start_step: int, flops_per_token: float, devices: int, writes: bool):
+    def __init__(self, config: Config, start: Progress, *, flops_per_token: float, devices: int, writes: bool):
         self.config, self.writes = config, writes
         self.flops, self.devices = flops_per_token, devices
         self.peak = config.log.peak_tflops or known_peak()
-        self.step, self.end = start_step, min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.step, self.end = start.step, min(config.train.stop_at or config.train.steps, config.train.steps)
+        self.summary = Summary()
         self.step_seconds: float | None = None  # smoothed, for the time left
         self.lap = time.perf_counter()
         self.jsonl: TextIO | None = None
@@ -44,13 +83,32 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             # purge_step hides what a killed run wrote after the checkpoint that this one continues from
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step + 1)
         if config.log.progress and sys.stderr.isatty():
-            self.bar = tqdm(total=self.end, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self.bar = tqdm(total=self.end, initial=start.step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Says what was done, however the run ended, and closes everything."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.summary.steps:
+            self.note("end", self.summary.text(), **vars(self.summary))
+        if self.board is not None:
+            self.board.close()
+        if self.jsonl is not None:
+            self.jsonl.close()
 
     def start_clock(self) -> None:
-        """Leaves what happened since the last step out of its time (validation, a checkpoint)."""
+        """A step begins: what happened since the last one (validation, a checkpoint) is not part of its time."""
         self.lap = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since the step began."""
+        return time.perf_counter() - self.lap
 
     def after_step(self, step: int, result: StepResult, *, lr: float, tokens: int, data_wait_s: float) -> None:
         """Records a finished step.
@@ -62,8 +120,8 @@ class Metrics:
         """
         if not self.writes:
             return
-        now = time.perf_counter()
-        seconds, self.lap, self.step = now - self.lap, now, step
+        seconds, self.step = self.seconds(), step
+        self.summary.add(result, tokens, seconds)
         self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
         speed = tokens / seconds
         values = {
@@ -107,6 +165,8 @@ class Metrics:
         """Records a written checkpoint; training stood still for that long."""
         if not self.writes:
             return
+        self.summary.saves += 1
+        self.summary.stall_s += seconds
         self._write({"event": "save", "step": step, "path": str(path), "stall_s": seconds})
         self._chart("checkpoint/stall_s", seconds, step)
         self._line(f"step {step}  checkpoint {path} written in {seconds:.1f} s")
@@ -118,23 +178,14 @@ class Metrics:
         self._write({"event": event, "step": self.step, "text": text, **values})
         self._line(text)
 
-    def close(self) -> None:
-        """Flushes and closes everything."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.board is not None:
-            self.board.close()
-        if self.jsonl is not None:
-            self.jsonl.close()
-
     def _left(self) -> str:
-        seconds = int((self.step_seconds or 0) * max(self.end - self.step, 0))
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return duration((self.step_seconds or 0) * max(self.end - self.step, 0))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.jsonl is not None:
-            self.jsonl.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+            # JSON knows no infinities
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self.jsonl.write(json.dumps({"time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
 
     def _chart(self, name: str, value: float, step: int) -> None:
         if self.board is not None:

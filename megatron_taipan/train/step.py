@@ -27,13 +27,20 @@ class StepResult:
 
 
 def train_step(
-    engine: Any, batches: list[Batch], *, step: int, groups: Groups, requests: list[bool] | None = None
+    engine: Any,
+    batches: list[Batch],
+    *,
+    step: int,
+    groups: Groups,
+    grad_clip: float,
+    requests: list[bool] | None = None,
 ) -> StepResult:
     """Trains on one global batch.
 
     Args:
         batches: this rank's micro-batches, each a dict of [b, l] tensors on its device.
         step: steps taken before this one; a counter of the gate's noise.
+        grad_clip: largest gradient norm, 0 for no limit; applied here at ZeRO 0, by DeepSpeed at the other stages.
         requests: flags that a rank may raise (stop, save now, ...). Each comes back true where any rank raised it, so
             that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
     """
@@ -53,7 +60,7 @@ def train_step(
         values = collect(out)
         sums = values if sums is None else sums + values
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-            norm = drop_gradients_unless_finite(engine.module, groups.tensor)
+            norm = clip_gradients(engine.module, groups.tensor, grad_clip)
         engine.step()
 
     if engine.zero_optimization_stage() == 0:
@@ -90,24 +97,28 @@ def collect(out: Any) -> Tensor:
     return torch.stack([t.detach().double() for t in (out.loss, out.ce_loss, out.budget_loss, *gates)])
 
 
-def drop_gradients_unless_finite(model: nn.Module, tensor: TensorParallel) -> float:
-    """The global gradient norm; where it is not finite the gradients are dropped, so that the update does nothing.
+def clip_gradients(model: nn.Module, tensor: TensorParallel, largest: float) -> float:
+    """Scales the gradients down to a global norm of `largest` (0: no limit) and returns the norm before.
 
-    Only for ZeRO 0, where DeepSpeed neither reports the norm nor looks for infinities. Parameters that every tensor
-    rank holds count once.
+    Where the norm is not finite the gradients are dropped, so that the update does nothing. Parameters that every
+    tensor rank holds count once. Only for ZeRO 0, where DeepSpeed neither reports the norm nor looks for infinities.
     """
-    squares = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            split = getattr(parameter, "tensor_model_parallel", False)
-            squares[split].append(torch.linalg.vector_norm(parameter.grad.float()).double().square())
-    device = next(model.parameters()).device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    over_ranks = sum(squares[True], zero)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    device = parameters[0].device
+    whole = torch.zeros((), dtype=torch.float64, device=device)
+    split = torch.zeros((), dtype=torch.float64, device=device)
+    for p in parameters:
+        square = torch.linalg.vector_norm(p.grad.float()).double().square()
+        if getattr(p, "tensor_model_parallel", False):
+            split += square
+        else:
+            whole += square
     if tensor.size > 1:
-        dist.all_reduce(over_ranks, group=tensor.group)
-    norm = float((over_ranks + sum(squares[False], zero)).sqrt())
-    if not math.isfinite(norm):
-        for parameter in model.parameters():
-            parameter.grad = None
+        dist.all_reduce(split, group=tensor.group)
+    norm = float((whole + split).sqrt())
+    for p in parameters:
+        if not math.isfinite(norm):
+            p.grad = None
+        elif largest and norm > largest:
+            p.grad.mul_(largest / (norm + 1e-6))
     return norm

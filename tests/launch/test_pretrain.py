@@ -19,7 +19,9 @@ SIZES = {"190m": 188e6, "450m": 446e6, "1.3b": 1295e6}
 
 
 def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in process_env(0, 1, 0).items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = {
+        k: v for k, v in process_env(0, 1, 0).items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     del env["PYTHONPATH"]  # it must find its checkout by itself
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -82,7 +84,9 @@ def test_missing_file_and_missing_option():
     assert program().returncode == 2
 
 
-@pytest.mark.parametrize("arguments, word", [(["train.micro_batch=8"], "remainder 8"), (["model.vocab_size=40"], "vocab")])
+@pytest.mark.parametrize(
+    "arguments, word", [(["train.micro_batch=8"], "remainder 8"), (["model.vocab_size=40"], "vocab")]
+)
 def test_under_the_launcher_an_error_is_printed_once_and_the_job_fails(config, arguments, word):
     """One that is found before the processes join, and one after."""
     finished = deepspeed("--config", config, *arguments)
@@ -143,7 +147,11 @@ def test_the_batch_script_is_valid_shell_and_passes_its_arguments_on(tmp_path):
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
     script = ["bash", "launch/slurm/pretrain.sbatch", "my.yaml", "train.steps=3"]
-    env = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "SLURM_JOB_ID": "17"}
+    env = os.environ | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "VENV": str(tmp_path / "venv"),
+        "SLURM_JOB_ID": "17",
+    }
     for status, expected, requeued in ((0, 0, False), (2, 2, False), (75, 0, True)):
         (tmp_path / "scontrol").unlink(missing_ok=True)
         finished = subprocess.run(script, cwd=ROOT, env=env | {"STATUS": str(status), "USER": "u"}, capture_output=True)

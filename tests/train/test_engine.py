@@ -38,7 +38,7 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     for step in range(STEPS):
         set_learning_rate(engine, 1e-2)
         batches = [next(loader) for _ in range(accumulation(config, groups.data_size))]
-        results.append(train_step(engine, batches, step=step, groups=groups))
+        results.append(train_step(engine, batches, step=step, groups=groups, grad_clip=config.optim.grad_clip))
     evaluated = evaluate(
         engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=torch.device("cpu")
     )

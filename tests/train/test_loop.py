@@ -45,7 +45,10 @@ def numbers(directory: Path) -> list[tuple]:
 
 
 def with_options(tree: dict, **sections: dict) -> dict:
-    return {name: tree.get(name, {}) | sections.get(name, {}) if isinstance(tree[name], dict) else tree[name] for name in tree}
+    return {
+        name: tree.get(name, {}) | sections.get(name, {}) if isinstance(tree[name], dict) else tree[name]
+        for name in tree
+    }
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,9 @@ def test_damaged_checkpoints(tmp_path, prefix):
 def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     tree = toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 5})
     tree["checkpoint"] |= {"save_every": 1, "keep_last": 2, "keep_every": 2}
-    second = with_options(tree, train={"steps": 6}, checkpoint={"dir": str(tmp_path / "second"), "load": str(tmp_path / "run")})
+    second = with_options(
+        tree, train={"steps": 6}, checkpoint={"dir": str(tmp_path / "second"), "load": str(tmp_path / "run")}
+    )
     third = with_options(second, train={"steps": 7})
     assert launch(2, runs, [tree, second, third])[0] == [0, 0, 0]
     assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["2", "4", "5"]

@@ -32,7 +32,9 @@ def toy_tree(prefix: str, directory: Path | str, **sections: dict[str, Any]) -> 
         "parallel": {"zero_stage": 1, "timeout_s": 60},
         "data": {"train": prefix, "seq_len": 32},
         "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
-        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 6},
+        "train": {
+            "steps": 6, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 6,
+        },
         "checkpoint": {"dir": str(directory), "save_every": 0},
         "log": {"every": 1, "tensorboard": False},
     }  # fmt: skip

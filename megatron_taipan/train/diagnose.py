@@ -1,0 +1,66 @@
+"""Finding the layer that first gave a value that is not finite."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_taipan.train.step import Batch
+
+
+def first_not_finite(engine: Any, batches: list[Batch], *, step: int) -> str:
+    """Repeats a skipped step's forward passes and names the first module whose output is not finite; collective.
+
+    The gate's noise depends on counters alone, so the passes are the same ones. Returns a sentence, the same on every
+    rank.
+    """
+    ours = None
+    for number, batch in enumerate(batches):
+        name = _first_module(engine, batch, step)
+        if name is not None and ours is None:
+            samples = batch["sample"].tolist()
+            ours = f"{name} (micro-batch {number}, samples {samples[0]} to {samples[-1]})"
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ours)
+    for rank, found in enumerate(everyone):
+        if found is not None:
+            return f"the first values that are not finite came out of {found} on rank {rank}"
+    return "every layer's output is finite, so it is the gradient that overflowed"
+
+
+@torch.no_grad()
+def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
+    """The innermost module that first gave a value that is not finite; None if all are."""
+    found: list[str] = []
+    handles = []
+    for name, module in engine.module.named_modules():
+        if name:
+
+            def look(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
+                if not found and any(not bool(t.isfinite().all()) for t in tensors(output)):
+                    found.append(name)
+
+            handles.append(module.register_forward_hook(look))
+    try:
+        out = engine(
+            batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
+            samples=batch["sample"], step=step, ce_scale=1.0,
+        )  # fmt: skip
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found and not bool(torch.isfinite(out.loss)):
+        return "the loss"
+    return found[0] if found else None
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All floating-point tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [t for item in value for t in tensors(item)]
+    return []

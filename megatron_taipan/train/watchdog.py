@@ -1,0 +1,52 @@
+"""Ends a run that hangs, and shows where every rank stood."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+EXIT_HANG = 70  # EX_SOFTWARE of sysexits.h
+GRACE_S = 30.0
+
+
+class Watchdog:
+    """While entered, a process that does not call `beat` for `seconds` prints the stacks of all its threads and exits.
+
+    A thread of our own says which rank it is. Should the hanging code never release Python's lock, faulthandler, which
+    needs none, does the same half a minute later.
+    """
+
+    def __init__(self, seconds: float, rank: int):
+        self.seconds, self.rank = seconds, rank
+        self.last = time.monotonic()
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds:
+            self.beat()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def beat(self) -> None:
+        """Something was finished: the time starts again."""
+        self.last = time.monotonic()
+        if self.seconds and not self.ended.is_set():
+            faulthandler.dump_traceback_later(self.seconds + GRACE_S, exit=True)
+
+    def _watch(self) -> None:
+        # monotonic time: a corrected clock neither kills a run nor keeps a dead one
+        while not self.ended.wait(max(self.last + self.seconds - time.monotonic(), 0.1)):
+            if time.monotonic() - self.last >= self.seconds:
+                print(
+                    f"rank {self.rank}: nothing was finished for {self.seconds:.0f} s (train.hang_after_s); its stacks"
+                    " follow and it ends",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_HANG)
