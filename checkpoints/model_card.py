@@ -17,7 +17,9 @@ def model_card(config: Config, step: int | None, dtype: str, has_tokenizer: bool
     growing = ", except for the keys and values of full attention layers" if "A" in model.letters else ""
     per_step = train.global_batch * data.seq_len
     trained = f"{step:,} steps of {per_step:,} tokens ({step * per_step:,} tokens)" if step else "not recorded"
-    load_tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if has_tokenizer else ""
+    load_tokenizer = (
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if has_tokenizer else ""
+    )
     prompt = (
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         if has_tokenizer
@@ -48,7 +50,7 @@ Mamba-2 network with selective attention layers (arXiv 2410.18572).
 ## Use
 
 Needs `torch`, `transformers` and `pydantic`. The model's code is in this folder, hence `trust_remote_code=True`
-(not needed where `megatron_taipan.hf` has been imported).
+(not needed where `megatron_taipan.hf` has been imported; AutoTokenizer asks because it looks at the configuration too).
 
 ```python
 import torch

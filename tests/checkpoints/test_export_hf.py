@@ -88,6 +88,15 @@ def test_tokenizer_settings_and_card_are_there(tmp_path):
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
     assert "7 steps of 64 tokens (448 tokens)" in card
+    example = card.split("```python\n")[1].split("```")[0]
+    (tmp_path / "example.py").write_text(example)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", str(tmp_path / "example.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path / "hf", env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0 and done.stdout.startswith("Once upon a time"), done.stderr
 
 
 class Disagreeing(MemoryState):

@@ -1,0 +1,86 @@
+"""A run that starts from a folder of weights scores what they score, in any layout; wrong folders are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from megatron_taipan.checkpoint.weights import load_weights, open_weights
+from megatron_taipan.config import make_config
+from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation.perplexity import score
+from megatron_taipan.model.taipan import Taipan
+from tests.distributed.launch import run_program
+from tests.train.toy import toy_config, toy_tree, write_data
+
+
+def write_weights(folder: Path, model: Taipan) -> Path:
+    """The folder's format, written with the safetensors library."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"network": model.config.model_dump(mode="json")}))
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_run_starts_from_the_weights_in_another_layout_and_resumes_from_its_own_checkpoint(tmp_path):
+    tree = toy_tree(
+        write_data(tmp_path / "data"),
+        tmp_path / "run",
+        parallel={"tensor": 2, "zero_stage": 3},
+        train={"steps": 2, "eval_samples": 12},
+        checkpoint={"init": str(tmp_path / "weights")},
+    )
+    config = make_config(tree)
+    model = Taipan(config.model, seed=77)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    write_weights(tmp_path / "weights", model)
+    wanted = score(model, build_dataset(config.data, "valid", config.model.vocab_size), samples=12)
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    command = ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]
+    run_program(2, [*command, "train.stop_at=1"]).succeeded()
+    run_program(2, command).succeeded()
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    valid = [record["ce"] for record in records if record["event"] == "valid"]
+    assert valid[0] == pytest.approx(wanted.ce, rel=2e-6)
+    steps = [record for record in records if record["event"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert valid[-1] < valid[0]  # the second start went on; from the weights again it would score as before step 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pattern": "M S M W"}, "has the layers MSMA, model.pattern gives MSMW"),
+        ({"d_ff": 64}, r"\[48, 32\].*\[64, 32\]"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, changes, words):
+    theirs = toy_config("none").model
+    write_weights(tmp_path / "weights", Taipan(theirs))
+    ours = theirs.model_copy(update=changes)
+    with pytest.raises(UserError, match=words):
+        load_weights(Taipan(ours), tmp_path / "weights")
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        open_weights(tmp_path)
+    folder = write_weights(tmp_path / "weights", Taipan(toy_config("none").model))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="no whole safetensors file"):
+        open_weights(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="holds no .safetensors"):
+        open_weights(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="describes no Taipan"):
+        open_weights(folder)
