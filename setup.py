@@ -48,6 +48,8 @@ setup(
         "pyarrow>=19",
         "zstandard>=0.23",
         "isal>=1.7",
+        "orjson>=3.10",
+        "xxhash>=3.4",
     ],
     extras_require={
         # These compile against the torch that is installed: `pip install --no-build-isolation '.[gpu]'` after torch.
