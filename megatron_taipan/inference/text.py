@@ -25,7 +25,10 @@ class SentencePieceCodec:
     def __init__(self, path: Path):
         import sentencepiece
 
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path} is no sentencepiece model: {' '.join(str(error).split())}") from error
         self.end_ids: tuple[int, ...] = (self.processor.eos_id(),) if self.processor.eos_id() >= 0 else ()
 
     def encode(self, text: str) -> list[int]:
@@ -41,7 +44,10 @@ class TokenizersCodec:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is no tokenizer.json: {' '.join(str(error).split())}") from error
         self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
         names = ("</s>", "<|end_of_text|>", "<|endoftext|>")
         found = (self.tokenizer.token_to_id(name) for name in names)

@@ -1,0 +1,76 @@
+"""Perplexity against torch's cross entropy on every document by itself, and the program's table."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_taipan.config import DataConfig, DataSource
+from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.evaluation.perplexity import main, score
+from megatron_taipan.model.taipan import Taipan
+from tests.checkpoint.test_weights import write_weights
+from tests.inference.networks import VOCABULARY, small_config, small_model
+
+
+@pytest.fixture
+def prefix(tmp_path) -> str:
+    rng = np.random.default_rng(0)
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        for _ in range(60):
+            writer.add_document(rng.integers(0, VOCABULARY, rng.integers(1, 40)))
+    return str(tmp_path / "data")
+
+
+def dataset_of(prefix: str, seq_len: int = 32):
+    return build_dataset(
+        DataConfig(train=[DataSource(prefix=prefix)], seq_len=seq_len, valid_fraction=0), "train", VOCABULARY
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_documents_are_scored_as_if_each_stood_alone(prefix, batch):
+    model, dataset = small_model("M S W A"), dataset_of(prefix)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in range(9):
+            sample = dataset[index]
+            for document in sample["seq_idx"].unique():
+                rows = (sample["seq_idx"] == document).nonzero()[:, 0]
+                counted = sample["loss_mask"][rows].bool()
+                logits = model(sample["tokens"][rows][None]).logits[0]
+                total += float(F.cross_entropy(logits[counted], sample["labels"][rows][counted], reduction="sum"))
+                count += int(counted.sum())
+    result = score(model, dataset, samples=9, batch=batch)
+    assert result.tokens == count < 9 * 32
+    assert result.ce == pytest.approx(total / count, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_scoring_leaves_the_training_mode(prefix):
+    model = small_model("M S").train()
+    score(model, dataset_of(prefix), samples=2)
+    assert model.training
+
+
+def test_the_program_scores_a_folder_before_and_after(tmp_path, prefix, capsys):
+    model = Taipan(small_config("M S"), seed=3)
+    write_weights(tmp_path / "weights", model)
+    arguments = [str(tmp_path / "weights"), "--data", prefix, "--seq-len", "32", "--samples", "5", "--untrained"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = {line.split()[0]: float(re.split(r" +", line)[2]) for line in lines[1:]}
+    dataset = dataset_of(prefix)
+    assert figures[str(tmp_path / "weights")] == pytest.approx(score(model, dataset, samples=5).ce, abs=1e-4)
+    fresh = Taipan(small_config("M S"), seed=0)
+    assert figures["untrained"] == pytest.approx(score(fresh, dataset, samples=5).ce, abs=1e-4)
+
+
+def test_an_exported_folder_needs_data_named(tmp_path, capsys):
+    write_weights(tmp_path / "weights", Taipan(small_config("M")))
+    assert main([str(tmp_path / "weights")]) == 2
+    assert "--data PREFIX" in capsys.readouterr().err

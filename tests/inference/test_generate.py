@@ -1,0 +1,85 @@
+"""The generation program: text in, text out, one line for what the user got wrong."""
+
+import json
+
+import pytest
+
+from megatron_taipan.config import DataConfig, DataSource
+from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.errors import UserError
+from megatron_taipan.inference.generate import main
+from megatron_taipan.inference.generation import generate
+from megatron_taipan.inference.text import load_codec, sample_texts
+from megatron_taipan.model.taipan import Taipan
+from tests.checkpoint.test_weights import write_weights
+from tests.checkpoints.made import lines_of_text, train_sentencepiece
+from tests.inference.networks import small_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    model = Taipan(small_config("M S W", vocab_size=600), seed=1).eval()
+    return model, write_weights(folder / "weights", model), train_sentencepiece(folder)
+
+
+def test_greedy_text_is_the_decoded_ids(trained, capsys):
+    model, folder, tokenizer = trained
+    prompts = ["def ", "import os"]
+    arguments = [str(folder), "--tokenizer", str(tokenizer), "--temperature", "0", "--max-new-tokens", "9", "--json"]
+    assert main([*arguments, *(word for prompt in prompts for word in ("--prompt", prompt))]) == 0
+    codec = load_codec(tokenizer)
+    wanted = generate(model, [codec.encode(p) for p in prompts], max_new_tokens=9, stop_tokens=codec.end_ids)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["new_tokens"] for answer in answers] == wanted
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert all(answer["text"].startswith(prompt) for answer, prompt in zip(answers, prompts, strict=True))
+
+
+def test_prompts_come_from_a_file_too_and_seeds_repeat(trained, tmp_path, capsys):
+    _, folder, tokenizer = trained
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    arguments = [str(folder), "--tokenizer", str(tokenizer), "--prompt-file", str(tmp_path / "prompts.txt"), "--json"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*arguments, "--seed", seed, "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(texts[0].splitlines()) == 2
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to continue"),
+        (["--prompt", "x"], "names no tokenizer"),
+        (["--prompt", "x", "--tokenizer", "none.model"], "none.model does not exist"),
+        (["--prompt", "x", "--top-p", "2"], r"top_p=2.0 must lie in"),
+        (["--prompt", "x", "--device", "cuda:99"], "is not there"),
+        (["--prompt", "x", "--device", "abacus"], "is unknown"),
+    ],
+)
+def test_mistakes_are_one_line(trained, capsys, arguments, words):
+    assert main([str(trained[1]), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_text("not a tokenizer")
+        with pytest.raises(UserError, match="is no "):
+            load_codec(tmp_path / name)
+
+
+def test_sample_texts_are_the_documents(tmp_path):
+    tokenizer = train_sentencepiece(tmp_path)
+    codec = load_codec(tokenizer)
+    documents = lines_of_text()[:40]
+    with IndexedWriter(tmp_path / "data", "uint16") as writer:
+        for text in documents:
+            writer.add_document([*codec.encode(text), *codec.end_ids])
+    data = DataConfig(train=[DataSource(prefix=str(tmp_path / "data"))])
+    texts = sample_texts(data, tokenizer, count=1000)
+    assert [t.strip() for t in texts] == [t.strip() for t in documents]
+    assert len(sample_texts(data, tokenizer, count=10)) in range(10, 14)
