@@ -11,7 +11,6 @@ import numpy as np
 import orjson
 import xxhash
 
-from data_prep.inputs import Piece
 from data_prep.job import Job
 from data_prep.readers import Record, read
 from megatron_taipan.data.indexed import MAX_SEQUENCE
@@ -99,8 +98,8 @@ class _Part:
             counts = counts[counts > 0]
         if len(ids) and (top := int(ids.max())) >= job.tokenizer.vocab_size:
             raise UserError(
-                f"{self.batch[0].where}: the tokenizer gave id {top}, beyond its vocabulary of {job.tokenizer.vocab_size};"
-                " the tokenizer file is damaged"
+                f"{self.batch[0].where}: the tokenizer gave id {top}, beyond its vocabulary of"
+                f" {job.tokenizer.vocab_size}; the tokenizer file is damaged"
             )
         out, counts = with_ends(ids, counts, job.bos, job.eod, job.dtype)
         if len(counts) and int(counts.max()) > MAX_SEQUENCE:

@@ -16,8 +16,7 @@ class Progress:
         self.rows, self.total = rows, total_bytes
         self.stream = stream or sys.stderr
         self.start = self.shown = time.monotonic()
-        self.done_bytes = 0
-        self.finished_input = 0
+        self.finished_input = 0  # bytes of input, by which the share done is shown
         self.live = self.stream.isatty()
 
     def adder(self, row: int):
@@ -33,18 +32,18 @@ class Progress:
         rows = [ROW.unpack_from(self.memory, row * ROW.size) for row in range(self.rows)]
         return tuple(map(sum, zip(*rows, strict=True)))
 
-    def show(self, finished_input: int) -> None:
-        """Draws the line (on a terminal), or prints one every 30 seconds; `finished_input` is input bytes done."""
+    def show(self) -> None:
+        """Draws the line (on a terminal), or prints one every 30 seconds."""
         now = time.monotonic()
         if now - self.shown < (0.5 if self.live else 30):
             return
         self.shown = now
-        print(self.line(finished_input), end="\r" if self.live else "\n", file=self.stream, flush=True)
+        print(self.line(), end="\r" if self.live else "\n", file=self.stream, flush=True)
 
-    def line(self, finished_input: int) -> str:
+    def line(self) -> str:
         elapsed = max(time.monotonic() - self.start, 1e-6)
         size, tokens, documents = self.sums()
-        share = min(finished_input / self.total, 1) if self.total else 1
+        share = min(self.finished_input / self.total, 1) if self.total else 1
         left = f"{elapsed / share - elapsed:.0f} s left" if share > 0 else "time left unknown"
         return (
             f"{100 * share:5.1f} %  {size / elapsed / 1e6:.1f} MB/s  {tokens / elapsed / 1e6:.2f} M tokens/s "

@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     if args.first < 0 or (reader.n_documents and args.first >= reader.n_documents):
         raise UserError(f"--first {args.first}: {args.prefix} has documents 0 to {reader.n_documents - 1}")
     print(
-        f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}, {reader.fingerprint}"
+        f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype},"
+        f" fingerprint {reader.fingerprint}"
     )
     for index in range(args.first, min(args.first + args.documents, reader.n_documents)):
         ids = reader.document(index)

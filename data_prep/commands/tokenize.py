@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("fail", "skip", "quarantine"),
         default="fail",
-        help="a record that gives no document: stop, leave it out and count it, or also keep it in PREFIX.skipped.jsonl",
+        help="a record that gives no document: stop; or leave it out and list it in PREFIX.skipped.jsonl (quarantine:"
+        " with its content)",
     )
     parser.add_argument(
         "--shard-tokens", type=int, help="start another shard (PREFIX-00000, ...) after this many tokens"
@@ -121,16 +122,15 @@ def _make_parts(job: Job, workers: int, sizes: dict[str, int]) -> list[dict]:
         print(f"continuing: {len(notes)} of {len(job.pieces)} parts are done")
     weight = [sum(piece.stop - piece.start for piece in pieces) for pieces in job.pieces]
     progress = Progress(sum(weight[number] for number in missing), len(job.pieces))
-    done = 0
 
     def make(number: int) -> dict:
         return make_part(replace(job, report=progress.adder(number)), number)
 
-    for number, note in run_pool(make, missing, workers, lambda: progress.show(done)):
+    for number, note in run_pool(make, missing, workers, progress.show):
         if isinstance(note, OSError):
             raise note
         notes[number] = note
-        done += weight[number]
+        progress.finished_input += weight[number]
     progress.clear()
     return [notes[number] for number in range(len(job.pieces))]
 
@@ -163,7 +163,8 @@ def _finish(job, notes, args, files, sizes, options, identity, started) -> None:
     seconds = time.monotonic() - started
     print(
         f"{args.output}: {documents} documents, {tokens} tokens ({job.dtype}, {len(shards)} shard(s)) from {len(files)}"
-        f" file(s), {text / 1e6:.1f} MB of text, {seconds:.1f} s, {text / seconds / 1e6:.1f} MB/s, {job.tokenizer.library}"
+        f" file(s), {text / 1e6:.1f} MB of text, {seconds:.1f} s, {text / seconds / 1e6:.1f} MB/s,"
+        f" {job.tokenizer.library}"
     )
     if problems:
         print(f"left out {sum(problems.values())} records, listed in {skipped}:")

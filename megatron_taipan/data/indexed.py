@@ -131,8 +131,8 @@ class IndexedReader:
                 digest.update(lengths)
             if expected != self.bin_bytes:
                 raise UserError(
-                    f"{self.prefix}.bin has {self.bin_bytes} bytes and its index describes {expected} ({self.n_sequences}"
-                    f" sequences of {self.dtype}); the two files do not belong together or one is truncated"
+                    f"{self.prefix}.bin has {self.bin_bytes} bytes and its index describes {expected}"
+                    f" ({self.n_sequences} sequences of {self.dtype}); the two files do not belong together or one is truncated"
                 )
             self._document_is_sequence = self.n_documents == self.n_sequences
             previous = 0

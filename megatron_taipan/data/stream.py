@@ -43,7 +43,7 @@ class TokenStream:
         return begins
 
     def long_documents(self, least: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Documents of at least `least` tokens: stream positions int64 [d], lengths int64 [d]; and the longest of all."""
+        """Documents of at least `least` tokens: stream positions [d], lengths [d]; and the longest of all."""
         found, longest = [], 0
         for at in range(0, self.reader.n_documents, CHUNK):
             start = self.reader.starts(np.arange(at, min(at + CHUNK, self.reader.n_documents) + 1))
