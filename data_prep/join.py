@@ -63,7 +63,7 @@ class _Shard:
         start, count = int(lengths[:begin].sum(dtype=np.int64)), int(lengths[begin:end].sum(dtype=np.int64))
         with open(self.job.part(number) + ".bin", "rb") as part:
             copy_range(part, self.bin, start * size, count * size)
-        self.lengths.write(lengths[begin:end])
+        self.lengths.write(lengths[begin:end].tobytes())
         self.documents += end - begin
         self.tokens += count
 

@@ -106,8 +106,8 @@ class _Part:
             raise UserError(
                 f"{self.batch[0].where}: a document of {int(counts.max())} tokens; the format holds {MAX_SEQUENCE}"
             )
-        self.tokens_file.write(out)
-        self.lengths_file.write(counts.astype("<i4"))
+        self.tokens_file.write(out.data)
+        self.lengths_file.write(counts.astype("<i4").data)
         size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self.documents += len(counts)
         self.tokens += len(out)

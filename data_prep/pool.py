@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 from megatron_taipan.errors import UserError
 
@@ -27,7 +28,7 @@ def run_pool(
     """
     context = multiprocessing.get_context("fork")
     queue = iter(numbers)
-    running: dict[Connection, tuple[multiprocessing.Process, int]] = {}
+    running: dict[Connection, tuple[Any, int]] = {}  # process and the number it works on
     processes = []
     try:
         for _ in range(min(workers, len(numbers))):
@@ -38,7 +39,7 @@ def run_pool(
             processes.append((process, ours))
             _give(ours, process, queue, running)
         while running:
-            for ready in wait(list(running), timeout=0.5):
+            for ready in cast(list[Connection], wait(list(running), timeout=0.5)):
                 process, number = running.pop(ready)
                 try:
                     answer = ready.recv()

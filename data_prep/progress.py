@@ -30,7 +30,8 @@ class Progress:
 
     def sums(self) -> tuple[int, int, int]:
         rows = [ROW.unpack_from(self.memory, row * ROW.size) for row in range(self.rows)]
-        return tuple(map(sum, zip(*rows, strict=True)))
+        size, tokens, documents = map(sum, zip(*rows, strict=True))
+        return size, tokens, documents
 
     def show(self) -> None:
         """Draws the line (on a terminal), or prints one every 30 seconds."""

@@ -14,7 +14,7 @@ try:
     from isal import igzip as gzip  # reads gzip three times faster
     from isal.igzip import BadGzipFile
 except ImportError:
-    import gzip
+    import gzip  # type: ignore[no-redef]
     from gzip import BadGzipFile
 
 BUFFER = 1 << 20

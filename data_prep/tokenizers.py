@@ -161,8 +161,7 @@ class TikToken(Tokenizer):
             self.digest = sha256(repr(sorted(self.model._mergeable_ranks.items())).encode()).hexdigest()
         else:
             ranks = tiktoken_ranks(name)
-            special = ["<|begin_of_text|>", "<|end_of_text|>"]
-            special = {token: len(ranks) + i for i, token in enumerate(special)}
+            special = {token: len(ranks) + i for i, token in enumerate(("<|begin_of_text|>", "<|end_of_text|>"))}
             self.model = tiktoken.Encoding(
                 Path(name).name, pat_str=self.LLAMA3, mergeable_ranks=ranks, special_tokens=special
             )
@@ -253,7 +252,8 @@ def file_digest(path: str) -> str:
 
 def with_special(ids: list[int], decode, special: dict[int, str]) -> str:
     """Decodes the runs between special ids and puts the special tokens' names between them."""
-    out, run = "", []
+    out = ""
+    run: list[int] = []
     for token in ids:
         if token in special:
             out += (decode(run) if run else "") + special[token]

@@ -128,11 +128,11 @@ class IndexedReader:
                         f", and the one before ends at byte {before}; make it again"
                     )
                 expected = int(ends[-1])
-                digest.update(lengths)
+                digest.update(lengths.data)
             if expected != self.bin_bytes:
                 raise UserError(
                     f"{self.prefix}.bin has {self.bin_bytes} bytes and its index describes {expected}"
-                    f" ({self.n_sequences} sequences of {self.dtype}); the two files do not belong together or one is truncated"
+                    f" ({self.n_sequences} sequences of {self.dtype}); one of the two is truncated or foreign"
                 )
             self._document_is_sequence = self.n_documents == self.n_sequences
             previous = 0
@@ -145,7 +145,7 @@ class IndexedReader:
                     self._document_is_sequence = False
                 previous = int(first[-1])
                 if not self._document_is_sequence:
-                    digest.update(first)
+                    digest.update(first.data)
         if previous != self.n_sequences:
             raise UserError(
                 f"{idx} is damaged: its documents end at sequence {previous} of {self.n_sequences}; make it again"
@@ -192,8 +192,8 @@ class IndexedReader:
             return bisect_right(self._offsets, position * self.dtype.itemsize) - 1
         return bisect_right(range(self.n_documents), position, key=self.start) - 1
 
-    def boundaries(self, start: int, stop: int) -> np.ndarray:
-        """Positions strictly between `start` and `stop` at which a document begins: int64 [n], rising."""
+    def boundaries(self, start: int, stop: int) -> list[int]:
+        """Positions strictly between `start` and `stop` at which a document begins, rising."""
         low, high = (start + 1) * self.dtype.itemsize, stop * self.dtype.itemsize
         if self._document_is_sequence:
             first = bisect_left(self._offsets, low)
@@ -201,18 +201,16 @@ class IndexedReader:
             last = bisect_left(self._offsets, high, first, near)
             if last == near:
                 last = bisect_left(self._offsets, high, near)
-            if first == last:
-                return np.empty(0, np.int64)
-            found = np.array(self._offsets[first:last], np.int64) // self.dtype.itemsize
+            found = [offset // self.dtype.itemsize for offset in self._offsets[first:last].tolist()]
         else:
             first = bisect_left(range(self.n_documents), start + 1, key=self.start)
             last = bisect_left(range(self.n_documents), stop, key=self.start)
-            found = self.starts(np.arange(first, last))
-        return np.unique(found) if len(found) > 1 else found  # empty documents begin where the next one does
+            found = self.starts(np.arange(first, last)).tolist()
+        return list(dict.fromkeys(found))  # an empty document begins where the next one does
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, of type `dtype`) with the tokens from `position` on."""
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         got = os.preadv(self._bin_fd, [view], position * self.dtype.itemsize)
         while got < len(view):
             more = os.preadv(self._bin_fd, [view[got:]], position * self.dtype.itemsize + got)
@@ -293,15 +291,15 @@ def write_index(path: str | Path, dtype: np.dtype, lengths_path: str | Path) -> 
     with open(lengths_path, "rb", buffering=0) as source, open(path, "wb") as out:
         out.write(HEADER.pack(MAGIC, 1, CODES[np.dtype(dtype)], count, count + 1))
         for at in range(0, count, CHUNK):
-            out.write(_entries(source, np.dtype("<i4"), 4 * at, min(CHUNK, count - at)))
+            out.write(_entries(source, np.dtype("<i4"), 4 * at, min(CHUNK, count - at)).data)
         end = 0
         for at in range(0, count, CHUNK):
             lengths = _entries(source, np.dtype("<i4"), 4 * at, min(CHUNK, count - at)).astype("<i8")
             ends = np.cumsum(lengths) * np.dtype(dtype).itemsize + end
-            out.write(ends - lengths * np.dtype(dtype).itemsize)
+            out.write((ends - lengths * np.dtype(dtype).itemsize).data)
             end = int(ends[-1])
         for at in range(0, count + 1, CHUNK):
-            out.write(np.arange(at, min(at + CHUNK, count + 1), dtype="<i8"))
+            out.write(np.arange(at, min(at + CHUNK, count + 1), dtype="<i8").data)
         sync_and_close(out)
 
 

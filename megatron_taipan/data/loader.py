@@ -7,7 +7,7 @@ the number of samples consumed; batch size, number of processes and number of st
 import signal
 from collections.abc import Iterator
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from megatron_taipan.data.stream import TokenStream, whole
 from megatron_taipan.errors import UserError
 
 Batch = dict[str, torch.Tensor]
+Samples = PackedSamples | LongSamples
 
 
 class SampleDataset(Dataset):
@@ -42,7 +43,7 @@ class SampleDataset(Dataset):
 
     def __init__(
         self,
-        sources: list[PackedSamples] | list[LongSamples],
+        sources: list[Samples],
         weights: list[float],
         *,
         seq_len: int,
@@ -71,8 +72,8 @@ class SampleDataset(Dataset):
         Raises:
             UserError: an id is beyond the model's vocabulary.
         """
-        source, sample = self.blend(index)
-        source = self.sources[source]
+        number, sample = self.blend(index)
+        source = self.sources[number]
         reader = source.stream.reader
         out = np.empty(self.seq_len + 1, reader.dtype)
         begins = source.read_into(sample, out)
@@ -84,19 +85,19 @@ class SampleDataset(Dataset):
     def batch(self, indices: list[int]) -> Batch:
         """Several samples stacked: every tensor gets a first dimension [b]."""
         b, l = len(indices), self.seq_len
-        ids = np.empty((b, l + 1), np.int64)
+        tokens, labels = np.empty((b, l), np.int64), np.empty((b, l), np.int64)
         loss_mask = np.ones((b, l), np.float32)
         seq_idx = np.zeros((b, l), np.int32)
         for row, index in enumerate(indices):
-            ids[row], begins = self.tokens(index)
+            ids, begins = self.tokens(index)
+            tokens[row], labels[row] = ids[:-1], ids[1:]
             for number, begin in enumerate(begins, start=1):
                 loss_mask[row, begin - 1] = 0
                 if self.mask_documents:
                     seq_idx[row, begin:] = number
-        ids = torch.from_numpy(ids)
         return {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy(loss_mask),
             "seq_idx": torch.from_numpy(seq_idx),
             "sample": torch.tensor(indices, dtype=torch.int64),
@@ -125,7 +126,8 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
     if split == "valid" and not own and data.valid_fraction == 0:
         raise UserError("there is no validation data: set data.valid, or data.valid_fraction above 0")
     held_out = data.valid_fraction if data.valid is None else 0.0
-    sources, identity = [], []
+    sources: list[Samples] = []
+    identity: list[object] = []
     for source in chosen:
         reader = IndexedReader(source.prefix)
         if not reader.n_tokens:
@@ -184,7 +186,7 @@ def make_loader(
     return iter(loader)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -198,7 +200,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> PackedSamples | LongSamples:
+def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> Samples:
     kind = LongSamples if data.one_document else PackedSamples
     try:
         return kind(stream, data.seq_len, data.seed)
@@ -221,7 +223,7 @@ def _refuse_doubles(sources: list[DataSource], where: str) -> None:
 
 def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
     """Looks through the first 32 MB for ids that the model does not have; `tokens` looks at every sample again."""
-    if np.iinfo(reader.dtype).max < vocab_size and np.iinfo(reader.dtype).min == 0:
+    if reader.dtype.kind == "u" and 1 << 8 * reader.dtype.itemsize <= vocab_size:
         return
     count = 1 << 20
     for at in range(0, min(reader.n_tokens, 16 * count), count):

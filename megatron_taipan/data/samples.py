@@ -29,7 +29,7 @@ class PackedSamples:
         self.stream, self.seq_len = stream, seq_len
         self.key = derive_key("samples", seed, stream.reader.fingerprint)
         self.per_epoch = stream.n_tokens // seq_len
-        self._epoch, self._order, self._turn = -1, None, 0
+        self._epoch, self._order, self._turn = -1, Permutation(1, 0), 0
 
     def read_into(self, sample: int, out: np.ndarray) -> list[int]:
         """Fills `out` [seq_len + 1] with a sample's tokens; returns where in it other documents begin."""
@@ -59,7 +59,7 @@ class LongSamples:
             )
         self.first = np.concatenate([[0], np.cumsum((self.length - 1) // seq_len)])  # [d + 1], in samples
         self.per_epoch = int(self.first[-1])
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, Permutation(1, 0)
 
     def read_into(self, sample: int, out: np.ndarray) -> list[int]:
         """Fills `out` [seq_len + 1]; no other document ever begins in it."""

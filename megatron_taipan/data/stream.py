@@ -35,9 +35,7 @@ class TokenStream:
             self.reader.read_into(at, out[filled : filled + count])
             if filled:
                 begins.append(filled)
-            inside = self.reader.boundaries(at, at + count)
-            if len(inside):
-                begins += (inside - (at - filled)).tolist()
+            begins += [begin - at + filled for begin in self.reader.boundaries(at, at + count)]
             filled += count
             position = (position + count) % self.n_tokens
         return begins

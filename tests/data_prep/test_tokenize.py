@@ -317,7 +317,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 import errno, data_prep.commands.tokenize as t
 from data_prep import cli
 errno.ENOSPC = errno.EFBIG
-sys.exit(cli.main(["tokenize", "--input", {str(source)!r}, "--tokenizer", {model!r}, "--output", {str(tmp_path / "o")!r}]))
+args = ["--input", {str(source)!r}, "--tokenizer", {model!r}, "--output", {str(tmp_path / "o")!r}]
+sys.exit(cli.main(["tokenize", *args]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "is full" in done.stderr and done.stderr.count("\n") == 1
