@@ -13,7 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from checkpoints.tiktoken_file import convert_tiktoken
 from megatron_taipan.errors import UserError
+from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
 
 SPACE = "\u2581"  # sentencepiece writes a blank as this character
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types of sentencepiece_model.proto
@@ -27,7 +29,7 @@ def write_tokenizer(
     """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
 
     Args:
-        source: a sentencepiece model (`.model`) or a `tokenizer.json` of the tokenizers library.
+        source: a sentencepiece model, a tiktoken file, or a `tokenizer.json` of the tokenizers library.
         texts: text on which the ids must agree, besides `hostile_texts()`.
         model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
         vocab_size: ids that the model has; may exceed the tokenizer's, never the other way round.
@@ -38,17 +40,13 @@ def write_tokenizer(
     Raises:
         UserError: the file is of no known kind, has more tokens than the model, or the conversion gives other ids.
     """
-    if source.suffix == ".json":
-        tokenizer, special = Tokenizer.from_file(str(source)), {}
-        for kind, names in COMMON_SPECIALS.items():
-            found = [name for name in names if tokenizer.token_to_id(name) is not None]
-            if found:
-                special[kind] = found[0]
-    elif source.suffix == ".model":
-        tokenizer, special = convert_sentencepiece(source)
-        assert_same_ids(source, tokenizer, texts)
+    codec = load_codec(source)
+    if isinstance(codec, TokenizersCodec):
+        tokenizer, special = codec.tokenizer, special_tokens(source, codec.tokenizer)
     else:
-        raise UserError(f"{source}: tokenizers are exported from .model (sentencepiece) and .json (tokenizers) files")
+        convert = convert_tiktoken if isinstance(codec, TikTokenCodec) else convert_sentencepiece
+        tokenizer, special = convert(source)
+        assert_same_ids(source, codec, tokenizer, texts)
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"{source} has {tokenizer.get_vocab_size()} tokens, the model only {vocab_size}; pass the tokenizer that"
@@ -69,6 +67,22 @@ def write_tokenizer(
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     named = ("bos_token", "eos_token", "pad_token")
     return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in named if kind in config}
+
+
+def special_tokens(source: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens of a tokenizer.json by kind: what tokenizer_config.json beside it says, else usual names."""
+    try:
+        said = json.loads(source.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    special = {}
+    for kind, usual in COMMON_SPECIALS.items():
+        named = said.get(kind)
+        named = named["content"] if isinstance(named, dict) else named
+        found = [name for name in (named, *usual) if name and tokenizer.token_to_id(name) is not None]
+        if found:
+            special[kind] = found[0]
+    return special
 
 
 COMMON_SPECIALS = {
@@ -161,27 +175,23 @@ def _from_json(step: dict) -> normalizers.Normalizer:
     return Tokenizer.from_str(json.dumps(shell)).normalizer
 
 
-def assert_same_ids(source: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
-    """Compares ids and decoded text of both libraries; returns the number of texts compared.
+def assert_same_ids(source: Path, reference: TextCodec, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    """Compares the ids of both libraries; returns the number of texts compared.
 
     Raises:
         UserError: with the first text on which they differ.
     """
-    import sentencepiece
-
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(source))
     count = 0
     for text in [*hostile_texts(), *texts]:
         wanted = reference.encode(text)
         got = tokenizer.encode(text, add_special_tokens=False).ids
         if wanted != got:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got))
-            )
+            differ = (i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b)
+            at = next(differ, min(len(wanted), len(got)))
             raise UserError(
                 f"{source}: the converted tokenizer gives other ids for {text[:80]!r} (from token {at}:"
-                f" {got[at : at + 5]} instead of {wanted[at : at + 5]}); this sentencepiece model cannot be exported"
-                " exactly, pass --no-tokenizer to export without one"
+                f" {got[at : at + 5]} instead of {wanted[at : at + 5]}), so it cannot be exported exactly"
+                " (sentencepiece: type bpe with normalization identity can); pass --no-tokenizer to export without one"
             )
         count += 1
     return count

@@ -1,11 +1,20 @@
 """Text to ids and back, for programs that take prompts; and samples of the training text."""
 
+import base64
 from pathlib import Path
 from typing import Protocol
 
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
+
+# How Llama-3's tokenizer cuts text before joining bytes, and the special tokens behind its ranks. data_prep numbers
+# them alike.
+TIKTOKEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TIKTOKEN_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 
 
 class TextCodec(Protocol):
@@ -60,6 +69,52 @@ class TokenizersCodec:
         return self.tokenizer.decode(ids)
 
 
+class TikTokenCodec:
+    """A file of base64 tokens and ranks (Llama-3's `tokenizer.model`)."""
+
+    def __init__(self, path: Path):
+        import tiktoken
+
+        ranks = read_tiktoken(path)
+        special = {name: len(ranks) + i for i, name in enumerate(TIKTOKEN_SPECIAL)}
+        self.encoding = tiktoken.Encoding(
+            path.name, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.end_ids: tuple[int, ...] = (special[TIKTOKEN_SPECIAL[1]],)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode(text, disallowed_special=())
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the first line is a base64 token and a rank."""
+    with path.open("rb") as file:
+        parts = file.readline(200).split()
+    try:
+        return len(parts) == 2 and parts[1].isdigit() and bool(base64.b64decode(parts[0], validate=True))
+    except ValueError:
+        return False
+
+
+def read_tiktoken(path: Path) -> dict[bytes, int]:
+    """Tokens and ranks.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is no base64 token and rank") from error
+    return ranks
+
+
 def load_codec(path: Path) -> TextCodec:
     """The tokenizer in a file, by its ending.
 
@@ -68,11 +123,13 @@ def load_codec(path: Path) -> TextCodec:
     """
     if not path.is_file():
         raise UserError(f"the tokenizer {path} does not exist")
+    if is_tiktoken(path):
+        return TikTokenCodec(path)
     if path.suffix == ".model":
         return SentencePieceCodec(path)
     if path.suffix == ".json":
         return TokenizersCodec(path)
-    raise UserError(f"{path}: tokenizers are read from .model (sentencepiece) and .json (tokenizers) files")
+    raise UserError(f"{path}: tokenizers are read from .model (sentencepiece, tiktoken) and .json (tokenizers) files")
 
 
 def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: int = 4000) -> list[str]:

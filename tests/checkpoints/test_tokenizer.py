@@ -1,14 +1,18 @@
 """A converted sentencepiece model gives the same ids, through transformers too; what would not is refused."""
 
+import base64
+
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from checkpoints.tiktoken_file import byte_letters
 from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, hostile_texts, write_tokenizer
 from megatron_taipan.errors import UserError
+from megatron_taipan.inference.text import TIKTOKEN_PATTERN, load_codec
 from tests.checkpoints.made import lines_of_text, train_sentencepiece
 
 
@@ -32,7 +36,7 @@ def test_ids_are_equal_on_real_and_hostile_text(tmp_path, options):
     tokenizer, special = convert_sentencepiece(file)
     texts = lines_of_text()
     texts += ["\n".join(texts[at : at + 50]) for at in range(0, len(texts), 50)]
-    assert assert_same_ids(file, tokenizer, texts) == len(texts) + len(hostile_texts())
+    assert assert_same_ids(file, load_codec(file), tokenizer, texts) == len(texts) + len(hostile_texts())
     assert ("pad_token" in special, "bos_token" in special) == ("pad_id" in options, "bos_id" not in options)
 
 
@@ -76,7 +80,7 @@ def test_a_wrong_conversion_is_noticed(model_file):
     tokenizer, _ = convert_sentencepiece(model_file)
     tokenizer.normalizer = None
     with pytest.raises(UserError, match="gives other ids"):
-        assert_same_ids(model_file, tokenizer, [])
+        assert_same_ids(model_file, load_codec(model_file), tokenizer, [])
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
@@ -84,7 +88,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="no sentencepiece model"):
         write_tokenizer(tmp_path / "tok.model", tmp_path, [], 1)
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(UserError, match="are exported from"):
+    with pytest.raises(UserError, match="tokenizers are read from"):
         write_tokenizer(tmp_path / "vocab.txt", tmp_path, [], 1)
 
 
@@ -100,3 +104,48 @@ def test_a_tokenizers_file_is_taken_as_it_is(tmp_path):
     tokenizer.encode_special_tokens = True
     for text in lines_of_text()[:100] + ["literal <|endoftext|> text"]:
         assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+
+
+def write_tiktoken(path, vocabulary: int = 700):
+    """Ranks from a byte-level tokenizer trained on this repository's text, which joins in the order of its ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines_of_text(), trainer)
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    assert set(letters) == set(alphabet)
+    by_rank = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    lines = [f"{base64.b64encode(bytes(letters[c] for c in token)).decode()} {rank}" for token, rank in by_rank]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_tiktoken_files_are_converted_exactly(tmp_path):
+    file = write_tiktoken(tmp_path / "tokenizer.model")
+    texts = lines_of_text()
+    special = write_tokenizer(file, tmp_path / "out", texts, 128)
+    assert special == {"bos_token_id": 700, "eos_token_id": 701, "pad_token_id": 701}
+    loaded, codec = AutoTokenizer.from_pretrained(tmp_path / "out"), load_codec(file)
+    for text in hostile_texts() + texts[:500]:
+        assert loaded(text)["input_ids"] == codec.encode(text)
+        assert loaded.decode(codec.encode(text)) == text
+
+
+def test_a_damaged_tiktoken_file_is_refused(tmp_path):
+    file = write_tiktoken(tmp_path / "tokenizer.model")
+    file.write_text(file.read_text() + "not base64!\n")
+    with pytest.raises(UserError, match="line 701 is no base64"):
+        write_tokenizer(file, tmp_path / "out", [], 128)
+
+
+def test_special_tokens_named_beside_a_tokenizers_file_are_used(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "</s>": 2}, "a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64)["eos_token_id"] == 1

@@ -1,0 +1,59 @@
+"""A tiktoken file (Llama-3's tokenizer.model) as a tokenizers-library tokenizer.
+
+The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joint bytes have the
+lowest rank; the tokenizers library wants the pairs themselves, so each token is taken apart by the ranks below its own.
+"""
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_taipan.inference.text import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL, read_tiktoken
+
+
+def convert_tiktoken(path: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """A tokenizer with the file's tokens and ids, and its special tokens by kind.
+
+    Raises:
+        UserError: the file is no tiktoken file.
+    """
+    ranks = read_tiktoken(path)
+    letters = byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    pairs = [(token, *split(token, ranks)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    merges = [(spell(left), spell(right)) for _, left, right in pairs if right]
+    # ignore_merges: like tiktoken, a whole piece of text that is a token is taken before any joining
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in TIKTOKEN_SPECIAL])
+    tokenizer.encode_special_tokens = True
+    return tokenizer, {"bos_token": TIKTOKEN_SPECIAL[0], "eos_token": TIKTOKEN_SPECIAL[1]}
+
+
+def split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts whose joining makes the token; the second is empty where joining never makes it."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:], strict=False)]
+        lowest = min(range(len(joined)), key=joined.__getitem__)
+        if joined[lowest] >= ranks[token]:
+            return token, b""
+        parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
+    return parts[0], parts[1]
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable letter that stands for each byte in byte-level vocabularies (GPT-2's encoder)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
