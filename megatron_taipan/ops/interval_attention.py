@@ -35,7 +35,10 @@ def interval_attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi
         # A block ends early where the next query shares no key with the one before (another row or document).
         while end < nq and end - start < BLOCK and lows[end] <= highs[end - 1]:
             end += 1
-        pieces.append(_block(q[start:end], k, v, lo[start:end], hi[start:end], lows[start], highs[end - 1]))
+        # Rows without keys may hold any numbers: the block's keys are those of its first and last row that has some.
+        seeing = [i for i in range(start, end) if lows[i] <= highs[i]]
+        first, last = (lows[seeing[0]], highs[seeing[-1]]) if seeing else (0, -1)
+        pieces.append(_block(q[start:end], k, v, lo[start:end], hi[start:end], first, last))
         start = end
     return torch.cat(pieces) if pieces else q.new_zeros(0, hq, d) + 0 * (k.sum() + v.sum())
 

@@ -63,7 +63,8 @@ def ssd_reference(
     B, C = B.view(b, c, q, g, n), C.view(b, c, q, g, n)
     seq = seq.view(b, c, q)
     log_decay = (dt * A).view(b, c, q, g, h // g)
-    cum = log_decay.cumsum(2)  # [b, c, q, g, k]: log decay from the chunk's start through token i
+    # [b, c, q, g, k]: log decay through token i, from the start of its chunk or of its document if that is later
+    cum = log_decay.cumsum(2) if seq_idx is None else _cumsum_by_document(log_decay, seq)
 
     # 1. Inside a chunk: token i sees token j <= i of its own document, decayed over the tokens between them.
     between = cum[:, :, :, None] - cum[:, :, None]  # [b, c, i, j, g, k]
@@ -99,6 +100,21 @@ def ssd_reference(
         y = y + at_least_float32(D)[:, None] * at_least_float32(x_in)
     y = y.to(out_dtype)
     return (y, state.reshape(b, h, p, n)) if return_state else y
+
+
+def _cumsum_by_document(x: Tensor, seq: Tensor) -> Tensor:
+    """Running sums of x [b, c, q, ...] along q that start anew where seq [b, c, q] changes.
+
+    Differences of one sum over all documents would be equal in exact arithmetic, but they round with what stands
+    before a document, whose results would then change in the last bits. Sums of 1, 2, 4, ... tokens are joined.
+    """
+    shift = 1
+    while shift < x.shape[2]:
+        same = (seq[:, :, shift:] == seq[:, :, :-shift])[..., None, None]
+        earlier = torch.where(same, x[:, :, :-shift], 0)
+        x = x + F.pad(earlier, (0, 0, 0, 0, shift, 0))
+        shift *= 2
+    return x
 
 
 def ssd_step(
