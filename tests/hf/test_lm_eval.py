@@ -1,0 +1,69 @@
+"""An exported folder runs under lm_eval's hf model, offline, on a local task, and is scored as we score it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from checkpoints.export_hf import export
+from megatron_taipan.inference.loading import load_model
+from megatron_taipan.inference.text import load_codec
+from tests.checkpoints.made import memory_state, train_sentencepiece
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("accelerate")
+
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def log_likelihood(model, codec, context: str, choice: str) -> float:
+    """log P(choice | context) by one forward pass per choice, no batch, no padding."""
+    before, ids = codec.encode(context), codec.encode(context + choice)
+    with torch.no_grad():
+        logs = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    return sum(float(logs[at - 1, ids[at]]) for at in range(len(before), len(ids)))
+
+
+@pytest.mark.slow
+def test_multiple_choice_is_scored_as_we_score_it(tmp_path):
+    tokenizer = train_sentencepiece(tmp_path)
+    export(memory_state("M S W", vocab_size=600), tmp_path / "hf", tokenizer=tokenizer)
+    rows = [
+        {"context": "import os\nimport", "choices": [" sys", " numpy as np", " x"], "label": 0},
+        {"context": "def __init__(self", "choices": ["):", ", a, b, c):", " while"], "label": 1},
+        {"context": "return", "choices": [" None", " self.value + 1", " 0"], "label": 2},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/task.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "local_choice"]
+    command += ["--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"]
+    command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--log_samples"]
+    command += ["--output_path", str(tmp_path / "result")]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    model, codec = load_model(tmp_path / "hf")[0], load_codec(tokenizer)
+    samples = [
+        json.loads(line) for line in next((tmp_path / "result").rglob("samples_*.jsonl")).read_text().splitlines()
+    ]
+    assert len(samples) == len(rows)
+    for sample in samples:
+        row = rows[sample["doc_id"]]
+        got = [float(answer[0][0]) for answer in sample["resps"]]
+        wanted = [log_likelihood(model, codec, row["context"], choice) for choice in row["choices"]]
+        assert got == pytest.approx(wanted, abs=1e-3)
