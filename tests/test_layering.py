@@ -46,7 +46,13 @@ ROOMS: dict[str, set[str]] = {
 # Libraries that belong to a few rooms: the model must run where they are not installed, or not wanted.
 LIBRARIES: dict[str, set[str]] = {
     "deepspeed": {"megatron_taipan.train", "megatron_taipan.checkpoint", "launch"},
-    "transformers": {"megatron_taipan.hf", "megatron_taipan.inference", "megatron_taipan.evaluation", "checkpoints"},
+    "transformers": {
+        "megatron_taipan.hf",
+        "megatron_taipan.inference",
+        "megatron_taipan.evaluation",
+        "checkpoints",
+        "launch",
+    },
     "triton": {"megatron_taipan.ops", "launch"},
     "mamba_ssm": {"megatron_taipan.ops", "launch"},
     "causal_conv1d": {"megatron_taipan.ops", "launch"},
