@@ -4,6 +4,7 @@ python -I launch/continue_prompt.py FOLDER "PROMPT" [NEW_TOKENS]
 """
 
 import sys
+from typing import Any
 
 
 def main(folder: str, prompt: str, new_tokens: int = 60) -> None:
@@ -18,7 +19,7 @@ def main(folder: str, prompt: str, new_tokens: int = 60) -> None:
     disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     out = model.generate(**ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_p=0.95)
     print(tokenizer.decode(out[0], skip_special_tokens=True))

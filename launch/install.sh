@@ -21,7 +21,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 [ -n "$torch" ] || fail "constraints.txt pins no torch"
-if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+if [[ $(nvidia-smi --list-gpus 2>/dev/null) == *GPU* ]]; then
     say "torch $torch with CUDA: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
     pip install --quiet --constraint constraints.txt "torch==$torch"
 else
