@@ -49,8 +49,9 @@ Mamba-2 network with selective attention layers (arXiv 2410.18572).
 
 ## Use
 
-Needs `torch`, `transformers` and `pydantic`. The model's code is in this folder, hence `trust_remote_code=True`
-(not needed where `megatron_taipan.hf` has been imported; AutoTokenizer asks because it looks at the configuration too).
+Needs `torch`, `transformers` 5.20 or later and `pydantic`. The model's code is in this folder, hence
+`trust_remote_code=True` (not needed where `megatron_taipan.hf` has been imported; AutoTokenizer asks for it because it
+looks at the model's configuration too).
 
 ```python
 import torch

@@ -159,7 +159,10 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             step=self._train_step,
             ce_scale=None if n_items is None else 1.0 / n_items,
         )
-        return output.loss
+        if n_items is None:
+            return output.loss
+        # The Trainer adds up the losses of accumulated batches: each brings its share of the mean budget loss.
+        return output.ce_loss + self.model.config.gate.budget_lambda * output.budget_loss * counted.sum() / n_items
 
     def _state_of(self, cache: TaipanCache, batch: int) -> TaipanState:
         """The memory inside `cache`, made on first use.
