@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write; start the run with checkpoint.init=OUT")
     parser.add_argument("--config", type=Path, help="configuration of the new run; default: the folder's own network")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow --config
     weights = open_weights(options.folder)
     config = load_config(options.config, options.overrides) if options.config else None
     source = Source(weights.network.letters, {name: weights.shape(name) for name in weights.names()}, weights.load)

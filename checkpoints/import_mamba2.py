@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write; start the run with checkpoint.init=OUT")
     parser.add_argument("--config", type=Path, required=True, help="configuration of the new run")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow --config
     config = load_config(options.config, options.overrides)
     source = mamba2_source(options.source, config.model)
     report = transplant(config.model, source, options.out, config.train.seed)

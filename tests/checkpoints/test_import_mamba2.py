@@ -62,7 +62,8 @@ def logits_agree(ours, theirs) -> None:
 
 def test_transformers_weights_give_transformers_logits(tmp_path, source, capsys):
     model, folder = source
-    assert import_mamba2.main([str(folder), str(tmp_path / "out"), *write_config(tmp_path / "c.yaml")]) == 0
+    arguments = [*write_config(tmp_path / "c.yaml", vocab_size=9), "model.vocab_size=50"]
+    assert import_mamba2.main([str(folder), str(tmp_path / "out"), *arguments]) == 0
     ours, _, _ = load_model(tmp_path / "out")
     logits_agree(ours, model)
     assert "new: 0 tensors" in capsys.readouterr().out
