@@ -303,6 +303,11 @@ class Config(Section):
                 f"parallel.pipeline={p.pipeline} cannot run with zero_stage={p.zero_stage}: DeepSpeed's pipeline"
                 " engine keeps whole gradients; use zero_stage 1"
             )
+        if p.pipeline > 1 and p.zero_stage == 0:
+            raise ValueError(
+                f"parallel.pipeline={p.pipeline} with zero_stage=0: DeepSpeed's pipeline engine would ignore"
+                " optim.grad_clip; use zero_stage 1"
+            )
         return self
 
 

@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,7 +82,9 @@ class Network(Protocol):
     config: ModelConfig
     tp: TensorParallel
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @torch.no_grad()
@@ -103,6 +106,6 @@ def load_weights(model: Network, path: Path) -> None:
             other = list(theirs[name].shape) if name in theirs else "absent"
             raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
     split = describe(model.config, model.tp.size)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = weights.load(name)
         tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)

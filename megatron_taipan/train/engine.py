@@ -16,6 +16,7 @@ from megatron_taipan.config import Config, OptimConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups, data_parallel_size
 from megatron_taipan.parallel.layout import ParamSpec, check_tensor_size, describe
+from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.train.distributed import import_deepspeed
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
@@ -37,7 +38,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
             model=model.to(device),
             optimizer=optimizer,
             config=deepspeed_config(config, groups, count_parameters(model)),
-            mpu=groups.mpu,
+            mpu=groups.mpu if groups.pipeline_size == 1 else None,  # a pipeline brings its own
         )
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
@@ -119,6 +120,8 @@ def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
+        # the stream's neighbours in the tuple between stages want gradients too, so no tensor of it is partitioned
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if t.precision == "fp16":
         result["fp16"] = {"enabled": True, "initial_scale_power": 16}
@@ -136,7 +139,7 @@ def check_layout(config: Config, processes: int) -> None:
     accumulation(config, data_size)
     check_tensor_size(config.model, p.tensor)
     if p.pipeline > 1:
-        raise UserError(f"parallel.pipeline={p.pipeline}: this trainer has no pipeline stages yet; set it to 1")
+        stage_bounds([1.0] * config.model.n_layers, config.model.cuts, p.pipeline)
     if p.sequence and config.data.seq_len % p.tensor:
         raise UserError(
             f"parallel.sequence needs data.seq_len={config.data.seq_len} to be a multiple of parallel.tensor={p.tensor}"

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_taipan.data.loader import SampleDataset, make_loader
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.train.step import collect
+from megatron_taipan.train.step import Batch, collect, name_gates
 
 
 @dataclass
@@ -38,29 +39,48 @@ def evaluate(
         dp_size=groups.data_size,
     )  # fmt: skip
     engine.eval()
-    sums, gate_names = None, []
+    sums = None
     for _ in range(-(-samples // together)):
         batch = {name: value.to(device) for name, value in next(loader).items()}
         wanted = batch["sample"] < samples  # [b]
         mask = batch["loss_mask"] * wanted[:, None]
-        out = engine(
-            batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
-            samples=batch["sample"], ce_scale=1.0,
-        )  # fmt: skip
-        gate_names = list(out.gate_stats[0]) if out.gate_stats else []
         rows = wanted.sum().double()
-        _, ce, _, *gates = collect(out)
+        _, ce, _, *gates = _score(engine, batch, mask, groups)
         values = torch.stack([ce, mask.sum().double(), rows, *(g * rows for g in gates)])
         sums = values if sums is None else sums + values
     engine.train()
     dist.all_reduce(sums, group=groups.data_group)
+    if groups.pipeline_size > 1:
+        sums = _join_stages(sums, groups)
     ce_sum, tokens, rows, *gates = sums.tolist()
     gates = [value / max(rows, 1) for value in gates]
-    n = max(len(gate_names), 1)
     ce = ce_sum / max(tokens, 1)
     return Evaluation(
         ce=ce,
         perplexity=math.exp(min(ce, 700.0)),
         tokens=int(tokens),
-        gates=[dict(zip(gate_names, gates[i : i + n], strict=True)) for i in range(0, len(gates), n)],
+        gates=name_gates(gates),
     )
+
+
+def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
+    """[loss, ce, budget, gates'] of one micro-batch; entries that other stages hold are 0."""
+    if groups.pipeline_size > 1:
+        from megatron_taipan.train.pipeline import score_pipeline
+
+        return score_pipeline(engine, batch, mask)
+    return collect(
+        engine(
+            batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
+            samples=batch["sample"], ce_scale=1.0,
+        )
+    )  # fmt: skip
+
+
+def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
+    """Adds up what the stages hold of [ce, tokens, rows, gates' ...]; all of them counted tokens and rows."""
+    joined = sums.clone()
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size() / groups.pipeline_size
+    joined[1:3] = sums[1:3]
+    return joined

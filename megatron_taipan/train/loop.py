@@ -3,6 +3,7 @@
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +12,12 @@ from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, l
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.weights import load_weights
-from megatron_taipan.config import Config, dump_config
+from megatron_taipan.config import Config
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.ops.dispatch import pick_ops
-from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.ops.dispatch import Ops, pick_ops
+from megatron_taipan.parallel.groups import Groups, build_groups
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree
 from megatron_taipan.train.engine import accumulation, build_engine, set_learning_rate
@@ -53,18 +54,20 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         found = agree(lambda: find_checkpoint(config, tidy=writer))
         ops = agree(lambda: pick_ops(config.ops.backend))
-        model = Taipan(
-            config.model, seed=t.seed, tensor_parallel=groups.tensor, ops=ops, recompute=p.recompute,
-            recompute_every=p.recompute_every,
-        )  # fmt: skip
+        model = agree(lambda: build_model(config, groups, ops))
         agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else None)
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
         engine = agree(lambda: build_engine(model, config, groups, device))
 
         # --- load ---
-        ours = identity(config, train_data.fingerprint, layout(config, groups))
-        metadata = {"identity": ours, "name": config.name, "versions": versions(), "git_commit": git_commit()}
-        progress = state.load(engine, found.path, identity=ours) if found else state.Progress()
+        ours = identity(config, train_data.fingerprint)
+        metadata = {
+            "identity": ours, "layout": layout(config, groups), "name": config.name, "versions": versions(),
+            "git_commit": git_commit(),
+        }  # fmt: skip
+        progress = state.Progress()
+        if found:
+            progress = state.load(engine, found.path, config=config, identity=ours, groups=groups)
         loader = make_loader(
             train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
             dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
@@ -87,9 +90,15 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
                 watchdog.beat()
 
-        def save(at: state.Progress) -> None:
+        def save(at: state.Progress, final: bool) -> None:
             began = time.perf_counter()
-            path = state.save(engine, directory, at, config_text=dump_config(config), metadata=metadata)
+            try:
+                path = state.save(engine, directory, at, config=config, metadata=metadata, groups=groups)
+            except state.SaveFailed as failure:
+                if final:
+                    raise
+                metrics.note("alarm", f"step {at.step}: {failure}; training goes on, the checkpoint before is kept")
+                return
             if writer:
                 remove_old(directory, keep_last=c.keep_last, keep_every=c.keep_every)
             metrics.after_save(at.step, path, time.perf_counter() - began)
@@ -120,7 +129,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if result.skipped:
                 before_streak = before_streak if streak else progress
                 streak += 1
-                if streak == 1:
+                if streak == 1 and p.pipeline == 1:
                     metrics.note("skipped", first_not_finite(engine, batches, step=progress.step))
             else:
                 streak = 0
@@ -133,7 +142,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             metrics.after_step(progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited)
             if streak == t.max_skipped:
                 if before_streak.step > 0:
-                    save(before_streak)
+                    save(before_streak, final=True)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
                     f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
@@ -144,7 +153,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 validate()
             due = c.save_every and progress.step % c.save_every == 0
             if due or save_now or stopping or progress.step == last:
-                save(progress)
+                save(progress, final=stopping or progress.step == last)
                 last_save = time.monotonic()
 
         if progress.step < last:
@@ -152,6 +161,19 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                          " again to continue")  # fmt: skip
             return EXIT_REQUEUE
         return 0
+
+
+def build_model(config: Config, groups: Groups, ops: Ops) -> Any:
+    """The network, or this process's pipeline stage of it."""
+    p = config.parallel
+    if p.pipeline > 1:
+        from megatron_taipan.train.pipeline import TaipanPipeline
+
+        return TaipanPipeline(config, groups, ops)
+    return Taipan(
+        config.model, seed=config.train.seed, tensor_parallel=groups.tensor, ops=ops, recompute=p.recompute,
+        recompute_every=p.recompute_every,
+    )  # fmt: skip
 
 
 def settle_numerics(config: Config) -> None:

@@ -10,6 +10,7 @@ The labels travel along, because head and loss are one operation that never hold
 token beside the 4 d of the stream.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,12 +24,12 @@ from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
-from megatron_taipan.model.flops import head_flops, layer_flops
+from megatron_taipan.model.flops import head_flops, layer_flops, model_flops
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.model.taipan import make_layer
-from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.layout import describe
@@ -44,21 +45,16 @@ class TaipanPipeline(PipelineModule):
         UserError: the cuts do not fit the number of stages.
     """
 
-    def __init__(self, config: Config, groups: Groups):
-        build = Build(
-            config.model,
-            describe(config.model, groups.tensor.size),
-            config.train.seed,
-            groups.tensor,
-            pick_ops(config.ops.backend),
-        )
-        self.bounds = pipeline_bounds(config)
+    def __init__(self, config: Config, groups: Groups, ops: Ops):
+        table = describe(config.model, groups.tensor.size)
+        build = Build(config.model, table, config.train.seed, groups.tensor, ops)
+        self.bounds, letters = pipeline_bounds(config), config.model.letters
         tied = config.model.tie_embeddings
         embedding: Any = LayerSpec(PipelineEmbedding, build, config)
         head: Any = LayerSpec(PipelineHead, build, config)
         if tied:
-            embedding = TiedLayerSpec("embedding", PipelineEmbedding, build, config)
-            head = TiedLayerSpec("embedding", PipelineEmbedding, build, config, forward_fn=TiedHead(build, config))
+            embedding = TiedLayerSpec("embedding", EmbeddingAndHead, build, config)
+            head = TiedLayerSpec("embedding", EmbeddingAndHead, build, config, forward_fn=EmbeddingAndHead.score)
         layers = [LayerSpec(PipelineLayer, build, config, i) for i in range(config.model.n_layers)]
         super().__init__(
             [embedding, *layers, LayerSpec(PipelineNorm, build), head],
@@ -67,24 +63,74 @@ class TaipanPipeline(PipelineModule):
             ),
             loss_fn=None,
         )
+        self.config, self.letters, self.tp = config, letters, groups.tensor
+        self.records_on = next(self.parameters()).device
 
     def _partition_layers(self, method: str = "") -> None:
-        """Stage s holds specs parts[s] .. parts[s + 1] - 1: embedding with the first layers, norm and head with the last."""
+        """Stage s holds specs parts[s] .. parts[s + 1] - 1; embedding goes with the first layers, norm and head with the last."""
         self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
-    def last_output(self) -> dict[str, Any] | None:
-        """ce_loss and budget_loss of the last micro-batch, on the last stage; None elsewhere."""
-        for func in self.forward_funcs:
-            owner = getattr(func, "func", func)
-            if isinstance(owner, TiedHead | PipelineHead):
-                return owner.last
-        return None
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        """Parameters by their names in the whole network, so that optimizer and checkpoints know no stages."""
+        for _, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield parameter.full_name, parameter
 
-    def gate_stats(self) -> dict[int, dict[str, Tensor]]:
-        """The last micro-batch's statistics of this stage's gates, by layer index."""
-        return {m.index: m.last for m in self.modules() if isinstance(m, PipelineLayer) and m.last is not None}
+    def named_buffers(self, *args: Any, **kwargs: Any):
+        """This stage's buffers by their names in the whole network."""
+        for module in self.modules():
+            if isinstance(module, PipelineLayer):
+                for name, buffer in module.layer.named_buffers():
+                    yield f"layers.{module.index}.{name}", buffer
+
+    def take_records(self) -> Tensor:
+        """What this stage saw since the last call, as means over micro-batches; and forgets it.
+
+        Returns:
+            [3 + gates * 5] float64: loss, ce, budget, then the statistics of every S layer of the network. Entries that
+            other stages hold are 0, so that a sum over stages joins them.
+        """
+        width = len(STATS) + 1
+        gates = [i for i, letter in enumerate(self.letters) if letter == "S"]
+        joined = torch.zeros(3 + width * len(gates), dtype=torch.float64, device=self.records_on)
+        for owner in self.recorders():
+            if owner.records:
+                start = 0 if isinstance(owner, PipelineHead) else 3 + width * gates.index(owner.index)
+                mean = torch.stack(owner.records).mean(0)
+                joined[start : start + len(mean)] = mean.to(joined.device)
+                owner.records.clear()
+        return joined
+
+    def recorders(self) -> "list[PipelineHead | PipelineLayer]":
+        """The layers of this stage that keep records."""
+        return [m for m in self.modules() if isinstance(m, PipelineHead | PipelineLayer)]
+
+    def num_params(self) -> int:
+        """Parameters of the whole network."""
+        return sum(math.prod(spec.shape) for spec in describe(self.config.model).values())
+
+    def num_flops_per_token(self, seq_len: int) -> float:
+        """Forward operations per token of the whole network."""
+        return model_flops(self.config.model, seq_len)
+
+
+def run_pipeline(engine: Any, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> Tensor:
+    """One optimizer step over micro-batches; this stage's records (see `take_records`)."""
+    engine.module.take_records()
+    engine.train_batch(packed(batches, step=step, ce_scale=ce_scale))
+    return engine.module.take_records()
+
+
+@torch.no_grad()
+def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
+    """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]."""
+    engine.module.take_records()
+    one = torch.ones((), device=loss_mask.device)
+    engine.eval_batch(
+        packed([batch | {"loss_mask": loss_mask}], step=0, ce_scale=one), num_micro_batches=1, bcast_loss=False
+    )
+    return engine.module.take_records()
 
 
 def pipeline_bounds(config: Config) -> list[int]:
@@ -140,7 +186,7 @@ class PipelineLayer(nn.Module):
         self.index, self.packed = index, config.data.mask_documents
         self.recompute = config.parallel.recompute
         self.layer: Block = make_layer(build, config.model.letters[index], index)
-        self.last: dict[str, Tensor] | None = None
+        self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
         h, facts, budget = payload
@@ -153,8 +199,7 @@ class PipelineLayer(nn.Module):
             h, selection = recomputed(self.layer, self.recompute, h, ctx)
         if selection is not None:
             budget = budget + selection.budget_loss
-            stats = dict(zip(STATS, selection.stats, strict=True), budget=selection.budget_loss.detach().float())
-            self.last = stats
+            self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())
         return h, facts, budget
 
 
@@ -175,26 +220,23 @@ class PipelineHead(Head):
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "head")
         self.budget_lambda = config.model.gate.budget_lambda
-        self.last: dict[str, Tensor] | None = None
+        self.records: list[Tensor] = []  # [loss, ce, budget] of each micro-batch
 
     def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
         h, facts, budget = payload
         weights = facts[..., 3].int().view(torch.float32)
         ce_loss = super().forward(h, embedding, facts[..., 2], weights)
         loss = ce_loss + self.budget_lambda * budget[0]
-        self.last = {"loss": loss.detach(), "ce_loss": ce_loss.detach(), "budget_loss": budget[0].detach()}
+        self.records.append(torch.stack([t.detach().double() for t in (loss, ce_loss, budget[0])]))
         return loss
 
 
-class TiedHead:
-    """The head that uses the tied embedding; a function of (embedding module, payload) for DeepSpeed's TiedLayerSpec."""
+class EmbeddingAndHead(PipelineEmbedding):
+    """Embedding and head that share their weight, each used on its own stage."""
 
     def __init__(self, build: Build, config: Config):
+        super().__init__(build, config)
         self.head = PipelineHead(build, config)
 
-    def __call__(self, embedding: PipelineEmbedding, payload: Payload) -> Tensor:
-        return self.head(payload, embedding.weight)
-
-    @property
-    def last(self) -> dict[str, Tensor] | None:
-        return self.head.last
+    def score(self, payload: Payload) -> Tensor:
+        return self.head(payload, self.weight)

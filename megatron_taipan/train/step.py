@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.model.gate import STATS
 from megatron_taipan.parallel.groups import Groups, TensorParallel
 
 Batch = dict[str, Tensor]
@@ -45,6 +46,34 @@ def train_step(
             that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
     """
     scale = cross_entropy_scale(batches, groups)
+    if groups.pipeline_size > 1:
+        means, norm, skipped = _run_stages(engine, batches, step, scale)
+    else:
+        means, norm, skipped = _run_whole(engine, batches, step, scale, groups, grad_clip)
+
+    flags = torch.tensor(requests or [], dtype=torch.float64, device=means.device)
+    everything = torch.cat([means, flags])
+    dist.all_reduce(everything)
+    values, raised = everything.split([len(means), len(flags)])
+    # each entry comes from one stage: all its data and tensor ranks
+    loss, ce, budget, *gates = (values / (dist.get_world_size() / groups.pipeline_size)).tolist()
+    return StepResult(
+        loss, ce, budget, gates=name_gates(gates), grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist()
+    )
+
+
+def _run_stages(engine: Any, batches: list[Batch], step: int, scale: Tensor) -> tuple[Tensor, float, bool]:
+    """The step through pipeline stages: [loss, ce, budget, gates'] means of this stage, gradient norm, skipped."""
+    from megatron_taipan.train.pipeline import run_pipeline
+
+    means = run_pipeline(engine, batches, step=step, ce_scale=scale)
+    return means, float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+
+
+def _run_whole(
+    engine: Any, batches: list[Batch], step: int, scale: Tensor, groups: Groups, grad_clip: float
+) -> tuple[Tensor, float, bool]:
+    """The step where every rank holds all layers: [loss, ce, budget, gates'] means, gradient norm, skipped."""
     sums = None
     for batch in batches:
         out = engine(
@@ -64,19 +93,14 @@ def train_step(
         engine.step()
 
     if engine.zero_optimization_stage() == 0:
-        skipped = not math.isfinite(norm)
-    else:
-        skipped, norm = bool(engine.optimizer.overflow), float(engine.get_global_grad_norm())
+        return sums / len(batches), norm, not math.isfinite(norm)
+    return sums / len(batches), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
 
-    flags = torch.tensor(requests or [], dtype=torch.float64, device=sums.device)
-    sums = torch.cat([sums / len(batches), flags])
-    dist.all_reduce(sums)
-    count = len(flags)
-    means = (sums[: len(sums) - count] / dist.get_world_size()).tolist()
-    raised = [value > 0 for value in sums[len(sums) - count :].tolist()]
-    names = list(out.gate_stats[0]) if out.gate_stats else []
-    gates = [dict(zip(names, means[i : i + len(names)], strict=True)) for i in range(3, len(means), max(len(names), 1))]
-    return StepResult(*means[:3], gates=gates, grad_norm=norm, skipped=skipped, requests=raised)
+
+def name_gates(values: list[float]) -> list[dict[str, float]]:
+    """The statistics of all gates, one after the other, as one dictionary for each."""
+    names = (*STATS, "budget")
+    return [dict(zip(names, values[i : i + len(names)], strict=True)) for i in range(0, len(values), len(names))]
 
 
 def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:

@@ -1,0 +1,323 @@
+"""One layout against one process: trains five steps through the real engine and compares everything.
+
+The reference is the unsplit network in one process, float32, torch's AdamW, no DeepSpeed. Compared are: the loss of
+every step, the gradient norm before clipping, every parameter's gradient at step 1 and value after step 5 (the shards
+merged by the layout table), and which tokens every gate selected at every step, which must be identical.
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.config import Config, make_config
+from megatron_taipan.model.gate import Gate
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.parallel.groups import Groups, build_groups
+from megatron_taipan.parallel.layout import describe, merge_shards
+
+STEPS, BATCH, LENGTH, VOCAB = 5, 4, 32, 97  # 97 is odd on purpose: no tensor size divides it
+PATTERNS = {
+    "taipan": "M*2 S M S",
+    "mamba2": "M*4",
+    "samba": "M*2 W M W",
+    "jamba": "M*2 A M A",
+    "transformerpp": "A*4",
+}
+LIMITS = {"loss1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5}  # relative
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of one network."""
+
+    pattern: str = "taipan"
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    recompute: str = "none"
+    packed: bool = True
+    n_groups: int = 1
+    n_kv_heads: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pattern:13s} TP{self.tensor}{'+SP' if self.sequence else '   '} PP{self.pipeline} DP{self.data}"
+            f" ZeRO{self.zero} {self.recompute:9s} {'packed' if self.packed else 'plain '} groups={self.n_groups}"
+            f" kv={self.n_kv_heads}"
+        )
+
+
+CHOICES: dict[str, list[Any]] = {
+    "pattern": list(PATTERNS),
+    "tensor": [1, 2, 4],
+    "sequence": [False, True],
+    "pipeline": [1, 2],
+    "data": [1, 2],
+    "zero": [0, 1, 2, 3],
+    "recompute": ["none", "selective", "full"],
+    "packed": [True, False],
+    "n_groups": [1, 2, 4],
+    "n_kv_heads": [1, 4],
+}
+
+
+def possible(case: Case) -> bool:
+    """Whether the project runs it (else it is refused at start), and on at most 4 processes."""
+    if case.sequence and case.tensor == 1:
+        return False
+    return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
+
+
+def covering_cases(seed: int = 0) -> list[Case]:
+    """A small set in which every possible pair of choices occurs: greedily, the case that covers most new pairs."""
+    names = list(CHOICES)
+    every = [c for c in (Case(*values) for values in itertools.product(*CHOICES.values())) if possible(c)]
+    random.Random(seed).shuffle(every)
+
+    def pairs(case: Case) -> set:
+        return set(itertools.combinations([(n, getattr(case, n)) for n in names], 2))
+
+    missing: set = set().union(*(pairs(c) for c in every[:4000]))
+    chosen = []
+    while missing:
+        best = max(every[:4000], key=lambda c: len(pairs(c) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+# What the test suite runs: each tensor trick, each ZeRO stage, both kinds of recomputation, the pipeline.
+CI_CASES = [
+    Case("taipan", tensor=2, zero=1),
+    Case("taipan", tensor=2, sequence=True, zero=2, recompute="selective", n_groups=2),
+    Case("taipan", data=2, zero=0, recompute="full"),
+    Case("taipan", data=2, zero=3, packed=False),
+    Case("taipan", pipeline=2, zero=1, recompute="full"),
+    Case("transformerpp", pipeline=2, zero=1, packed=False),
+    Case("samba", tensor=2, zero=3, n_kv_heads=4),
+    Case("jamba", tensor=2, sequence=True, zero=0, packed=False),
+    Case("mamba2", data=2, zero=2, recompute="selective"),
+    Case("taipan", tensor=4, zero=1, n_groups=2),
+    Case("taipan", tensor=4, sequence=True, zero=3, n_kv_heads=4, n_groups=4),
+    Case("taipan", tensor=2, pipeline=2, zero=1, sequence=True, n_groups=1),
+    Case("jamba", tensor=2, data=2, zero=2, recompute="full", n_groups=2),
+    Case("transformerpp", tensor=4, zero=0, sequence=True),
+]
+
+
+def configure(case: Case) -> Config:
+    return make_config(
+        {
+            "model": {
+                "pattern": PATTERNS[case.pattern], "vocab_size": VOCAB, "d_model": 32, "d_ff": 48,
+                "mamba": {"d_state": 8, "headdim": 8, "chunk_size": 8, "n_groups": case.n_groups},
+                "attention": {"n_heads": 4, "n_kv_heads": case.n_kv_heads, "window": 9},
+            },
+            "parallel": {
+                "tensor": case.tensor, "sequence": case.sequence, "pipeline": case.pipeline, "zero_stage": case.zero,
+                "recompute": case.recompute,
+            },
+            "data": {"train": "unused", "seq_len": LENGTH, "mask_documents": case.packed},
+            # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
+            "optim": {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.5, "weight_decay": 0.1},
+            "train": {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "precision": "fp32", "seed": 3},
+            "checkpoint": {"dir": "unused"},
+        }
+    )  # fmt: skip
+
+
+def make_batch(step: int, packed: bool) -> dict[str, torch.Tensor]:
+    """The global batch of a step; masks differ from row to row, so that a mean of means would show."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+    cut = torch.randint(1, LENGTH, (BATCH, 1), generator=generator)
+    seq_idx = (torch.arange(LENGTH) >= cut).int() if packed else torch.zeros(BATCH, LENGTH, dtype=torch.int32)
+    mask = (torch.rand(BATCH, LENGTH, generator=generator) < torch.linspace(0.3, 1.0, BATCH)[:, None]).float()
+    return {
+        "tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "seq_idx": seq_idx,
+        "sample": torch.arange(step * BATCH, (step + 1) * BATCH),
+    }  # fmt: skip
+
+
+@dataclass
+class Trace:
+    """What a run of STEPS steps did."""
+
+    losses: list[float]
+    norms: list[float]
+    grads: dict[str, torch.Tensor]  # step 1, after clipping
+    weights: dict[str, torch.Tensor]  # after the last step
+    selections: dict[tuple[int, int, int], bytes]  # (step, sample, layer) -> which tokens
+
+
+def watch_gates(model: torch.nn.Module, into: dict, now: dict[str, Any]) -> None:
+    """Notes every gate's selections under (step, sample, layer)."""
+
+    def note(gate: Gate, arguments: tuple, selection: Any) -> None:
+        if gate.training:
+            for row, sample in enumerate(arguments[1].samples.tolist()):
+                into[now["step"], sample, gate.layer] = bytes(selection.selected[row].tolist())
+
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.register_forward_hook(note)
+
+
+@cache
+def reference(pattern: str, packed: bool, n_groups: int, n_kv_heads: int) -> Trace:
+    """One process, the whole network, no DeepSpeed."""
+    config = configure(Case(pattern, packed=packed, n_groups=n_groups, n_kv_heads=n_kv_heads))
+    model = Taipan(config.model, seed=config.train.seed, ops=pick_ops("reference"))
+    table = describe(config.model)
+    decayed = [p for n, p in model.named_parameters() if table[n].decay]
+    others = [p for n, p in model.named_parameters() if not table[n].decay]
+    o = config.optim
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    trace, now = Trace([], [], {}, {}, {}), {"step": 0}
+    watch_gates(model, trace.selections, now)
+    for step in range(STEPS):
+        now["step"] = step
+        batch = make_batch(step, packed)
+        seq_idx = batch["seq_idx"] if packed else None
+        out = model(
+            batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=seq_idx,
+            samples=batch["sample"], step=step,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        if step == 0:
+            trace.grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        trace.losses.append(out.loss.item())
+        trace.norms.append(norm.item())
+    trace.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return trace
+
+
+def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """Runs in every process of a launch; rank 0's results count."""
+    torch.set_num_threads(1)
+    made: dict[tuple, Groups] = {}
+    return [run_case(case, made) for case in cases]
+
+
+def run_case(case: Case, made: dict[tuple, Groups]) -> dict[str, Any]:
+    """Trains the case and compares; {} on ranks other than 0, {"error": ...} where it raised."""
+    from megatron_taipan.train.engine import build_engine, check_layout
+    from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.step import train_step
+
+    config = configure(case)
+    check_layout(config, dist.get_world_size())
+    key = (case.tensor, case.sequence, case.pipeline)
+    if key not in made:
+        made[key] = build_groups(
+            world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=case.tensor, pipeline=case.pipeline,
+            sequence_parallel=case.sequence, timeout_s=120,
+        )  # fmt: skip
+    groups = made[key]
+    trace, now = Trace([], [], {}, {}, {}), {"step": 0}
+    model = build_model(config, groups, pick_ops("reference"))
+    watch_gates(model, trace.selections, now)
+    engine = build_engine(model, config, groups, torch.device("cpu"))
+    per_rank = BATCH // groups.data_size
+    for step in range(STEPS):
+        now["step"] = step
+        batch = make_batch(step, case.packed)
+        rows = [k * groups.data_size + groups.data_rank for k in range(per_rank)]
+        micro = [{name: value[row : row + 1] for name, value in batch.items()} for row in rows]
+        result = train_step(engine, micro, step=step, groups=groups, grad_clip=config.optim.grad_clip)
+        trace.losses.append(result.loss)
+        trace.norms.append(result.grad_norm)
+        if step == 0:
+            # Adam's first moment after one step is (1 - beta1) times the gradient, at every ZeRO stage
+            trace.grads = collect(engine, model, groups, config, moment=True)
+    trace.weights = collect(engine, model, groups, config, moment=False)
+    engine.destroy()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, trace.selections)
+    if dist.get_rank():
+        return {}
+    return compare(trace, everyone, reference(case.pattern, case.packed, case.n_groups, case.n_kv_heads))
+
+
+def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: bool) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient of step 1 or value, full: parts joined by DeepSpeed, tensor shards by the table."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    scale = 1.0 / (1.0 - config.optim.betas[0]) if moment else 1.0
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed 0.19 links the moments once the first parameter group has them; again, now that all have
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    ours = {}
+    for name, parameter in model.named_parameters():
+        if engine.zero_optimization_stage() == 0:
+            value = engine.optimizer.state[parameter]["exp_avg"] if moment else parameter
+        elif moment:
+            value = safe_get_full_optimizer_state(parameter, "exp_avg")
+        else:
+            value = safe_get_full_fp32_param(parameter)
+        ours[name] = value.detach().clone().float() * scale
+    mine = (groups.tensor.rank, ours) if groups.data_rank == 0 else None
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    table = describe(config.model, groups.tensor.size)
+    full = {}
+    for name, spec in table.items():
+        held = [(rank, shards[name]) for rank, shards in filter(None, everyone) if name in shards]
+        copies = [[t for rank, t in held if rank == r] for r in range(groups.tensor.size)]
+        for same in copies:  # a tied weight lives on two stages: both must agree
+            assert all(torch.equal(t, same[0]) for t in same), f"{name} differs between stages"
+        if spec.split is None:
+            assert all(torch.allclose(t, held[0][1], rtol=1e-5, atol=1e-8) for _, t in held), (
+                f"{name} differs over ranks"
+            )
+        shape = spec.local_shape(groups.tensor.size)
+        full[name] = merge_shards([same[0].view(shape) for same in copies], spec)
+    return full
+
+
+def compare(trace: Trace, selections: list[dict], want: Trace) -> dict[str, Any]:
+    """Relative differences, the worst of each kind; `failed` names what exceeds its limit."""
+
+    def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+        assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+        errors = [((ours[n] - t).norm() / t.norm().clamp_min(1e-8)).item() for n, t in theirs.items()]
+        return max(zip(errors, theirs, strict=True))
+
+    def relative(ours: list[float], theirs: list[float]) -> float:
+        return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+    grad, grad_name = worst(trace.grads, want.grads)
+    weight, weight_name = worst(trace.weights, want.weights)
+    result = {
+        "loss1": relative(trace.losses[:1], want.losses[:1]), "losses": relative(trace.losses, want.losses),
+        "norm": relative(trace.norms, want.norms), "grad": grad, "weights": weight,
+        "worst": f"{grad_name}, {weight_name}",
+    }  # fmt: skip
+    seen: dict = {}
+    for part in selections:
+        for key, value in part.items():
+            assert seen.setdefault(key, value) == value, f"ranks select differently at {key}"
+    differing = sum(seen.get(key) != value for key, value in want.selections.items()) + len(
+        seen.keys() - want.selections
+    )
+    result["selections"] = f"{len(want.selections) - differing}/{len(want.selections)}"
+    failed = [name for name, limit in LIMITS.items() if not result[name] <= limit]
+    result["failed"] = failed + (["selections"] if differing else [])
+    return result
