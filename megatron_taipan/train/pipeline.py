@@ -67,7 +67,7 @@ class TaipanPipeline(PipelineModule):
         self.records_on = next(self.parameters()).device
 
     def _partition_layers(self, method: str = "") -> None:
-        """Stage s holds specs parts[s] .. parts[s + 1] - 1; embedding goes with the first layers, norm and head with the last."""
+        """Stage s holds specs parts[s] to parts[s + 1] - 1; the embedding is the first spec, norm and head the last."""
         self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])

@@ -79,7 +79,8 @@ def main() -> int:
             "# Parity: every layout against one process\n\n"
             f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')},"
             f" torch {torch.__version__}, {platform.machine()} CPU, gloo, float32."
-            f" {len(done) - failures} of {len(done)} cases pass.\n\nRelative differences, the worst of each kind; limits: {LIMITS}."
+            f" {len(done) - failures} of {len(done)} cases pass.\n\n"
+            f"Relative differences, the worst of each kind; limits: {LIMITS}."
             f" How each is computed stands at the top of `tests/distributed/parity.py`.\n\n{table(done)}"
         )
     return failures > 0

@@ -81,7 +81,7 @@ def possible(case: Case) -> bool:
 
 
 def covering_cases(seed: int = 0) -> list[Case]:
-    """A small set in which every possible pair of choices occurs: greedily, the case that covers most new pairs."""
+    """CI_CASES, and then greedily the case with most new pairs, until every possible pair of choices occurs."""
     names = list(CHOICES)
     every = [c for c in (Case(*values) for values in itertools.product(*CHOICES.values())) if possible(c)]
     random.Random(seed).shuffle(every)
@@ -89,8 +89,8 @@ def covering_cases(seed: int = 0) -> list[Case]:
     def pairs(case: Case) -> set:
         return set(itertools.combinations([(n, getattr(case, n)) for n in names], 2))
 
-    missing: set = set().union(*(pairs(c) for c in every[:4000]))
-    chosen = []
+    chosen = list(CI_CASES)
+    missing = set().union(*(pairs(c) for c in every[:4000])) - set().union(*(pairs(c) for c in chosen))
     while missing:
         best = max(every[:4000], key=lambda c: len(pairs(c) & missing))
         chosen.append(best)
@@ -109,6 +109,7 @@ CI_CASES = [
     Case("samba", tensor=2, zero=3, n_kv_heads=4),
     Case("jamba", tensor=2, sequence=True, zero=0, packed=False),
     Case("mamba2", data=2, zero=2, recompute="selective"),
+    Case("taipan", tensor=4, zero=2),
     Case("taipan", tensor=4, zero=1, n_groups=2),
     Case("taipan", tensor=4, sequence=True, zero=3, n_kv_heads=4, n_groups=4),
     Case("taipan", tensor=2, pipeline=2, zero=1, sequence=True, n_groups=1),
