@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = Source(weights.network.letters, {name: weights.shape(name) for name in weights.names()}, weights.load)
     target = config.model if config else weights.network
     report = transplant(target, source, options.out, config.train.seed if config else 0)
-    print(report.text(source.shapes))
+    print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
     source = mamba2_source(options.source, config.model)
     report = transplant(config.model, source, options.out, config.train.seed)
-    print(report.text(source.shapes))
+    print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0
 

@@ -35,18 +35,21 @@ class Source:
 
 @dataclass
 class Report:
-    """What became of every tensor, by our names."""
+    """What became of every tensor: `taken` and `new` by the target's names, `left` by the source's."""
 
+    target: dict[str, tuple[int, ...]]  # shapes
+    source: dict[str, tuple[int, ...]]
     taken: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def text(self, shapes: dict[str, tuple[int, ...]]) -> str:
+    def text(self) -> str:
         """A few lines for the user; layers that were treated alike share a line."""
         lines = []
-        for label, names in (("taken", self.taken), ("new", self.new), ("left in the source", self.left)):
-            size = sum(torch.Size(shapes[name]).numel() for name in names if name in shapes)
+        parts = [("taken", self.taken, self.target), ("new", self.new, self.target)]
+        for label, names, shapes in [*parts, ("left in the source", self.left, self.source)]:
+            size = sum(torch.Size(shapes[name]).numel() for name in names)
             lines.append(f"{label}: {len(names)} tensors" + (f", {size:,} elements" if size else ""))
             lines += [f"    {group}" for group in group_layers(names)]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
@@ -60,10 +63,10 @@ def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Rep
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    names, report = match_layers(target.letters, source.letters), Report()
-    table = describe(target)
+    names, table = match_layers(target.letters, source.letters), describe(target)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Taipan(target).state_dict().items()}
+    report = Report(shapes, source.shapes)
     where = {name: rename(name, names) for name in shapes}
     for name, shape in shapes.items():
         theirs = source.shapes.get(where[name] or "")

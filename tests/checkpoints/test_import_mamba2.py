@@ -104,6 +104,8 @@ def test_hybrid_takes_blocks_in_order_and_draws_the_rest(tmp_path, source, capsy
     out = capsys.readouterr().out
     assert "layers.{2}: norm.weight" in out.split("left in the source")[1]  # the third block had no place
     assert "gate.weight" in out.split("new:")[1].split("left in the source")[0]
+    fresh_size = sum(t.numel() for name, t in fresh.items() if name.split(".")[1] in "13" and name.startswith("layers"))
+    assert f"new: 21 tensors, {fresh_size:,} elements" in out
 
 
 @pytest.mark.parametrize(
