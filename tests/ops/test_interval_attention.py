@@ -88,7 +88,7 @@ def test_no_query_at_all_still_has_a_backward_pass(nq):
     q, k, v = tensors(nq, 5)
     out = interval_attention_reference(q, k, v, torch.ones(nq, dtype=torch.int32), torch.zeros(nq, dtype=torch.int32))
     assert out.shape == (nq, 4, 4)
-    for grad in torch.autograd.grad(out.sum(), (k, v)):
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
         assert (grad == 0).all()
 
 

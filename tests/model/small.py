@@ -1,0 +1,50 @@
+"""Small networks whose weights are large enough that every layer matters."""
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.model.taipan import Taipan
+
+VOCABULARY = 37
+TREE = {
+    "vocab_size": VOCABULARY,
+    "d_model": 24,
+    "d_ff": 32,
+    "init_std": 0.2,
+    "mamba": {"d_state": 8, "headdim": 8, "n_groups": 2, "chunk_size": 5},
+    "attention": {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "window": 6},
+    "gate": {"capacity": 0.4},
+}
+
+
+def small_config(pattern: str, **changes) -> ModelConfig:
+    """Changes are merged section by section: gate={"tau": 2.0} keeps the other gate options."""
+    tree = TREE | {"pattern": pattern}
+    for key, value in changes.items():
+        tree = tree | {key: {**tree[key], **value} if isinstance(value, dict) else value}
+    return ModelConfig.model_validate(tree)
+
+
+def small_model(pattern: str, dtype: torch.dtype = torch.float64, *, seed: int = 1, **changes) -> Taipan:
+    """In training mode; norms, biases and D are moved off their ones and zeros, so that none of them is idle."""
+    model = Taipan(small_config(pattern, **changes), seed=seed)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "A_log" not in name and "dt_bias" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2)
+    return model.to(dtype)
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def documents(*lengths: int) -> Tensor:
+    """One row [1, sum] of documents of these lengths."""
+    return torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))[None]
+
+
+def close(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
