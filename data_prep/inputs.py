@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_taipan.errors import UserError
 
-KINDS = (".jsonl", ".txt", ".parquet")
+KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
+TABLES = (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 SPLITTABLE = (".jsonl",)  # a worker can start in the middle of these, at the next line
 PIECES = 64  # aimed at
@@ -36,7 +37,7 @@ def kind_of(path: str) -> str | None:
     stem, ending = os.path.splitext(path.lower())
     packed = ending if ending in COMPRESSED else ""
     kind = os.path.splitext(stem)[1] if packed else ending
-    return kind + packed if kind in KINDS and not (packed and kind == ".parquet") else None
+    return kind + packed if kind in KINDS and not (packed and kind in TABLES) else None
 
 
 def natural(path: str) -> list:

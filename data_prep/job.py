@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.extract import Extract
 from data_prep.inputs import Piece
-from data_prep.readers import Extract
 from data_prep.tokenizers import Tokenizer
 
 OnError = Literal["fail", "skip", "quarantine"]

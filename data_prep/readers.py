@@ -2,11 +2,12 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import orjson
 
+from data_prep.extract import Extract
 from data_prep.inputs import Slice, kind_of
 from megatron_taipan.errors import UserError
 
@@ -18,6 +19,7 @@ except ImportError:
     from gzip import BadGzipFile
 
 BUFFER = 1 << 20
+TABLE_ROWS = 256  # rows of a table turned into Python objects at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +32,12 @@ class Record:
     raw: bytes = b""
 
 
-Extract = Callable[[object], str]  # the text of a parsed record; raises ValueError where there is none
-
-
 def read(piece: Slice, extract: Extract) -> Iterator[Record]:
     """The records of one slice in order. Unreadable files end in a record with a problem, never in silence."""
     kind = kind_of(piece.path)
     try:
-        if kind == ".parquet":
-            yield from _parquet(piece, extract)
+        if kind in (".parquet", ".arrow"):
+            yield from _table(piece, extract)
         elif kind.startswith(".txt"):
             yield from _text(piece)
         else:
@@ -49,26 +48,6 @@ def read(piece: Slice, extract: Extract) -> Iterator[Record]:
         yield Record(piece.path, problem=f"damaged compressed data: {error}")
     except OSError as error:
         yield Record(piece.path, problem=f"cannot be read: {error.strerror or error}")
-
-
-def field_extractor(field: str) -> Extract:
-    """Takes the text from one field of an object; dots go into objects inside (`meta.body`)."""
-    path = field.split(".")
-
-    def extract(record: object) -> str:
-        for name in path:
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"no JSON object but a {type(record).__name__}" if name == path[0] else f"no field {field!r}"
-                )
-            if name not in record:
-                raise ValueError(f"no field {field!r}")
-            record = record[name]
-        if not isinstance(record, str):
-            raise ValueError(f"field {field!r} is no text but a {type(record).__name__}")
-        return record
-
-    return extract
 
 
 def _open(path: str):
@@ -168,25 +147,30 @@ def _text(piece: Slice) -> Iterator[Record]:
         yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
 
 
-def _parquet(piece: Slice, extract: Extract) -> Iterator[Record]:
+def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
+    """Parquet files, and the arrow files of a Hugging Face dataset saved to disk."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"{piece.path}: reading .parquet takes the package pyarrow; `pip install pyarrow`") from error
+        raise UserError(f"{piece.path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
     try:
-        file = parquet.ParquetFile(piece.path)
+        if piece.path.lower().endswith(".parquet"):
+            batches = parquet.ParquetFile(piece.path).iter_batches(batch_size=TABLE_ROWS)
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
         row = 0
-        for batch in file.iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                where = f"{piece.path}:row {row}"
-                row += 1
-                try:
-                    yield _document(where, extract(record), b"")
-                except ValueError as error:
-                    yield Record(where, problem=str(error), raw=orjson.dumps(record, default=str))
+        for batch in batches:
+            for start in range(0, batch.num_rows, TABLE_ROWS):
+                for record in batch.slice(start, TABLE_ROWS).to_pylist():
+                    where = f"{piece.path}:row {row}"
+                    row += 1
+                    try:
+                        yield _document(where, extract(record), b"")
+                    except ValueError as error:
+                        yield Record(where, problem=str(error), raw=orjson.dumps(record, default=str))
     except pyarrow.ArrowException as error:
-        yield Record(piece.path, problem=f"damaged parquet: {' '.join(str(error).split())}")
+        yield Record(piece.path, problem=f"damaged table: {' '.join(str(error).split())}")
 
 
 def _document(where: str, text: str, raw: bytes) -> Record:

@@ -13,16 +13,23 @@ from pathlib import Path
 
 import orjson
 
-from data_prep import inputs, manifest
+from data_prep import fast, inputs, manifest
+from data_prep.extract import add_text_arguments, extractor
 from data_prep.job import Job
 from data_prep.join import join_parts
-from data_prep.parts import finished_part, make_part
+from data_prep.parts import finished_part, hash_file, make_part
 from data_prep.pool import run_pool
 from data_prep.progress import Progress
-from data_prep.readers import field_extractor, size_of
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.readers import size_of
+from data_prep.spool import is_stream, spool
+from data_prep.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_taipan.data.indexed import token_dtype
 from megatron_taipan.errors import UserError
+
+INPUT_HELP = (
+    f"files, folders or globs ({inputs.known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
+    " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
     )
-    parser.add_argument("--text-field", default="text", help="field of the text in JSON and parquet (default: text)")
+    add_text_arguments(parser)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin token")
     parser.add_argument("--eod-token", help="spelling of the end-of-document token, where the tokenizer does not say")
@@ -52,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens", type=int, help="start another shard (PREFIX-00000, ...) after this many tokens"
     )
     parser.add_argument(
+        "--backend",
+        choices=("auto", "reference"),
+        default="auto",
+        help="auto: a fast tokenizer library where it proves equal to the reference on this corpus; reference: never",
+    )
+    parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that was made from something else")
@@ -64,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers}: at least 1 is needed")
     if args.shard_tokens is not None and args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
-    files = inputs.expand(args.input)
+    spooled = args.output + ".spool"
+    files = inputs.expand([spool(name, spooled) if is_stream(name) else name for name in args.input])
     sizes = [(path, size_of(path)) for path in files]
     if not sum(size for _, size in sizes):
         raise UserError(f"the input is empty: {len(files)} file(s) with 0 bytes, the first is {files[0]}")
@@ -73,21 +87,21 @@ def run(args: argparse.Namespace) -> None:
         pieces=inputs.cut(sizes),
         work=args.output + ".work",
         tokenizer=tokenizer,
-        extract=field_extractor(args.text_field),
+        extract=extractor(args),
         dtype=token_dtype(tokenizer.vocab_size),
         bos=_special(tokenizer, "bos", args.prepend_bos, args.bos_token),
         eod=_special(tokenizer, "eod", args.append_eod, args.eod_token),
         on_error=args.on_error,
     )
     options = {
-        "text_field": args.text_field,
+        "text": args.template or args.recipe or args.text_field or "text",
         "bos": job.bos,
         "eod": job.eod,
         "allow_special": args.allow_special,
         "on_error": args.on_error,
         "shard_tokens": args.shard_tokens,
     }
-    identity = _identity(sizes, tokenizer, options)
+    identity = _identity(sizes, tokenizer, options, spooled)
     before = manifest.read(args.output)
     if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
         shutil.rmtree(job.work, ignore_errors=True)  # a run killed while it cleaned up
@@ -103,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     try:
         with _claim(job.work, identity):
+            if args.backend == "auto" and not args.allow_special:
+                job = replace(job, tokenizer=_fastest(job, args.tokenizer, args.workers))
             notes = _make_parts(job, args.workers, dict(sizes))
             _finish(job, notes, args, files, sizes, options, identity, started)
     except OSError as error:
@@ -112,6 +128,27 @@ def run(args: argparse.Namespace) -> None:
                 " command again: it continues where it stopped"
             ) from error
         raise
+
+
+def _fastest(job: Job, name: str, workers: int) -> Tokenizer:
+    """The fast twin of the job's tokenizer if it gives the same ids on samples of this corpus, else the reference."""
+    path = name if name.startswith("tiktoken:") else tokenizer_file(name)
+    try:
+        twin = fast.fast_twin(job.tokenizer, path)
+    except ValueError as why:
+        print(f"{job.tokenizer.library} tokenizes; no faster library: {why}")
+        return job.tokenizer
+    texts = list(fast.sample(job.pieces, job.extract))
+
+    def compare(share: int) -> str:
+        return fast.difference(job.tokenizer, twin, texts[share::workers])
+
+    # in the workers' place: the fast library starts threads on its first use, and threads do not survive a fork
+    for _, found in run_pool(compare, list(range(workers)), workers, lambda: None):
+        if found:
+            print(f"{job.tokenizer.library} tokenizes; the faster fastokens is not used: {found}")
+            return job.tokenizer
+    return twin
 
 
 def _make_parts(job: Job, workers: int, sizes: dict[str, int]) -> list[dict]:
@@ -160,6 +197,7 @@ def _finish(job, notes, args, files, sizes, options, identity, started) -> None:
         ),
     )
     shutil.rmtree(job.work)
+    shutil.rmtree(args.output + ".spool", ignore_errors=True)
     seconds = time.monotonic() - started
     print(
         f"{args.output}: {documents} documents, {tokens} tokens ({job.dtype}, {len(shards)} shard(s)) from {len(files)}"
@@ -184,9 +222,15 @@ def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None
     return found
 
 
-def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict) -> str:
-    """What must be equal for parts of an earlier run to be taken over."""
-    files = [(os.path.abspath(path), size, os.stat(path).st_mtime_ns) for path, size in sizes]
+def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str) -> str:
+    """What must be equal for parts of an earlier run to be taken over. A file that has just been written by `spool`
+    is known by its content, any other by path, size and time of its last change."""
+    files = [
+        (os.path.basename(path), size, hash_file(path))
+        if os.path.dirname(path) == spooled
+        else (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
+        for path, size in sizes
+    ]
     return sha256(orjson.dumps([files, tokenizer.digest, options], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 
 from data_prep import inputs
-from data_prep.readers import field_extractor, read, size_of
+from data_prep.extract import add_text_arguments, extractor
+from data_prep.readers import read, size_of
 from megatron_taipan.errors import UserError
 
+PRINTABLE = "".join(map(chr, range(33, 127)))  # always in the vocabulary: rare ones would cost a byte token each
 LONGEST = 2000  # characters given to the trainer at a time; it drops lines of more than 4192 bytes
 
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, special and byte tokens included")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
-    parser.add_argument("--text-field", default="text", help="field of the text in JSON and parquet (default: text)")
+    add_text_arguments(parser)
     parser.add_argument(
         "--max-bytes", type=int, default=1 << 30, help="stop reading after this much text (default: 2^30)"
     )
@@ -33,9 +35,11 @@ def run(args: argparse.Namespace) -> None:
         import sentencepiece
     except ImportError as error:
         raise UserError("training takes the package sentencepiece; `pip install sentencepiece`") from error
-    if args.vocab_size < 260 or args.vocab_size >= 1 << 20:
+    least = 256 + 3 + len(PRINTABLE) + 1
+    if not least <= args.vocab_size < 1 << 20:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: it must lie between 260 (256 bytes, 3 special, 1 more) and 1048575"
+            f"--vocab-size {args.vocab_size}: it must lie between {least} (256 bytes, 3 special tokens,"
+            f" {len(PRINTABLE)} printable ASCII characters, the space) and {(1 << 20) - 1}"
         )
     files = inputs.expand(args.input)
     counts = {"documents": 0, "bytes": 0, "skipped": 0}
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
             vocab_size=args.vocab_size,
             model_type=args.model_type,
             character_coverage=0.9995,
+            required_chars=PRINTABLE,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
     """The documents in lines that the trainer takes, cut at white space where they are too long."""
-    extract = field_extractor(args.text_field)
+    extract = extractor(args)
     for path in files:
         for record in read(inputs.Slice(path, 0, size_of(path)), extract):
             if record.problem:

@@ -1,0 +1,64 @@
+"""Recipes: where a corpus comes from, its licence, and how a record of it becomes text."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from megatron_taipan.errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One corpus.
+
+    Attributes:
+        name, source, licence, about: for the reader; `source` is a hub name or an address.
+        config, split: parts of a hub dataset.
+        text_field or template: how a record becomes text.
+        schema: field names and the types of their values, as the corpus has them.
+        example: a small record of that schema.
+        renders: the text that the example becomes.
+    """
+
+    name: str
+    source: str
+    licence: str
+    about: str
+    schema: dict
+    example: dict
+    renders: str
+    config: str | None = None
+    split: str = "train"
+    text_field: str | None = None
+    template: str | None = None
+
+
+def names() -> list[str]:
+    """All recipes that are shipped."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or one from a file.
+
+    Raises:
+        UserError: it does not exist or is no recipe.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"there is no recipe {name}; shipped are {', '.join(names())}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    known = {field.name for field in fields(Recipe)}
+    required = {"name", "source", "licence", "about", "schema", "example", "renders"}
+    wrong = (set(content) - known) | (required - set(content)) if isinstance(content, dict) else required
+    if wrong:
+        raise UserError(f"{path} is no recipe: missing or unknown {', '.join(sorted(wrong))}")
+    if bool(content.get("text_field")) == bool(content.get("template")):
+        raise UserError(f"{path}: exactly one of text_field and template must be given")
+    return Recipe(**content)
