@@ -58,7 +58,10 @@ class KeyValueStore:
             keep = self.window - 1
             self.first += self.used + new - keep
             self.used = keep
-            self.keys[:, :keep], self.values[:, :keep] = keys[:, -keep:] if keep else 0, values[:, -keep:] if keep else 0
+            self.keys[:, :keep], self.values[:, :keep] = (
+                keys[:, -keep:] if keep else 0,
+                values[:, -keep:] if keep else 0,
+            )
             return keys, values, first
         self.keys[:, self.used : self.used + new] = k
         self.values[:, self.used : self.used + new] = v

@@ -36,4 +36,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         u = enter_block(u, self.tp)  # [b, l, d]
-        return leave_block(F.linear(F.silu(F.linear(u, self.gate_proj)) * F.linear(u, self.up_proj), self.down_proj), self.tp)
+        return leave_block(
+            F.linear(F.silu(F.linear(u, self.gate_proj)) * F.linear(u, self.up_proj), self.down_proj), self.tp
+        )

@@ -87,6 +87,12 @@ def data_parallel_size(world_size: int, tensor: int, pipeline: int) -> int:
     return world_size // (tensor * pipeline)
 
 
+def set_timeouts(timeout_s: float) -> None:
+    """Gives every process group of this process the timeout, also those that DeepSpeed made with its own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 def build_groups(
     *,
     world_size: int,

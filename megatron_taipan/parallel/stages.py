@@ -6,7 +6,7 @@ from megatron_taipan.errors import UserError
 
 
 def stage_bounds(costs: Sequence[float], cuts: Sequence[int], stages: int) -> list[int]:
-    """First layer of each stage, and the number of layers at the end: stage s holds layers bounds[s]..bounds[s + 1] - 1.
+    """First layer of each stage, and the number of layers: stage s holds bounds[s] to bounds[s + 1] - 1.
 
     Args:
         costs: of each layer, in any unit; the first and last include what embedding and head cost.
@@ -26,7 +26,7 @@ def stage_bounds(costs: Sequence[float], cuts: Sequence[int], stages: int) -> li
         raise UserError(f"parallel.pipeline={stages} needs at least {stages} layers; model.pattern has {n}")
     if cuts:
         return [0, *cuts, n]
-    # best[k][i]: the dearest stage when the first i layers are spread over k stages; start[k][i]: where the last begins.
+    # best[k][i]: the dearest stage when k stages hold the first i layers; start[k][i]: where the last of them begins.
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)

@@ -17,7 +17,7 @@ from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loade
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
-from megatron_taipan.parallel.groups import Groups, build_groups
+from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree
 from megatron_taipan.train.engine import accumulation, build_engine, set_learning_rate
@@ -58,6 +58,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else None)
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
         engine = agree(lambda: build_engine(model, config, groups, device))
+        set_timeouts(p.timeout_s)
 
         # --- load ---
         ours = identity(config, train_data.fingerprint)

@@ -2,6 +2,7 @@
 
     python -m tests.distributed.matrix              a set of cases in which every pair of choices occurs
     python -m tests.distributed.matrix --ci         the smaller set that the test suite runs
+    python -m tests.distributed.matrix --more 100   and a hundred more, drawn from all possible cases
     python -m tests.distributed.matrix --write docs/parity.md
 
 What a case does and what it is compared with stands in parity.py.
@@ -20,7 +21,7 @@ import torch
 
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch
-from tests.distributed.parity import CI_CASES, LIMITS, Case, covering_cases, run_cases
+from tests.distributed.parity import CI_CASES, LIMITS, Case, all_cases, covering_cases, run_cases
 
 
 def run_all(cases: list[Case], at_once: int = 12) -> list[tuple[Case, dict[str, Any]]]:
@@ -63,9 +64,10 @@ def table(done: list[tuple[Case, dict[str, Any]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ci", action="store_true", help="the small set of cases")
+    parser.add_argument("--more", type=int, default=0, help="this many cases besides, drawn from all possible ones")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
     args = parser.parse_args()
-    cases = CI_CASES if args.ci else covering_cases()
+    cases = CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + all_cases()[: args.more]))
     done = run_all(cases)
     failures = sum(bool(r["failed"]) for _, r in done)
     for case, r in done:
@@ -75,6 +77,7 @@ def main() -> int:
     print(f"{len(done) - failures} of {len(done)} layouts compute the same as one process")
     if args.write:
         command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "")
+        command += f" --more {args.more}" if args.more else ""
         args.write.write_text(
             "# Parity: every layout against one process\n\n"
             f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')},"

@@ -80,11 +80,16 @@ def possible(case: Case) -> bool:
     return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
 
 
-def covering_cases(seed: int = 0) -> list[Case]:
-    """CI_CASES, and then greedily the case with most new pairs, until every possible pair of choices occurs."""
-    names = list(CHOICES)
+def all_cases(seed: int = 0) -> list[Case]:
+    """Every possible case, shuffled."""
     every = [c for c in (Case(*values) for values in itertools.product(*CHOICES.values())) if possible(c)]
     random.Random(seed).shuffle(every)
+    return every
+
+
+def covering_cases(seed: int = 0) -> list[Case]:
+    """CI_CASES, and then greedily the case with most new pairs, until every possible pair of choices occurs."""
+    names, every = list(CHOICES), all_cases(seed)
 
     def pairs(case: Case) -> set:
         return set(itertools.combinations([(n, getattr(case, n)) for n in names], 2))
