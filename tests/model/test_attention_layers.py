@@ -29,7 +29,7 @@ def assert_same_with_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor
 
 
 def rotary(seq_idx: Tensor, theta: float):
-    """[b, heads, l, d] -> the same, each pair (i, i + d/2) as a complex number turned by its position in the document."""
+    """Turns [b, heads, l, d]: each pair (i, i + d/2), as a complex number, by its position in the document."""
     within = torch.stack(
         [torch.cat([torch.arange(int(n)) for n in row.unique_consecutive(return_counts=True)[1]]) for row in seq_idx]
     )
