@@ -1,0 +1,203 @@
+"""The configuration: reading, overrides, and errors that name the key and show the numbers."""
+
+import copy
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_taipan.config import (
+    ConfigError,
+    ModelConfig,
+    describe_options,
+    divisors,
+    dump_config,
+    load_config,
+    make_config,
+)
+from megatron_taipan.errors import UserError
+
+TREE = {
+    "model": {"pattern": "M S", "vocab_size": 100, "d_model": 48, "d_ff": 64},
+    "data": {"train": "some/where"},
+    "train": {"steps": 10, "global_batch": 8},
+    "checkpoint": {"dir": "runs/x"},
+}
+
+
+def tree(**changes) -> dict:
+    """TREE with dotted changes, a dot written as two underscores."""
+    out = copy.deepcopy(TREE)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = out
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return out
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree(model__d_model=96)))
+    return tmp_path / "c.yaml"
+
+
+def test_a_short_file_gets_the_papers_defaults(path):
+    config = load_config(path)
+    assert (config.model.gate.capacity, config.model.gate.tau, config.model.gate.threshold) == (0.15, 1.0, 0.0)
+    assert config.model.attention.window == 2048 and config.model.gate.gradient == "selected"
+    mamba = config.model.mamba
+    assert (mamba.d_state, mamba.headdim, mamba.expand, mamba.n_groups, mamba.d_conv) == (128, 64, 2, 1, 4)
+    assert (mamba.chunk_size, mamba.conv_bias, mamba.a_init, mamba.dt_init) == (256, True, (1, 16), (1e-3, 0.1))
+    optim = config.optim
+    assert (optim.lr, optim.min_lr, optim.warmup_steps, optim.weight_decay) == (5e-4, 1e-5, 2000, 0.01)
+    assert (optim.betas, optim.grad_clip, config.data.seq_len) == ((0.9, 0.95), 1.0, 4096)
+    assert [(s.prefix, s.weight) for s in config.data.train] == [("some/where", 1.0)]
+
+
+def test_overrides_are_yaml_and_win_over_the_file(path):
+    config = load_config(
+        path,
+        [
+            "train.steps=25",
+            "optim.lr=3e-4",
+            "optim.min_lr=1e-6",
+            "model.gate.gradient=all",
+            "model.tie_embeddings=false",
+            "model.attention.n_kv_heads=null",
+            "optim.betas=[0.8, 0.9]",
+            "data.train=[a, {prefix: b, weight: 3}]",
+            "name=a=b",
+        ],
+    )
+    assert (config.train.steps, config.optim.lr, config.optim.min_lr) == (25, 3e-4, 1e-6)
+    assert config.model.gate.gradient == "all" and config.model.tie_embeddings is False
+    assert config.optim.betas == (0.8, 0.9) and config.name == "a=b"
+    assert [(s.prefix, s.weight) for s in config.data.train] == [("a", 1.0), ("b", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", ["train.steps", "section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("train.steps.x=3", ["steps"]),
+        ("train.steps=[1", ["YAML"]),
+        ("train.stepz=3", ["train.stepz", "did you mean train.steps?"]),
+        ("model.gate.capasity=0.1", ["model.gate.capasity", "did you mean model.gate.capacity?"]),
+        ("modle.d_model=3", ["modle", "did you mean model?"]),
+        ("model.window=3", ["model.window", "model.attention.window"]),
+        ("data.train=[{prefix: a, wait: 2}]", ["wait", "weight"]),
+        ("train.steps=0", ["train.steps=0"]),
+        ("train.steps=many", ["train.steps='many'"]),
+        ("model.gate.capacity=1.5", ["model.gate.capacity=1.5"]),
+        ("train.precision=fp8", ["train.precision", "bf16"]),
+        ("optim.min_lr=1.0", ["min_lr=1.0", "lr=0.0005"]),
+        ("model.pattern=M X", ["'X'", "^"]),
+    ],
+)
+def test_wrong_overrides_say_what_and_what_was_meant(path, override, words):
+    with pytest.raises(UserError) as raised:
+        load_config(path, [override])
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__mamba": {"headdim": 36}}, ["headdim=36", "2 * 48 = 96", "remainder 24"]),
+        ({"model__mamba": {"headdim": 16, "n_groups": 4}}, ["n_groups=4", "6 SSM heads", "1, 2, 3, 6"]),
+        ({"model__attention": {"n_heads": 5}}, ["n_heads=5", "d_model=48", "48 % 5 = 3"]),
+        ({"model__attention": {"n_kv_heads": 5}}, ["n_kv_heads=5", "12 % 5 = 2", "1, 2, 3, 4, 6, 12"]),
+        ({"model__pattern": "A", "model__attention": {"n_heads": 16}}, ["even head size", "3"]),
+        ({"train__micro_batch": 3}, ["micro_batch=3", "global_batch=8", "remainder 2"]),
+        ({"parallel__zero_stage": 0}, ["precision=bf16", "zero_stage=0"]),
+        ({"parallel": {"pipeline": 2, "zero_stage": 2}}, ["pipeline=2", "zero_stage=2"]),
+    ],
+)
+def test_sizes_that_do_not_fit_show_the_arithmetic(changes, words):
+    changes = {"model__mamba": {"headdim": 16}} | changes
+    with pytest.raises(ConfigError) as raised:
+        make_config(tree(**changes))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_sizes_of_layers_that_the_pattern_lacks_are_not_checked():
+    make_config(tree(model__pattern="W", model__mamba={"headdim": 36}))
+    make_config(tree(model__pattern="M", model__mamba={"headdim": 16}, model__attention={"n_heads": 5}))
+
+
+def test_several_faults_come_together_on_one_line():
+    with pytest.raises(ConfigError) as raised:
+        make_config(tree(train__stepz=1, train__steps="x", model__mamba={"headdim": 16, "d_state": 0}))
+    message = str(raised.value)
+    assert all(word in message for word in ("train.stepz", "train.steps='x'", "model.mamba.d_state=0"))
+    assert "\n" not in message
+
+
+def test_missing_sections_and_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="model is required"):
+        make_config({k: v for k, v in TREE.items() if k != "model"})
+    with pytest.raises(ConfigError, match="no.yaml"):
+        load_config(tmp_path / "no.yaml")
+    for text, word in (("- a\n- b", "mapping"), ("a: [", "YAML"), ("", "mapping")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UserError, match=word):
+            load_config(tmp_path / "c.yaml")
+
+
+def leaves():
+    """Options of several types with values that they take."""
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "optim__lr": st.floats(1e-4, 10.0),
+            "optim__eps": st.floats(1e-30, 1e-3),
+            "optim__betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+            "model__gate": st.fixed_dictionaries({"threshold": st.floats(-1e9, 1e9)}),
+            "model__attention": st.sampled_from([{"n_kv_heads": None}, {"n_kv_heads": 4}, {"window": 1}]),
+            "train__seed": st.integers(0, 2**62),
+            "checkpoint__load": st.sampled_from([None, "auto", "null", "1e5", "on", "a: b", "ä"]),
+            "name": st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=10),
+        },
+    )
+
+
+@settings(max_examples=50)
+@given(leaves())
+def test_a_dumped_configuration_loads_as_the_same(tmp_path_factory, changes):
+    config = make_config(tree(model__mamba={"headdim": 16}, **changes))
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+
+
+def test_a_dump_spells_out_every_option_and_every_option_has_a_meaning():
+    dumped = yaml.safe_load(dump_config(make_config(tree(model__mamba={"headdim": 16}))))
+    for name, default, meaning in describe_options():
+        node = dumped
+        for part in name.split("."):
+            assert part in node, name
+            node = node[part]
+        assert len(meaning) > 5 and default, name
+
+
+def test_values_are_checked_on_assignment_too():
+    config = make_config(tree(model__mamba={"headdim": 16}))
+    with pytest.raises(ValueError):
+        config.train.steps = -1
+    with pytest.raises(ValueError):
+        config.train.stepz = 1
+
+
+@given(st.integers(1, 500))
+def test_divisors(n):
+    assert divisors(n) == ", ".join(str(d) for d in range(1, 65) if d <= n and n % d == 0)
+
+
+def test_derived_sizes():
+    config = ModelConfig.model_validate(tree(model__pattern="M | S", model__mamba={"headdim": 16})["model"])
+    assert (config.letters, config.cuts, config.n_layers) == ("MS", (1,), 2)
+    assert (config.d_inner, config.mamba_heads, config.n_kv_heads, config.head_dim) == (96, 6, 12, 4)
