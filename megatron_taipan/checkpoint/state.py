@@ -1,26 +1,51 @@
-"""Saving and loading the whole training state, by all ranks together."""
+"""Saving and loading the whole training state, by all ranks together, from any layout to any layout.
+
+Every element of the state is written once: a rank writes the pieces that its optimizer updates (stage 0: its share of
+what all replicas hold), and of parameters that every tensor rank holds only tensor rank 0 writes. A rank that loads
+asks for its own pieces, and `reader` finds them in whatever layout they were written.
+"""
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.identity import refuse_other_run
+from megatron_taipan.checkpoint.pieces import (
+    KINDS,
+    Piece,
+    buffers,
+    held_pieces,
+    optimizer_step,
+    scaler_state,
+    set_optimizer_step,
+    set_scaler_state,
+    spread_masters,
+)
+from megatron_taipan.checkpoint.reader import INDEX, StateReader
+from megatron_taipan.checkpoint.tensorfile import write_tensors
+from megatron_taipan.config import Config, dump_config, load_config
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.layout import ParamSpec, describe
 
-# DeepSpeed writes below this name inside the checkpoint
-TAG = folder.STATE
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written; the one before is untouched, and training may go on."""
 
 
 @dataclass
 class Progress:
     """How far a run has come. With parameters and optimizer state, all that a resumed run needs: the learning rate,
-    the order of samples and the gate's noise are pure functions of these counters."""
+    the order of samples and the gate's noise are pure functions of these counters, and nothing else is random."""
 
     step: int = 0  # optimizer steps taken, skipped ones included
     samples: int = 0  # samples consumed: the loader's place
@@ -28,43 +53,105 @@ class Progress:
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
 
 
-def save(engine: Any, directory: Path, progress: Progress, *, config_text: str, metadata: dict[str, Any]) -> Path:
+def save(
+    engine: Any, directory: Path, progress: Progress, *, config: Config, metadata: dict[str, Any],
+    groups: Groups,
+) -> Path:  # fmt: skip
     """Writes a checkpoint; collective. Returns its folder.
 
     Args:
         metadata: written to metadata.json beside the progress; `identity` in it is compared by `load`.
 
     Raises:
-        OSError: the folder cannot be written; the previous checkpoint is untouched.
+        SaveFailed: on all ranks, if any of them could not write.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     final = directory / folder.folder_name(progress.step)
     temporary = directory / (final.name + ".tmp")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    dist.barrier()
-    engine.save_checkpoint(str(temporary), tag=TAG, client_state=asdict(progress), save_latest=False)
-    if rank == 0:
-        folder.write_text(temporary / folder.CONFIG, config_text)
-        description = {"format": folder.FORMAT, "progress": asdict(progress), **metadata}
-        folder.write_text(temporary / folder.METADATA, json.dumps(description, indent=1) + "\n")
-    dist.barrier()
 
-    # every rank flushes and hashes its share of the files
-    names = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
-    ours = {name: folder.hash_file(temporary / name, flush=True) for name in names[rank::world]}
-    shares: list[dict[str, tuple[int, str]]] = [{} for _ in range(world)]
-    dist.all_gather_object(shares, ours)
-    if rank == 0:
-        folder.write_manifest(temporary, {name: entry for share in shares for name, entry in share.items()})
+    def begin() -> None:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary / folder.STATE)
+
+    def write() -> dict[str, tuple[int, str]]:
+        name = f"{folder.STATE}/{file}"
+        return {name: write_tensors(temporary / name, tensors)}
+
+    def complete() -> None:
+        if rank != 0:
+            return
+        texts = {
+            INDEX: json.dumps(join_indices([index for _, index in shares]) | whole),
+            folder.CONFIG: dump_config(config),
+            folder.METADATA: json.dumps({"format": folder.FORMAT, "progress": asdict(progress), **metadata}, indent=1),
+        }
+        for name, text in texts.items():
+            folder.write_text(temporary / name, text + "\n")
+        ours = {name: folder.hash_file(temporary / name, flush=True) for name in texts}
+        folder.write_manifest(temporary, ours | {name: entry for files, _ in shares for name, entry in files.items()})
         folder.publish(temporary, final)
-    dist.barrier()
+
+    pieces = held_pieces(engine, groups.data_rank)
+    file = f"rank_{rank:05d}.safetensors"
+    tensors, index = own_tensors(engine, pieces, config, groups, file)
+    whole = {
+        "tensor": config.parallel.tensor,
+        "optimizer_step": optimizer_step(pieces),
+        "scaler": scaler_state(engine),
+    }
+    shares: list[Any] = [None] * dist.get_world_size()
+    try:
+        on_all_ranks(begin)
+        dist.all_gather_object(shares, (on_all_ranks(write), index))
+        on_all_ranks(complete)
+    except SaveFailed:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better use for the space
+        raise
     return final
 
 
-def load(engine: Any, path: Path, *, identity: dict[str, Any]) -> Progress:
-    """Reads a checkpoint into the engine; collective.
+def own_tensors(
+    engine: Any, pieces: list[Piece], config: Config, groups: Groups, file: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What this rank writes, copied to the CPU, and its part of the index.
+
+    The copies are what makes it safe to train on while they are written.
+    """
+    table = describe(config.model, config.parallel.tensor)
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, Any] = {"parameters": {}, "buffers": {}}
+    if config.parallel.zero_stage == 0:
+        pieces = [piece.part(groups.data_rank, groups.data_size) for piece in pieces]
+    for piece in pieces:
+        split = _row(table, piece.name).split is not None
+        if piece.replica or not piece.count or (not split and groups.tensor.rank > 0):
+            continue
+        for kind in KINDS:
+            tensors[f"{piece.name}|{kind}"] = piece.tensor(kind).to("cpu", torch.float32, copy=True)
+        tensor_rank = groups.tensor.rank if split else 0
+        index["parameters"][piece.name] = [[file, tensor_rank, piece.start, piece.count]]
+    if groups.data_rank == 0 and groups.tensor.rank == 0:
+        for name, value in buffers(engine.module):
+            tensors[f"{name}|buffer"] = value.detach().to("cpu", copy=True).contiguous()
+            index["buffers"][name] = file
+    return tensors, index
+
+
+def join_indices(shares: list[dict[str, Any]]) -> dict[str, Any]:
+    """The index of the whole checkpoint from all ranks' parts."""
+    parameters: dict[str, list] = {}
+    named_buffers: dict[str, str] = {}
+    for share in shares:
+        named_buffers |= share["buffers"]
+        for name, runs in share["parameters"].items():
+            parameters.setdefault(name, []).extend(runs)
+    return {"parameters": parameters, "buffers": named_buffers}
+
+
+def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Progress:
+    """Reads a checkpoint of any layout into the engine; collective.
 
     Args:
         identity: of this run; see checkpoint.identity.
@@ -75,7 +162,20 @@ def load(engine: Any, path: Path, *, identity: dict[str, Any]) -> Progress:
     metadata = folder.read_metadata(path)
     refuse_other_run(str(path), metadata["identity"], identity)
     verify(path)
-    engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
+    reader = StateReader(path, load_config(path / folder.CONFIG).model)
+    table = describe(config.model, config.parallel.tensor)
+    pieces = held_pieces(engine, groups.data_rank)
+    tp = groups.tensor
+    for kind in KINDS:
+        for piece in pieces:
+            spec = _row(table, piece.name)
+            values = reader.elements(piece.name, kind, spec, tp.size, tp.rank, piece.start, piece.count)
+            piece.tensor(kind).copy_(values)
+    set_optimizer_step(pieces, reader.optimizer_step)
+    set_scaler_state(engine, reader.scaler)
+    for name, value in buffers(engine.module):
+        value.copy_(reader.buffer(name))
+    spread_masters(engine)
     return Progress(**metadata["progress"])
 
 
@@ -91,3 +191,27 @@ def verify(path: Path) -> None:
     damaged = sorted(name for share in shares for name in share)
     if damaged:
         raise UserError(f"checkpoint {path} is damaged: {', '.join(damaged)} changed since it was written; delete it")
+
+
+def on_all_ranks(action: Callable[[], Any]) -> Any:
+    """Runs `action`; if the operating system refuses it on any rank, SaveFailed is raised on all.
+
+    Without this the others would wait for the failing rank in the next collective.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except OSError as error:
+        fault = f"rank {dist.get_rank()}: {error.strerror or error} ({error.filename or 'checkpoint.dir'})"
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = [text for text in faults if text is not None]
+    if found:
+        raise SaveFailed(f"the checkpoint was not written: {found[0]}")
+    return result
+
+
+def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:
+    if name not in table:
+        raise KeyError(f"parameter {name} is missing from parallel.layout.describe: add a row for it")
+    return table[name]

@@ -54,21 +54,23 @@ def test_bf16_run_gives_its_float32_masters(tmp_path):
     run = trained(tmp_path, 1, 1, "bf16")
     state = open_state(run)
     assert state.step == 3
-    file = state.path / "state" / "mp_rank_00_model_states.pt"
-    stored = torch.load(file, map_location="cpu", weights_only=True)["module"]
-    merged = load_state(run)
-    table = describe(state.config.model)
+    merged, table = load_state(run), describe(state.config.model)
     assert list(merged) == [*table, "layers.1.gate.threshold"]
     for name, tensor in merged.items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor.to(stored[name].dtype), stored[name])
-        if name in table:
-            assert tuple(tensor.shape) == table[name].shape
+        assert name not in table or tuple(tensor.shape) == table[name].shape
     matrix = merged["layers.0.mixer.in_proj_z"]
     assert (matrix.bfloat16().float() != matrix).any()  # finer than what bf16 holds
+    # cast down again they are what the trainer computed with
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    measured = [record["ce"] for record in records if record["event"] == "valid"]
+    model, _, config = load_model(run, torch.bfloat16)
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(measured[-1], rel=1e-3)
 
-    (state.path / "state" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(UserError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"):
+    largest = max((state.path / "state").iterdir(), key=lambda file: file.stat().st_size)
+    largest.unlink()
+    with pytest.raises(UserError, match=f"{largest.name} is missing"):
         open_state(state.path)
 
 

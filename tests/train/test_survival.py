@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from megatron_taipan.checkpoint.folder import find_newest
@@ -127,7 +126,7 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
 
 @pytest.mark.parametrize("precision, stage", [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
 def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix, precision, stage):
-    train = {"steps": 6, "global_batch": 8, "micro_batch": 2, "precision": precision, "eval_every": 0, "eval_samples": 2}
+    train = SHORT | {"steps": 6, "precision": precision}
     tree = toy_tree(prefix, tmp_path / "run", parallel={"zero_stage": stage}, train=train)
     assert launch(2, poisoned, [tree], [2])[0] == [0]
     steps = log(tmp_path / "run")
