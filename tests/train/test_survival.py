@@ -43,14 +43,14 @@ class Running:
 
     def wait_for(self, directory: Path, step: int) -> None:
         """Until that step is in the log."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while time.monotonic() < end:
             if (directory / "log.jsonl").exists() and any(r["step"] >= step for r in log(directory)):
                 return
             time.sleep(0.02)
         raise AssertionError(f"step {step} was never reached: {self.output()}")
 
-    def finish(self, timeout: float = 60) -> list[int | None]:
+    def finish(self, timeout: float = 180) -> list[int | None]:
         return wait(self.processes, timeout)
 
     def output(self) -> str:
@@ -90,7 +90,7 @@ def test_killed_run_continues_from_its_last_save_and_leftovers_vanish(tmp_path, 
     running = Running(tmp_path, tree)
     running.wait_for(tmp_path / "run", 9)
     running.processes[1].kill()
-    codes = running.finish(60)
+    codes = running.finish()
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), codes  # the other rank ends too, by itself or killed
     (tmp_path / "run" / "step_00000099.tmp").mkdir()
     launch(2, runs, [tree, with_options(tree, checkpoint={"dir": str(tmp_path / "whole")})])
