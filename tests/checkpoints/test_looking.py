@@ -1,0 +1,98 @@
+"""inspect, verify and diff on a real run's checkpoints, its damaged copies and folders of weights."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from checkpoints import diff, inspect, verify
+from megatron_taipan.model.taipan import Taipan
+from tests.checkpoint.test_weights import write_weights
+from tests.distributed.launch import run_program
+from tests.inference.networks import small_config
+from tests.train.toy import toy_tree, write_data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two checkpoints of a run on two tensor ranks."""
+    folder = tmp_path_factory.mktemp("looking")
+    tree = toy_tree(
+        write_data(folder / "data"),
+        folder / "run",
+        parallel={"tensor": 2},
+        train={"steps": 2, "eval_samples": 2},
+        checkpoint={"save_every": 1},
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    run_program(2, ["launch/pretrain.py", "--config", str(folder / "config.yaml")]).succeeded()
+    return folder / "run"
+
+
+def test_inspect_says_what_is_there(run, capsys):
+    assert inspect.main([str(run), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "step_00000001  complete" in out and "step_00000002  complete" in out
+    assert re.search(r"progress +step 2, samples 16, tokens 512", out)
+    assert "tensor 2" in out
+    expected = sum(p.numel() for p in Taipan(small_config_of(run)).parameters())
+    assert f"{expected:,} parameters" in out
+    assert re.search(r"layers.1.attention.q_proj +\[32, 32\]", out)
+    assert inspect.main([str(run)]) == 0
+    assert re.search(r"layers\.\{0,2\}: norm.weight, mixer.in_proj_z", capsys.readouterr().out)
+
+
+def small_config_of(run):
+    from megatron_taipan.checkpoint.merge import open_state
+
+    return open_state(run).config.model
+
+
+def test_verify_finds_one_flipped_bit(run, tmp_path, capsys):
+    assert verify.main([str(run)]) == 0
+    assert capsys.readouterr().out.count("good (") == 2
+    copy = tmp_path / "step_00000002"
+    shutil.copytree(run / "step_00000002", copy)
+    largest = max((copy / "state").iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert verify.main([str(tmp_path)]) == 1
+    assert f"changed since it was written: state/{largest.name}" in capsys.readouterr().out
+    largest.unlink()
+    assert verify.main([str(copy)]) == 1
+    assert f"{largest.name} is missing" in capsys.readouterr().out
+
+
+def test_diff_of_a_checkpoint_with_itself_and_with_the_next(run, capsys):
+    assert diff.main([str(run / "step_00000001"), str(run / "step_00000001")]) == 0
+    assert re.fullmatch(r"(\d+) of \1 common tensors are bit-equal\n", capsys.readouterr().out)
+    assert diff.main([str(run / "step_00000001"), str(run / "step_00000002"), "--all"]) == 1
+    out = capsys.readouterr().out
+    assert "step: 1 | 2" in out and "layers.0.mixer.in_proj_z: " in out
+
+
+def test_diff_measures(tmp_path, capsys):
+    model = Taipan(small_config("M S"), seed=1)
+    first, second = (write_weights(tmp_path / name, model) for name in ("first", "second"))
+    weights = load_file(second / "model.safetensors")
+    norm = weights["model.final_norm.weight"]
+    weights["model.final_norm.weight"] = norm + torch.tensor([0.5, *[0.0] * (len(norm) - 1)])
+    save_file(weights, second / "model.safetensors")
+    assert diff.main([str(first), str(second)]) == 1
+    out = capsys.readouterr().out
+    assert "final_norm.weight: 1 elements differ, by at most 5.000e-01, relative 1.021e-01" in out  # 0.5 / sqrt(24)
+    weights["model.final_norm.weight"][0] = torch.nan
+    save_file(weights, second / "model.safetensors")
+    assert diff.main([str(first), str(second)]) == 1
+    assert "by at most inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [inspect, verify, diff])
+def test_what_is_no_checkpoint_is_one_line(program, tmp_path, capsys):
+    arguments = [str(tmp_path / "none")] * (2 if program is diff else 1)
+    assert program.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
