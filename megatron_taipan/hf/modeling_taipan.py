@@ -74,7 +74,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True  # no assisted decoding: states cannot be rolled back
-    _no_split_modules = ["Layer"]
+    _no_split_modules = ["MambaBlock", "AttentionBlock", "SelectiveAttentionBlock"]
 
     def __init__(self, config: TaipanConfig):
         super().__init__(config)
