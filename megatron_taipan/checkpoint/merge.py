@@ -51,7 +51,7 @@ class TrainedState:
         return [*self.reader.table, *self.reader.buffers]
 
     def load(self, name: str) -> Tensor:
-        """The full tensor of a parameter (its float32 master) or buffer, float32; calibrated thresholds where there are.
+        """The full float32 tensor of a parameter (its master) or buffer, a calibrated threshold if there is one.
 
         Raises:
             UserError: the checkpoint does not hold it.

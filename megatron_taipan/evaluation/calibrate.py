@@ -1,16 +1,25 @@
-"""Thresholds that make a trained model select the fraction C of held-out text.
+"""`python -m megatron_taipan.evaluation.calibrate CHECKPOINT`: thresholds that select the fraction C of held-out text.
 
 In training P(m = 1) = alpha, so the budget pins the mean of alpha to C. In evaluation a token is selected where
 s_1 - s_0 exceeds a threshold, and with threshold 0 (alpha > 1/2) the fraction is another one unless the gates
-saturate. The threshold of each layer is set to the (1 - C) quantile of s_1 - s_0.
+saturate. The threshold of each layer is set to the (1 - C) quantile of s_1 - s_0. The result is stored beside the
+checkpoint; evaluation, generation and export use it from then on.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_taipan.errors import UserError
+from megatron_taipan.checkpoint.calibration import write_thresholds
+from megatron_taipan.checkpoint.folder import locate
+from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.evaluation.perplexity import choose_data
+from megatron_taipan.inference.loading import load_model, pick_device
 from megatron_taipan.model.blocks import SelectiveAttentionBlock
 from megatron_taipan.model.taipan import Taipan
 
@@ -66,3 +75,39 @@ def _quantile(margins: Tensor, fraction: float) -> Tensor:
     if above == len(ordered):
         return ordered[-1] - 1
     return (ordered[above - 1] + ordered[above]) / 2
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_taipan.evaluation.calibrate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--data", help="prefix of a .bin/.idx pair; default: the validation part of the run's data")
+    parser.add_argument("--samples", type=int, default=32, help="samples to calibrate on")
+    parser.add_argument("--capacity", type=float, help="wanted fraction; default: the model's C")
+    parser.add_argument("--batch", type=int, default=4, help="samples per forward pass")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+
+    path, device = locate(str(options.checkpoint)), pick_device(options.device)
+    model, _, config = load_model(path)
+    model.to(device)
+    data = choose_data(config, options.data, None, path)
+    dataset = build_dataset(data, "train" if options.data else "valid", model.config.vocab_size)
+    count = min(options.samples, len(dataset))
+    rows = [list(range(first, min(first + options.batch, count))) for first in range(0, count, options.batch)]
+    batches = [{name: value.to(device) for name, value in dataset.batch(part).items()} for part in rows]
+    thresholds = calibrate(model, batches, options.capacity)
+    capacity = model.config.gate.capacity if options.capacity is None else options.capacity
+    names = [name for name, _ in model.named_buffers() if name.endswith("gate.threshold")]
+    stored = write_thresholds(
+        path, dict(zip(names, thresholds, strict=True)), capacity=capacity, tokens=count * data.seq_len
+    )
+    for name, threshold in zip(names, thresholds, strict=True):
+        print(f"{name:<32} {threshold:+.4f}")
+    print(f"{capacity:.0%} of {count * data.seq_len:,} held-out tokens are selected in each layer; stored in {stored}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

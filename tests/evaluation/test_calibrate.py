@@ -3,10 +3,16 @@
 import pytest
 import torch
 
+from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
+from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation.calibrate import calibrate
+from megatron_taipan.evaluation.calibrate import calibrate, main
+from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
+from tests.distributed.launch import launch
+from tests.train.test_loop import runs
+from tests.train.toy import toy_config, toy_tree, write_data
 
 
 def make_model(pattern: str) -> Taipan:
@@ -57,3 +63,24 @@ def test_ends_of_the_range(capacity, fraction):
 def test_a_model_without_gates_is_refused():
     with pytest.raises(UserError, match="no S layer"):
         calibrate(make_model("M W"), make_batches(0))
+
+
+def test_program_stores_thresholds_that_later_loads_use(tmp_path, capsys):
+    prefix = write_data(tmp_path / "data")
+    assert launch(1, runs, [toy_tree(prefix, tmp_path / "run")])[0] == [0]
+    before, _, _ = load_model(tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--samples", "8", "--capacity", "0.3"]) == 0
+    assert "30% of 256 held-out tokens" in capsys.readouterr().out
+    after, _, _ = load_model(tmp_path / "run")
+    assert before.layers[1].gate.threshold.item() == 0.0
+    tokens = build_dataset(toy_config(prefix).data, "valid", 64).batch(list(range(8)))
+    with torch.no_grad():
+        stats = after.eval()(tokens["tokens"], seq_idx=tokens["seq_idx"]).gate_stats
+    assert stats[0]["selected"].item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_damaged_thresholds_are_an_error(tmp_path):
+    (tmp_path / "calibration.json").write_text('{"thresholds": {"layers.1.gate.threshold": "high"}}')
+    with pytest.raises(UserError, match="damaged"):
+        read_thresholds(tmp_path)
+    assert main([str(tmp_path)]) == 2

@@ -1,0 +1,37 @@
+"""Calibrated gate thresholds: `calibration.json` beside a checkpoint's state.
+
+    {"capacity": 0.15, "tokens": 65536, "data": "...", "thresholds": {"layers.6.gate.threshold": 1.234, ...}}
+
+They belong to evaluation, not to the training state: the checkpoint's manifest does not know the file, a resumed run
+ignores it, and whoever loads the model for evaluation or export takes them in place of the configured threshold.
+"""
+
+import json
+from pathlib import Path
+
+from megatron_taipan.checkpoint.folder import write_text
+from megatron_taipan.errors import UserError
+
+FILE = "calibration.json"
+
+
+def write_thresholds(checkpoint: Path, thresholds: dict[str, float], **facts: float | int | str) -> Path:
+    """Stores thresholds by buffer name, and facts about how they were found; replaces what was there."""
+    write_text(checkpoint / FILE, json.dumps({**facts, "thresholds": thresholds}, indent=1) + "\n")
+    return checkpoint / FILE
+
+
+def read_thresholds(checkpoint: Path) -> dict[str, float]:
+    """Calibrated thresholds by buffer name; empty where the checkpoint has none.
+
+    Raises:
+        UserError: the file is there and damaged.
+    """
+    try:
+        text = (checkpoint / FILE).read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        return {str(name): float(value) for name, value in json.loads(text)["thresholds"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint / FILE} is damaged ({error}); delete it and calibrate again") from error
