@@ -84,6 +84,7 @@ def faults(module: str, text: str) -> list[str]:
     """What `text`, the source of `module`, imports against the tables."""
     room, found = room_of(module), []
     allowed = {f"megatron_taipan.{name}" for name in ROOMS.get(room, set())} | BASICS | {room}
+    allowed |= {"data_prep"} if room == "launch" else set()  # the benchmark times it from inside
     for line, name in imports(ast.parse(text)):
         top = name.split(".")[0]
         if top in OURS and room_of(name) not in allowed:
