@@ -8,6 +8,11 @@ from megatron_taipan.errors import exits_cleanly
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
     "train-tokenizer": "train a sentencepiece tokenizer",
+    "merge": "put several .bin/.idx pairs into one",
+    "split": "cut a pair into shards, or into training and validation documents",
+    "dedup": "drop documents that repeat an earlier one",
+    "verify": "re-read everything and check it",
+    "stats": "lengths, token frequencies, bytes per token",
     "inspect": "print documents decoded, special tokens visible, and a histogram of lengths",
 }
 

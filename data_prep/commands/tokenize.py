@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
     identity = _identity(sizes, tokenizer, options, spooled)
     before = manifest.read(args.output)
     if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
-        shutil.rmtree(job.work, ignore_errors=True)  # a run killed while it cleaned up
+        for folder in (job.work, spooled):  # a run killed while it cleaned up
+            shutil.rmtree(folder, ignore_errors=True)
         print(f"{args.output} is complete already: {before['documents']} documents, {before['tokens']} tokens")
         return
     if before is None and os.path.exists(args.output + ".idx") and not os.path.exists(job.work):

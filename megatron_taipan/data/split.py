@@ -14,12 +14,17 @@ from megatron_taipan.errors import UserError
 
 
 def split_documents(reader: IndexedReader, fraction: float) -> tuple[TokenStream, TokenStream | None]:
-    """The streams of the documents to train on and of the held-out ones (None where fraction is 0).
-
-    The held-out documents number round(fraction * n), at least one and at most all but one.
-    """
+    """The streams of the documents to train on and of the held-out ones (None where fraction is 0)."""
     if fraction == 0:
         return whole(reader), None
+    documents = held_out_documents(reader, fraction)
+    start, stop = reader.starts(documents), reader.starts(documents + 1)
+    train = TokenStream(reader, np.concatenate([[0], stop]), np.concatenate([start, [reader.n_tokens]]))
+    return train, TokenStream(reader, start, stop)
+
+
+def held_out_documents(reader: IndexedReader, fraction: float) -> np.ndarray:
+    """Numbers of the held-out documents, rising: int64 [round(fraction * n)]; at least one, at most all but one."""
     n = reader.n_documents
     if n < 2:
         raise UserError(
@@ -27,7 +32,4 @@ def split_documents(reader: IndexedReader, fraction: float) -> tuple[TokenStream
             " set data.valid to another dataset, or data.valid_fraction=0"
         )
     held = min(max(1, round(fraction * n)), n - 1)
-    documents = np.sort(Permutation(n, derive_key("held out", reader.fingerprint)).many(np.arange(held)))
-    start, stop = reader.starts(documents), reader.starts(documents + 1)
-    train = TokenStream(reader, np.concatenate([[0], stop]), np.concatenate([start, [reader.n_tokens]]))
-    return train, TokenStream(reader, start, stop)
+    return np.sort(Permutation(n, derive_key("held out", reader.fingerprint)).many(np.arange(held)))

@@ -1,0 +1,70 @@
+"""Cut a .bin/.idx pair: into shards of so many tokens, or into a training and a validation set by document."""
+
+import argparse
+
+import numpy as np
+
+from data_prep.shards import ShardWriter, refuse_existing
+from megatron_taipan.data.indexed import CHUNK, IndexedReader
+from megatron_taipan.data.split import held_out_documents
+from megatron_taipan.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("--output", required=True, help="prefix of the results")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--shard-tokens", type=int, help="OUTPUT-00000, ... of at most this many tokens, documents whole")
+    how.add_argument(
+        "--valid-fraction", type=float, help="OUTPUT-train and OUTPUT-valid: the documents that training would hold out"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the parts and prints what each holds."""
+    reader = IndexedReader(args.prefix)
+    with open(args.prefix + ".bin", "rb") as source:
+        made = _shards(reader, source, args) if args.shard_tokens is not None else _by_document(reader, source, args)
+    for shard in made:
+        print(f"{shard['prefix']}: {shard['documents']} documents, {shard['tokens']} tokens")
+
+
+def _shards(reader: IndexedReader, source, args: argparse.Namespace) -> list[dict]:
+    if args.shard_tokens < 1:
+        raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
+    made: list[dict] = []
+    first = 0
+    while first < reader.n_documents or not made:
+        prefix = f"{args.output}-{len(made):05d}"
+        refuse_existing(prefix, args.overwrite)
+        writer = ShardWriter(prefix, reader.dtype)
+        last, room = first, args.shard_tokens
+        while last < reader.n_documents:  # in pieces, so that memory does not grow with the corpus
+            ends = reader.starts(np.arange(last, min(last + CHUNK, reader.n_documents) + 1))
+            fits = int(np.searchsorted(ends - ends[0], room, "right")) - 1
+            room -= int(ends[fits] - ends[0])
+            last += fits
+            if fits < len(ends) - 1:
+                break
+        last = max(last, min(first + 1, reader.n_documents))  # a document longer than a shard stands alone
+        writer.take_documents(reader, source, first, last)
+        made.append(writer.finish())
+        first = last
+    return made
+
+
+def _by_document(reader: IndexedReader, source, args: argparse.Namespace) -> list[dict]:
+    if not 0 < args.valid_fraction < 1:
+        raise UserError(f"--valid-fraction {args.valid_fraction}: it must lie between 0 and 1")
+    held = held_out_documents(reader, args.valid_fraction)
+    for name in ("train", "valid"):
+        refuse_existing(f"{args.output}-{name}", args.overwrite)
+    train, valid = (ShardWriter(f"{args.output}-{name}", reader.dtype) for name in ("train", "valid"))
+    at = 0
+    for document in held.tolist():
+        train.take_documents(reader, source, at, document)
+        valid.take_documents(reader, source, document, document + 1)
+        at = document + 1
+    train.take_documents(reader, source, at, reader.n_documents)
+    return [train.finish(), valid.finish()]

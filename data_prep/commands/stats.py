@@ -1,0 +1,53 @@
+"""Numbers of a .bin/.idx pair: documents, tokens, percentiles of length, the most frequent tokens, unused ids."""
+
+import argparse
+
+import numpy as np
+
+from data_prep import manifest
+from data_prep.commands.inspect import histogram
+from data_prep.tokenizers import load_tokenizer
+from megatron_taipan.data.indexed import IndexedReader
+
+BLOCK = 1 << 22
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("--tokenizer", help="shows tokens by their text")
+    parser.add_argument("--top", type=int, default=20, help="most frequent tokens to list (default: 20)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads all tokens once."""
+    reader = IndexedReader(args.prefix)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    counts = np.zeros(1, np.int64)
+    for at in range(0, reader.n_tokens, BLOCK):
+        block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
+        reader.read_into(at, block)
+        more = np.bincount(block)
+        if len(more) > len(counts):
+            counts = np.pad(counts, (0, len(more) - len(counts)))
+        counts[: len(more)] += more
+    print(f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}")
+    said = manifest.read(args.prefix)
+    if said and reader.n_tokens:
+        print(f"{said['text_bytes']} bytes of text, {said['text_bytes'] / said['tokens']:.3f} bytes per token")
+    if reader.n_documents:
+        lengths = np.concatenate(list(reader.lengths()))
+        shares = (1, 10, 25, 50, 75, 90, 99)
+        found = np.percentile(lengths, shares, method="inverted_cdf")
+        print(
+            "tokens per document, percentiles: "
+            + "  ".join(f"{s}%: {int(v)}" for s, v in zip(shares, found, strict=True))
+        )
+    used = int((counts > 0).sum())
+    size = tokenizer.vocab_size if tokenizer else len(counts)
+    print(f"{used} different ids of {size}; {size - used} never occur")
+    for token in np.argsort(-counts, kind="stable")[: args.top]:
+        if counts[token]:
+            share = 100 * counts[token] / reader.n_tokens
+            text = f"  {tokenizer.decode([int(token)])!r}" if tokenizer else ""
+            print(f"  {int(token):>7}  {counts[token]:>12}  {share:5.2f} %{text}")
+    print(histogram(reader))

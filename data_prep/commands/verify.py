@@ -1,0 +1,102 @@
+"""Read a .bin/.idx pair (or all shards of a manifest) again and check it: structure, checksums, ids, ends of documents;
+decode samples."""
+
+import argparse
+import os
+
+import numpy as np
+
+from data_prep import manifest
+from data_prep.parts import hash_file
+from data_prep.tokenizers import load_tokenizer
+from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.errors import UserError
+
+BLOCK = 1 << 22  # tokens read at a time
+SHOWN = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", help="path of the pair without .bin, or of the manifest without .json")
+    parser.add_argument("--tokenizer", help="decode the beginnings of some documents with it")
+    parser.add_argument("--vocab-size", type=int, help="ids must be below this (default: as the manifest says)")
+    parser.add_argument("--samples", type=int, default=3, help="documents to decode (default: 3)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks everything, prints what was found, raises UserError at the first fault."""
+    said = manifest.read(args.prefix)
+    vocab_size = args.vocab_size or (said["tokenizer"]["vocab_size"] if said else None)
+    eod = said["options"]["eod"] if said else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if said and tokenizer and tokenizer.digest != said["tokenizer"]["sha256"]:
+        raise UserError(
+            f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"
+        )
+    folder = os.path.dirname(args.prefix)
+    shards = said["shards"] if said else [{"prefix": os.path.basename(args.prefix)}]
+    documents = tokens = 0
+    for shard in shards:
+        prefix = os.path.join(folder, shard["prefix"])
+        reader = IndexedReader(prefix)
+        for key, found in (("documents", reader.n_documents), ("tokens", reader.n_tokens)):
+            if shard.get(key, found) != found:
+                raise UserError(f"{prefix} holds {found} {key} and its manifest says {shard[key]}; make it again")
+        for ending in (".bin", ".idx"):
+            want = shard.get(f"{ending[1:]}_xxh3_128")
+            if want and (got := hash_file(prefix + ending)) != want:
+                raise UserError(
+                    f"{prefix}{ending} has checksum {got} and its manifest says {want}: it is damaged; make it again"
+                )
+        top = _ids(reader, vocab_size)
+        if eod is not None:
+            _ends(reader, eod)
+        documents += reader.n_documents
+        tokens += reader.n_tokens
+        print(f"{prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}, largest id {top}")
+        step = max(1, reader.n_documents // max(1, args.samples))
+        for index in range(0, reader.n_documents, step)[: args.samples if tokenizer else 0]:
+            ids = reader.document(index)[:SHOWN].tolist()
+            text = tokenizer.decode(ids)
+            print(f"  document {index}: {text!r}")
+    if said and (documents, tokens) != (said["documents"], said["tokens"]):
+        raise UserError(
+            f"the shards hold {documents} documents and {tokens} tokens, and the manifest says {said['documents']} and"
+            f" {said['tokens']}"
+        )
+    checked = "structure, ids" + (", checksums, counts" if said else " (no manifest: no checksums)")
+    print(f"{args.prefix} is whole: {checked}{', ends of documents' if eod is not None else ''}")
+
+
+def _ids(reader: IndexedReader, vocab_size: int | None) -> int:
+    """The largest id; refuses one outside the vocabulary."""
+    top = -1
+    for at in range(0, reader.n_tokens, BLOCK):
+        block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
+        reader.read_into(at, block)
+        if block.min() < 0:
+            raise UserError(
+                f"{reader.prefix}.bin holds the negative id {block.min()} at token {at + int(block.argmin())}"
+            )
+        top = max(top, int(block.max()))
+        if vocab_size is not None and top >= vocab_size:
+            raise UserError(
+                f"{reader.prefix}.bin holds id {top} at token {at + int(block.argmax())}, and the vocabulary has"
+                f" {vocab_size}"
+            )
+    return top
+
+
+def _ends(reader: IndexedReader, eod: int) -> None:
+    """Every document must end with EOD, and EOD must stand nowhere else."""
+    document = 0
+    for lengths in reader.lengths():
+        for length in lengths.tolist():
+            ids = reader.document(document)
+            if not length or ids[-1] != eod:
+                raise UserError(f"{reader.prefix}: document {document} does not end with the end-of-document id {eod}")
+            if (ids[:-1] == eod).any():
+                raise UserError(
+                    f"{reader.prefix}: document {document} holds the end-of-document id {eod} before its end"
+                )
+            document += 1

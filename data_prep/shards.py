@@ -1,0 +1,80 @@
+"""Writing a .bin/.idx pair out of ranges of other .bin files; the bytes move inside the kernel."""
+
+import errno
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_taipan.data.indexed import CHUNK, MAX_SEQUENCE, IndexedReader, commit, sync_and_close, write_index
+from megatron_taipan.errors import UserError
+
+COPY_AT_ONCE = 1 << 30
+
+
+class ShardWriter:
+    """One pair in the making, under temporary names until `finish`; one sequence a document."""
+
+    def __init__(self, prefix: str, dtype: np.dtype):
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.documents = self.tokens = 0
+        os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
+        self.bin = open(prefix + ".bin.partial", "wb")
+        self.lengths = open(prefix + ".len.partial", "wb")
+
+    def take(self, source: BinaryIO, start: int, lengths: np.ndarray) -> None:
+        """Appends documents of `lengths` tokens that lie back to back from token `start` of an open .bin."""
+        count = int(lengths.sum(dtype=np.int64))
+        if len(lengths) and int(lengths.max()) > MAX_SEQUENCE:
+            raise UserError(f"a document of {int(lengths.max())} tokens is longer than the format's {MAX_SEQUENCE}")
+        copy_range(source, self.bin, start * self.dtype.itemsize, count * self.dtype.itemsize)
+        self.lengths.write(lengths.astype("<i4").tobytes())
+        self.documents += len(lengths)
+        self.tokens += count
+
+    def take_documents(self, reader: IndexedReader, source: BinaryIO, first: int, last: int) -> None:
+        """Appends documents [first, last) of an indexed file, in pieces."""
+        for at in range(first, last, CHUNK):
+            starts = reader.starts(np.arange(at, min(at + CHUNK, last) + 1))
+            self.take(source, int(starts[0]), np.diff(starts))
+
+    def finish(self) -> dict:
+        """Names the pair; returns prefix, documents, tokens."""
+        self.lengths.close()
+        sync_and_close(self.bin)
+        write_index(self.prefix + ".idx.partial", self.dtype, self.prefix + ".len.partial")
+        commit(self.prefix)
+        os.unlink(self.prefix + ".len.partial")
+        return {"prefix": self.prefix, "documents": self.documents, "tokens": self.tokens}
+
+    def drop(self) -> None:
+        """Removes what was written."""
+        self.bin.close()
+        self.lengths.close()
+        for ending in (".bin.partial", ".len.partial"):
+            Path(self.prefix + ending).unlink()
+
+
+def copy_range(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
+    """Appends bytes of one open file to another without bringing them into this process, where the system can."""
+    target.flush()
+    while count:
+        try:
+            moved = os.copy_file_range(source.fileno(), target.fileno(), min(count, COPY_AT_ONCE), start)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+            source.seek(start)
+            moved = target.write(source.read(min(count, 1 << 20)))
+            target.flush()
+        if not moved:
+            raise UserError(f"{source.name} is shorter than its index says")
+        start += moved
+        count -= moved
+
+
+def refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raises UserError where an output stands already."""
+    if not overwrite and any(os.path.exists(prefix + ending) for ending in (".bin", ".idx")):
+        raise UserError(f"{prefix}.bin or .idx exists; choose another --output, or give --overwrite")

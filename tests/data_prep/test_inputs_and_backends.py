@@ -1,0 +1,262 @@
+"""Input formats beyond JSON lines and text; tokenizers and their fast twins."""
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import cli, fast
+from data_prep.extract import template_extractor
+from data_prep.inputs import LARGEST_PIECE, cut, expand, natural
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from megatron_taipan.data.indexed import IndexedReader
+
+SAMPLE = Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz"
+TEXTS = ["first text", "second\ntext", "the third, ünïcödé"]
+
+
+@pytest.fixture(scope="module")
+def speeches():
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tok.model"
+    assert cli.main(["train-tokenizer", "--input", str(SAMPLE), "--output", str(path), "--vocab-size", "2000"]) == 0
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def gpt2_like(tmp_path_factory, speeches):
+    """A byte-level BPE tokenizer.json of the GPT-2 family, trained here."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(speeches[:30], trainer)
+    path = tmp_path_factory.mktemp("gpt2") / "tokenizer.json"
+    made.save(str(path))
+    return str(path)
+
+
+def tokenize(*args):
+    return cli.main(["tokenize", *map(str, args)])
+
+
+def decoded(prefix, model):
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    reader = IndexedReader(prefix)
+    return [processor.decode(reader.document(i).tolist()) for i in range(reader.n_documents)]
+
+
+def test_parquet_and_saved_datasets_and_zstandard(tmp_path, model):
+    import datasets
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), tmp_path / "a.parquet", row_group_size=2)
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    two_frames = zstandard.compress(lines[:20]) + zstandard.compress(lines[20:])
+    (tmp_path / "z.jsonl.zst").write_bytes(two_frames)
+    for source in ("a.parquet", "saved", "z.jsonl.zst"):
+        assert tokenize("--input", tmp_path / source, "--tokenizer", model, "--output", tmp_path / f"o_{source}") == 0
+        assert decoded(tmp_path / f"o_{source}", model) == TEXTS
+
+
+def test_damaged_tables_and_zstandard(tmp_path, model, capsys):
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])
+    packed = zstandard.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(9000)))
+    (tmp_path / "c.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "d.jsonl.zst").write_bytes(b"nothing of the kind")
+    for name, reason in (
+        ("a.parquet", "no field 'text'"),
+        ("b.parquet", "damaged table"),
+        ("c.jsonl.zst", "ends before its compressed data"),
+        ("d.jsonl.zst", "damaged compressed data"),
+    ):
+        assert tokenize("--input", tmp_path / name, "--tokenizer", model, "--output", tmp_path / "o") == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_stdin(tmp_path, model, monkeypatch):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    for _ in range(2):  # the second run finds it complete: the content decides, not the time
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        assert tokenize("--input", "-", "--tokenizer", model, "--output", tmp_path / "o") == 0
+    assert decoded(tmp_path / "o", model) == TEXTS
+    assert not (tmp_path / "o.spool").exists()
+
+
+def test_a_hub_dataset_is_streamed(tmp_path, model, monkeypatch, capsys):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return iter([{"text": text} for text in TEXTS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = ("--tokenizer", model, "--output", tmp_path / "o")
+    assert tokenize("--input", "hub:some/set:en:test", *args) == 0
+    assert asked == [(("some/set", "en"), {"split": "test", "streaming": True})]
+    assert decoded(tmp_path / "o", model) == TEXTS
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    assert tokenize("--input", "hub:other/set", *args) == 2
+    assert "cannot be streamed" in capsys.readouterr().err
+
+
+def test_order_of_files_and_pieces(tmp_path):
+    for name in ("x_10.jsonl", "x_2.jsonl", "y.txt"):
+        (tmp_path / name).write_text("x")
+    want = [str(tmp_path / name) for name in ("x_2.jsonl", "x_10.jsonl", "y.txt")]
+    assert expand([str(tmp_path)]) == expand([str(tmp_path / "*")]) == want
+    assert sorted(["a10b", "a9b"], key=natural) == ["a9b", "a10b"]
+
+
+@settings(max_examples=50)
+@given(sizes=st.lists(st.integers(0, 10**9), min_size=1, max_size=10), splittable=st.booleans())
+def test_pieces_cover_every_byte_once_in_order(sizes, splittable):
+    files = [(f"{i}.{'jsonl' if splittable else 'txt'}", size) for i, size in enumerate(sizes)]
+    slices = [part for piece in cut(files) for part in piece]
+    for path, size in files:
+        mine = [part for part in slices if part.path == path]
+        assert [part.start for part in mine] == [0, *(part.stop for part in mine[:-1])] and mine[-1].stop == size
+        assert len(mine) == 1 or splittable and all(part.stop - part.start <= LARGEST_PIECE for part in mine)
+    assert [part.path for part in slices] == sorted((part.path for part in slices), key=natural)
+
+
+def test_templates():
+    extract = template_extractor("Q: {question} A: {answers.text.0} {{{n}}}")
+    assert extract({"question": "why", "answers": {"text": ["so", "no"]}, "n": 3}) == "Q: why A: so {3}"
+    for record, message in (
+        ({"question": "why", "n": 1}, "no field 'answers.text.0'"),
+        ({"question": "why", "answers": {"text": []}, "n": 1}, "the list has 0 entries"),
+        ({"question": None, "answers": {"text": ["x"]}, "n": 1}, "no text but a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract(record)
+
+
+def test_template_on_the_command_line(tmp_path, model, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"a": {"b": "x"}, "c": "y"}) + "\n")
+    args = ("--input", tmp_path / "in.jsonl", "--tokenizer", model, "--output", tmp_path / "o")
+    assert tokenize(*args, "--template", "{a.b}\\n{c}") == 0
+    assert decoded(tmp_path / "o", model) == ["x\ny"]
+    assert tokenize(*args, "--template", "{a.b}", "--text-field", "c") == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert tokenize(*args, "--template", "no field") == 2
+
+
+def test_the_fast_twin_of_a_trained_model_gives_its_ids(model, speeches):
+    reference = load_tokenizer(model)
+    twin = fast.fast_twin(reference, model)
+    runs = [c * n for c in (" ", "a", "\n", "-", "\t", "ab") for n in (1, 2, 3, 7, 14, 15, 16, 17, 31, 64, 255)]
+    assert fast.difference(reference, twin, [*speeches[:20], *fast.HARD, *runs]) == ""
+
+
+@settings(max_examples=200)
+@given(text=st.text(min_size=1))
+def test_the_fast_twin_on_any_text(model, text):
+    reference = load_tokenizer(model)
+    assert fast.difference(reference, fast.fast_twin(reference, model), [text]) == ""
+
+
+def test_text_that_spells_a_special_token_is_text(tmp_path, gpt2_like):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "a <|endoftext|> b"}) + "\n")
+    args = ("--input", source, "--tokenizer", gpt2_like, "--append-eod")
+    for backend in ("auto", "reference"):
+        assert tokenize(*args, "--output", tmp_path / backend, "--backend", backend) == 0
+        ids = IndexedReader(tmp_path / backend).document(0).tolist()
+        assert ids.count(0) == 1 and ids[-1] == 0
+    assert tokenize(*args, "--output", tmp_path / "allowed", "--allow-special") == 0
+    assert IndexedReader(tmp_path / "allowed").document(0).tolist().count(0) == 2
+
+
+def test_both_backends_write_the_same_bytes_and_say_who_ran(tmp_path, gpt2_like, capsys):
+    args = ("--input", SAMPLE, "--tokenizer", gpt2_like, "--append-eod")
+    for backend, said in (("auto", "fastokens"), ("reference", "s, tokenizers ")):
+        assert tokenize(*args, "--output", tmp_path / backend, "--backend", backend) == 0
+        assert said in capsys.readouterr().out
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"auto{ending}").read_bytes() == (tmp_path / f"reference{ending}").read_bytes()
+
+
+class Liar(Tokenizer):
+    """A fast library that is wrong about one character."""
+
+    library, vocab_size, eod, bos, digest = "liar", 5000, 0, 0, ""
+
+    def __init__(self, reference):
+        self.reference = reference
+
+    def encode(self, texts):
+        return self.reference.encode([text.replace("\u00bd", "1/2") for text in texts])
+
+    def token_id(self, token): ...
+    def decode(self, ids): ...
+
+
+def test_a_fast_library_that_differs_is_not_used(tmp_path, gpt2_like, monkeypatch, capsys):
+    monkeypatch.setattr(fast, "fast_twin", lambda reference, _: Liar(reference))
+    args = ("--input", SAMPLE, "--tokenizer", gpt2_like, "--output", tmp_path / "o")
+    assert tokenize(*args) == 0
+    assert "is not used: it gives other ids for" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["tokenizer"]["library"].startswith("tokenizers ")
+
+
+def test_tiktoken_files(tmp_path, capsys):
+    """Llama-3's form: base64 tokens with ranks, special tokens after them."""
+    import base64
+
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the"]
+    path = tmp_path / "tokenizer.model"
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.library.startswith("tiktoken") and tokenizer.eod == 260 and tokenizer.vocab_size == 261
+    ids, counts = tokenizer.encode(["the the", "<|end_of_text|>"])
+    assert ids[:2].tolist() == [257, 258] and counts.tolist() == [2, 15] and ids.max() < 259
+    source = tmp_path / "in.txt"
+    source.write_text("the <|end_of_text|> the")
+    assert tokenize("--input", source, "--tokenizer", path, "--output", tmp_path / "o", "--append-eod") == 0
+    assert IndexedReader(tmp_path / "o").document(0).tolist().count(260) == 1
+
+
+def test_tokenizers_that_are_none(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "in.txt").write_text("x")
+    for name, message in (
+        (tmp_path / "tokenizer.json", "no tokenizer.json"),
+        (tmp_path / "nothing", "does not exist"),
+        ("tiktoken:no_such_encoding", "no_such_encoding"),
+    ):
+        assert tokenize("--input", tmp_path / "in.txt", "--tokenizer", name, "--output", tmp_path / "o") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_special_tokens_are_visible_in_decoded_text(gpt2_like):
+    tokenizer = load_tokenizer(gpt2_like)
+    ids = tokenizer.encode(["hello"])[0].tolist()
+    assert tokenizer.decode([*ids, 0, 0]) == "hello<|endoftext|><|endoftext|>"
+    assert np.asarray(ids).max() < tokenizer.vocab_size

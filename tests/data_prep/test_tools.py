@@ -1,0 +1,187 @@
+"""merge, split, verify, stats, dedup on pairs of the .bin/.idx format."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import cli
+from data_prep.commands.dedup import repeated
+from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
+
+many_documents = st.lists(st.lists(st.integers(0, 5), max_size=6), max_size=15)
+
+
+def write(prefix, documents, dtype=np.uint16):
+    with IndexedWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return str(prefix)
+
+
+def documents(prefix):
+    reader = IndexedReader(prefix)
+    return [reader.document(i).tolist() for i in range(reader.n_documents)]
+
+
+def run(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+@settings(max_examples=30)
+@given(parts=st.lists(many_documents, min_size=1, max_size=12))
+def test_merge_keeps_every_document_in_natural_order(tmp_path_factory, parts):
+    folder = tmp_path_factory.mktemp("parts")
+    for number, part in enumerate(parts):
+        write(folder / f"p_{number}", part)
+    assert run("merge", folder, "--output", folder / "all") == 0
+    assert documents(folder / "all") == [document for part in parts for document in part]
+
+
+def test_merge_bad_input(tmp_path, capsys):
+    a, b = write(tmp_path / "a", [[1]]), write(tmp_path / "b", [[1]], np.int32)
+    for args, message in (
+        ((a, b, "--output", tmp_path / "o"), "int32 and .* uint16"),
+        ((a, a, "--output", tmp_path / "o"), "twice"),
+        ((a, "--output", b), "--overwrite"),
+        ((tmp_path / "none", "--output", tmp_path / "o"), "does not exist"),
+        ((tmp_path / "x*", "--output", tmp_path / "o"), "gives no"),
+    ):
+        assert run("merge", *args) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx", "b.bin", "b.idx"]
+
+
+def test_merge_beyond_40_billion_tokens_does_not_overflow(tmp_path):
+    """Sparse files: 30 documents of 2^31 - 1 tokens, 64 billion in all, take no disk."""
+    from megatron_taipan.data.indexed import commit, write_index
+
+    for name, count in (("a", 20), ("b", 10)):
+        prefix = str(tmp_path / name)
+        np.full(count, 2**31 - 1, "<i4").tofile(prefix + ".len")
+        with open(prefix + ".bin.partial", "wb") as file:
+            file.truncate(count * (2**31 - 1) * 2)
+        write_index(prefix + ".idx.partial", np.dtype(np.uint16), prefix + ".len")
+        commit(prefix)
+        reader = IndexedReader(prefix)
+        assert reader.n_tokens == count * (2**31 - 1)
+        assert reader.start(count - 1) == (count - 1) * (2**31 - 1)
+
+
+@settings(max_examples=30)
+@given(content=many_documents, size=st.integers(1, 20))
+def test_split_into_shards_and_back(tmp_path_factory, content, size):
+    folder = tmp_path_factory.mktemp("split")
+    (folder / "out").mkdir()
+    assert run("split", write(folder / "x", content), "--output", folder / "out/s", "--shard-tokens", size) == 0
+    assert run("merge", folder / "out", "--output", folder / "again") == 0
+    assert documents(folder / "again") == content
+    assert (folder / "again.idx").read_bytes() == (folder / "x.idx").read_bytes()
+    for path in (folder / "out").glob("*.idx"):
+        inside = documents(str(path)[:-4])
+        assert sum(map(len, inside)) <= size or len(inside) == 1
+
+
+def test_split_by_document_holds_out_what_training_would(tmp_path):
+    from megatron_taipan.data.split import held_out_documents
+
+    prefix = write(tmp_path / "x", [[i] * (i % 4 + 1) for i in range(100)])
+    assert run("split", prefix, "--output", tmp_path / "y", "--valid-fraction", "0.2") == 0
+    held = held_out_documents(IndexedReader(prefix), 0.2).tolist()
+    assert [d[0] for d in documents(tmp_path / "y-valid")] == held and len(held) == 20
+    assert [d[0] for d in documents(tmp_path / "y-train")] == sorted(set(range(100)) - set(held))
+
+
+@settings(max_examples=60)
+@given(content=many_documents)
+def test_dedup_keeps_the_first_of_each(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("dedup")
+    assert run("dedup", write(folder / "x", content), "--output", folder / "y") == 0
+    assert documents(folder / "y") == [list(d) for d in dict.fromkeys(map(tuple, content))]
+
+
+def test_dedup_compares_documents_of_equal_hash(tmp_path, monkeypatch):
+    class Same:
+        def __init__(self, *_, **__): ...
+        def digest(self):
+            return bytes(8)
+
+    monkeypatch.setattr("data_prep.commands.dedup.blake2b", Same)
+    reader = IndexedReader(write(tmp_path / "x", [[1], [2], [1], [3], [2], [2]]))
+    assert repeated(reader).tolist() == [False, False, True, False, True, True]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A tokenized corpus in two shards, with its manifest."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {i} says something"}) + "\n" for i in range(60)))
+    model = tmp_path / "t.model"
+    assert run("train-tokenizer", "--input", source, "--output", model, "--vocab-size", 380) == 0
+    prefix = tmp_path / "o"
+    args = ("--input", source, "--tokenizer", model, "--output", prefix, "--append-eod", "--shard-tokens", 400)
+    assert run("tokenize", *args) == 0
+    return prefix, model
+
+
+def test_verify_passes_what_tokenize_made(made, capsys):
+    prefix, model = made
+    assert run("verify", prefix, "--tokenizer", model) == 0
+    out = capsys.readouterr().out
+    assert f"{prefix} is whole" in out and "checksums" in out and "document 0: 'document 0 says" in out
+
+
+def flip(path, at, value=None):
+    data = bytearray(path.read_bytes())
+    data[at] = data[at] ^ 1 if value is None else value
+    path.write_bytes(data)
+
+
+def test_verify_finds_damage(made, tmp_path, capsys):
+    prefix, model = made
+    shard = tmp_path / "o-00000.bin"
+    whole = shard.read_bytes()
+    flip(shard, 40)
+    assert run("verify", prefix) == 2 and "checksum" in capsys.readouterr().err
+    shard.write_bytes(whole[:-2])
+    assert run("verify", prefix) == 2 and "its index describes" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    manifest = json.loads((tmp_path / "o.json").read_text())
+    manifest["shards"][0]["documents"] += 1
+    (tmp_path / "o.json").write_text(json.dumps(manifest))
+    assert run("verify", prefix) == 2 and "manifest says" in capsys.readouterr().err
+    (tmp_path / "o.json").unlink()
+    assert run("verify", str(prefix) + "-00000") == 0 and "no manifest" in capsys.readouterr().out
+    assert (
+        run("verify", str(prefix) + "-00000", "--vocab-size", 100) == 2 and "vocabulary has" in capsys.readouterr().err
+    )
+
+
+def test_verify_finds_missing_and_doubled_ends(made, tmp_path, capsys):
+    prefix, _ = made
+    manifest = json.loads((tmp_path / "o.json").read_text())
+    for shard in manifest["shards"]:
+        del shard["bin_xxh3_128"]
+    (tmp_path / "o.json").write_text(json.dumps(manifest))
+    first = documents(tmp_path / "o-00000")[0]
+    shard = tmp_path / "o-00000.bin"
+    whole = shard.read_bytes()
+    flip(shard, 2 * (len(first) - 1), 9)
+    assert run("verify", prefix) == 2 and "document 0 does not end" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    flip(shard, 2, 2), flip(shard, 3, 0)
+    assert run("verify", prefix) == 2 and "before its end" in capsys.readouterr().err
+
+
+def test_stats(tmp_path, capsys):
+    prefix = write(tmp_path / "x", [[5, 5, 5], [7], [5, 9, 9, 9, 9, 9]])
+    assert run("stats", prefix, "--top", 2) == 0
+    out = capsys.readouterr().out
+    assert "3 documents, 10 tokens" in out and "3 different ids of 10; 7 never occur" in out
+    rows = [line.split()[:2] for line in out.splitlines() if "%" in line and "percentiles" not in line]
+    assert rows == [["9", "5"], ["5", "4"]]
+    assert "50%: 3" in out and "99%: 6" in out
