@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
         for folder in (job.work, spooled):  # a run killed while it cleaned up
             shutil.rmtree(folder, ignore_errors=True)
+        Path(job.work + ".lock").unlink(missing_ok=True)
         print(f"{args.output} is complete already: {before['documents']} documents, {before['tokens']} tokens")
         return
     if before is None and os.path.exists(args.output + ".idx") and not os.path.exists(job.work):
