@@ -68,7 +68,7 @@ heading "6. Perplexity on held-out addresses, before and after training"
 show python -m megatron_taipan.evaluation.perplexity "$run/checkpoints" --untrained
 
 heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What lies where:"
-where() { printf '%-36s%s\n' "$1" "$2"; }
+where() { printf '%-38s%s\n' "$1" "$2"; }
 where "$tokenizer" "the sentencepiece tokenizer"
 where "$run/data/sotu.bin, .idx" "the text as token ids, in the format of Megatron's indexed datasets"
 where "$run/checkpoints" "checkpoints, each with its configuration, versions, git commit and data fingerprint"
