@@ -114,10 +114,10 @@ def compare(corpus: str, tokenizer: str, args: argparse.Namespace) -> str:
     print("|---|---|---|---|---|")
     base = statistics.median(seconds for seconds, _ in results["ours"])
     for name, runs in results.items():
-        seconds = [run[0] for run in runs]
-        middle = statistics.median(seconds)
+        times = [run[0] for run in runs]
+        middle = statistics.median(times)
         print(
-            f"| {name} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {size / middle:.1f} |"
+            f"| {name} | {middle:.2f} ({min(times):.2f} to {max(times):.2f}) | {size / middle:.1f} |"
             f" {max(run[1] for run in runs):.0f} | {middle / base:.2f} |"
         )
     if "megatron" in contenders:
@@ -249,13 +249,15 @@ def reading(prefix: str) -> None:
     import numpy as np
     import torch
 
-    from megatron_taipan.config import DataConfig
+    from megatron_taipan.config import DataConfig, DataSource
     from megatron_taipan.data.indexed import IndexedReader
     from megatron_taipan.data.loader import build_dataset
 
     torch.set_num_threads(1)
     reader = IndexedReader(prefix)
-    data = build_dataset(DataConfig(train=prefix, seq_len=4096, valid_fraction=0.02), "train", 1 << 31)
+    data = build_dataset(
+        DataConfig(train=[DataSource(prefix=prefix)], seq_len=4096, valid_fraction=0.02), "train", 1 << 31
+    )
     whole = np.memmap(prefix + ".bin", reader.dtype, "r")
     draw = np.random.default_rng(0).integers(0, len(whole) - 4097, 20_000).tolist()
     rows: dict[str, tuple[Callable[[int], object], int]] = {
