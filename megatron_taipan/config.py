@@ -249,6 +249,7 @@ class CheckpointConfig(Section):
         None, "folder of weights (an export or an import) that a new run starts from; ignored once it has a checkpoint"
     )
     save_minutes: float | None = option(None, "save as well when this many minutes have passed since the last", gt=0)
+    asynchronous: bool = option(True, "write checkpoints behind the training, which stops only to copy the state")
     keep_last: int | None = option(None, "newest checkpoints that are kept; null keeps all", ge=1)
     keep_every: int | None = option(None, "checkpoints at multiples of this many steps are kept for good", ge=1)
 

@@ -2,12 +2,14 @@
 
 Every element of the state is written once: a rank writes the pieces that its optimizer updates (stage 0: its share of
 what all replicas hold), and of parameters that every tensor rank holds only tensor rank 0 writes. A rank that loads
-asks for its own pieces, and `reader` finds them in whatever layout they were written.
+asks for its own pieces, and `StateReader` finds them in whatever layout they were written.
 """
 
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,63 +55,99 @@ class Progress:
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
 
 
-def save(
-    engine: Any, directory: Path, progress: Progress, *, config: Config, metadata: dict[str, Any],
-    groups: Groups,
-) -> Path:  # fmt: skip
-    """Writes a checkpoint; collective. Returns its folder.
+class Saving:
+    """A checkpoint on its way to the disk; made and finished by all ranks together.
 
-    Args:
-        metadata: written to metadata.json beside the progress; `identity` in it is compared by `load`.
+    Making it copies this rank's part of the state to the host's memory, then a thread writes the copy while training
+    goes on. Neither DeepSpeed's own asynchronous engines (they need a GPU or packages of their own) nor
+    torch.distributed.checkpoint (it knows no ZeRO partitions) fit here; one thread writing one file needs no engine.
 
     Raises:
-        SaveFailed: on all ranks, if any of them could not write.
+        SaveFailed: on all ranks, if the folder cannot be made.
     """
-    rank = dist.get_rank()
-    final = directory / folder.folder_name(progress.step)
-    temporary = directory / (final.name + ".tmp")
 
-    def begin() -> None:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary / folder.STATE)
+    def __init__(
+        self,
+        engine: Any,
+        directory: Path,
+        progress: Progress,
+        *,
+        config: Config,
+        metadata: dict[str, Any],
+        groups: Groups,
+    ):
+        self.progress, self.config, self.metadata = progress, config, metadata
+        self.final = directory / folder.folder_name(progress.step)
+        self.temporary = directory / (self.final.name + ".tmp")
+        self.file = f"{folder.STATE}/rank_{dist.get_rank():05d}.safetensors"
+        pieces = held_pieces(engine, groups.data_rank)
+        self.tensors, self.index = own_tensors(engine, pieces, config, groups, Path(self.file).name)
+        self.whole = {
+            "tensor": config.parallel.tensor,
+            "optimizer_step": optimizer_step(pieces),
+            "scaler": scaler_state(engine),
+        }
+        on_all_ranks(self._make_folder)
+        self.written: dict[str, tuple[int, str]] = {}
+        self.fault: OSError | None = None
+        self.seconds = 0.0  # of this rank's writing
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
 
-    def write() -> dict[str, tuple[int, str]]:
-        name = f"{folder.STATE}/{file}"
-        return {name: write_tensors(temporary / name, tensors)}
+    def writing(self) -> bool:
+        """Whether this rank's part is still being written."""
+        return self.thread.is_alive()
 
-    def complete() -> None:
-        if rank != 0:
-            return
+    def finish(self) -> Path:
+        """Waits for every rank's part and completes the checkpoint; collective. Returns its folder.
+
+        Raises:
+            SaveFailed: on all ranks, if any of them could not write; what was written is removed.
+        """
+        self.thread.join()
+        try:
+            on_all_ranks(self._raise_fault)
+            shares: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, (self.written, self.index))
+            on_all_ranks(lambda: self._complete(shares) if dist.get_rank() == 0 else None)
+        except SaveFailed:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)  # a full disk has better use for the space
+            raise
+        return self.final
+
+    def _make_folder(self) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            os.makedirs(self.temporary / folder.STATE)
+
+    def _write(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.written = {self.file: write_tensors(self.temporary / self.file, self.tensors)}
+        except OSError as error:
+            self.fault = error
+        self.tensors = {}
+        self.seconds = time.perf_counter() - began
+
+    def _raise_fault(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+    def _complete(self, shares: list[tuple[dict, dict]]) -> None:
+        description = {"format": folder.FORMAT, "progress": asdict(self.progress), **self.metadata}
         texts = {
-            INDEX: json.dumps(join_indices([index for _, index in shares]) | whole),
-            folder.CONFIG: dump_config(config),
-            folder.METADATA: json.dumps({"format": folder.FORMAT, "progress": asdict(progress), **metadata}, indent=1),
+            INDEX: json.dumps(join_indices([index for _, index in shares]) | self.whole),
+            folder.CONFIG: dump_config(self.config),
+            folder.METADATA: json.dumps(description, indent=1),
         }
         for name, text in texts.items():
-            folder.write_text(temporary / name, text + "\n")
-        ours = {name: folder.hash_file(temporary / name, flush=True) for name in texts}
-        folder.write_manifest(temporary, ours | {name: entry for files, _ in shares for name, entry in files.items()})
-        folder.publish(temporary, final)
-
-    pieces = held_pieces(engine, groups.data_rank)
-    file = f"rank_{rank:05d}.safetensors"
-    tensors, index = own_tensors(engine, pieces, config, groups, file)
-    whole = {
-        "tensor": config.parallel.tensor,
-        "optimizer_step": optimizer_step(pieces),
-        "scaler": scaler_state(engine),
-    }
-    shares: list[Any] = [None] * dist.get_world_size()
-    try:
-        on_all_ranks(begin)
-        dist.all_gather_object(shares, (on_all_ranks(write), index))
-        on_all_ranks(complete)
-    except SaveFailed:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better use for the space
-        raise
-    return final
+            folder.write_text(self.temporary / name, text + "\n")
+        files = {name: folder.hash_file(self.temporary / name, flush=True) for name in texts}
+        for written, _ in shares:
+            files |= written
+        folder.write_manifest(self.temporary, files)
+        folder.publish(self.temporary, self.final)
 
 
 def own_tensors(

@@ -1,5 +1,6 @@
 """The training run, top to bottom: build, load, loop, save."""
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_taipan.checkpoint import state
-from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, locate, remove_leftovers, remove_old
+from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, locate, remove_leftovers
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.weights import load_weights
@@ -24,6 +25,7 @@ from megatron_taipan.train.engine import accumulation, build_engine, set_learnin
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
+from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 from megatron_taipan.train.step import train_step
@@ -91,26 +93,13 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
                 watchdog.beat()
 
-        def save(at: state.Progress, final: bool) -> None:
-            began = time.perf_counter()
-            try:
-                path = state.save(engine, directory, at, config=config, metadata=metadata, groups=groups)
-            except state.SaveFailed as failure:
-                if final:
-                    raise
-                metrics.note("alarm", f"step {at.step}: {failure}; training goes on, the checkpoint before is kept")
-                return
-            if writer:
-                remove_old(directory, keep_last=c.keep_last, keep_every=c.keep_every)
-            metrics.after_save(at.step, path, time.perf_counter() - began)
-            watchdog.beat()
+        saver = Saver(engine, config, metadata, groups, metrics)
 
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
         micro_batches = accumulation(config, groups.data_size)
         tokens_per_step = t.global_batch * config.data.seq_len
-        last_save, streak, before_streak = time.monotonic(), 0, progress
-        stopping = False
+        streak, before_streak, stopping = 0, progress, False
         if progress.step == 0:
             validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
@@ -119,12 +108,13 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             waited = metrics.seconds()
             lr = learning_rate(progress.step, config.optim, t.steps)
             set_learning_rate(engine, lr)
-            overdue = bool(c.save_minutes) and time.monotonic() - last_save > 60 * (c.save_minutes or 0)
             result = train_step(
                 engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip,
-                requests=[signals.received is not None, overdue and writer],
+                requests=[signals.received is not None, writer and saver.overdue(), saver.writing()],
             )  # fmt: skip
-            stopping, save_now = result.requests
+            stopping, save_now, writing = result.requests
+            if not writing:
+                saver.finish()
             watchdog.beat()
 
             if result.skipped:
@@ -143,7 +133,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             metrics.after_step(progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited)
             if streak == t.max_skipped:
                 if before_streak.step > 0:
-                    save(before_streak, final=True)
+                    saver.save_last(before_streak)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
                     f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
@@ -152,10 +142,10 @@ def train(config: Config, place: Place, device: torch.device) -> int:
 
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
-            due = c.save_every and progress.step % c.save_every == 0
-            if due or save_now or stopping or progress.step == last:
-                save(progress, final=stopping or progress.step == last)
-                last_save = time.monotonic()
+            if stopping or progress.step == last:
+                saver.save_last(progress)
+            elif save_now or (c.save_every and progress.step % c.save_every == 0):
+                saver.start(progress)
 
         if progress.step < last:
             metrics.note("stop", f"stopped by {signals.received or 'a signal on another rank'}; start the same command"
@@ -181,6 +171,7 @@ def settle_numerics(config: Config) -> None:
     """Process-wide switches of torch that decide about rounding."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(True)
 
 

@@ -161,15 +161,16 @@ class Metrics:
             self._chart(f"valid/{name}", value, step)
         self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
 
-    def after_save(self, step: int, path: Path, seconds: float) -> None:
-        """Records a written checkpoint; training stood still for that long."""
+    def after_save(self, step: int, path: Path, *, stall: float, write: float) -> None:
+        """Records a complete checkpoint: seconds that training stood still for it, and seconds of rank 0's writing."""
         if not self.writes:
             return
         self.summary.saves += 1
-        self.summary.stall_s += seconds
-        self._write({"event": "save", "step": step, "path": str(path), "stall_s": seconds})
-        self._chart("checkpoint/stall_s", seconds, step)
-        self._line(f"step {step}  checkpoint {path} written in {seconds:.1f} s")
+        self.summary.stall_s += stall
+        self._write({"event": "save", "step": step, "path": str(path), "stall_s": stall, "write_s": write})
+        self._chart("checkpoint/stall_s", stall, step)
+        self._chart("checkpoint/write_s", write, step)
+        self._line(f"step {step}  checkpoint {path}  ({stall:.2f} s of training, {write:.2f} s of writing)")
 
     def note(self, event: str, text: str, **values: Any) -> None:
         """Records anything else that a reader of the log should know, and says it."""

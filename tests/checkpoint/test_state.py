@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,10 @@ def convert(tree: dict, source: str) -> None:
     config.train.seed -= 1
     identity = read_metadata(Path(source))["identity"]
     progress = state.load(engine, Path(source), config=config, identity=identity, groups=groups)
-    state.save(
+    saving = state.Saving(
         engine, Path(config.checkpoint.dir), progress, config=config, metadata={"identity": identity}, groups=groups
     )
+    saving.finish()
 
 
 def everything(path: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -145,7 +147,7 @@ def test_a_full_disk_on_one_rank_keeps_the_run_and_the_checkpoint_before(tmp_pat
     names = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert names == ["step_00000001", "step_00000003", "step_00000004"]
     (alarm,) = log(tmp_path / "run", "alarm")
-    assert alarm["step"] == 2 and "rank 1: No space left on device" in alarm["text"]
+    assert "step 2: " in alarm["text"] and "rank 1: No space left on device" in alarm["text"]
 
 
 def full_disk_at_step_2(tree: dict) -> list:
@@ -165,5 +167,43 @@ def full_disk_at_step_2(tree: dict) -> list:
     state.write_tensors = failing
     try:
         return runs([tree])
+    finally:
+        state.write_tensors = write
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, prefix):
+    trees = []
+    for name, asynchronous in (("behind", True), ("waiting", False)):
+        tree = tree_of(prefix, tmp_path / name, "2 data, stage 1", steps=12)
+        tree["checkpoint"] |= {"save_every": 2, "asynchronous": asynchronous, "keep_last": None}
+        trees.append(tree)
+    assert launch(2, slow_writing, trees)[0] == [0, 0]
+    first = tmp_path / "behind" / "step_00000002"
+    events = [(record["event"], record["step"]) for record in log_all(tmp_path / "behind")]
+    assert events.index(("step", 4)) < events.index(("save", 2))  # it learned on before the first was complete
+    save = log(tmp_path / "behind", "save")[0]
+    assert save["stall_s"] < save["write_s"]
+    assert log(tmp_path / "waiting", "save")[0]["stall_s"] >= 0.3
+    ours, theirs = everything(first), everything(tmp_path / "waiting" / "step_00000002")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert find_newest(tmp_path / "behind").path.name == "step_00000012"
+
+
+def log_all(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def slow_writing(trees: list[dict]) -> list:
+    from megatron_taipan.checkpoint import state
+
+    write = state.write_tensors
+
+    def slow(path: Path, tensors: dict) -> tuple[int, str]:
+        time.sleep(0.3)
+        return write(path, tensors)
+
+    state.write_tensors = slow
+    try:
+        return runs(trees)
     finally:
         state.write_tensors = write
