@@ -10,7 +10,7 @@ from megatron_taipan.model.cache import Cache
 
 @dataclass
 class Context:
-    """Per-token facts shared by all layers of one forward pass. b rows of l tokens (the whole sequence, not a shard)."""
+    """Per-token facts shared by all layers of a forward pass. b rows of l tokens (the whole sequence, not a shard)."""
 
     batch: int
     length: int

@@ -32,6 +32,8 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Logits or the cross entropy from hidden states; owns a weight only where it is not the embedding's."""
 
+    weight: Tensor
+
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         self.tp, self.vocab_size, self.cross_entropy = build.tp, build.config.vocab_size, build.ops.linear_cross_entropy

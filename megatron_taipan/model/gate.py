@@ -1,4 +1,4 @@
-"""The gate of selective attention: which tokens attend, how much they take, and what the budget costs (arXiv 2410.18572)."""
+"""The gate of selective attention: which tokens attend, how much they take, what it costs (arXiv 2410.18572)."""
 
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class Gate(WithFloat32Islands):
 
     weight: Tensor
     bias: Tensor
+    threshold: Tensor
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()

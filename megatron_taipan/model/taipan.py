@@ -18,13 +18,12 @@ from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
-from megatron_taipan.parallel.collectives import take_tokens
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import describe
 
 
 class TaipanOutput(NamedTuple):
-    """What a forward pass gives. A tuple, because ZeRO-3 hooks the tensors that it finds in tuples, lists and dicts only."""
+    """What a forward pass gives. A tuple, because ZeRO-3 hooks only tensors that it finds in tuples, lists, dicts."""
 
     logits: Tensor | None = None  # [b, l, vocab] float32, without labels
     loss: Tensor | None = None  # ce_loss + budget_lambda * budget_loss
