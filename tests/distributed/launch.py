@@ -159,3 +159,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as launch/pretrain.py: past the race between torch's threads and the interpreter's end
