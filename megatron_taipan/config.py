@@ -94,8 +94,8 @@ class ModelConfig(Section):
         if "M" in self.letters:
             if self.d_inner % m.headdim:
                 raise ValueError(
-                    f"mamba.headdim={m.headdim} does not divide d_inner = expand * d_model = {m.expand} * {self.d_model}"
-                    f" = {self.d_inner} (remainder {self.d_inner % m.headdim})"
+                    f"mamba.headdim={m.headdim} does not divide d_inner = expand * d_model ="
+                    f" {m.expand} * {self.d_model} = {self.d_inner} (remainder {self.d_inner % m.headdim})"
                 )
             if self.mamba_heads % m.n_groups:
                 raise ValueError(
@@ -176,7 +176,7 @@ class DataConfig(Section):
     """What is read, and in which order."""
 
     train: list[DataSource] = option(..., "tokenized datasets to train on, with weights", min_length=1)
-    valid: list[DataSource] | None = option(None, "datasets to validate on; null takes valid_fraction of each train set")
+    valid: list[DataSource] | None = option(None, "datasets to validate on; null takes valid_fraction of each of train")
     valid_fraction: float = option(0.02, "documents held out for validation when data.valid is null", ge=0, lt=1)
     seq_len: int = option(4096, "tokens per sample", ge=1)
     seed: int = option(1234, "seed of the sample order", ge=0)
@@ -242,8 +242,9 @@ class CheckpointConfig(Section):
     dir: str = option(..., "folder of this run's checkpoints")
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only", ge=0)
     load: str | None = option(
-        "auto", "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: the same, but while"
-        " checkpoint.dir holds none start from that folder's newest"
+        "auto",
+        "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: the same, but while"
+        " checkpoint.dir holds none start from that folder's newest",
     )
     init: str | None = option(
         None, "folder of weights (an export or an import) that a new run starts from; ignored once it has a checkpoint"
