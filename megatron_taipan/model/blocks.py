@@ -43,7 +43,8 @@ class MambaBlock(Block):
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
     def forward(self, h: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, None]:
-        return h + self.mixer(self.norm(h), ctx, state).to(h.dtype), None
+        u, h = self.norm.with_stream(h)
+        return h + self.mixer(u, ctx, state), None  # the sum has the stream's type, the wider one
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         return self.mixer.new_state(batch, device, dtype)
@@ -62,10 +63,11 @@ class AttentionBlock(Block):
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
     def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, None]:
-        u = enter_block(self.norm(h), self.tp)
+        u, h = self.norm.with_stream(h)
+        u = enter_block(u, self.tp)
         (o,) = self.attention(u, ctx, store=state)
-        h = h + leave_block(o.view(u.shape), self.tp).to(h.dtype)
-        return h + self.mlp(self.mlp_norm(h)).to(h.dtype), None
+        u, h = self.mlp_norm.with_stream(h + leave_block(o.view(u.shape), self.tp))
+        return h + self.mlp(u), None
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)
@@ -93,7 +95,7 @@ class SelectiveAttentionBlock(Block):
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
     def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, Selection]:
-        u = self.norm(h)  # [b, l, d] or a sequence shard
+        u, h = self.norm.with_stream(h)  # [b, l, d] or a sequence shard
         selection = self.gate(u, ctx)
         u = enter_block(u, self.tp)  # [b, l, d]
         chosen = selection.selected.flatten()  # [b * l]
@@ -105,9 +107,8 @@ class SelectiveAttentionBlock(Block):
             refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
         outputs = self.attention(u, ctx, queries, state)
         o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
-        h = h + refine[..., None] * (o.to(h.dtype) - h)
-        h = h + self.mlp(self.mlp_norm(h)).to(h.dtype)
-        return h, selection
+        u, h = self.mlp_norm.with_stream(h + refine[..., None] * (o - h))
+        return h + self.mlp(u), selection
 
     def _put_back(self, outputs: list[Tensor], queries: list[Tensor], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""

@@ -15,11 +15,17 @@ class RMSNorm(nn.Module):
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         self.tp, self.eps, self.norm = build.tp, build.config.norm_eps, build.ops.rms_norm
+        self.norm_and_stream = build.ops.rms_norm_and_stream
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor) -> Tensor:
         (weight,) = stream_parameters(self.tp, self.weight)
         return self.norm(h, weight, self.eps)
+
+    def with_stream(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(h), h): take the residual stream from here, so that a kernel can add its gradient in one pass."""
+        (weight,) = stream_parameters(self.tp, self.weight)
+        return self.norm_and_stream(h, weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -31,11 +37,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, build: Build, prefix: str):
         super().__init__()
-        self.tp = build.tp
+        self.tp, self.silu_mul = build.tp, build.ops.silu_mul
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor) -> Tensor:
         u = enter_block(u, self.tp)  # [b, l, d]
-        return leave_block(
-            F.linear(F.silu(F.linear(u, self.gate_proj)) * F.linear(u, self.up_proj), self.down_proj), self.tp
-        )
+        gated = self.silu_mul(F.linear(u, self.gate_proj), F.linear(u, self.up_proj))
+        return leave_block(F.linear(gated, self.down_proj), self.tp)

@@ -19,6 +19,17 @@ class Mamba2(WithFloat32Islands):
     gradients are summed; the norm's group then spreads over ranks, which add up their sums of squares.
     """
 
+    in_proj_z: Tensor
+    in_proj_x: Tensor
+    in_proj_dt: Tensor
+    conv_x_weight: Tensor
+    conv_x_bias: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    out_proj: Tensor
+
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         config, m, tp = build.config, build.config.mamba, build.tp
@@ -32,6 +43,9 @@ class Mamba2(WithFloat32Islands):
         self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of the shared ones is ours
         self.norm_spans_ranks = self.group_size > self.inner
         self.ranks_per_group = tp.size // m.n_groups if self.shared_groups else 1
+        sizes = (self.headdim, self.d_state)
+        powers = all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
+        self.fused = build.ops.mamba2_mix is not None and powers and self.d_conv <= 4 and not self.norm_spans_ranks
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
@@ -39,7 +53,10 @@ class Mamba2(WithFloat32Islands):
         u = enter_block(u, self.tp)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
-        z, xBC, dt = F.linear(u, in_proj).split([self.inner, self.inner + 2 * states, self.heads], -1)
+        zxbcdt = F.linear(u, in_proj)
+        if state is None and self.fused and zxbcdt.is_cuda and zxbcdt.dtype != torch.float64:
+            return leave_block(F.linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj), self.tp)
+        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
         initial_tail = state.conv_tail if state else None
         xBC = self.ops.causal_conv1d(
@@ -66,6 +83,14 @@ class Mamba2(WithFloat32Islands):
             )  # fmt: skip
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
         return leave_block(F.linear(y, self.out_proj), self.tp)
+
+    def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
+        """What `forward` does between the two projections, from an empty state, as one operation."""
+        return self.ops.mamba2_mix(
+            zxbcdt, conv_weight, conv_bias, self.dt_bias, -at_least_float32(self.A_log).exp(), self.D, self.norm_weight,
+            seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
+            group_size=self.group_size, eps=self.eps,
+        )  # fmt: skip
 
     def _joined_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C."""

@@ -8,17 +8,21 @@ import torch
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
+from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.interval_attention import interval_attention_reference
-from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_reference
+from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_and_stream_reference, rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
+from megatron_taipan.ops.swiglu import silu_mul_reference
 
 REFERENCES: dict[str, Callable] = {
     "ssd": ssd_reference,
     "causal_conv1d": causal_conv1d_reference,
     "rms_norm": rms_norm_reference,
+    "rms_norm_and_stream": rms_norm_and_stream_reference,
     "gated_rms_norm": gated_rms_norm_reference,
     "interval_attention": interval_attention_reference,
     "linear_cross_entropy": linear_cross_entropy_reference,
+    "silu_mul": silu_mul_reference,
 }
 
 
@@ -29,9 +33,13 @@ class Ops:
     ssd: Callable
     causal_conv1d: Callable
     rms_norm: Callable
+    rms_norm_and_stream: Callable
     gated_rms_norm: Callable
     interval_attention: Callable
     linear_cross_entropy: Callable
+    silu_mul: Callable
+    mamba2_mix: Callable | None
+    """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""
     report: str
     """One line for the log: which implementation runs, and why."""
 
@@ -53,8 +61,11 @@ def pick_ops(backend: str = "auto") -> Ops:
         if fast is None and name in FAST:
             lacking.append(f"{name}: {label}")
     if backend == "fast" and lacking:
-        raise UserError(f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto")
-    return Ops(**chosen, report="ops: " + " ".join(words))
+        raise UserError(
+            f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
+        )
+    mix = _mamba2_mix() if backend != "reference" else None
+    return Ops(**chosen, mamba2_mix=mix, report="ops: " + " ".join(words))
 
 
 def _fast(name: str) -> tuple[Callable | None, str]:
@@ -70,6 +81,16 @@ def _fast(name: str) -> tuple[Callable | None, str]:
         return None, f"reference ({error})"
 
 
+def _mamba2_mix() -> Callable | None:
+    """The fused mixer where its parts run."""
+    if not torch.cuda.is_available() or "ssd" not in FAST:
+        return None
+    try:
+        return load_mamba2_mix()
+    except ImportError:
+        return None
+
+
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:
     """The kernel for CUDA tensors in a dtype that kernels take, the reference for all others."""
 
@@ -80,4 +101,4 @@ def _on_gpu(fast: Callable, reference: Callable) -> Callable:
 
 
 # Kernels by operation: (label, function that imports and returns it; an ImportError means: not here).
-FAST: dict[str, tuple[str, Callable[[], Callable]]] = {}
+FAST: dict[str, tuple[str, Callable[[], Callable]]] = KERNELS

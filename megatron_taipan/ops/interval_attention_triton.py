@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """Interval attention in Triton: query i attends the keys lo[i]..hi[i], both ends included.
 
 Because lo and hi never fall along the queries, a block of queries needs one contiguous range of keys and a block of
@@ -15,26 +16,21 @@ No program writes what another one reads or writes, so results are deterministic
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634
 FAR = 2**30  # beyond every key
 
 
 @triton.jit
-def _attend(acc, row_sum, row_max, q, k_base, v_base, stride_k, stride_v, lo, hi, start, end, scale_log2, n_keys,
-            D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One online-softmax pass over the keys start..end-1 in steps of BLOCK_K."""
+def _attend(acc, row_sum, row_max, q, k_tiles, v_tiles, column, lo, hi, start, end, scale_log2,
+            BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One online-softmax pass over the keys start..end-1 in steps of BLOCK_K; tiles past the last key read zeros."""
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = tl.arange(0, D)
     for first in tl.range(start, end, BLOCK_K):
         keys = first + offs_k
-        if MASKED:
-            inside = keys < n_keys
-            k = tl.load(k_base + keys[:, None] * stride_k + offs_d[None, :], mask=inside[:, None], other=0.0)
-            v = tl.load(v_base + keys[:, None] * stride_v + offs_d[None, :], mask=inside[:, None], other=0.0)
-        else:
-            k = tl.load(k_base + keys[:, None] * stride_k + offs_d[None, :])
-            v = tl.load(v_base + keys[:, None] * stride_v + offs_d[None, :])
+        k = k_tiles.load([first, column])
+        v = v_tiles.load([first, column])
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BLOCK_Q, BLOCK_K]
         if MASKED:
             s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] <= hi[:, None]), s, float("-inf"))
@@ -75,8 +71,8 @@ def _whole_blocks(lo, hi, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, hi_ptr, n_queries, n_keys,
-                    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+def _forward_kernel(q_ptr, k_tiles, v_tiles, o_ptr, lse_ptr, lo_ptr, hi_ptr, n_queries,
+                    stride_qn, stride_qh, stride_on, stride_oh,
                     scale_log2, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                     PRECISION: tl.constexpr, FAR: tl.constexpr):  # fmt: skip
     head = tl.program_id(1)
@@ -93,17 +89,16 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, hi_ptr, n_queri
         return
     q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * stride_qn + head * stride_qh + offs_d[None, :],
                 mask=valid[:, None], other=0.0)  # fmt: skip
-    k_base = k_ptr + (head // GROUP) * stride_kh
-    v_base = v_ptr + (head // GROUP) * stride_vh
+    column = (head // GROUP) * D
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, start,
-                                    whole, scale_log2, n_keys, D, BLOCK_K, True, PRECISION)  # fmt: skip
-    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, whole,
-                                    whole_end, scale_log2, n_keys, D, BLOCK_K, False, PRECISION)  # fmt: skip
-    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, whole_end,
-                                    end, scale_log2, n_keys, D, BLOCK_K, True, PRECISION)  # fmt: skip
+    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_tiles, v_tiles, column, lo, hi, start, whole,
+                                    scale_log2, BLOCK_K, True, PRECISION)  # fmt: skip
+    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_tiles, v_tiles, column, lo, hi, whole, whole_end,
+                                    scale_log2, BLOCK_K, False, PRECISION)  # fmt: skip
+    acc, row_sum, row_max = _attend(acc, row_sum, row_max, q, k_tiles, v_tiles, column, lo, hi, whole_end, end,
+                                    scale_log2, BLOCK_K, True, PRECISION)  # fmt: skip
     some = row_sum > 0
     acc = acc / tl.where(some, row_sum, 1.0)[:, None]
     lse = tl.where(some, row_max + tl.log2(tl.where(some, row_sum, 1.0)), 0.0)
@@ -112,20 +107,14 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, hi_ptr, n_queri
 
 
 @triton.jit
-def _dq_pass(dq, q, do, lse, delta, k_base, v_base, stride_k, stride_v, lo, hi, start, end, scale_log2, n_keys,
-             D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _dq_pass(dq, q, do, lse, delta, k_tiles, v_tiles, column, lo, hi, start, end, scale_log2,
+             BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds ds @ k over the keys start..end-1; the scale is applied once at the end."""
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = tl.arange(0, D)
     for first in tl.range(start, end, BLOCK_K):
         keys = first + offs_k
-        if MASKED:
-            inside = keys < n_keys
-            k = tl.load(k_base + keys[:, None] * stride_k + offs_d[None, :], mask=inside[:, None], other=0.0)
-            v = tl.load(v_base + keys[:, None] * stride_v + offs_d[None, :], mask=inside[:, None], other=0.0)
-        else:
-            k = tl.load(k_base + keys[:, None] * stride_k + offs_d[None, :])
-            v = tl.load(v_base + keys[:, None] * stride_v + offs_d[None, :])
+        k = k_tiles.load([first, column])
+        v = v_tiles.load([first, column])
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * scale_log2 - lse[:, None])
@@ -137,8 +126,8 @@ def _dq_pass(dq, q, do, lse, delta, k_base, v_base, stride_k, stride_v, lo, hi, 
 
 
 @triton.jit
-def _dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, lo_ptr, hi_ptr, n_queries, n_keys,
-               stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+def _dq_kernel(q_ptr, k_tiles, v_tiles, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, lo_ptr, hi_ptr, n_queries,
+               stride_qn, stride_qh, stride_on, stride_oh,
                stride_don, stride_doh, stride_dqn, stride_dqh, scale, scale_log2, GROUP: tl.constexpr,
                D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
                FAR: tl.constexpr):  # fmt: skip
@@ -162,22 +151,20 @@ def _dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, l
     tl.store(delta_ptr + row_ptrs, delta, mask=valid)
     q = tl.load(q_ptr + rows64[:, None] * stride_qn + head * stride_qh + offs_d[None, :], mask=inside, other=0.0)
     lse = tl.load(lse_ptr + row_ptrs, mask=valid, other=0.0)
-    k_base = k_ptr + (head // GROUP) * stride_kh
-    v_base = v_ptr + (head // GROUP) * stride_vh
+    column = (head // GROUP) * D
     dq = tl.zeros([BLOCK_Q, D], tl.float32)
-    dq = _dq_pass(dq, q, do, lse, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, start, whole, scale_log2,
-                  n_keys, D, BLOCK_K, True, PRECISION)  # fmt: skip
-    dq = _dq_pass(dq, q, do, lse, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, whole, whole_end, scale_log2,
-                  n_keys, D, BLOCK_K, False, PRECISION)  # fmt: skip
-    dq = _dq_pass(dq, q, do, lse, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, whole_end, end, scale_log2,
-                  n_keys, D, BLOCK_K, True, PRECISION)  # fmt: skip
+    dq = _dq_pass(dq, q, do, lse, delta, k_tiles, v_tiles, column, lo, hi, start, whole, scale_log2, BLOCK_K, True,
+                  PRECISION)  # fmt: skip
+    dq = _dq_pass(dq, q, do, lse, delta, k_tiles, v_tiles, column, lo, hi, whole, whole_end, scale_log2, BLOCK_K, False,
+                  PRECISION)  # fmt: skip
+    dq = _dq_pass(dq, q, do, lse, delta, k_tiles, v_tiles, column, lo, hi, whole_end, end, scale_log2, BLOCK_K, True,
+                  PRECISION)  # fmt: skip
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
-def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lo_ptr, hi_ptr, first_ptr, last_ptr,
-                n_queries, n_keys, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
-                stride_don, stride_doh, stride_dkn, stride_dkh, scale, scale_log2, GROUP: tl.constexpr,
+def _dkv_kernel(q_tiles, k_ptr, v_ptr, do_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lo_ptr, hi_ptr, first_ptr, last_ptr,
+                n_queries, n_keys, stride_kn, stride_kh, stride_vn, stride_vh, stride_dkn, stride_dkh, scale, scale_log2, GROUP: tl.constexpr,
                 D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
                 FAR: tl.constexpr):  # fmt: skip
     kv_head = tl.program_id(1)
@@ -197,17 +184,14 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     dv = tl.zeros([BLOCK_K, D], tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_base = q_ptr + head * stride_qh
-        do_base = do_ptr + head * stride_doh
         stat = head.to(tl.int64) * n_queries
         for at in tl.range(first, last, BLOCK_Q):
             rows = at + offs_q
-            valid = rows < last
+            valid = rows < n_queries
             lo = tl.load(lo_ptr + rows, mask=valid, other=FAR)
             hi = tl.load(hi_ptr + rows, mask=valid, other=-1)
-            rows64 = rows.to(tl.int64)
-            q = tl.load(q_base + rows64[:, None] * stride_qn + offs_d[None, :], mask=valid[:, None], other=0.0)
-            do = tl.load(do_base + rows64[:, None] * stride_don + offs_d[None, :], mask=valid[:, None], other=0.0)
+            q = q_tiles.load([at, head * D])  # rows past `last` are masked by their intervals
+            do = do_tiles.load([at, head * D])
             lse = tl.load(lse_ptr + stat + rows, mask=valid, other=0.0)
             delta = tl.load(delta_ptr + stat + rows, mask=valid, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_K, BLOCK_Q]
@@ -244,9 +228,9 @@ def launch_options(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, 
     if dtype == torch.float32:
         return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 1}
     table = {
-        "forward": {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-        "dq": {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-        "dkv": {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+        "forward": {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        "dq": {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        "dkv": {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
     }
     return table[kernel]
 
@@ -256,11 +240,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def _tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """x [n, h, d] as tiles of `rows` tokens of one head, moved by the copy engine; reads past the end give zeros."""
+    n, h, d = x.shape
+    return TensorDescriptor(x, [n, h * d], [x.stride(0), 1], [rows, d])
+
+
+def _tileable(x: torch.Tensor) -> torch.Tensor:
+    """x [n, h, d], copied where its heads are not side by side or its rows not aligned to 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if aligned and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
 @torch.library.custom_op("megatron_taipan::interval_attention_forward", mutates_args=())
 def _forward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o [nq, hq, d], log-sum-exp in base 2 [hq, nq] float32)."""
+    q, k, v = _tileable(q), _tileable(k), _tileable(v)
     nq, hq, d = q.shape
     nk, hk, _ = k.shape
     o = torch.empty((nq, hq, d), dtype=q.dtype, device=q.device)
@@ -268,8 +265,8 @@ def _forward_op(
     if nq:
         options = launch_options("forward", q.dtype, d)
         _forward_kernel[(triton.cdiv(nq, options["BLOCK_Q"]), hq)](
-            q, k, v, o, lse, lo, hi, nq, nk, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), o.stride(0), o.stride(1), LOG2E / d**0.5, GROUP=hq // hk, D=d,
+            q, _tiles(k, options["BLOCK_K"]), _tiles(v, options["BLOCK_K"]), o, lse, lo, hi, nq, q.stride(0),
+            q.stride(1), o.stride(0), o.stride(1), LOG2E / d**0.5, GROUP=hq // hk, D=d,
             PRECISION=_precision(q.dtype), FAR=FAR, **options,
         )  # fmt: skip
     return o, lse
@@ -286,6 +283,7 @@ def _backward_op(
     lo: torch.Tensor, hi: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dq, dk, dv)."""
+    do, q, k, v = _tileable(do), _tileable(q), _tileable(k), _tileable(v)
     nq, hq, d = q.shape
     nk, hk, _ = k.shape
     dq = torch.empty((nq, hq, d), dtype=q.dtype, device=q.device)
@@ -296,8 +294,8 @@ def _backward_op(
     if nq:
         options = launch_options("dq", q.dtype, d)
         _dq_kernel[(triton.cdiv(nq, options["BLOCK_Q"]), hq)](
-            q, k, v, o, do, lse, delta, dq, lo, hi, nq, nk, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            v.stride(0), v.stride(1), o.stride(0), o.stride(1), do.stride(0), do.stride(1), dq.stride(0),
+            q, _tiles(k, options["BLOCK_K"]), _tiles(v, options["BLOCK_K"]), o, do, lse, delta, dq, lo, hi, nq,
+            q.stride(0), q.stride(1), o.stride(0), o.stride(1), do.stride(0), do.stride(1), dq.stride(0),
             dq.stride(1), scale, scale * LOG2E, GROUP=hq // hk, D=d, PRECISION=precision, FAR=FAR, **options,
         )  # fmt: skip
     if nk:
@@ -306,9 +304,8 @@ def _backward_op(
         first, last = torch.empty((2, blocks), dtype=torch.int32, device=q.device)
         _ranges_kernel[(blocks,)](lo, hi, first, last, nq, BLOCK_K=options["BLOCK_K"], BLOCK=1024)
         _dkv_kernel[(blocks, hk)](
-            q, k, v, do, lse, delta, dk, dv, lo, hi, first, last, nq, nk, q.stride(0), q.stride(1), k.stride(0),
-            k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1), dk.stride(0), dk.stride(1), scale,
-            scale * LOG2E, GROUP=hq // hk, D=d, PRECISION=precision, FAR=FAR, **options,
+            _tiles(q, options["BLOCK_Q"]), k, v, _tiles(do, options["BLOCK_Q"]), lse, delta, dk, dv, lo, hi, first, last,
+            nq, nk, k.stride(0), k.stride(1), v.stride(0), v.stride(1), dk.stride(0), dk.stride(1), scale, scale * LOG2E, GROUP=hq // hk, D=d, PRECISION=precision, FAR=FAR, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -324,7 +321,6 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, do, _dlse):
     q, k, v, o, lse, lo, hi = ctx.saved_tensors
-    do = do if do.stride(-1) == 1 else do.contiguous()
     return *_backward_op(do, q, k, v, o, lse, lo, hi), None, None
 
 
@@ -350,5 +346,4 @@ def interval_attention(
     Returns:
         o [nq, hq, d], of q's dtype; softmax and sums are float32.
     """
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _forward_op(q, k, v, lo.contiguous(), hi.contiguous())[0]

@@ -19,6 +19,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (xf * scale * weight).to(weight.dtype)
 
 
+def rms_norm_and_stream_reference(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h), h): a block's input and the residual stream around it, which a kernel can join in backward."""
+    return rms_norm_reference(h, weight, eps), h
+
+
 def gated_rms_norm_reference(
     y: Tensor,
     z: Tensor,

@@ -1,0 +1,122 @@
+"""What our speed is compared with: a Transformer++ and a Taipan composed of today's parts. Benchmarks only.
+
+Plain modules in bf16 with the sizes of a ModelConfig, called as `model(tokens, labels) -> loss`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_taipan.config import ModelConfig
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, 1e-5)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, d: int, inner: int):
+        super().__init__()
+        self.norm, self.up, self.down = Norm(d), nn.Linear(d, 2 * inner, bias=False), nn.Linear(inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class FullAttention(nn.Module):
+    """Causal attention with RoPE through torch's SDPA."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, Norm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, l, d = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self._rotate(q), self._rotate(k)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(o.transpose(1, 2).reshape(b, l, d))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        speed = 500_000.0 ** -(torch.arange(half, device=x.device) / half)
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * speed
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class WindowAttention(FullAttention):
+    """Sliding window over every query through flex_attention: what a selective layer is made of today."""
+
+    def __init__(self, d: int, heads: int, window: int, length: int):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        super().__init__(d, heads)
+        self.flex = torch.compile(flex_attention)
+        self.mask = create_block_mask(
+            lambda b, h, q, k: (k <= q) & (q - k < window), None, None, length, length, device="cuda"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, l, d = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        o = self.flex(q, k, v, block_mask=self.mask)
+        return x + self.out(o.transpose(1, 2).reshape(b, l, d))
+
+
+class MambaSsmBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        from mamba_ssm.modules.mamba2 import Mamba2
+
+        super().__init__()
+        m = config.mamba
+        self.norm = Norm(config.d_model)
+        self.mixer = Mamba2(config.d_model, d_state=m.d_state, headdim=m.headdim, expand=m.expand, ngroups=m.n_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, norm, tied head and plain cross entropy."""
+
+    def __init__(self, config: ModelConfig, blocks: list[nn.Module]):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=config.init_std)
+        self.blocks, self.norm = nn.ModuleList(blocks), Norm(config.d_model)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def transformer(config: ModelConfig, layers: int = 20) -> nn.Module:
+    """Transformer++: the preset transformerpp of the same width."""
+    blocks = []
+    for _ in range(layers):
+        blocks += [FullAttention(config.d_model, config.attention.n_heads), FeedForward(config.d_model, config.d_ff)]
+    return Stack(config, blocks)
+
+
+def composition(config: ModelConfig, length: int) -> nn.Module:
+    """The pattern of `config` with mamba_ssm's Mamba2 for M and an all-query flex window for S."""
+    blocks: list[nn.Module] = []
+    for letter in config.letters:
+        if letter == "M":
+            blocks.append(MambaSsmBlock(config))
+        else:
+            blocks.append(WindowAttention(config.d_model, config.attention.n_heads, config.attention.window, length))
+            blocks.append(FeedForward(config.d_model, config.d_ff))
+    return Stack(config, blocks)

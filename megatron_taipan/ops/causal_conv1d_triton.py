@@ -1,0 +1,241 @@
+"""The short causal convolution with SiLU in Triton, forward and backward, on tensors of any row stride.
+
+Forward in tiles of tokens x channels: a tap of the convolution is the same tile loaded one token earlier, which the
+first-level cache serves. Backward token by token, because there every tap needs the gradient before the SiLU of three
+later tokens, which a tile would have to compute again or to shuffle.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_WIDTH = 4
+
+
+@triton.jit
+def _tap(x_ptr, tail_ptr, seq_ptr, seq, row, tokens, channels, lag, length, n_channels, x_b, x_l, valid,
+         WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
+    """x[t - lag] as float32, 0 where that token is of another document or does not exist."""
+    source = tokens - lag
+    mask = valid & (source >= 0)[:, None]
+    x = tl.load(x_ptr + row * x_b + source.to(tl.int64)[:, None] * x_l + channels[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if HAS_TAIL:
+        old = valid & ((source < 0) & (source >= 1 - WIDTH))[:, None]
+        at = (row * (WIDTH - 1) + WIDTH - 1 + source)[:, None] * n_channels + channels[None, :]
+        x += tl.load(tail_ptr + at, mask=old, other=0.0).to(tl.float32)
+    if HAS_SEQ:
+        there = tl.load(seq_ptr + row * length + tl.maximum(source, 0), mask=tokens < length, other=-1)
+        x = tl.where((there == seq)[:, None], x, 0.0)
+    return x
+
+
+@triton.jit
+def _weight(weight_ptr, channels, lag, n_channels, WIDTH: tl.constexpr):
+    """The weight that meets x[t - lag], one per channel; 0 for lags beyond the width."""
+    at = weight_ptr + channels * WIDTH + (WIDTH - 1 - lag)
+    return tl.load(at, mask=(channels < n_channels) & (lag < WIDTH), other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
+                    WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(2).to(tl.int64)
+    valid = (tokens < length)[:, None] & (channels < n_channels)[None, :]
+    seq = tokens
+    if HAS_SEQ:
+        seq = tl.load(seq_ptr + row * length + tokens, mask=tokens < length, other=-1)
+    u = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + channels, mask=channels < n_channels, other=0.0).to(tl.float32)[None, :]
+    for lag in tl.static_range(WIDTH):
+        x = _tap(x_ptr, tail_ptr, seq_ptr, seq, row, tokens, channels, lag, length, n_channels, x_b, x_l, valid, WIDTH,
+                 HAS_TAIL, HAS_SEQ)  # fmt: skip
+        u += _weight(weight_ptr, channels, lag, n_channels, WIDTH) * x
+    y = u / (1 + tl.exp(-u))
+    out = (row * length + tokens)[:, None] * n_channels + channels[None, :]
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, n_channels, x_b, x_l, inside,
+         WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
+    """(x[token] as float32, its document); before the start: the tail or zeros, of the first token's document."""
+    x = tl.load(x_ptr + row * x_b + token.to(tl.int64) * x_l + channels,
+                mask=inside & (token >= 0) & (token < length), other=0.0).to(tl.float32)  # fmt: skip
+    if HAS_TAIL:
+        at = (row * (WIDTH - 1) + WIDTH - 1 + token) * n_channels + channels
+        x += tl.load(tail_ptr + at, mask=inside & (token < 0) & (token >= 1 - WIDTH), other=0.0).to(tl.float32)
+    document = 0
+    if HAS_SEQ:
+        document = tl.load(seq_ptr + row * length + tl.minimum(tl.maximum(token, 0), length - 1))
+    return x, document
+
+
+@triton.jit
+def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, sums_ptr, length, n_channels,
+                     x_b, x_l, dy_b, dy_l, dx_b, dx_l,
+                     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
+    """dx of TOKENS tokens, walked one by one with the last four inputs and gradients in registers.
+
+    Also this stretch's part of the gradients of weight and bias: sums [stretches, width + 1, channels] float32. The
+    number 0 in a name is the newest token, 3 the oldest; three tokens past the stretch are walked for their gradients.
+    """
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    begin = tl.program_id(1) * TOKENS
+    row = tl.program_id(2).to(tl.int64)
+    inside = channels < n_channels
+    w0 = tl.reshape(_weight(weight_ptr, channels, 0, n_channels, WIDTH), [CHANNELS])
+    w1 = tl.reshape(_weight(weight_ptr, channels, 1, n_channels, WIDTH), [CHANNELS])
+    w2 = tl.reshape(_weight(weight_ptr, channels, 2, n_channels, WIDTH), [CHANNELS])
+    w3 = tl.reshape(_weight(weight_ptr, channels, 3, n_channels, WIDTH), [CHANNELS])
+    bias = tl.zeros([CHANNELS], tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    zero = tl.zeros([CHANNELS], tl.float32)
+    # Three different zeros: Triton 3.6 takes rotating loop variables with one common start for constants.
+    d1, d2, d3 = w1 * 0.0, w2 * 0.0, w3 * 0.0
+    g0, g1, g2, g3, gb = zero, zero, zero, zero, zero
+    for i in tl.range(0, TOKENS + 3):
+        token = begin + i
+        x0, s0 = _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+        if HAS_SEQ:  # inputs of another document are cut off
+            y1, y2, y3 = tl.where(s1 == s0, x1, 0.0), tl.where(s2 == s0, x2, 0.0), tl.where(s3 == s0, x3, 0.0)
+        else:
+            y1, y2, y3 = x1, x2, x3
+        u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
+        s = 1 / (1 + tl.exp(-u))
+        dy = tl.load(
+            dy_ptr + row * dy_b + token.to(tl.int64) * dy_l + channels, mask=inside & (token < length), other=0.0
+        )
+        d0 = dy.to(tl.float32) * s * (1 + u * (1 - s))  # 0 behind the end
+        if i < TOKENS:
+            g0 += d0 * x0
+            g1 += d0 * y1
+            g2 += d0 * y2
+            g3 += d0 * y3
+            gb += d0
+        dx = w0 * d3
+        if HAS_SEQ:
+            dx += tl.where(s2 == s3, w1 * d2, 0.0) + tl.where(s1 == s3, w2 * d1, 0.0) + tl.where(s0 == s3, w3 * d0, 0.0)
+        else:
+            dx += w1 * d2 + w2 * d1 + w3 * d0
+        tl.store(dx_ptr + row * dx_b + (token - 3).to(tl.int64) * dx_l + channels, dx.to(dx_ptr.dtype.element_ty),
+                 mask=inside & (i >= 3) & (token - 3 < length))  # fmt: skip
+        x3, x2, x1 = x2, x1, x0
+        d3, d2, d1 = d2, d1, d0
+        if HAS_SEQ:
+            s3, s2, s1 = s2, s1, s0
+    stretch = row * tl.num_programs(1) + tl.program_id(1)
+    out = sums_ptr + stretch * (WIDTH + 1) * n_channels + channels
+    tl.store(out + (WIDTH - 1) * n_channels, g0, mask=inside)
+    tl.store(out + (WIDTH - 2) * n_channels, g1, mask=inside)
+    if WIDTH > 2:
+        tl.store(out + (WIDTH - 3) * n_channels, g2, mask=inside)
+    if WIDTH > 3:
+        tl.store(out + (WIDTH - 4) * n_channels, g3, mask=inside)
+    tl.store(out + WIDTH * n_channels, gb, mask=inside)
+
+
+def conv_forward(x, weight, bias, seq_idx, tail):
+    """y [b, l, c] contiguous; x [b, l, c] of any strides but a contiguous last dimension."""
+    b, l, c = x.shape
+    y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
+    tokens, channels = 32, 128
+    _forward_kernel[(triton.cdiv(c, channels), triton.cdiv(l, tokens), b)](
+        x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
+        tail if tail is not None else weight, y, l, c, x.stride(0), x.stride(1), WIDTH=weight.shape[1], TOKENS=tokens,
+        CHANNELS=channels, HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
+    """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias, float32."""
+    b, l, c = x.shape
+    width = weight.shape[1]
+    tokens, channels = 64, 256
+    tiles = triton.cdiv(l, tokens)
+    sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
+    _backward_kernel[(triton.cdiv(c, channels), tiles, b)](
+        x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
+        tail if tail is not None else weight, dy, dx, sums, l, c, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+        dx.stride(0), dx.stride(1), WIDTH=width, TOKENS=tokens, CHANNELS=channels, HAS_BIAS=bias is not None,
+        HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None, num_warps=2,
+    )  # fmt: skip
+    total = sums.sum(0)
+    return total[:width].t().contiguous(), total[width]
+
+
+@torch.library.custom_op("megatron_taipan::causal_conv1d_forward", mutates_args=())
+def _forward_op(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seq_idx: torch.Tensor | None,
+    tail: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return conv_forward(x, weight, bias, seq_idx, tail)
+
+
+@_forward_op.register_fake
+def _(x, weight, bias, seq_idx, tail):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("megatron_taipan::causal_conv1d_backward", mutates_args=())
+def _backward_op(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seq_idx: torch.Tensor | None,
+    tail: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight, dbias = conv_backward(dy, x, weight, bias, seq_idx, tail, dx)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype, copy=True)
+
+
+@_backward_op.register_fake
+def _(dy, x, weight, bias, seq_idx, tail):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    x, weight, bias, seq_idx, tail = ctx.saved_tensors
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dx, dweight, dbias = _backward_op(dy, x, weight, bias, seq_idx, tail)
+    return dx, dweight, dbias.to(bias.dtype) if bias is not None else None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_tail=None, return_tail=False):
+    """Arguments and results as `causal_conv1d_reference`, width at most 4; no gradient flows to `initial_tail`."""
+    width = weight.shape[1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"causal_conv1d: width {width} is above the kernel's {MAX_WIDTH}")
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
+    tail = initial_tail.detach().contiguous() if initial_tail is not None else None
+    y = _forward_op(x, weight.contiguous(), bias, seq_idx, tail)
+    if not return_tail:
+        return y
+    b, l, c = x.shape
+    before = tail.to(x.dtype) if tail is not None else x.new_zeros(b, width - 1, c)
+    ending = torch.cat([before, x[:, -(width - 1) :]], 1)[:, -(width - 1) :]
+    if seq_idx is not None:
+        documents = torch.cat([seq_idx[:, :1].expand(b, width - 1), seq_idx[:, -(width - 1) :]], 1)[:, -(width - 1) :]
+        ending = torch.where((documents == seq_idx[:, -1:])[..., None], ending, 0)
+    return y, ending

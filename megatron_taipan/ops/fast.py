@@ -1,0 +1,97 @@
+"""The kernels by operation: where they live and which cases they leave to the reference.
+
+Each loader imports its kernel, so that an ImportError (no Triton here) means: the reference runs.
+"""
+
+from collections.abc import Callable
+
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.interval_attention import interval_attention_reference
+from megatron_taipan.ops.norms import gated_rms_norm_reference
+from megatron_taipan.ops.ssd import ssd_reference
+
+
+def load_ssd() -> Callable:
+    """Head and state sizes that are powers of two from 16 to 128."""
+    from megatron_taipan.ops.ssd_triton import ssd, supports
+
+    def run(x, dt, A, B, C, **options):
+        return (ssd if supports(x.shape[-1], B.shape[-1]) else ssd_reference)(x, dt, A, B, C, **options)
+
+    return run
+
+
+def load_causal_conv1d() -> Callable:
+    """Widths 2 to 4; a tail that wants a gradient goes to the reference."""
+    from megatron_taipan.ops.causal_conv1d_triton import MAX_WIDTH, causal_conv1d
+
+    def run(x, weight, bias=None, *, initial_tail=None, **options):
+        wants = initial_tail is not None and initial_tail.requires_grad
+        kernel = causal_conv1d_reference if wants or weight.shape[1] > MAX_WIDTH else causal_conv1d
+        return kernel(x, weight, bias, initial_tail=initial_tail, **options)
+
+    return run
+
+
+def load_rms_norm() -> Callable:
+    from megatron_taipan.ops.norms_triton import rms_norm
+
+    return rms_norm
+
+
+def load_rms_norm_and_stream() -> Callable:
+    from megatron_taipan.ops.norms_triton import rms_norm_and_stream
+
+    return rms_norm_and_stream
+
+
+def load_gated_rms_norm() -> Callable:
+    """Groups that lie on one rank."""
+    from megatron_taipan.ops.norms_triton import gated_rms_norm
+
+    def run(y, z, weight, *, eps, group_size, reduce_sum=None):
+        if reduce_sum is None and y.shape[-1] % group_size == 0:
+            return gated_rms_norm(y, z, weight, eps=eps, group_size=group_size)
+        return gated_rms_norm_reference(y, z, weight, eps=eps, group_size=group_size, reduce_sum=reduce_sum)
+
+    return run
+
+
+def load_interval_attention() -> Callable:
+    """Head sizes that are powers of two from 16 to 128."""
+    from megatron_taipan.ops.interval_attention_triton import interval_attention, supports
+
+    def run(q, k, v, lo, hi):
+        return (interval_attention if supports(q, k) else interval_attention_reference)(q, k, v, lo.int(), hi.int())
+
+    return run
+
+
+def load_linear_cross_entropy() -> Callable:
+    from megatron_taipan.ops.cross_entropy_triton import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def load_silu_mul() -> Callable:
+    from megatron_taipan.ops.swiglu_triton import silu_mul
+
+    return silu_mul
+
+
+def load_mamba2_mix() -> Callable:
+    from megatron_taipan.ops.mamba2_triton import mamba2_mix
+
+    return mamba2_mix
+
+
+KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
+    "ssd": ("triton", load_ssd),
+    "causal_conv1d": ("triton", load_causal_conv1d),
+    "rms_norm": ("triton", load_rms_norm),
+    "rms_norm_and_stream": ("triton", load_rms_norm_and_stream),
+    "gated_rms_norm": ("triton", load_gated_rms_norm),
+    "interval_attention": ("triton", load_interval_attention),
+    "linear_cross_entropy": ("triton", load_linear_cross_entropy),
+    "silu_mul": ("triton", load_silu_mul),
+}

@@ -1,0 +1,175 @@
+# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
+"""Everything of a Mamba-2 mixer between its two projections as one operation: conv, scan, gate and norm.
+
+One operation instead of three, because then every kernel reads and writes its columns of the projections' own
+[tokens, z x B C dt] layout: nothing is split, concatenated or copied, forward or backward.
+"""
+
+import torch
+
+from megatron_taipan.ops.causal_conv1d_triton import conv_backward, conv_forward
+from megatron_taipan.ops.norms_triton import gated_backward, gated_forward
+from megatron_taipan.ops.ssd_triton import CHUNK, prepare_decay, scan_backward, scan_forward, state_dtype
+
+
+def _columns(zxbcdt: torch.Tensor, heads: int, headdim: int, groups: int, d_state: int):
+    """Views z, xBC, dt of the joint projection [b, l, ...]."""
+    inner, states = heads * headdim, groups * d_state
+    return zxbcdt.split([inner, inner + 2 * states, heads], -1)
+
+
+def _split_conv(xBC: torch.Tensor, heads: int, headdim: int, groups: int, d_state: int):
+    """Views x [b, l, h, p], B and C [b, l, g, n] of the convolution's output."""
+    inner, states = heads * headdim, groups * d_state
+    x, B, C = xBC.split([inner, states, states], -1)
+    return x.unflatten(-1, (heads, headdim)), B.unflatten(-1, (groups, d_state)), C.unflatten(-1, (groups, d_state))
+
+
+@torch.library.custom_op("megatron_taipan::mamba2_mix_forward", mutates_args=())
+def _forward_op(
+    zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor | None, dt_bias: torch.Tensor,
+    A: torch.Tensor, D: torch.Tensor, norm_weight: torch.Tensor, seq_idx: torch.Tensor | None, headdim: int,
+    groups: int, d_state: int, norm_groups: int, eps: float, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, then what the backward pass needs: xBC, dt, cum, states, y, scale)."""
+    heads = A.shape[0]
+    z, xBC, dt = _columns(zxbcdt, heads, headdim, groups, d_state)
+    xBC = conv_forward(xBC, conv_weight, conv_bias, seq_idx, None)
+    steps, cum = prepare_decay(dt, dt_bias, A)
+    y, states, _ = scan_forward(*_order(xBC, steps, cum, heads, headdim, groups, d_state), D, seq_idx, None, keep=keep)
+    b, l = z.shape[:2]
+    out, scale = gated_forward(y.view(b * l, -1), _flat(z), norm_weight, eps, norm_groups)
+    return out.view(b, l, -1), xBC, steps.clone(), cum.clone(), states, y, scale
+
+
+def _order(xBC, steps, cum, heads, headdim, groups, d_state):
+    x, B, C = _split_conv(xBC, heads, headdim, groups, d_state)
+    return x, steps, cum, B, C
+
+
+def _flat(z: torch.Tensor) -> torch.Tensor:
+    """[b, l, d] columns of a contiguous buffer as [b * l, d], a view."""
+    return z.as_strided((z.shape[0] * z.shape[1], z.shape[2]), (z.stride(1), 1))
+
+
+@_forward_op.register_fake
+def _(
+    zxbcdt,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_weight,
+    seq_idx,
+    headdim,
+    groups,
+    d_state,
+    norm_groups,
+    eps,
+    keep,
+):
+    b, l, _ = zxbcdt.shape
+    heads, chunks = A.shape[0], -(-l // CHUNK)
+    inner = heads * headdim
+    new = zxbcdt.new_empty
+    steps = [new((b, heads, chunks * CHUNK), dtype=torch.float32) for _ in range(2)]
+    states = new((b, chunks, heads, headdim, d_state) if keep else (0,), dtype=state_dtype(zxbcdt.dtype))
+    return (
+        new((b, l, inner), dtype=norm_weight.dtype), new((b, l, inner + 2 * groups * d_state)), *steps, states,
+        new((b, l, heads, headdim)), new((b * l, norm_groups), dtype=torch.float32),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("megatron_taipan::mamba2_mix_backward", mutates_args=())
+def _backward_op(
+    dout: torch.Tensor, zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor | None,
+    A: torch.Tensor, D: torch.Tensor, norm_weight: torch.Tensor, seq_idx: torch.Tensor | None, xBC: torch.Tensor,
+    steps: torch.Tensor, cum: torch.Tensor, states: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, headdim: int,
+    groups: int, d_state: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight."""
+    heads = A.shape[0]
+    b, l, _ = zxbcdt.shape
+    grads = torch.empty_like(zxbcdt)
+    z, raw, _ = _columns(zxbcdt, heads, headdim, groups, d_state)
+    dz, draw, ddt = _columns(grads, heads, headdim, groups, d_state)
+    dy = torch.empty_like(y)
+    dnorm = gated_backward(
+        dout.reshape(b * l, -1), y.view(b * l, -1), _flat(z), norm_weight, scale, dy.view(b * l, -1), _flat(dz)
+    )
+    x, B, C = _split_conv(xBC, heads, headdim, groups, d_state)
+    dxBC = torch.empty_like(xBC)
+    dx, dB_out, dC_out = _split_conv(dxBC, heads, headdim, groups, d_state)
+    dA, dB, dC, dD, dbias, _ = scan_backward(
+        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, softplus=True
+    )
+    dB_out.copy_(dB.sum(0))
+    dC_out.copy_(dC.sum(0))
+    dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
+    return (
+        grads, dweight.to(conv_weight.dtype), dconv_bias.to(conv_weight.dtype, copy=True), dbias.clone(), dA.clone(),
+        dD.clone(), dnorm.to(norm_weight.dtype),
+    )  # fmt: skip
+
+
+@_backward_op.register_fake
+def _(dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale, headdim, groups, d_state):  # fmt: skip
+    heads = [torch.empty_like(A) for _ in range(3)]
+    return (
+        torch.empty_like(zxbcdt), conv_weight.new_empty(conv_weight.shape), conv_weight.new_empty(conv_weight.shape[0]),
+        *heads, norm_weight.new_empty(norm_weight.shape),
+    )  # fmt: skip
+
+
+def _save(ctx, inputs, output):
+    zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, headdim, groups, d_state, *_ = inputs
+    ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, *output[1:])
+    ctx.sizes, ctx.dt_dtype = (headdim, groups, d_state), dt_bias.dtype
+
+
+def _backward(ctx, dout, *_unused):
+    grads, dweight, dconv_bias, dbias, dA, dD, dnorm = _backward_op(dout, *ctx.saved_tensors, *ctx.sizes)
+    bias, D = ctx.saved_tensors[2], ctx.saved_tensors[4]
+    dconv_bias = dconv_bias.to(bias.dtype) if bias is not None else None
+    return (grads, dweight, dconv_bias, dbias.to(ctx.dt_dtype), dA, dD.to(D.dtype), dnorm, *[None] * 7)
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def mamba2_mix(
+    zxbcdt: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    norm_weight: torch.Tensor,
+    *,
+    seq_idx: torch.Tensor | None,
+    headdim: int,
+    groups: int,
+    d_state: int,
+    group_size: int,
+    eps: float,
+) -> torch.Tensor:
+    """gated_rms_norm(ssd(silu(conv(xBC)), softplus(dt + dt_bias)), z), from an empty state.
+
+    Args:
+        zxbcdt: [b, l, d_inner + (d_inner + 2 groups d_state) + heads], the joint projection, contiguous.
+        conv_weight: [d_inner + 2 groups d_state, width]; conv_bias the same without width.
+        dt_bias, A, D: [heads] float32, A negative; norm_weight: [d_inner].
+        seq_idx: [b, l] int32 document of each token, or None.
+        group_size: channels under one norm; a group must lie on this rank.
+
+    Returns:
+        [b, l, d_inner] in norm_weight's dtype, the input of the output projection.
+    """
+    inputs = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
+    return _forward_op(
+        zxbcdt.contiguous(), conv_weight.contiguous(), conv_bias, dt_bias, A.float(), D, norm_weight, seq_idx, headdim,
+        groups, d_state, A.shape[0] * headdim // group_size, eps, keep,
+    )[0]  # fmt: skip

@@ -1,0 +1,255 @@
+# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
+"""RMSNorm and the gated RMSNorm of Mamba-2 in Triton: one pass over memory forward, one backward.
+
+The backward kernels keep the gradient of the weight in registers while a program walks over its rows, and write one
+partial sum a program.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 528  # four a multiprocessor of an H100
+
+
+@triton.jit
+def _norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, width, x_row, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    inside = offs < width
+    x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * width + offs, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, sums_ptr, rows, width, x_row, dy_row,
+                          residual_row, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dx = residual + scale * (dy w - x scale^2 mean(dy w x)); sums [programs, width]: parts of the weight's gradient."""
+    offs = tl.arange(0, BLOCK)
+    inside = offs < width
+    weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    mine = tl.program_id(0).to(tl.int64)
+    for i in range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
+        row = mine + i * tl.num_programs(0)
+        x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_row + offs, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row)
+        normed = x * scale
+        dweight += dy * normed
+        grad = dy * weight
+        dx = scale * (grad - normed * (tl.sum(grad * normed, 0) / width))
+        if HAS_RESIDUAL:
+            dx += tl.load(residual_ptr + row * residual_row + offs, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * width + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + tl.program_id(0) * width + offs, dweight, mask=inside)
+
+
+@triton.jit
+def _gated_forward_kernel(y_ptr, z_ptr, weight_ptr, out_ptr, scale_ptr, group, y_row, z_row, eps, BLOCK: tl.constexpr):
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    width = group * tl.num_programs(1)
+    offs = tl.arange(0, BLOCK)
+    inside = offs < group
+    at = g * group + offs
+    y = tl.load(y_ptr + row * y_row + at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_row + at, mask=inside, other=0.0).to(tl.float32)
+    gated = y * z / (1 + tl.exp(-z))
+    scale = tl.rsqrt(tl.sum(gated * gated, 0) / group + eps)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + at, (gated * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + row * tl.num_programs(1) + g, scale)
+
+
+@triton.jit
+def _gated_backward_kernel(dout_ptr, y_ptr, z_ptr, weight_ptr, scale_ptr, dy_ptr, dz_ptr, sums_ptr, rows, group,
+                           dout_row, y_row, z_row, dy_row, dz_row, BLOCK: tl.constexpr):  # fmt: skip
+    g, groups = tl.program_id(1), tl.num_programs(1)
+    offs = tl.arange(0, BLOCK)
+    inside = offs < group
+    at = g * group + offs
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    mine = tl.program_id(0).to(tl.int64)
+    for i in range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
+        row = mine + i * tl.num_programs(0)
+        y = tl.load(y_ptr + row * y_row + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_row + at, mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + row * dout_row + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row * groups + g)
+        s = 1 / (1 + tl.exp(-z))
+        gate = z * s
+        normed = y * gate * scale
+        dweight += dout * normed
+        grad = dout * weight
+        dgated = scale * (grad - normed * (tl.sum(grad * normed, 0) / group))
+        tl.store(dy_ptr + row * dy_row + at, (dgated * gate).to(dy_ptr.dtype.element_ty), mask=inside)
+        dz = dgated * y * s * (1 + z * (1 - s))
+        tl.store(dz_ptr + row * dz_row + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + (tl.program_id(0) * groups + g) * group + offs, dweight, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, d] with a contiguous last dimension, without a copy where its strides allow that."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def gated_forward(y, z, weight, eps, groups):
+    """(out [rows, d] in weight's dtype, scale [rows, groups]) of y, z [rows, d]."""
+    rows, d = y.shape
+    group = d // groups
+    out = torch.empty((rows, d), dtype=weight.dtype, device=y.device)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=y.device)
+    block = triton.next_power_of_2(group)
+    _gated_forward_kernel[(rows, groups)](
+        y, z, weight, out, scale, group, y.stride(0), z.stride(0), eps, BLOCK=block, num_warps=_warps(block)
+    )
+    return out, scale
+
+
+def gated_backward(dout, y, z, weight, scale, dy, dz):
+    """Writes dy and dz [rows, d] in place; returns the gradient of weight, float32."""
+    rows, d = y.shape
+    groups = scale.shape[1]
+    block = triton.next_power_of_2(d // groups)
+    programs = min(rows, PROGRAMS)
+    sums = torch.empty((programs, d), dtype=torch.float32, device=y.device)
+    _gated_backward_kernel[(programs, groups)](
+        dout, y, z, weight, scale, dy, dz, sums, rows, d // groups, dout.stride(0), y.stride(0), z.stride(0),
+        dy.stride(0), dz.stride(0), BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+@torch.library.custom_op("megatron_taipan::rms_norm_forward", mutates_args=())
+def _norm_forward_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = _rows(x)
+    rows, d = flat.shape
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(d)
+    if rows:
+        _norm_forward_kernel[(rows,)](
+            flat, weight, y, scale, d, flat.stride(0), eps, BLOCK=block, num_warps=_warps(block)
+        )  # fmt: skip
+    return y, scale
+
+
+@_norm_forward_op.register_fake
+def _(x, weight, eps):
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_taipan::rms_norm_backward", mutates_args=())
+def _norm_backward_op(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    flat, dflat = _rows(x), _rows(dy)
+    rows, d = flat.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs = max(1, min(rows, PROGRAMS))
+    sums = torch.empty((programs, d), dtype=torch.float32, device=x.device)
+    other = _rows(residual) if residual is not None else dflat
+    block = triton.next_power_of_2(d)
+    _norm_backward_kernel[(programs,)](
+        dflat, flat, weight, scale, other, dx, sums, rows, d, flat.stride(0), dflat.stride(0), other.stride(0),
+        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return dx, sums.sum(0).to(weight.dtype)
+
+
+@_norm_backward_op.register_fake
+def _(dy, x, weight, scale, residual):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save_norm(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _norm_backward(ctx, dy, _dscale):
+    return *_norm_backward_op(dy, *ctx.saved_tensors, None), None
+
+
+_norm_forward_op.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `rms_norm_reference`."""
+    return _norm_forward_op(x, weight, eps)[0]
+
+
+class _NormAndStream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, eps):
+        u, scale = _norm_forward_op(h, weight, eps)
+        ctx.save_for_backward(h, weight, scale)
+        return u, h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, du, dh):
+        h, weight, scale = ctx.saved_tensors
+        dx, dweight = _norm_backward_op(du, h, weight, scale, dh)
+        return dx, dweight, None
+
+
+def rms_norm_and_stream(h: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RMSNorm(h), h): the normed input of a block, and the residual stream that goes around it.
+
+    Taking the stream from here lets the backward pass add its gradient inside the norm's kernel, where autograd would
+    read and write the whole stream once more.
+    """
+    return _NormAndStream.apply(h, weight, eps)
+
+
+@torch.library.custom_op("megatron_taipan::gated_rms_norm_forward", mutates_args=())
+def _gated_forward_op(
+    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, scale = gated_forward(_rows(y), _rows(z), weight, eps, groups)
+    return out.view(y.shape), scale
+
+
+@_gated_forward_op.register_fake
+def _(y, z, weight, eps, groups):
+    rows = y.numel() // y.shape[-1]
+    return y.new_empty(y.shape, dtype=weight.dtype), y.new_empty((rows, groups), dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_taipan::gated_rms_norm_backward", mutates_args=())
+def _gated_backward_op(
+    dout: torch.Tensor, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
+    d = y.shape[-1]
+    dweight = gated_backward(_rows(dout), _rows(y), _rows(z), weight, scale, dy.view(-1, d), dz.view(-1, d))
+    return dy, dz, dweight.to(weight.dtype)
+
+
+@_gated_backward_op.register_fake
+def _(dout, y, z, weight, scale):
+    return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+def _save_gated(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[1])
+
+
+def _gated_backward(ctx, dout, _dscale):
+    return *_gated_backward_op(dout, *ctx.saved_tensors), None, None
+
+
+_gated_forward_op.register_autograd(_gated_backward, setup_context=_save_gated)
+
+
+def gated_rms_norm(y, z, weight, *, eps, group_size):
+    """As `gated_rms_norm_reference` where every group lies on this rank."""
+    return _gated_forward_op(y, z, weight, eps, y.shape[-1] // group_size)[0]

@@ -1,0 +1,100 @@
+# ruff: noqa: E501
+"""The Triton kernels between a Mamba-2 mixer's projections against the references in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.norms import gated_rms_norm_reference
+from megatron_taipan.ops.ssd import ssd_reference
+from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+
+
+def mix_reference(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *, seq_idx, headdim, groups, d_state):
+    """conv, scan and gated norm one after the other."""
+    b, l, _ = zxbcdt.shape
+    heads, states = len(A), groups * d_state
+    inner = heads * headdim
+    z, xBC, dt = zxbcdt.split([inner, inner + 2 * states, heads], -1)
+    x, B, C = causal_conv1d_reference(xBC, conv_weight, conv_bias, seq_idx=seq_idx).split([inner, states, states], -1)
+    y = ssd_reference(
+        x.view(b, l, heads, headdim), F.softplus(dt + dt_bias), A, B.view(b, l, groups, d_state),
+        C.view(b, l, groups, d_state), chunk_size=64, D=D, seq_idx=seq_idx,
+    )  # fmt: skip
+    return gated_rms_norm_reference(y.flatten(2), z, norm_weight, eps=1e-5, group_size=inner // groups)
+
+
+def documents(b: int, l: int) -> torch.Tensor:
+    return (torch.rand(b, l, device="cuda") < 0.01).cumsum(1).int()
+
+
+@pytest.mark.parametrize(
+    "dtype, b, l, heads, headdim, groups, d_state, packed",
+    [
+        (torch.bfloat16, 2, 517, 4, 64, 1, 128, True),
+        (torch.bfloat16, 1, 2051, 4, 64, 2, 64, False),  # long and narrow: the sequence is cut in segments
+        (torch.float16, 1, 300, 4, 32, 1, 16, True),
+        (torch.float32, 1, 131, 2, 16, 1, 16, True),
+    ],
+)
+def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
+    from megatron_taipan.ops.mamba2_triton import mamba2_mix
+
+    channels = heads * headdim + 2 * groups * d_state
+    seq_idx = documents(b, l) if packed else None
+    inputs = [
+        torch.randn(b, l, heads * headdim + channels + heads).to(dtype), (torch.randn(channels, 4) * 0.4).to(dtype),
+        (torch.randn(channels) * 0.1).to(dtype), torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * headdim).to(dtype),
+    ]  # fmt: skip
+    sizes = {"seq_idx": seq_idx, "headdim": headdim, "groups": groups, "d_state": d_state}
+    assert_close(
+        lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5),
+        lambda *t: mix_reference(*t, **sizes), [t.cuda() for t in inputs], 2 * TOLERANCE[dtype],
+    )  # fmt: skip
+
+
+def test_scan_in_pieces_is_the_scan_of_the_whole():
+    from megatron_taipan.ops.ssd_triton import ssd
+
+    b, l, h, p, n = 1, 700, 2, 64, 64
+    x, B, C = (torch.randn(b, l, *s, device="cuda") for s in ((h, p), (1, n), (1, n)))
+    dt, A, D = (
+        torch.rand(b, l, h, device="cuda") * 0.1,
+        -torch.rand(h, device="cuda") * 4,
+        torch.randn(h, device="cuda"),
+    )
+    seq = documents(b, l)
+    seq[:, 390:410] = seq[:, 390:391]  # the cut lies inside a document
+    seq = seq.cummax(1).values
+    whole, end = ssd_reference(*(t.double() for t in (x, dt, A, B, C)), chunk_size=64, D=D.double(), seq_idx=seq, return_state=True)  # fmt: skip
+    poison()
+    state, pieces = None, []
+    for part in (slice(0, 400), slice(400, 401), slice(401, l)):
+        y, state = ssd(
+            x[:, part], dt[:, part], A, B[:, part], C[:, part], chunk_size=64, D=D, seq_idx=seq[:, part],
+            initial_state=state, return_state=True,
+        )  # fmt: skip
+        pieces.append(y)
+    assert error(torch.cat(pieces, 1), whole) < 2e-5
+    assert error(state, end) < 2e-5
+
+
+def test_convolution_continues_from_its_tail():
+    from megatron_taipan.ops.causal_conv1d_triton import causal_conv1d
+
+    x, weight, bias = (
+        torch.randn(2, 300, 72, device="cuda"),
+        torch.randn(72, 4, device="cuda"),
+        torch.randn(72, device="cuda"),
+    )
+    seq = documents(2, 300)
+    first, tail = causal_conv1d(x[:, :101], weight, bias, seq_idx=seq[:, :101], return_tail=True)
+    keep = (seq[:, 100] == seq[:, 101])[:, None, None]  # a new document starts from zeros
+    second = causal_conv1d(x[:, 101:], weight, bias, seq_idx=seq[:, 101:], initial_tail=tail * keep)
+    expected = causal_conv1d_reference(x.double(), weight.double(), bias.double(), seq_idx=seq)
+    assert error(torch.cat([first, second], 1), expected) < 1e-6

@@ -1,0 +1,51 @@
+"""RMSNorm, SwiGLU's product and the chunked cross entropy in Triton against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_taipan.ops.norms import rms_norm_reference
+from megatron_taipan.ops.swiglu import silu_mul_reference
+from tests.ops.kernel_checks import TOLERANCE, assert_close
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("width", [48, 2048])
+def test_rms_norm_adds_the_streams_gradient(width):
+    from megatron_taipan.ops.norms_triton import rms_norm_and_stream
+
+    h, weight = torch.randn(7, 33, width, device="cuda"), torch.randn(width, device="cuda")
+
+    def joined(u, h):
+        return u.sin() + h * h
+
+    assert_close(
+        lambda h, w: joined(*rms_norm_and_stream(h, w, 1e-5)), lambda h, w: joined(rms_norm_reference(h, w, 1e-5), h),
+        [h, weight], 1e-5,
+    )  # fmt: skip
+
+
+def test_silu_mul():
+    from megatron_taipan.ops.swiglu_triton import silu_mul
+
+    inputs = [torch.randn(3, 1001, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    assert_close(silu_mul, silu_mul_reference, inputs, TOLERANCE[torch.bfloat16])
+
+
+def test_cross_entropy_in_chunks_with_padded_vocabulary(monkeypatch):
+    from megatron_taipan.ops import cross_entropy_triton
+
+    monkeypatch.setattr(cross_entropy_triton, "CHUNK_ELEMENTS", 1 << 20)  # several chunks, the last one short
+    hidden = torch.randn(701, 256, device="cuda", dtype=torch.bfloat16)
+    weight = (torch.randn(5003, 256, device="cuda") * 0.1).bfloat16()
+    labels, scale = torch.randint(0, 5000, (701,), device="cuda"), torch.rand(701, device="cuda")
+
+    def reference(h, w):
+        return (F.cross_entropy((h @ w.t())[:, :5000], labels, reduction="none") * scale).sum()
+
+    assert_close(
+        lambda h, w: cross_entropy_triton.linear_cross_entropy(h, w, labels, scale, n_valid=5000), reference,
+        [hidden, weight], 1e-2,
+    )  # fmt: skip
