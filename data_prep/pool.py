@@ -62,7 +62,11 @@ def run_pool(
 def _give(connection: Connection, process, queue: Iterator[int], running: dict) -> None:
     number = next(queue, None)
     if number is not None:
-        connection.send(number)
+        try:
+            connection.send(number)
+        except OSError:  # it died while it was idle
+            process.join(5)
+            raise UserError(_died(process.exitcode)) from None
         running[connection] = (process, number)
 
 

@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,7 +199,8 @@ def main() -> None:
         parser.add_argument(flag, type=kind, default=value, nargs="+" if many else None, help=f"default {value}")
     args = vars(parser.parse_args())
     out, models = args.pop("out"), args.pop("models")
-    s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    s = Settings(**options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict] = []

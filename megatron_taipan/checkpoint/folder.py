@@ -65,7 +65,7 @@ def find_newest(directory: Path) -> Found | None:
 
     `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(checkpoints(directory)):
         fault = incomplete(path)
         if fault is None:

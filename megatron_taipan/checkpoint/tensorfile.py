@@ -29,8 +29,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     text += b" " * (-len(text) % 8)  # readers map the data at an 8-byte boundary
     digest, size = hashlib.sha256(), 0
     with open(path, "wb", buffering=0) as file:
-        for block in (len(text).to_bytes(8, "little") + text, *map(raw_bytes, tensors.values())):
-            view = memoryview(block)
+        start = memoryview(len(text).to_bytes(8, "little") + text)
+        for view in (start, *map(raw_bytes, tensors.values())):
             while len(view):  # an unbuffered write may take less than it is given
                 written = file.write(view[: 1 << 24])
                 digest.update(view[:written])
@@ -42,4 +42,4 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's memory."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer

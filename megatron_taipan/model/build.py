@@ -38,7 +38,7 @@ class Build:
                     parameter.tensor_model_parallel = True
                 module.register_parameter(last, parameter)
                 if spec.float32:
-                    module.islands = (*getattr(module, "islands", ()), last)
+                    setattr(module, "islands", (*getattr(module, "islands", ()), last))  # noqa: B010
 
     def _value(self, name: str, spec: ParamSpec) -> Tensor:
         """This rank's shard of the initial value; only its shape where the default device is meta."""

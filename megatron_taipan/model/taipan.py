@@ -151,7 +151,7 @@ class Taipan(nn.Module):
         """
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        return Cache([layer.new_state(batch, device, dtype) for layer in self.layers])
+        return Cache([layer.new_state(batch, device, dtype) for layer in self.layers])  # type: ignore[operator]
 
     def num_params(self) -> int:
         """Parameters of the whole network, over all tensor ranks, shared ones once."""

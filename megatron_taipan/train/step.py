@@ -110,7 +110,7 @@ def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
     unmasked tokens would weigh a token by how many unmasked neighbours it happens to have; so the sum is divided by
     the count of the whole global batch instead, and multiplied by what DeepSpeed will divide by.
     """
-    count = sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in batches)
+    count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
     dist.all_reduce(count, group=groups.data_group)
     return (len(batches) * groups.data_size / count.clamp(min=1)).float()
 
