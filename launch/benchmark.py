@@ -396,7 +396,7 @@ def benchmark_memory(options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "layer", "attention", "decode", "memory", "data"])
+    parser.add_argument("what", choices=["step", "layer", "attention", "decode", "memory", "data", "comm"])
     parser.add_argument("--preset", default="taipan_1.3b", help="a file of launch/configs, without its ending")
     parser.add_argument("--batch", type=int, default=4, help="micro batch (step, memory)")
     parser.add_argument("--largest", type=int, default=64, help="memory: where the search for the largest batch ends")
@@ -421,9 +421,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         benchmark_data.run(arguments[1:])
         return 0
+    if arguments[:1] == ["comm"]:
+        from launch import benchmark_comm
+
+        return benchmark_comm.run(arguments[1:])
     options = parse(arguments)
     if not torch.cuda.is_available():
-        raise UserError(f"benchmark {options.what} needs a CUDA device and torch sees none; `data` runs without one")
+        raise UserError(
+            f"benchmark {options.what} needs a CUDA device and torch sees none; `data` and `comm` run without one"
+        )
     benchmarks = {
         "step": benchmark_step, "layer": benchmark_layer, "attention": benchmark_attention, "decode": benchmark_decode,
         "memory": benchmark_memory,

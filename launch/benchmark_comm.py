@@ -1,6 +1,6 @@
 """Bytes and calls of the tensor-parallel collectives per step: counted, beside the formula.
 
-    torchrun --nproc_per_node 2 -m launch.benchmark_comm --config launch/configs/taipan_190m.yaml [a.b=c ...]
+    torchrun --nproc_per_node 2 launch/benchmark.py comm --config launch/configs/taipan_190m.yaml [a.b=c ...]
 
 Runs one micro-batch forward and backward (float32, gloo or NCCL) with all processes in one tensor group, with and
 without sequence parallelism. The formula stands in megatron_taipan/parallel/traffic.py.
