@@ -17,6 +17,11 @@ def layer_params(config: ModelConfig, index: int) -> int:
     return sum(math.prod(spec.shape) for name, spec in describe(config).items() if name.startswith(prefix))
 
 
+def model_params(config: ModelConfig) -> int:
+    """Parameters of the whole network, over all tensor ranks, shared ones once."""
+    return sum(math.prod(spec.shape) for spec in describe(config).values())
+
+
 def layer_flops(config: ModelConfig, letter: str, seq_len: int) -> float:
     """Forward operations per token of one layer.
 

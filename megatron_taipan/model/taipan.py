@@ -1,6 +1,5 @@
 """Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.embedding import Embedding, Head
-from megatron_taipan.model.flops import model_flops
+from megatron_taipan.model.flops import model_flops, model_params
 from megatron_taipan.model.gate import STATS, Selection
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
@@ -155,7 +154,7 @@ class Taipan(nn.Module):
 
     def num_params(self) -> int:
         """Parameters of the whole network, over all tensor ranks, shared ones once."""
-        return sum(math.prod(spec.shape) for spec in describe(self.config).values())
+        return model_params(self.config)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Forward operations per token of the whole network (see model/flops.py)."""

@@ -12,6 +12,7 @@ comes on top, and for M two of the norm's sums of squares. Sequence parallelism 
 all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -67,11 +68,11 @@ def expected_traffic(
 
     table = describe(config, tensor)
     counts = iter(selected)
-    _embedding(t, stream, sequence)
+    out_of_block()  # the embedding
     for index, letter in enumerate(config.letters):
         shared = [spec for name, spec in table.items() if name.startswith(f"layers.{index}.") and spec.summed]
         if shared:
-            t.add("all_reduce", 4 * sum(_elements(spec.shape) for spec in shared))
+            t.add("all_reduce", 4 * sum(math.prod(spec.shape) for spec in shared))
         norm()
         into_block()
         if letter == "M":
@@ -100,18 +101,3 @@ def expected_traffic(
     t.calls["all_reduce"] += 2 * chunks
     t.bytes["all_reduce"] += 3 * 4 * tokens
     return t
-
-
-def _embedding(t: Traffic, stream: int, sequence: bool) -> None:
-    if sequence:
-        t.add("reduce_scatter", stream)
-        t.add("all_gather", stream)
-    else:
-        t.add("all_reduce", stream)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

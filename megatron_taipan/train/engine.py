@@ -31,7 +31,6 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     deepspeed = import_deepspeed(device)
     cast(model, config.train.precision, device)
     table = describe(config.model, config.parallel.tensor)
-    mark_split_parameters(model, table, groups.tensor.size)
     optimizer = make_optimizer(parameter_groups(model, table, config), config.optim)
     with _islands_survive(config):
         engine, *_ = deepspeed.initialize(
@@ -56,13 +55,6 @@ def cast(model: nn.Module, precision: str, device: torch.device) -> None:
         model.bfloat16()
     elif precision == "fp16":
         model.half()
-
-
-def mark_split_parameters(model: nn.Module, table: dict[str, ParamSpec], tensor_size: int) -> None:
-    """Tells DeepSpeed which parameters are split; without the mark it counts tensor rank 0 alone in the norm."""
-    for name, parameter in model.named_parameters():
-        if tensor_size > 1 and _row(table, name).split is not None:
-            parameter.tensor_model_parallel = True
 
 
 def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Config) -> list[dict[str, Any]]:

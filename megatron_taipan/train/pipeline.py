@@ -10,7 +10,6 @@ The labels travel along, because head and loss are one operation that never hold
 token beside the 4 d of the stream.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
-from megatron_taipan.model.flops import head_flops, layer_flops, model_flops
+from megatron_taipan.model.flops import head_flops, layer_flops, model_flops, model_params
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
@@ -108,7 +107,7 @@ class TaipanPipeline(PipelineModule):
 
     def num_params(self) -> int:
         """Parameters of the whole network."""
-        return sum(math.prod(spec.shape) for spec in describe(self.config.model).values())
+        return model_params(self.config.model)
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Forward operations per token of the whole network."""

@@ -1,6 +1,5 @@
 """Input formats beyond JSON lines and text; tokenizers and their fast twins."""
 
-import gzip
 import io
 import json
 from pathlib import Path
@@ -20,12 +19,6 @@ from megatron_taipan.data.indexed import IndexedReader
 
 SAMPLE = Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz"
 TEXTS = ["first text", "second\ntext", "the third, ünïcödé"]
-
-
-@pytest.fixture(scope="module")
-def speeches():
-    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 @pytest.fixture(scope="module")

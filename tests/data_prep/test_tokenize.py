@@ -23,12 +23,6 @@ SAMPLE = ROOT / "data_prep/sample/state_of_the_union.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
-def speeches():
-    with gzip.open(SAMPLE, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tok.model"
     assert cli.main(["train-tokenizer", "--input", str(SAMPLE), "--output", str(path), "--vocab-size", "1000"]) == 0
