@@ -14,11 +14,9 @@ from tqdm import tqdm
 from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.train.evaluate import Evaluation
+from megatron_taipan.train.peaks import device_name, known_peak
 from megatron_taipan.train.step import StepResult
 
-# Dense peak of one device in bf16, in 10^12 operations a second: from the makers' data sheets, by words of the name.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A800": 312,
-               "L40S": 362, "RTX 4090": 165, "V100": 125}  # fmt: skip
 LOG = "log.jsonl"
 
 
@@ -66,7 +64,7 @@ class Metrics:
     def __init__(self, config: Config, start: Progress, *, flops_per_token: float, devices: int, writes: bool):
         self.config, self.writes = config, writes
         self.flops, self.devices = flops_per_token, devices
-        self.peak = config.log.peak_tflops or known_peak()
+        self.peak = config.log.peak_tflops or known_peak(device_name())
         self.step, self.end = start.step, min(config.train.stop_at or config.train.steps, config.train.steps)
         self.summary = Summary()
         self.step_seconds: float | None = None  # smoothed, for the time left
@@ -197,11 +195,3 @@ class Metrics:
             self.bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
-
-
-def known_peak() -> float | None:
-    """Peak TFLOP/s in bf16 of this host's GPU; None for a CPU or a GPU that the table does not know."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((float(peak) for words, peak in PEAK_TFLOPS.items() if words in name), None)

@@ -1,0 +1,115 @@
+"""What every benchmark shares: a table that is printed and kept as JSON, clocks, a preset as a run on one GPU."""
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_taipan.config import Config, load_config
+from megatron_taipan.train.peaks import known_peak
+
+HERE = Path(__file__).resolve().parent
+
+
+class Table:
+    """Rows of one benchmark, printed as they come and kept as JSON beside."""
+
+    def __init__(self, name: str, out: Path):
+        self.path = out / f"benchmark_{name}.json"
+        self.rows: list[dict[str, Any]] = []
+        self.about = hardware()
+        print("; ".join(f"{k}: {v}" for k, v in self.about.items()), flush=True)
+
+    def add(self, what: str, **numbers: Any) -> None:
+        self.rows.append({"what": what, **numbers})
+        print(f"{what:52s} " + "  ".join(f"{k} {v}" for k, v in numbers.items()), flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        with part.open("w") as file:
+            json.dump({"about": self.about, "rows": self.rows}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def attempt(self, what: str, measure: Callable[[], dict]) -> None:
+        """Adds what `measure` returns; a peer that is missing or does not fit is a row that says so."""
+        try:
+            numbers = measure()
+        except (ImportError, torch.OutOfMemoryError, RuntimeError) as error:
+            numbers = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
+        self.add(what, **numbers)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def hardware() -> dict[str, str]:
+    """The GPU and the versions that the numbers belong to."""
+    about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    for package in ("triton", "deepspeed", "mamba_ssm", "flash_attn"):
+        try:
+            about[package] = __import__(package).__version__
+        except Exception as error:  # a peer that does not import is named, not needed
+            about[package] = f"missing ({type(error).__name__})"
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+        peak = known_peak(about["gpu"])
+        about["bf16 peak"] = f"{peak:g} TFLOP/s" if peak else "unknown peak"
+    return about
+
+
+def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3, ahead: bool = True) -> float:
+    """Milliseconds on the GPU, the median of `repeats` runs.
+
+    ahead: the GPU first sleeps for a few milliseconds, so that the launches of a short operation are all queued
+    before it starts and the time is the GPU's, not the CPU's.
+    """
+    for _ in range(warm):
+        run()
+    times = []
+    for _ in range(repeats):
+        if ahead:
+            torch.cuda._sleep(20_000_000)  # cycles, about 11 ms
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
+    """Milliseconds by kernel of one run, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times = {event.key[:70]: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    longest = sorted(times.items(), key=lambda item: -item[1])[:top]
+    return {"all kernels": round(sum(times.values()), 2)} | {name: round(ms, 3) for name, ms in longest}
+
+
+def preset(options: argparse.Namespace) -> Config:
+    """A preset as a run on one GPU: one micro batch a step."""
+    overrides = [f"train.global_batch={options.batch}", f"train.micro_batch={options.batch}"]
+    overrides += ["parallel.recompute=none", f"ops.backend={options.ops}", *options.overrides]
+    return load_config(HERE / "configs" / f"{options.preset}.yaml", overrides)
+
+
+def single_process(config: Config) -> tuple[torch.device, Any]:
+    """Process groups of one process, made once."""
+    import torch.distributed as dist
+
+    from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+
+    place = find_place(os.environ)
+    device = pick_device(place)
+    if not dist.is_initialized():
+        start_processes(place, device, config.parallel.timeout_s)
+    return device, build_groups(world_size=1, rank=0)

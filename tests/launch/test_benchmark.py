@@ -1,0 +1,41 @@
+"""What the benchmarks share: the dispatcher, the table with its JSON, and the one table of peaks."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from launch import benchmark
+from launch.benchmark_common import Table, hardware
+from megatron_taipan.train import peaks
+
+
+@pytest.mark.parametrize("what", benchmark.NEED_CUDA)
+def test_every_benchmark_has_a_program_and_says_without_a_gpu_that_it_needs_one(what, monkeypatch, capsys):
+    assert callable(importlib.import_module(f"launch.benchmark_{what}").run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([what]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+def test_rows_are_printed_and_kept_as_json_and_a_failure_is_a_row(tmp_path, capsys):
+    table = Table("toy", tmp_path)
+    table.attempt("fine", lambda: {"ms": 1.5})
+    table.attempt("lacking", lambda: importlib.import_module("no_such_peer"))
+    kept = json.loads((tmp_path / "benchmark_toy.json").read_text())
+    assert kept["about"]["torch"] == torch.__version__ and kept["rows"][0] == {"what": "fine", "ms": 1.5}
+    assert "no_such_peer" in kept["rows"][1]["failed"]
+    printed = capsys.readouterr().out
+    assert "ms 1.5" in printed and "torch: " in printed
+
+
+def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch):
+    assert peaks.known_peak("NVIDIA H100 80GB HBM3") == pytest.approx(989.4)
+    assert peaks.known_peak("NVIDIA H100 PCIe") == pytest.approx(756)
+    assert peaks.known_peak("NVIDIA H100 96GB Special") is None and peaks.known_peak(None) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H900")
+    assert hardware()["bf16 peak"] == "unknown peak"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    assert hardware()["bf16 peak"] == "989.4 TFLOP/s"
