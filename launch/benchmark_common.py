@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Table:
         try:
             numbers = measure()
         except (ImportError, torch.OutOfMemoryError, RuntimeError) as error:
+            traceback.print_exc()
             numbers = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
         self.add(what, **numbers)
         gc.collect()
@@ -85,13 +87,23 @@ def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3, ahead: b
 
 
 def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
-    """Milliseconds by kernel of one run, the longest first."""
+    """Milliseconds by kernel of one run, the longest first; before them their sum, and how long no kernel ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    times = {event.key[:70]: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    times: dict[str, float] = {}
+    spans = []
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name[:70]] = times.get(event.name[:70], 0.0) + event.time_range.elapsed_us() / 1e3
+            spans.append((event.time_range.start, event.time_range.end))
+    idle, covered = 0.0, min(spans)[1]
+    for start, end in sorted(spans):
+        idle += max(0.0, start - covered)
+        covered = max(covered, end)
     longest = sorted(times.items(), key=lambda item: -item[1])[:top]
-    return {"all kernels": round(sum(times.values()), 2)} | {name: round(ms, 3) for name, ms in longest}
+    about = {"all kernels": round(sum(times.values()), 2), "idle": round(idle / 1e3, 2), "launches": len(spans)}
+    return about | {name: round(ms, 3) for name, ms in longest}
 
 
 def preset(options: argparse.Namespace) -> Config:

@@ -1,6 +1,9 @@
 """`benchmark.py step`: whole training steps through DeepSpeed, ours and the peers'."""
 
 import argparse
+import cProfile
+import pstats
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,9 +20,9 @@ def run(options: argparse.Namespace) -> None:
     table = Table("step", options.out)
     config = preset(options)
     peers = {
-        "transformer++ compiled": lambda: peer_step(benchmark_peers.transformer, config, compiled=True),
+        "transformer++ compiled": lambda: peer_step(benchmark_peers.transformer, config, options.profile),
         "composition of today's parts, compiled": lambda: peer_step(
-            lambda model: benchmark_peers.composition(model, config.data.seq_len), config, compiled=True
+            lambda model: benchmark_peers.composition(model, config.data.seq_len), config, options.profile
         ),
     }
     rows = {config.name: lambda: our_step(config, options.profile)} | peers
@@ -30,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
 def our_step(config: Config, profiled: bool) -> dict:
     """Our trainer's own engine and step on random tokens; the gates' bias is set so that they select C."""
-    from megatron_taipan.train.engine import build_engine
+    from megatron_taipan.train.engine import build_engine, capture_graphs
     from megatron_taipan.train.step import train_step
 
     device, groups = single_process(config)
@@ -38,6 +41,7 @@ def our_step(config: Config, profiled: bool) -> dict:
         model = Taipan(config.model, ops=pick_ops(config.ops.backend), recompute=config.parallel.recompute)
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
+    print(capture_graphs(model, config, device), flush=True)
     tokens = torch.randint(
         0, config.model.vocab_size, (config.train.micro_batch, config.data.seq_len + 1), device=device
     )
@@ -60,10 +64,18 @@ def our_step(config: Config, profiled: bool) -> dict:
     if results[-1].gates:
         numbers["selected"] = round(sum(g["selected"] for g in results[-1].gates) / len(results[-1].gates), 3)
     if profiled:
-        for name, ms in kernel_times(step, 40).items():
-            print(f"    {ms:9.3f} ms  {name}", flush=True)
+        print_profile(step)
     engine.destroy()
     return numbers
+
+
+def print_profile(step: Callable[[], None]) -> None:
+    """One step's kernels, then where the CPU spent another one."""
+    for name, ms in kernel_times(step, 45).items():
+        print(f"    {ms:9.3f}  {name}", flush=True)
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
 def select_capacity(model: torch.nn.Module, config: Config) -> None:
@@ -78,11 +90,12 @@ def select_capacity(model: torch.nn.Module, config: Config) -> None:
                 parameter[1].log_()
 
 
-def peer_step(build: Callable, config: Config, compiled: bool) -> dict:
-    """A peer through DeepSpeed with the same settings as ours."""
+def peer_step(build: Callable, config: Config, profiled: bool) -> dict:
+    """A peer, compiled, through DeepSpeed with the same settings as ours, what we quickened there included."""
     import deepspeed
 
     from megatron_taipan.train.engine import count_parameters, deepspeed_config, make_optimizer
+    from megatron_taipan.train.zero import quicken
 
     device, groups = single_process(config)
     with torch.device(device):
@@ -90,8 +103,9 @@ def peer_step(build: Callable, config: Config, compiled: bool) -> dict:
     optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim)
     settings = deepspeed_config(config, groups, count_parameters(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
-    if compiled:
-        engine.module.compile()
+    engine.optimizer.check_grad_overflow = True
+    quicken(engine.optimizer)
+    engine.module.compile()
     tokens = torch.randint(
         0, config.model.vocab_size, (config.train.micro_batch, config.data.seq_len + 1), device=device
     )
@@ -104,6 +118,8 @@ def peer_step(build: Callable, config: Config, compiled: bool) -> dict:
     step()
     torch.cuda.synchronize()
     numbers = step_numbers(step, config, time.perf_counter() - began)
+    if profiled:
+        print_profile(step)
     engine.destroy()
     return numbers
 

@@ -230,6 +230,9 @@ class TrainConfig(Section):
     eval_every: int = option(500, "steps between validations; 0 validates at the end only", ge=0)
     eval_samples: int = option(64, "samples per validation", ge=1)
     deterministic: bool = option(False, "use deterministic algorithms only")
+    cuda_graphs: bool = option(
+        True, "replay the layers as CUDA graphs where that is possible (one GPU a replica, zero_stage 1, bf16 or fp16)"
+    )
     max_skipped: int = option(20, "steps in a row with a non-finite loss or gradient after which the run stops", ge=1)
     hang_after_s: float = option(
         1800.0, "seconds without a finished step after which all stacks are printed and the run ends; 0: never", ge=0

@@ -9,6 +9,7 @@ from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.rope import rotate
+from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.collectives import sum_gradients
 
 
@@ -27,7 +28,7 @@ class Attention(nn.Module):
     def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
         super().__init__()
         config, tp = build.config, build.tp
-        self.tp, self.attend = tp, build.ops.interval_attention
+        self.tp, self.ops = tp, build.ops
         self.window, self.head_dim = window, config.head_dim
         self.theta = config.attention.rope_theta if rope else None
         self.heads = config.attention.n_heads // tp.size
@@ -37,18 +38,18 @@ class Attention(nn.Module):
         build.parameters(self, prefix)
 
     def forward(
-        self, u: Tensor, ctx: Context, queries: Sequence[Tensor | None] = (None,), store: KeyValueStore | None = None
+        self, u: Tensor, ctx: Context, queries: Sequence[Rows | None] = (None,), store: KeyValueStore | None = None
     ) -> list[Tensor]:
         """This rank's part of W_O Attention(q, K, V), for each group of queries; the caller sums over the ranks.
 
         Args:
             u: [b, l, d], the whole sequence.
-            queries: groups of tokens whose queries are computed, each as flat indices [n] into b * l, rising;
-                None stands for all tokens.
+            queries: groups of tokens whose queries are computed, each as picked rows of b * l; None stands for all
+                tokens.
             store: keys and values of earlier tokens; takes the new ones in.
 
         Returns:
-            [n, d] for each group.
+            [n, d] for each group: of all tokens, or a buffer that holds the picked rows in front.
         """
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
         keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
@@ -56,14 +57,19 @@ class Attention(nn.Module):
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         outputs = []
         for rows in queries:
-            flat, low, high, place = u.flatten(0, 1), lo, hi, within
-            if rows is not None:
-                flat, low, high, place = flat[rows], lo[rows], hi[rows], within[rows]
-            q = F.linear(flat, self.q_proj).unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
+            if rows is None:
+                q, low, high, place = F.linear(u.flatten(0, 1), self.q_proj), lo, hi, within
+            else:
+                q = self.ops.gather_linear(u.flatten(0, 1), self.q_proj, rows)
+                (low, high), place = rows.intervals(lo, hi), within[rows.at]
+            q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
             if self.theta is not None:
                 q = rotate(q, place, self.theta)
-            o = self.attend(q, keys, values, low, high)
-            outputs.append(F.linear(o.flatten(1), self.out_proj))
+            o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
+            if rows is None:
+                outputs.append(F.linear(o, self.out_proj))
+            else:
+                outputs.append(self.ops.bounded_linear(o, self.out_proj, rows))
         return outputs
 
     def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:

@@ -11,6 +11,7 @@ from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import RMSNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
+from megatron_taipan.ops.selected_rows import Rows, select_rows_reference
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
 
 
@@ -87,7 +88,7 @@ class SelectiveAttentionBlock(Block):
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__(build, layer)
-        self.tp, self.every_query = build.tp, build.config.gate.gradient == "all"
+        self.tp, self.ops, self.every_query = build.tp, build.ops, build.config.gate.gradient == "all"
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.gate = Gate(build, f"{prefix}.gate", layer)
         self.attention = Attention(build, f"{prefix}.attention", window=build.config.attention.window, rope=False)
@@ -100,23 +101,27 @@ class SelectiveAttentionBlock(Block):
         u = enter_block(u, self.tp)  # [b, l, d]
         chosen = selection.selected.flatten()  # [b * l]
         refine = (selection.m * selection.alpha).to(h.dtype)
-        queries = [chosen.nonzero()[:, 0]]
-        if self.every_query and self.training:
-            queries.append((~chosen).nonzero()[:, 0])
-        else:
+        every = self.every_query and self.training
+        if not every:
             refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
+        queries = [self._pick(u, picked) for picked in ((chosen, ~chosen) if every else (chosen,))]
         outputs = self.attention(u, ctx, queries, state)
         o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
-        u, h = self.mlp_norm.with_stream(h + refine[..., None] * (o - h))
+        u, h = self.mlp_norm.with_stream(self.ops.refine(h, o, refine, zero_is_unselected=not every))
         return h + self.mlp(u), selection
 
-    def _put_back(self, outputs: list[Tensor], queries: list[Tensor], shape: torch.Size) -> Tensor:
+    def _pick(self, u: Tensor, chosen: Tensor) -> Rows:
+        """The chosen rows. Over several ranks their number goes to the host, since only computed rows travel."""
+        return select_rows_reference(u, chosen) if self.tp.size > 1 else self.ops.select_rows(u, chosen)
+
+    def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""
-        whole = outputs[0].new_zeros(shape[0] * shape[1], shape[2])
+        whole = None
         for rows, o in zip(queries, outputs, strict=True):
             # Only computed rows travel: cheaper than a reduction of the whole sequence, shards or not.
             o = sum_over_ranks(o, self.tp) if self.tp.sequence_parallel else leave_block(o, self.tp)
-            whole = whole.index_put((rows,), o)
+            placed = self.ops.scatter_rows(o, rows, shape[0] * shape[1])
+            whole = placed if whole is None else whole + placed
         return whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:

@@ -5,7 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from megatron_taipan.model.context import Context
+from megatron_taipan.model.gate import Selection
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
 KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -23,3 +27,30 @@ def recomputed(run: Callable[..., Any], mode: str, *args: Any) -> Any:
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
     contexts = partial(create_selective_checkpoint_contexts, list(KEPT))
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def run_layers(layers: nn.ModuleList, h: Tensor, ctx: Context, mode: str, every: int) -> tuple[Tensor, list[Selection]]:
+    """The residual stream [b, l, d] through the layers, and what their gates decided.
+
+    Args:
+        mode: "none", "selective" or "full" activation checkpointing, while gradients are wanted.
+        every: layers of a segment whose start is kept with "full".
+    """
+    if mode == "none" or not torch.is_grad_enabled() or ctx.cache is not None:
+        return _segment(layers, h, ctx, 0, len(layers))
+    every = every if mode == "full" else 1
+    selections = []
+    for first in range(0, len(layers), every):
+        h, chosen = recomputed(_segment, mode, layers, h, ctx, first, min(first + every, len(layers)))
+        selections += chosen
+    return h, selections
+
+
+def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
+    selections = []
+    for index in range(first, last):
+        state = ctx.cache.layers[index] if ctx.cache is not None else None
+        h, selection = layers[index](h, ctx, state)
+        if selection is not None:
+            selections.append(selection)
+    return h, selections

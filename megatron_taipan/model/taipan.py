@@ -13,8 +13,9 @@ from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params
 from megatron_taipan.model.gate import STATS, Selection
+from megatron_taipan.model.graphs import GraphedLayers
 from megatron_taipan.model.layers import RMSNorm
-from megatron_taipan.model.recompute import recomputed
+from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import TensorParallel
@@ -70,9 +71,10 @@ class Taipan(nn.Module):
         recompute_every: int = 1,
     ):
         super().__init__()
-        self.config, self.tp = config, tensor_parallel or TensorParallel()
+        self.config, self.tp, self.ops = config, tensor_parallel or TensorParallel(), ops or pick_ops()
         self.recompute, self.recompute_every = recompute, recompute_every
-        build = Build(config, describe(config, self.tp.size), seed, self.tp, ops or pick_ops())
+        self.graphs: GraphedLayers | None = None  # set by `capture`
+        build = Build(config, describe(config, self.tp.size), seed, self.tp, self.ops)
         self.embedding = Embedding(build, "embedding")
         self.layers = nn.ModuleList(make_layer(build, letter, i) for i, letter in enumerate(config.letters))
         self.final_norm = RMSNorm(build, "final_norm")
@@ -124,23 +126,28 @@ class Taipan(nn.Module):
 
     def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
         """The residual stream through all layers, and what the gates decided."""
-        if self.recompute == "none" or not torch.is_grad_enabled() or ctx.cache is not None:
-            return self._segment(h, ctx, 0, len(self.layers))
-        every = self.recompute_every if self.recompute == "full" else 1
-        selections = []
-        for first in range(0, len(self.layers), every):
-            h, chosen = recomputed(self._segment, self.recompute, h, ctx, first, min(first + every, len(self.layers)))
-            selections += chosen
-        return h, selections
+        if self.graphs is not None and self.training and torch.is_grad_enabled() and self.graphs.fits(ctx):
+            return self.graphs(h, ctx)
+        return run_layers(self.layers, h, ctx, self.recompute, self.recompute_every)
 
-    def _segment(self, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
-        selections = []
-        for index in range(first, last):
-            state = ctx.cache.layers[index] if ctx.cache is not None else None
-            h, selection = self.layers[index](h, ctx, state)
-            if selection is not None:
-                selections.append(selection)
-        return h, selections
+    @property
+    def graphable(self) -> bool:
+        """Whether no layer needs the host on a GPU: references of attention and of picking rows read numbers there."""
+        config, kernels = self.config, self.ops.kernels
+        size = config.head_dim if set(config.letters) - {"M"} else 64
+        return {"interval_attention", "select_rows"} <= kernels and 16 <= size <= 128 and size & (size - 1) == 0
+
+    def capture(self, batch: int, length: int) -> None:
+        """Lets training on [batch, length] micro-batches with seq_idx replay CUDA graphs (see model/graphs.py).
+
+        Call it once the network is on its GPU and its parameters are where they will stay. The network must not be
+        split over ranks.
+        """
+        weight = self.embedding.weight
+        wide = torch.float32 if self.config.residual_fp32 else weight.dtype
+        stream = torch.empty(0, self.config.d_model, device=weight.device, dtype=wide)
+        recompute = (self.recompute, self.recompute_every)
+        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute)
 
     def new_cache(self, batch: int, device=None, dtype=None) -> Cache:
         """An empty memory for decoding `batch` rows.

@@ -11,6 +11,13 @@ from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
 from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_and_stream_reference, rms_norm_reference
+from megatron_taipan.ops.refine import refine_reference
+from megatron_taipan.ops.selected_rows import (
+    bounded_linear_reference,
+    gather_linear_reference,
+    scatter_rows_reference,
+    select_rows_reference,
+)
 from megatron_taipan.ops.ssd import ssd_reference
 from megatron_taipan.ops.swiglu import silu_mul_reference
 
@@ -23,6 +30,11 @@ REFERENCES: dict[str, Callable] = {
     "interval_attention": interval_attention_reference,
     "linear_cross_entropy": linear_cross_entropy_reference,
     "silu_mul": silu_mul_reference,
+    "select_rows": select_rows_reference,
+    "gather_linear": gather_linear_reference,
+    "bounded_linear": bounded_linear_reference,
+    "scatter_rows": scatter_rows_reference,
+    "refine": refine_reference,
 }
 
 
@@ -38,8 +50,15 @@ class Ops:
     interval_attention: Callable
     linear_cross_entropy: Callable
     silu_mul: Callable
+    select_rows: Callable
+    gather_linear: Callable
+    bounded_linear: Callable
+    scatter_rows: Callable
+    refine: Callable
     mamba2_mix: Callable | None
     """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""
+    kernels: frozenset[str]
+    """Names of the operations that CUDA tensors take a fast kernel for."""
     report: str
     """One line for the log: which implementation runs, and why."""
 
@@ -53,11 +72,13 @@ def pick_ops(backend: str = "auto") -> Ops:
     Raises:
         UserError: backend is "fast" and a kernel that this project has cannot run here.
     """
-    chosen, words, lacking = {}, [], []
+    chosen, words, lacking, kernels = {}, [], [], set()
     for name, reference in REFERENCES.items():
         fast, label = (None, "reference (asked for)") if backend == "reference" else _fast(name)
         chosen[name] = reference if fast is None else _on_gpu(fast, reference)
         words.append(f"{name}={label}")
+        if fast is not None:
+            kernels.add(name)
         if fast is None and name in FAST:
             lacking.append(f"{name}: {label}")
     if backend == "fast" and lacking:
@@ -65,7 +86,7 @@ def pick_ops(backend: str = "auto") -> Ops:
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
         )
     mix = _mamba2_mix() if backend != "reference" else None
-    return Ops(**chosen, mamba2_mix=mix, report="ops: " + " ".join(words))
+    return Ops(**chosen, mamba2_mix=mix, kernels=frozenset(kernels), report="ops: " + " ".join(words))
 
 
 def _fast(name: str) -> tuple[Callable | None, str]:

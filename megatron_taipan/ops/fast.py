@@ -79,11 +79,30 @@ def load_silu_mul() -> Callable:
     return silu_mul
 
 
+def load_refine() -> Callable:
+    from megatron_taipan.ops.refine_triton import refine
+
+    return refine
+
+
+def load_selected_rows(name: str) -> Callable[[], Callable]:
+    """The loader of one operation on picked rows; they come as one family, since they share the form of `Rows`."""
+
+    def load() -> Callable:
+        from megatron_taipan.ops.selected_rows_triton import bounded_linear, gather_linear, scatter_rows, select_rows
+
+        return {f.__name__: f for f in (bounded_linear, gather_linear, scatter_rows, select_rows)}[name]
+
+    return load
+
+
 def load_mamba2_mix() -> Callable:
     from megatron_taipan.ops.mamba2_triton import mamba2_mix
 
     return mamba2_mix
 
+
+SELECTED_ROWS = ("select_rows", "gather_linear", "bounded_linear", "scatter_rows")
 
 KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "ssd": ("triton", load_ssd),
@@ -94,4 +113,6 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "interval_attention": ("triton", load_interval_attention),
     "linear_cross_entropy": ("triton", load_linear_cross_entropy),
     "silu_mul": ("triton", load_silu_mul),
+    **{name: ("triton", load_selected_rows(name)) for name in SELECTED_ROWS},
+    "refine": ("triton", load_refine),
 }

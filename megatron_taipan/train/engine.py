@@ -18,6 +18,7 @@ from megatron_taipan.parallel.groups import Groups, data_parallel_size
 from megatron_taipan.parallel.layout import ParamSpec, check_tensor_size, describe
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.train.distributed import import_deepspeed
+from megatron_taipan.train.zero import quicken
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
@@ -42,7 +43,31 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
         engine.optimizer.check_grad_overflow = True
+        quicken(engine.optimizer)
     return engine
+
+
+def capture_graphs(model: Any, config: Config, device: torch.device) -> str:
+    """Records the layers' CUDA graphs where they can be used; call it once nothing moves the parameters any more.
+
+    Returns:
+        What was done, or why not, for the log.
+    """
+    p, t = config.parallel, config.train
+    reasons = {
+        "no GPU": device.type != "cuda",
+        "train.cuda_graphs=false": not t.cuda_graphs,
+        "tensor or pipeline parallel": p.tensor * p.pipeline > 1,
+        # at the other stages, and in fp32, DeepSpeed keeps gradient tensors that the next replay would overwrite
+        f"zero_stage={p.zero_stage}": p.zero_stage != 1,
+        f"precision={t.precision}": t.precision == "fp32",
+        "reference operations": config.ops.backend == "reference" or not model.graphable,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    if reason is not None:
+        return f"layers run one by one ({reason})"
+    model.capture(t.micro_batch, config.data.seq_len)
+    return f"layers run as {len(model.graphs.groups)} CUDA graphs"
 
 
 def cast(model: nn.Module, precision: str, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree
-from megatron_taipan.train.engine import accumulation, build_engine, set_learning_rate
+from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
@@ -71,6 +71,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         progress = state.Progress()
         if found:
             progress = state.load(engine, found.path, config=config, identity=ours, groups=groups)
+        graphs = capture_graphs(
+            model, config, device
+        )  # before the loader's threads: recording tolerates no other calls
         loader = make_loader(
             train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
             dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
@@ -81,7 +84,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         for reason in found.passed_over if found else []:
             metrics.note("warning", f"passed over checkpoint {reason}")
         metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
-                     f" {device.type}, step {progress.step} of {t.steps}; {ops.report}"
+                     f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs}"
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
 
         def validate() -> None:

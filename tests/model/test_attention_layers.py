@@ -1,5 +1,7 @@
 """The layers S, W and A against their definitions, written out with dense masks and torch's SDPA in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +104,8 @@ def test_attention_is_computed_for_selected_queries_only():
         seen.append(q.shape[0])
         return attend(q, *args)
 
-    attend, layer.attention.attend = layer.attention.attend, watch
+    attend = layer.attention.ops.interval_attention
+    layer.attention.ops = replace(layer.attention.ops, interval_attention=watch)
     for train in (False, True):
         layer.train(train)
         _, selection = layer(h, context())

@@ -1,0 +1,105 @@
+"""Layers replayed as CUDA graphs: one launch for a group of layers, where Python would launch a few hundred kernels.
+
+A 1.3B model's kernels take less time on a fast GPU than it takes to launch them one by one. A graph holds the launches
+of a group's forward pass, another one those of its backward pass (torch.cuda.make_graphed_callables). What they need
+is that nothing depends on the host: shapes are fixed, the optimizer step is a tensor, and the number of picked tokens
+stays on the device.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_taipan.model.context import Context, make_context
+from megatron_taipan.model.gate import Selection
+from megatron_taipan.model.recompute import run_layers
+
+LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
+
+
+class Group(nn.Module):
+    """Consecutive layers as a function of tensors alone."""
+
+    def __init__(self, layers: list[nn.Module], recompute: tuple[str, int]):
+        super().__init__()
+        self.layers, self.recompute = nn.ModuleList(layers), recompute
+
+    def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        """h: [b, l, d]; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
+
+        Returns:
+            h, and where the group has S layers their budget losses [n] and statistics [n, 4].
+        """
+        ctx = make_context(h[..., 0], seq_idx, samples, step, None)
+        h, chosen = run_layers(self.layers, h, ctx, *self.recompute)
+        if not chosen:
+            return (h,)
+        return h, torch.stack([s.budget_loss for s in chosen]), torch.stack([s.stats for s in chosen])
+
+
+class GraphedLayers:
+    """The layers of a network on one device, for training on micro-batches of one shape.
+
+    Args:
+        layers: in order, on the device, where they stay: their parameters may change in place only.
+        shape: (b, l) of a micro-batch.
+        stream: an empty tensor of the residual stream's type, [0, d] on the device.
+        recompute: mode and layers a segment of activation checkpointing.
+    """
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        shape: tuple[int, int],
+        stream: Tensor,
+        recompute: tuple[str, int] = ("none", 1),
+    ):
+        self.shape = shape
+        self.parameters = [p for layer in layers for p in layer.parameters()]
+        self.places = self._places()
+        groups = [Group(part, recompute) for part in split(list(layers))]
+        b, l = shape
+        device = stream.device
+        facts = (
+            torch.zeros(b, l, dtype=torch.int32, device=device),
+            torch.arange(b, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+        rows = torch.ones(b, l, stream.shape[-1], device=device, dtype=stream.dtype)
+        example = tuple((rows.clone().requires_grad_(), *(t.clone() for t in facts)) for _ in groups)
+        self.groups: tuple[Any, ...] = torch.cuda.make_graphed_callables(tuple(groups), example)
+
+    def _places(self) -> list[int]:
+        return [p.data_ptr() for p in self.parameters]
+
+    def fits(self, ctx: Context) -> bool:
+        """Whether this micro-batch can be replayed."""
+        if (ctx.batch, ctx.length) != self.shape or ctx.seq_idx is None or ctx.cache is not None:
+            return False
+        if self._places() != self.places:
+            warnings.warn("parameters moved, so the CUDA graphs are out of date: layers run one by one", stacklevel=2)
+            return False
+        return True
+
+    def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
+        """As running the layers; of each selection only the budget loss and the statistics are known."""
+        step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
+        facts = ctx.seq_idx.int(), ctx.samples.long(), step.long()
+        selections = []
+        for group in self.groups:
+            h, *gates = group(h, *facts)
+            if gates:
+                selections += [Selection(None, None, None, None, *pair) for pair in zip(*gates, strict=True)]
+        return h, selections
+
+
+def split(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Groups that end behind an attention layer or are LONGEST layers long."""
+    groups: list[list[nn.Module]] = [[]]
+    for layer in layers:
+        groups[-1].append(layer)
+        if getattr(layer, "letter", "M") != "M" or len(groups[-1]) == LONGEST:
+            groups.append([])
+    return [group for group in groups if group]

@@ -1,0 +1,50 @@
+"""Products and copies that touch only some rows of a token axis: those that a gate picked.
+
+How many rows were picked is known on the device. The references below read it on the host and work on tensors of that
+length; the kernels (selected_rows_triton.py) never do: their buffers have room for every row, hold the picked ones
+in front, and each program looks the number up where it runs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Picked rows of an axis of n, in rising order."""
+
+    at: Tensor  # [capacity] int64; entries from n_valid on stand for nothing and are 0
+    n_valid: Tensor | None  # [1] int32, on the device; None: all entries are valid
+
+    def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' entries of lo and hi [n], as [capacity]; lo > hi behind the last row: no key is visible there."""
+        lo, hi = lo[self.at], hi[self.at]
+        if self.n_valid is None:
+            return lo, hi
+        real = torch.arange(len(self.at), device=lo.device) < self.n_valid
+        return torch.where(real, lo, 1), torch.where(real, hi, 0)
+
+
+def select_rows_reference(like: Tensor, selected: Tensor) -> Rows:
+    """The rows where selected [n] is true; `like` is the tensor that they will be taken from.
+
+    The length becomes known on the host, for which a GPU has to be waited for.
+    """
+    return Rows(selected.nonzero()[:, 0], None)
+
+
+def gather_linear_reference(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """x[rows] @ weight^T: [n, d], [e, d] -> [capacity, e]."""
+    return F.linear(x[rows.at], weight)
+
+
+def bounded_linear_reference(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """x @ weight^T of a buffer that holds picked rows: [capacity, d], [e, d] -> [capacity, e]."""
+    return F.linear(x, weight)
+
+
+def scatter_rows_reference(x: Tensor, rows: Rows, n: int) -> Tensor:
+    """The rows of a buffer [capacity, d] at their places in [n, d], zeros elsewhere."""
+    return x.new_zeros(n, x.shape[1]).index_put((rows.at,), x)
