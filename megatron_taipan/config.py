@@ -235,7 +235,10 @@ class TrainConfig(Section):
     )
     max_skipped: int = option(20, "steps in a row with a non-finite loss or gradient after which the run stops", ge=1)
     hang_after_s: float = option(
-        1800.0, "seconds without a finished step after which all stacks are printed and the run ends; 0: never", ge=0
+        1200.0,
+        "seconds without a finished step after which all stacks are printed and the run ends; below parallel.timeout_s,"
+        " so that the rank that hangs still speaks; 0: never",
+        ge=0,
     )
 
 
@@ -263,6 +266,14 @@ class LogConfig(Section):
 
     every: int = option(10, "steps between log lines", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events to checkpoint.dir/tensorboard")
+    wandb: bool = option(False, "send the same curves to Weights & Biases (package wandb; WANDB_MODE=offline works)")
+    wandb_project: str = option("megatron-taipan", "project of log.wandb")
+    text_mb: float = option(
+        10.0,
+        "size at which a rank's text file, checkpoint.dir/logs/rank_00000.log and so on, begins anew; 0: none",
+        ge=0,
+    )
+    text_files: int = option(3, "old text files that each rank keeps", ge=1)
     progress: bool = option(True, "progress bar on rank 0 when stderr is a terminal, plain lines elsewhere")
     peak_tflops: float | None = option(
         None, "peak TFLOP/s of one device in the precision used, for MFU; null looks known GPUs up", gt=0

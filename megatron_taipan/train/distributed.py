@@ -185,6 +185,15 @@ def agree(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; collective."""
+    if not dist.is_initialized():
+        return flag
+    raised = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name)
     if text is None:

@@ -20,7 +20,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
-from megatron_taipan.train.distributed import Place, agree
+from megatron_taipan.train.distributed import Place, agree, any_rank
 from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
@@ -78,9 +78,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
             dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
         )  # fmt: skip
-        metrics = stack.enter_context(
-            Metrics(config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer)
-        )
+        metrics = stack.enter_context(agree(lambda: Metrics(
+            config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
+        )))  # fmt: skip
         for reason in found.passed_over if found else []:
             metrics.note("warning", f"passed over checkpoint {reason}")
         metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
@@ -102,8 +102,10 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         last = min(t.stop_at or t.steps, t.steps)
         micro_batches = accumulation(config, groups.data_size)
         tokens_per_step = t.global_batch * config.data.seq_len
-        streak, before_streak, stopping = 0, progress, False
-        if progress.step == 0:
+        streak, before_streak = 0, progress
+        watchdog.beat()  # the start is done
+        stopping = any_rank(signals.reason() is not None, device)  # told to stop while it started
+        if progress.step == 0 and not stopping:
             validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
             metrics.start_clock()
@@ -113,7 +115,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             set_learning_rate(engine, lr)
             result = train_step(
                 engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip,
-                requests=[signals.received is not None, writer and saver.overdue(), saver.writing()],
+                requests=[signals.reason() is not None, writer and saver.overdue(), saver.writing()],
             )  # fmt: skip
             stopping, save_now, writing = result.requests
             if not writing:

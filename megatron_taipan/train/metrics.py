@@ -1,12 +1,11 @@
-"""What a run says about itself: a JSONL of every step, TensorBoard events, and a line for whoever watches."""
+"""What a run says about itself: a JSONL of every step, curves, text files, and a line for whoever watches."""
 
-import json
-import math
+import logging
+import resource
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,91 +13,71 @@ from tqdm import tqdm
 from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.train.evaluate import Evaluation
+from megatron_taipan.train.logs import LOG, JsonLines, TextLog, open_boards, say
 from megatron_taipan.train.peaks import device_name, known_peak
 from megatron_taipan.train.step import StepResult
-
-LOG = "log.jsonl"
-
-
-@dataclass
-class Summary:
-    """A run in a few numbers."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # of the steps; validations and checkpoints not counted
-    first_loss: float | None = None
-    last_loss: float | None = None
-    skipped: int = 0
-    saves: int = 0
-    stall_s: float = 0.0  # training stood still for checkpoints
-
-    def add(self, result: StepResult, tokens: int, seconds: float) -> None:
-        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
-        self.skipped += result.skipped
-        if not result.skipped:
-            self.first_loss = result.ce if self.first_loss is None else self.first_loss
-            self.last_loss = result.ce
-
-    def text(self) -> str:
-        speed = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.seconds else "no steps"
-        loss = f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}" if self.first_loss is not None else "no loss"
-        return (
-            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)} ({speed}), {loss},"
-            f" {self.skipped} skipped, {self.saves} checkpoints in {self.stall_s:.1f} s"
-        )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as 1:02:03."""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+from megatron_taipan.train.summary import Summary, duration, unfinished_run
 
 
 class Metrics:
-    """Rank 0 writes; on other ranks every method does nothing.
+    """Rank 0 writes everything; the other ranks a text file each.
 
     Speed is measured between steps, so it includes waiting for data and the validation's own time is left out.
+
+    Raises:
+        UserError: a board was asked for whose package is not installed.
     """
 
-    def __init__(self, config: Config, start: Progress, *, flops_per_token: float, devices: int, writes: bool):
+    def __init__(
+        self, config: Config, start: Progress, *, flops_per_token: float, devices: int, writes: bool, rank: int = 0
+    ):
         self.config, self.writes = config, writes
         self.flops, self.devices = flops_per_token, devices
         self.peak = config.log.peak_tflops or known_peak(device_name())
+        self.mfu_unknown = "no GPU" if device_name() is None else "unknown GPU"
         self.step, self.end = start.step, min(config.train.stop_at or config.train.steps, config.train.steps)
         self.summary = Summary()
         self.step_seconds: float | None = None  # smoothed, for the time left
+        self.stall_s = 0.0  # for checkpoints, since the last step was recorded
         self.lap = time.perf_counter()
-        self.jsonl: TextIO | None = None
-        self.board: Any = None
+        self.text = TextLog(config, rank)
+        self.jsonl: JsonLines | None = None
+        self.boards: list[Any] = []
         self.bar: tqdm | None = None
+        self.mute = False  # whether the JSONL cannot be written now
         if not writes:
             return
         folder = Path(config.checkpoint.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.jsonl = open(folder / LOG, "a", buffering=1)
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-            # purge_step hides what a killed run wrote after the checkpoint that this one continues from
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step + 1)
+        killed = unfinished_run(folder / LOG)
+        self.jsonl = JsonLines(folder / LOG)
+        if killed:
+            summary, last = killed
+            self.note(
+                "killed", f"the start before this one was killed after step {last}: {summary.text()}", **vars(summary)
+            )
+        self.boards, faults = open_boards(config, start.step)
+        for fault in faults:
+            self.note("alarm", fault)
         if config.log.progress and sys.stderr.isatty():
             self.bar = tqdm(total=self.end, initial=start.step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Says what was done, however the run ended, and closes everything."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if error is not None:
+            self.text.write(f"ended by {type(error).__name__}", logging.ERROR, exc_info=(kind, error, trace))
         if self.summary.steps:
             self.note("end", self.summary.text(), **vars(self.summary))
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            self._on_board(board, board.close)
         if self.jsonl is not None:
             self.jsonl.close()
+        self.text.close()
 
     def start_clock(self) -> None:
         """A step begins: what happened since the last one (validation, a checkpoint) is not part of its time."""
@@ -116,32 +95,28 @@ class Metrics:
             tokens: of this step, over all ranks.
             data_wait_s: seconds that this rank waited for its batches.
         """
-        if not self.writes:
-            return
         seconds, self.step = self.seconds(), step
         self.summary.add(result, tokens, seconds)
         self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
         speed = tokens / seconds
+        mfu = 3 * self.flops * speed / (self.peak * 1e12 * self.devices) if self.peak else None
         values = {
             "loss": result.loss, "ce": result.ce, "budget": result.budget, "grad_norm": result.grad_norm,
             "lr": lr, "skipped": int(result.skipped), "step_s": seconds, "tokens": tokens, "tokens_per_s": speed,
-            "data_wait_s": data_wait_s,
+            "mfu": mfu, "memory_gb": peak_memory_gb(), "data_wait_s": data_wait_s, "checkpoint_stall_s": self.stall_s,
         }  # fmt: skip
-        if self.peak:
-            values["mfu"] = 3 * self.flops * speed / (self.peak * 1e12 * self.devices)
-        if torch.cuda.is_available():
-            values["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.stall_s = 0.0
         for index, gate in enumerate(result.gates):
             values |= {f"gate{index}/{name}": value for name, value in gate.items()}
         self._write({"event": "step", "step": step, **values})
         if step % self.config.log.every == 0 or step == self.end:
-            for name, value in values.items():
-                self._chart(f"train/{name}", value, step)
-            mfu = f"MFU {values['mfu']:.1%}  " if "mfu" in values else ""
+            self._chart("train/", values, step)
             skipped = "  SKIPPED: not finite" if result.skipped else ""
             self._line(
                 f"step {step}/{self.end}  loss {result.ce:.4f}  budget {result.budget:.4f}  norm"
-                f" {result.grad_norm:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {mfu}{self._left()} left{skipped}"
+                f" {result.grad_norm:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s  MFU"
+                f" {self.mfu_unknown if mfu is None else f'{mfu:.1%}'}  {self._left()} left{skipped}",
+                more=f"  this rank: {seconds:.3f} s, data {data_wait_s:.3f} s, {values['memory_gb']:.2f} GB",
             )
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {result.ce:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -149,49 +124,69 @@ class Metrics:
 
     def after_evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
         """Records a validation."""
-        if not self.writes:
-            return
         values = {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens, "s": seconds}
         for index, gate in enumerate(evaluation.gates):
             values |= {f"gate{index}/{name}": value for name, value in gate.items()}
         self._write({"event": "valid", "step": step, **values})
-        for name, value in values.items():
-            self._chart(f"valid/{name}", value, step)
+        self._chart("valid/", values, step)
         self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
 
     def after_save(self, step: int, path: Path, *, stall: float, write: float) -> None:
         """Records a complete checkpoint: seconds that training stood still for it, and seconds of rank 0's writing."""
-        if not self.writes:
-            return
         self.summary.saves += 1
         self.summary.stall_s += stall
         self._write({"event": "save", "step": step, "path": str(path), "stall_s": stall, "write_s": write})
-        self._chart("checkpoint/stall_s", stall, step)
-        self._chart("checkpoint/write_s", write, step)
+        self._chart("checkpoint/", {"stall_s": stall, "write_s": write}, step)
         self._line(f"step {step}  checkpoint {path}  ({stall:.2f} s of training, {write:.2f} s of writing)")
+
+    def stalled(self, seconds: float) -> None:
+        """Training stood still for a checkpoint; the next step's record carries the sum."""
+        self.stall_s += seconds
 
     def note(self, event: str, text: str, **values: Any) -> None:
         """Records anything else that a reader of the log should know, and says it."""
-        if not self.writes:
-            return
         self._write({"event": event, "step": self.step, "text": text, **values})
-        self._line(text)
+        self._line(text, level=logging.WARNING if event in ("alarm", "warning", "spike", "skipped") else logging.INFO)
 
     def _left(self) -> str:
         return duration((self.step_seconds or 0) * max(self.end - self.step, 0))
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.jsonl is not None:
-            # JSON knows no infinities
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self.jsonl.write(json.dumps({"time": round(time.time(), 3), **values}, allow_nan=False) + "\n")
+        if self.jsonl is None:
+            return
+        fault = self.jsonl.write({"time": round(time.time(), 3), **record})
+        if fault is not None and not self.mute:
+            self._line(
+                f"alarm: {LOG} cannot be written ({fault.strerror}); its lines wait until it can", logging.WARNING
+            )
+        self.mute = fault is not None
 
-    def _chart(self, name: str, value: float, step: int) -> None:
-        if self.board is not None:
-            self.board.add_scalar(name, value, step)
+    def _chart(self, prefix: str, values: dict[str, Any], step: int) -> None:
+        numbers = {prefix + name: value for name, value in values.items() if value is not None}
+        for board in list(self.boards):
+            self._on_board(board, lambda board=board: board.scalars(numbers, step))
 
-    def _line(self, text: str) -> None:
+    def _on_board(self, board: Any, action: Any) -> None:
+        """Runs `action`; a board that fails is closed for this run, since its file is then torn."""
+        try:
+            action()
+        except Exception as error:  # whatever the library raises, it is no reason not to train
+            self.boards = [other for other in self.boards if other is not board]
+            self._line(f"alarm: {board.name} is off from here on: {type(error).__name__}: {error}", logging.WARNING)
+
+    def _line(self, text: str, level: int = logging.INFO, more: str = "") -> None:
+        """Says it on rank 0, and writes it to every rank's text file, with `more` about the rank."""
+        self.text.write(text + more, level)
+        if not self.writes:
+            return
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held so far: of GPU memory, or without a GPU of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

@@ -17,7 +17,7 @@ from tests.train.toy import toy_tree, write_data
 
 SHORT = {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
 # what is measured rather than computed
-TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s")
+TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s", "memory_gb", "checkpoint_stall_s")
 
 
 def runs(trees: list[dict]) -> list:
