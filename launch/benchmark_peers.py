@@ -37,20 +37,26 @@ class FullAttention(nn.Module):
         self.heads, self.norm = heads, Norm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [b, l, d]; cos and sin: [l, d / heads / 2], made once for all layers."""
         b, l, d = x.shape
         q, k, v = self.qkv(self.norm(x)).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = self._rotate(q), self._rotate(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.out(o.transpose(1, 2).reshape(b, l, d))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        speed = 500_000.0 ** -(torch.arange(half, device=x.device) / half)
-        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * speed
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of [b, h, l, d] with tables [l, d / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def rope_tables(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, width / 2] in like's type and on its device."""
+    speed = 500_000.0 ** -(torch.arange(width // 2, device=like.device) / (width // 2))
+    angle = torch.arange(length, device=like.device)[:, None] * speed
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 class WindowAttention(FullAttention):
@@ -90,14 +96,16 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, blocks: list[nn.Module]):
         super().__init__()
+        self.head_size = config.head_dim
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.blocks, self.norm = nn.ModuleList(blocks), Norm(config.d_model)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens)
+        tables = rope_tables(tokens.shape[1], self.head_size, x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *tables) if type(block) is FullAttention else block(x)
         logits = F.linear(self.norm(x), self.embedding.weight)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 

@@ -7,10 +7,11 @@ stays on the device.
 """
 
 import warnings
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Selection
@@ -20,11 +21,17 @@ LONGEST = 7  # layers of a group; shorter groups let gradients leave for other r
 
 
 class Group(nn.Module):
-    """Consecutive layers as a function of tensors alone."""
+    """Consecutive layers as a function of tensors alone, their parameters among them."""
 
     def __init__(self, layers: list[nn.Module], recompute: tuple[str, int]):
         super().__init__()
         self.layers, self.recompute = nn.ModuleList(layers), recompute
+        self.names, self.own = zip(*self.named_parameters(), strict=True)
+
+    def with_parameters(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`forward` on the tensors behind the first n with those first n as the parameters."""
+        n = len(self.names)
+        return functional_call(self, dict(zip(self.names, tensors[:n], strict=True)), tensors[n:])
 
     def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
         """h: [b, l, d]; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
@@ -68,8 +75,18 @@ class GraphedLayers:
             torch.zeros((), dtype=torch.int64, device=device),
         )
         rows = torch.ones(b, l, stream.shape[-1], device=device, dtype=stream.dtype)
-        example = tuple((rows.clone().requires_grad_(), *(t.clone() for t in facts)) for _ in groups)
-        self.groups: tuple[Any, ...] = torch.cuda.make_graphed_callables(tuple(groups), example)
+        # Recorded with leaves that share the parameters' memory, not with the parameters: hooks keep a parameter's
+        # gradient node alive, and it belongs to the stream that it was made on, which must not be recorded.
+        example = tuple(
+            (
+                *(p.detach().requires_grad_() for p in group.own),
+                rows.clone().requires_grad_(),
+                *(t.clone() for t in facts),
+            )
+            for group in groups
+        )
+        recorded = torch.cuda.make_graphed_callables(tuple(group.with_parameters for group in groups), example)
+        self.groups = [partial(run, *group.own) for run, group in zip(recorded, groups, strict=True)]
 
     def _places(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters]

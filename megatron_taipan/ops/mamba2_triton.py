@@ -129,8 +129,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_unused):
-    grads, dweight, dconv_bias, dbias, dA, dD, dnorm = _backward_op(dout, *ctx.saved_tensors, *ctx.sizes)
-    bias, D = ctx.saved_tensors[2], ctx.saved_tensors[4]
+    saved = ctx.saved_tensors  # read once: under recomputation a second look is refused
+    grads, dweight, dconv_bias, dbias, dA, dD, dnorm = _backward_op(dout, *saved, *ctx.sizes)
+    bias, D = saved[2], saved[4]
     dconv_bias = dconv_bias.to(bias.dtype) if bias is not None else None
     return (grads, dweight, dconv_bias, dbias.to(ctx.dt_dtype), dA, dD.to(D.dtype), dnorm, *[None] * 7)
 
