@@ -2,6 +2,8 @@
 
 A fault is a dictionary with the rank it is meant for (`rank`, null for all) and one of
 
+    count: true                     prints the number of file operations of its saves at its end
+    slow_writes: S                  every tensor of a checkpoint takes S seconds longer to write
     kill_at_operation: N            SIGKILL at the N-th file operation (open, fsync, rename, delete, ...) of its saves
     signal_in: evaluate | save | step | start, nth: N, signal: name      sends itself a signal there, the N-th time
     hang_at_step: N                 never returns from the N-th step
@@ -16,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch._dynamo  # making an optimizer imports it
 import torch.utils.tensorboard
 
 import launch.pretrain
-from megatron_taipan.checkpoint import state
+from megatron_taipan.checkpoint import state, tensorfile
 from megatron_taipan.train import loop, pipeline  # noqa: F401
 from megatron_taipan.train.distributed import import_deepspeed
 
@@ -41,25 +42,32 @@ def run_rank(task: dict[str, Any], number: int, port: int) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="faults",
     )  # fmt: skip
     fault = task["inside"] or {}
+    at_end: list[Callable[[], None]] = []
     if fault and fault.get("rank") in (None, number):
-        prepare(fault)
+        prepare(fault, at_end)
     status = 1
     try:
-        status = launch.pretrain.main(["--config", task["config"], *task.get("overrides", [])])
+        status = launch.pretrain.main(["--config", task["config"]])
     except BaseException:
         import traceback
 
         traceback.print_exc()
     finally:
+        for action in at_end:
+            action()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def prepare(fault: dict[str, Any]) -> None:
-    """Makes the fault happen later on."""
-    if "kill_at_operation" in fault:
-        kill_at_operation(fault["kill_at_operation"])
+def prepare(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
+    """Makes the fault happen later on; adds to `at_end` what is to be done when the program has returned."""
+    if "count" in fault or "kill_at_operation" in fault:
+        operations = Operations(fault.get("kill_at_operation", 0))
+        at_end.append(lambda: print("operations:", operations.seen, file=sys.stderr))
+    if "slow_writes" in fault:
+        raw_bytes = tensorfile.raw_bytes
+        tensorfile.raw_bytes = lambda tensor: (time.sleep(fault["slow_writes"]), raw_bytes(tensor))[1]
     if "signal_in" in fault:
         number = getattr(signal, fault.get("signal", "SIGTERM"))
         on_call(fault["signal_in"], fault.get("nth", 1), lambda: os.kill(os.getpid(), number))
@@ -69,7 +77,8 @@ def prepare(fault: dict[str, Any]) -> None:
         jumping_clock(fault["clock"])
 
 
-PLACES = {
+# places in a run, as functions of the product by module and name
+PLACES: dict[str, tuple[Any, str]] = {
     "start": (loop, "open_data"),
     "evaluate": (loop, "evaluate"),
     "step": (loop, "train_step"),
@@ -92,31 +101,31 @@ def on_call(place: str, nth: int, action: Callable[[], None]) -> None:
     setattr(module, name, counted)
 
 
-def kill_at_operation(nth: int) -> None:
-    """SIGKILL at the N-th operation on files of checkpoints."""
-    seen, lock = [0], threading.Lock()
+class Operations:
+    """Counts the operations on files of checkpoints, and kills this process before one of them."""
 
-    def operation() -> None:
-        with lock:
-            seen[0] += 1
-            if seen[0] == nth:
+    def __init__(self, fatal: int):
+        self.fatal, self.seen, self.lock = fatal, 0, threading.Lock()
+        self.fsync = os.fsync
+        os.fsync = self._fsync
+        sys.addaudithook(self._audit)
+
+    def _one(self) -> None:
+        with self.lock:
+            self.seen += 1
+            if self.seen == self.fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and any(
-            isinstance(a, str | os.PathLike) and ("step_0" in os.fspath(a) or Path(os.fspath(a)).name[:6] == "latest")
-            for a in arguments
-        ):
-            operation()
+    def _fsync(self, handle: int) -> None:
+        self._one()
+        self.fsync(handle)
 
-    fsync = os.fsync
-
-    def counted_fsync(handle: int) -> None:
-        operation()
-        fsync(handle)
-
-    os.fsync = counted_fsync
-    sys.addaudithook(audit)
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            return
+        paths = [os.fspath(a) for a in arguments if isinstance(a, str | os.PathLike)]
+        if any("/step_0" in path or os.path.basename(path).startswith("latest") for path in paths):
+            self._one()
 
 
 def jumping_clock(seed: int) -> None:

@@ -115,8 +115,21 @@ class Job:
         for pid in (self.launcher, *self.ranks):
             send(pid, signal.SIGKILL)
 
+    def pause(self) -> None:
+        """Stops all processes of this job, until `go_on`."""
+        for pid in (self.launcher, *self.ranks):
+            send(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        for pid in (*self.ranks, self.launcher):
+            send(pid, signal.SIGCONT)
+
+    def outputs(self) -> list[str]:
+        """What each rank printed."""
+        return [(self.folder / f"output{n}").read_text(errors="replace") for n in range(len(self.ranks))]
+
     def output(self) -> str:
-        """Everything that the ranks printed."""
+        """The end of what all of them printed."""
         files = sorted(self.folder.glob("output*"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 

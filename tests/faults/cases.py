@@ -1,0 +1,344 @@
+"""Every fault that is tried. A case disturbs a run, and then sees the same command end with the undisturbed weights."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_taipan.checkpoint.folder import checkpoints, incomplete
+from megatron_taipan.train.signals import EXIT_REQUEUE, EXIT_UNSAVED
+from megatron_taipan.train.watchdog import EXIT_HANG
+from tests.faults.bench import LAYOUTS, STEPS, Bench, Run, fill, remount, small_file_system
+from tests.faults.zygote import Job, send
+
+DIED_OF_SIGTERM = 128 + signal.SIGTERM
+
+
+def make(bench: Bench, name: str, seed: int, **sections: dict) -> Run:
+    """The run of a case: its layout, and whether it saves behind the training, follow from the seed."""
+    layout = list(LAYOUTS)[seed % len(LAYOUTS)]
+    checkpoint = sections.pop("checkpoint", {}) | {"asynchronous": seed // len(LAYOUTS) % 2 == 0}
+    return Run(bench, name, layout, seed, checkpoint=checkpoint, **sections)
+
+
+def killed(run: Run, job: Job, before: int) -> None:
+    """After a SIGKILL: all processes end by themselves, and no complete checkpoint is lost."""
+    job.wait()
+    assert run.newest() >= before, f"checkpoint {before} was complete and is gone"
+
+
+# ---- killed ----
+
+
+def kill_a_rank(bench: Bench, seed: int) -> None:
+    """SIGKILL to a random rank at a random instant; its launcher ends the other."""
+    run = make(bench, "kill a rank", seed)
+    job = run.start()
+    run.random_moment(job)
+    before = run.newest()
+    send(run.rng.choice(job.ranks), signal.SIGKILL)
+    killed(run, job, before)
+    run.continues_the_same()
+
+
+def kill_everything(bench: Bench, seed: int) -> None:
+    """SIGKILL to launcher and ranks at once, as when a machine loses its power (but for what its disk cache held)."""
+    run = make(bench, "kill everything", seed)
+    job = run.start()
+    run.random_moment(job)
+    before = run.newest()
+    job.kill()
+    killed(run, job, before)
+    run.continues_the_same()
+
+
+def kill_the_launcher(bench: Bench, seed: int) -> None:
+    """SIGKILL to the launcher alone: the ranks notice, save and end."""
+    run = make(bench, "kill the launcher", seed)
+    job = run.start()
+    run.random_moment(job)
+    before = run.newest()
+    send(job.launcher, signal.SIGKILL)
+    killed(run, job, before)
+    run.continues_the_same()
+
+
+def kill_at_a_file_operation(bench: Bench, seed: int) -> None:
+    """A rank dies just before one of the file operations of its saves (open, fsync, rename, delete, ...)."""
+    run = make(bench, "kill at a file operation", seed)
+    rank = run.rng.randrange(2)
+    assert run.reference.operations  # the undisturbed run comes first
+    nth = run.rng.randint(1, run.reference.operations[rank])
+    job = run.start({"rank": rank, "kill_at_operation": nth})
+    job.wait()
+    assert any(job.status(pid) == -signal.SIGKILL or job.status(pid) == -1 for pid in job.ranks), "nobody died"
+    run.continues_the_same()
+
+
+def kill_the_writer(bench: Bench, seed: int) -> None:
+    """SIGKILL to a random rank while files of a checkpoint are being written, which is made to take longer."""
+    run = make(bench, "kill the writer", seed)
+    job = run.start({"slow_writes": 0.002})
+    save = run.rng.randint(1, 5)
+
+    def in_save() -> bool:
+        return len(run.records("save")) >= save - 1 and any(run.directory.glob("step_*.tmp/state/*"))
+
+    run.wait_until(in_save, job, f"save {save}")
+    time.sleep(run.rng.uniform(0, 0.1))
+    before = run.newest()
+    send(run.rng.choice(job.ranks), signal.SIGKILL)
+    killed(run, job, before)
+    run.continues_the_same()
+
+
+def kill_again_and_again(bench: Bench, seed: int) -> None:
+    """Three starts in a row are killed, the later ones while they resume or soon after."""
+    run = make(bench, "kill again and again", seed)
+    job = run.start()
+    run.random_moment(job, first=4)
+    job.kill()
+    job.wait()
+    for _ in range(2):
+        before = run.newest()
+        job = run.start()
+        time.sleep(run.rng.uniform(0, 1.3 * run.reference.start_s))
+        job.kill()
+        killed(run, job, before)
+    run.continues_the_same()
+
+
+# ---- asked to stop ----
+
+
+def asked_to_stop(run: Run, job: Job, allowed: tuple[int, ...] = (EXIT_REQUEUE,)) -> None:
+    """After a SIGTERM: the status asks for a new start, the work until then is saved, and the same command goes on."""
+    status = job.wait()
+    done = max(run.losses(), default=0)
+    if done < STEPS:
+        assert status in allowed, f"ended with {status} at step {done}\n{job.output()}"
+    if status == EXIT_REQUEUE:
+        assert run.newest() == done, f"step {done} was done and only {run.newest()} is saved"
+    run.continues_the_same()
+
+
+def sigterm_in_a_step(bench: Bench, seed: int) -> None:
+    """SIGTERM at a random instant, to one rank or to the launcher."""
+    run = make(bench, "sigterm in a step", seed)
+    job = run.start()
+    run.random_moment(job, first=1)
+    send(run.rng.choice([job.launcher, *job.ranks]), signal.SIGTERM)
+    asked_to_stop(run, job)
+
+
+def sigterm_in_a_save(bench: Bench, seed: int) -> None:
+    """SIGTERM when a rank begins to copy or to write its part of a checkpoint."""
+    run = make(bench, "sigterm in a save", seed)
+    place, nth = run.rng.choice(["save", "write"]), run.rng.randint(1, 4)
+    asked_to_stop(run, run.start({"rank": run.rng.randrange(2), "signal_in": place, "nth": nth}))
+
+
+def sigterm_in_an_evaluation(bench: Bench, seed: int) -> None:
+    """SIGTERM when a validation begins; the first one comes before the first step."""
+    run = make(bench, "sigterm in an evaluation", seed)
+    inside = {"rank": run.rng.randrange(2), "signal_in": "evaluate", "nth": run.rng.randint(1, 3)}
+    asked_to_stop(run, run.start(inside))
+
+
+def sigterm_at_start(bench: Bench, seed: int) -> None:
+    """SIGTERM at a random instant before the first step; before the ranks have met there is nothing to finish."""
+    run = make(bench, "sigterm at start", seed)
+    assert run.reference.start_s  # the undisturbed run comes first
+    job = run.start()
+    time.sleep(run.rng.uniform(0, 0.9 * run.reference.start_s))
+    send(job.launcher, signal.SIGTERM)
+    asked_to_stop(run, job, (EXIT_REQUEUE, DIED_OF_SIGTERM))
+
+
+# ---- the file system ----
+
+
+def full_disk(bench: Bench, seed: int) -> None:
+    """The disk is full for a while: every save that fails alarms, training goes on, and the last ones succeed."""
+    run = make(bench, "full disk", seed, checkpoint={"retry_s": 0.3})
+    with small_file_system(run.directory, "8m"):
+        job = run.start()
+        run.wait_for_step(run.rng.randint(1, STEPS - 5), job)
+        before = run.newest()
+        filler = fill(run.directory)
+        run.wait_until(lambda: "No space left" in job.output(), job, "the alarm")
+        assert run.newest() >= before
+        filler.unlink()
+        assert job.wait() == 0, job.output()
+        run.is_the_same()
+
+
+def full_disk_to_the_end(bench: Bench, seed: int) -> None:
+    """The disk stays full: the run ends with the status that says so, the checkpoint before is whole."""
+    run = make(bench, "full disk to the end", seed, checkpoint={"retry_s": 0.1})
+    with small_file_system(run.directory, "8m"):
+        job = run.start()
+        run.wait_until(lambda: run.newest() > 0, job, "a checkpoint")
+        before, filler = run.newest(), fill(run.directory)
+        assert job.wait() == EXIT_UNSAVED, job.output()
+        assert run.newest() >= before
+        filler.unlink()
+        run.continues_the_same()
+
+
+def read_only_file_system(bench: Bench, seed: int) -> None:
+    """The file system turns read-only for a while, as after an error of the disk."""
+    run = make(bench, "read-only file system", seed, checkpoint={"retry_s": 0.3})
+    with small_file_system(run.directory, "32m"):
+        job = run.start()
+        run.wait_for_step(run.rng.randint(1, STEPS - 5), job)
+        hold_still(job, lambda: remount(run.directory, "ro"))
+        run.wait_until(lambda: "Read-only file system" in job.output(), job, "the alarm")
+        remount(run.directory, "rw")
+        assert job.wait() == 0, job.output()
+        run.is_the_same()
+
+
+def hold_still(job: Job, action: Callable[[], None]) -> None:
+    """Acts while the ranks are stopped: Linux refuses to turn read-only what has files open for writing."""
+    action()
+    del job
+
+
+def folder_vanishes(bench: Bench, seed: int) -> None:
+    """Somebody moves the run's folder away: it is made anew, with an alarm, and the next checkpoint stands there."""
+    run = make(bench, "folder vanishes", seed, checkpoint={"retry_s": 0.3})
+    job = run.start()
+    run.random_moment(job, first=1)
+    os.rename(run.directory, run.home / "moved away")
+    assert job.wait() == 0, job.output()
+    assert "vanished" in job.output(), job.output()
+    run.is_the_same()
+
+
+def folder_vanishes_and_killed(bench: Bench, seed: int) -> None:
+    """The same, and then a kill: what was saved since is found, or the run starts from its first step."""
+    run = make(bench, "folder vanishes and killed", seed, checkpoint={"retry_s": 0.3})
+    job = run.start()
+    run.random_moment(job, first=1)
+    os.rename(run.directory, run.home / "moved away")
+    time.sleep(run.rng.uniform(0, 4 * run.reference.step_s))
+    job.kill()
+    job.wait()
+    run.continues_the_same()
+
+
+# ---- damaged checkpoints ----
+
+
+def damaged(bench: Bench, seed: int, name: str, damage: Callable[[Run, Path], None]) -> None:
+    """Stops a run, damages its newest checkpoint, and sees it passed over."""
+    run = make(bench, name, seed)
+    job = run.start()
+    run.wait_until(lambda: run.newest() >= 6, job, "two checkpoints")
+    job.kill()
+    job.wait()
+    newest = [path for path in checkpoints(run.directory) if incomplete(path) is None][-1]
+    damage(run, newest)
+    run.continues_the_same()
+    notes = [r["text"] for r in run.records("warning")]
+    assert any(newest.name in text for text in notes), f"nobody said that {newest.name} was passed over: {notes}"
+
+
+def some_file(run: Run, path: Path) -> Path:
+    """A random file of a checkpoint that its manifest lists."""
+    return run.rng.choice(sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json"))
+
+
+def newest_truncated(bench: Bench, seed: int) -> None:
+    """A file of the newest checkpoint is cut short."""
+
+    def damage(run: Run, path: Path) -> None:
+        file = some_file(run, path)
+        os.truncate(file, run.rng.randrange(file.stat().st_size))
+
+    damaged(bench, seed, "newest truncated", damage)
+
+
+def newest_bit_flipped(bench: Bench, seed: int) -> None:
+    """One bit of the newest checkpoint is another one; its size is right."""
+
+    def damage(run: Run, path: Path) -> None:
+        file = some_file(run, path)
+        content = bytearray(file.read_bytes())
+        content[run.rng.randrange(len(content))] ^= 1 << run.rng.randrange(8)
+        file.write_bytes(content)
+
+    damaged(bench, seed, "newest bit flipped", damage)
+
+
+def newest_incomplete(bench: Bench, seed: int) -> None:
+    """A file of the newest checkpoint, or its manifest, is missing or is no JSON."""
+
+    def damage(run: Run, path: Path) -> None:
+        choice = run.rng.randrange(3)
+        if choice == 0:
+            some_file(run, path).unlink()
+        elif choice == 1:
+            (path / "manifest.json").unlink()
+        else:
+            (path / "manifest.json").write_text("{")
+
+    damaged(bench, seed, "newest incomplete", damage)
+
+
+# ---- others ----
+
+
+def clock_jumps(bench: Bench, seed: int) -> None:
+    """The wall clock of both ranks jumps by up to a year at every look."""
+    run = make(bench, "clock jumps", seed, checkpoint={"save_minutes": 60}, train={"hang_after_s": 60})
+    job = run.start({"rank": None, "clock": seed})
+    assert job.wait() == 0, job.output()
+    run.is_the_same()
+
+
+def second_job(bench: Bench, seed: int) -> None:
+    """The same command a second time while it runs: refused by host and process, and the first is not disturbed."""
+    run = make(bench, "second job", seed)
+    job = run.start()
+    run.random_moment(job, first=1)
+    if not job.running():
+        raise AssertionError("the first job ended too early")
+    job.pause()  # else it might end before the second one has looked
+    second = run.start()
+    status, text = second.wait(), second.output()
+    job.go_on()
+    assert status == 2 and f"process {job.ranks[0]} on {os.uname().nodename}" in text, f"{status}: {text}"
+    assert job.wait() == 0, job.output()
+    run.is_the_same()
+
+
+def hang(bench: Bench, seed: int) -> None:
+    """A rank never returns from a step: all ranks print their stacks and the job ends."""
+    run = make(bench, "hang", seed, train={"hang_after_s": 6})
+    job = run.start({"rank": seed % 2, "hang_at_step": run.rng.randint(1, STEPS - 2)})
+    status, text = job.wait(), job.output()
+    assert status == EXIT_HANG, f"{status}: {text}"
+    for rank in range(2):
+        assert f"rank {rank}: nothing was finished" in text, text
+    run.sections = {}
+    run.continues_the_same()
+
+
+KILLS: list[Callable[[Bench, int], None]] = [
+    kill_a_rank, kill_at_a_file_operation, kill_the_launcher, kill_the_writer, kill_everything,
+    kill_at_a_file_operation, kill_the_writer, kill_again_and_again,
+]  # fmt: skip
+OTHERS: list[Callable[[Bench, int], None]] = [
+    sigterm_in_a_step, sigterm_in_a_save, sigterm_in_an_evaluation, sigterm_at_start, full_disk, full_disk_to_the_end,
+    read_only_file_system, folder_vanishes, folder_vanishes_and_killed, newest_truncated, newest_bit_flipped,
+    newest_incomplete, clock_jumps, second_job, hang,
+]  # fmt: skip
+
+
+def remove(run_home: Path) -> None:
+    """What a case that succeeded leaves behind."""
+    shutil.rmtree(run_home, ignore_errors=True)
