@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_taipan.errors import UserError
@@ -36,11 +37,27 @@ class FolderLock:
             ) from None
         except OSError:
             return self  # a file system without locks: nothing to hold, and no reason not to train
-        self.file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
-        self.file.flush()
+        with suppress(OSError):  # a full disk has no room for the holder's name; the lock is held all the same
+            self.file.truncate(0)
+            os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+    def lost(self) -> bool:
+        """Whether the locked file no longer stands in the folder, which somebody has moved or deleted."""
+        try:
+            return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except OSError:
+            return True
+
+    def renew(self) -> None:
+        """Makes the folder and the lock anew after `lost`.
+
+        Raises:
+            UserError: the folder cannot be made, or another run holds the new one.
+        """
+        self.file.close()
+        self.__enter__()

@@ -23,7 +23,7 @@ def first_not_finite(engine: Any, batches: list[Batch], *, step: int) -> str:
             ours = f"{name} (micro-batch {number}, samples {samples[0]} to {samples[-1]})"
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ours)
-    for rank, found in enumerate(everyone):
+    for rank, found in enumerate(everyone):  # earlier stages have lower ranks
         if found is not None:
             return f"the first values that are not finite came out of {found} on rank {rank}"
     return "every layer's output is finite, so it is the gradient that overflowed"
@@ -34,7 +34,8 @@ def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
     """The innermost module that first gave a value that is not finite; None if all are."""
     found: list[str] = []
     handles = []
-    for name, module in engine.module.named_modules():
+    staged = hasattr(engine.module, "modules_by_full_name")
+    for name, module in engine.module.modules_by_full_name() if staged else engine.module.named_modules():
         if name:
 
             def look(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
@@ -43,16 +44,25 @@ def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
 
             handles.append(module.register_forward_hook(look))
     try:
-        out = engine(
-            batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
-            samples=batch["sample"], step=step, ce_scale=1.0,
-        )  # fmt: skip
+        loss = _pass_again(engine, batch, step)
     finally:
         for handle in handles:
             handle.remove()
-    if not found and not bool(torch.isfinite(out.loss)):
+    if not found and not bool(torch.isfinite(loss)):
         return "the loss"
     return found[0] if found else None
+
+
+def _pass_again(engine: Any, batch: Batch, step: int) -> Tensor:
+    """One micro-batch's forward pass; its loss, 0 on a stage without the head."""
+    if hasattr(engine.module, "modules_by_full_name"):
+        from megatron_taipan.train.pipeline import repeat_forward
+
+        return repeat_forward(engine, batch, step=step)[0]
+    return engine(
+        batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
+        samples=batch["sample"], step=step, ce_scale=1.0,
+    ).loss  # fmt: skip
 
 
 def tensors(value: Any) -> list[Tensor]:

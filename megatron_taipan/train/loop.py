@@ -125,7 +125,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if result.skipped:
                 before_streak = before_streak if streak else progress
                 streak += 1
-                if streak == 1 and p.pipeline == 1:
+                if streak == 1:
                     metrics.note("skipped", first_not_finite(engine, batches, step=progress.step))
             else:
                 streak = 0

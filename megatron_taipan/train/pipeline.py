@@ -44,6 +44,8 @@ class TaipanPipeline(PipelineModule):
         UserError: the cuts do not fit the number of stages.
     """
 
+    graphable = False  # no CUDA graphs: DeepSpeed's schedule keeps several micro-batches under way
+
     def __init__(self, config: Config, groups: Groups, ops: Ops):
         table = describe(config.model, groups.tensor.size)
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
@@ -82,6 +84,16 @@ class TaipanPipeline(PipelineModule):
             if isinstance(module, PipelineLayer):
                 for name, buffer in module.layer.named_buffers():
                     yield f"layers.{module.index}.{name}", buffer
+
+    def modules_by_full_name(self) -> Iterator[tuple[str, nn.Module]]:
+        """This stage's modules by their names in the whole network."""
+        for module in self.modules():
+            if isinstance(module, PipelineLayer):
+                yield from module.layer.named_modules(prefix=f"layers.{module.index}")
+            elif isinstance(module, PipelineEmbedding):
+                yield "embedding", module
+            elif isinstance(module, PipelineNorm):
+                yield "final_norm", module
 
     def take_records(self) -> Tensor:
         """What this stage saw since the last call, as means over micro-batches; and forgets it.
@@ -129,6 +141,19 @@ def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> 
     engine.eval_batch(
         packed([batch | {"loss_mask": loss_mask}], step=0, ce_scale=one), num_micro_batches=1, bcast_loss=False
     )
+    return engine.module.take_records()
+
+
+@torch.no_grad()
+def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int) -> Tensor:
+    """The forward passes of one micro-batch of a training step once more, the gate's noise included; the records."""
+    engine.module.take_records()
+    one = torch.ones((), device=batch["loss_mask"].device)
+    engine.module.eval = lambda: engine.module  # eval_batch would leave the training mode, and with it the noise
+    try:
+        engine.eval_batch(packed([batch], step=step, ce_scale=one), num_micro_batches=1, bcast_loss=False)
+    finally:
+        del engine.module.eval
     return engine.module.take_records()
 
 

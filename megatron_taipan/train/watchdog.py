@@ -8,6 +8,9 @@ import time
 
 EXIT_HANG = 70  # EX_SOFTWARE of sysexits.h
 GRACE_S = 30.0
+# What the others are given to print theirs: once a rank has gone, a launcher kills them, and collectives that wait for
+# it fail with less to say.
+LINGER_S = 3.0
 
 
 class Watchdog:
@@ -49,4 +52,5 @@ class Watchdog:
                     flush=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
+                time.sleep(LINGER_S)
                 os._exit(EXIT_HANG)

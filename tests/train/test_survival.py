@@ -104,6 +104,19 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
     import torch.distributed as dist
 
     from megatron_taipan.model.taipan import Taipan
+    from megatron_taipan.train.pipeline import PipelineLayer
+
+    staged = PipelineLayer.forward
+
+    def with_poison_in_stage(self, payload):
+        if not (int(payload[1][0, 0, 5]) in bad_steps and self.index == 2 and self.training):
+            return staged(self, payload)
+        mixer = self.layer.mixer
+        mixer.forward = lambda *arguments: type(mixer).forward(mixer, *arguments) * float("inf")
+        try:
+            return staged(self, payload)
+        finally:
+            del mixer.forward
 
     forward = Taipan.forward
 
@@ -117,17 +130,20 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
         finally:
             del mixer.forward
 
-    Taipan.forward = with_poison
+    Taipan.forward, PipelineLayer.forward = with_poison, with_poison_in_stage
     try:
         return runs(trees)
     finally:
-        Taipan.forward = forward
+        Taipan.forward, PipelineLayer.forward = forward, staged
 
 
-@pytest.mark.parametrize("precision, stage", [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
-def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix, precision, stage):
+@pytest.mark.parametrize(
+    "precision, stage, pipeline", [("fp32", 0, 1), ("bf16", 1, 1), ("bf16", 2, 1), ("bf16", 3, 1), ("fp32", 1, 2)]
+)
+def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix, precision, stage, pipeline):
     train = SHORT | {"steps": 6, "precision": precision}
-    tree = toy_tree(prefix, tmp_path / "run", parallel={"zero_stage": stage}, train=train)
+    parallel = {"zero_stage": stage, "pipeline": pipeline}  # of two stages rank 1 holds the layers from 2 on
+    tree = toy_tree(prefix, tmp_path / "run", parallel=parallel, train=train)
     assert launch(2, poisoned, [tree], [2])[0] == [0]
     steps = log(tmp_path / "run")
     assert [record["skipped"] for record in steps] == [0, 0, 1, 0, 0, 0]
