@@ -234,6 +234,16 @@ class TrainConfig(Section):
         True, "replay the layers as CUDA graphs where that is possible (one GPU a replica, zero_stage 1, bf16 or fp16)"
     )
     max_skipped: int = option(20, "steps in a row with a non-finite loss or gradient after which the run stops", ge=1)
+    spike_z: float | None = option(
+        None,
+        "warn when a step's loss is this many standard deviations above the mean of the last spike_window; null: never",
+        gt=0,
+    )
+    spike_window: int = option(128, "steps of that mean and deviation", ge=2)
+    spike_rewind: bool = option(
+        False, "after a spike go back to the newest checkpoint and on from there, past the samples drawn since"
+    )
+    spike_max_rewinds: int = option(10, "rewinds after which a spike ends the run", ge=1)
     hang_after_s: float = option(
         1200.0,
         "seconds without a finished step after which all stacks are printed and the run ends; below parallel.timeout_s,"
@@ -314,6 +324,8 @@ class Config(Section):
                 f"train.precision={t.precision} with parallel.zero_stage=0 trains wrongly in DeepSpeed (Adam takes a"
                 " step on zero gradients at start); use zero_stage=1, which works on one process too"
             )
+        if t.spike_rewind and t.spike_z is None:
+            raise ValueError("train.spike_rewind=true needs train.spike_z, the size of a spike; 6 is a usual one")
         if p.pipeline > 1 and p.zero_stage > 1:
             raise ValueError(
                 f"parallel.pipeline={p.pipeline} cannot run with zero_stage={p.zero_stage}: DeepSpeed's pipeline"

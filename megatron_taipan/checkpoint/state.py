@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Progress:
     samples: int = 0  # samples consumed: the loader's place
     tokens: int = 0  # tokens consumed, masked ones included
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
+    recent: list[float] = field(default_factory=list)  # the last losses, where spikes are looked for (train/spikes.py)
+    rewinds: list[dict[str, Any]] = field(default_factory=list)  # each: from which step to which, samples passed over
 
 
 class Saving:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 import torch
 
 from megatron_taipan.checkpoint import state
-from megatron_taipan.checkpoint.folder import Found, checkpoints, find_newest, locate, remove_leftovers
+from megatron_taipan.checkpoint.folder import (
+    Found,
+    checkpoints,
+    find_newest,
+    incomplete,
+    locate,
+    remove_leftovers,
+    step_of,
+)
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.weights import load_weights
@@ -28,7 +37,8 @@ from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
-from megatron_taipan.train.step import train_step
+from megatron_taipan.train.spikes import after_rewind, remember, z_score
+from megatron_taipan.train.step import Batch, train_step
 from megatron_taipan.train.watchdog import Watchdog
 
 
@@ -74,10 +84,14 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         graphs = capture_graphs(
             model, config, device
         )  # before the loader's threads: recording tolerates no other calls
-        loader = make_loader(
-            train_data, start=progress.samples, global_batch=t.global_batch, micro_batch=t.micro_batch,
-            dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
-        )  # fmt: skip
+
+        def open_loader(first: int) -> Iterator[Batch]:
+            return make_loader(
+                train_data, start=first, global_batch=t.global_batch, micro_batch=t.micro_batch,
+                dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
+            )  # fmt: skip
+
+        loader = open_loader(progress.samples)
         metrics = stack.enter_context(agree(lambda: Metrics(
             config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
         )))  # fmt: skip
@@ -129,11 +143,14 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                     metrics.note("skipped", first_not_finite(engine, batches, step=progress.step))
             else:
                 streak = 0
+            spike = z_score(progress.recent, result, t)
             progress = state.Progress(
                 step=progress.step + 1,
                 samples=progress.samples + t.global_batch,
                 tokens=progress.tokens + tokens_per_step,
                 skipped=progress.skipped + result.skipped,
+                recent=remember(progress.recent, result, t),
+                rewinds=progress.rewinds,
             )
             metrics.after_step(progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited)
             if streak == t.max_skipped:
@@ -144,6 +161,18 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                     f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
                     f" {before_streak.step} continues there. Lower optim.lr, or look at the data of these steps"
                 )
+
+            if spike is not None:
+                metrics.note("spike", f"step {progress.step}: loss {result.ce:.4f} is {spike:.1f} standard deviations"
+                             f" above the last {t.spike_window} (train.spike_z={t.spike_z:g})", z=spike)  # fmt: skip
+                saver.finish()
+                if t.spike_rewind and (good := agree(lambda: rewind_target(directory, c.save_every))):
+                    saved = state.load(engine, good, config=config, identity=ours, groups=groups)
+                    progress = after_rewind(saved, progress, z=spike, train=t)
+                    loader = open_loader(progress.samples)
+                    metrics.note("rewind", f"back to {good}, and on from sample {progress.samples:,}; samples from"
+                                 f" {saved.samples:,} on are passed over", **progress.rewinds[-1])  # fmt: skip
+                    continue
 
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
@@ -214,6 +243,16 @@ def find_checkpoint(config: Config, *, tidy: bool) -> Found | None:
     if found is not None or wanted == "auto":
         return found
     return Found(locate(wanted), [])
+
+
+def rewind_target(directory: Path, save_every: int) -> Path | None:
+    """The newest complete checkpoint of the regular cadence, so that one written by a stop on the way changes nothing.
+
+    Where none of the cadence is left, the newest; None before the first.
+    """
+    complete = [path for path in checkpoints(directory) if incomplete(path) is None]
+    regular = [path for path in complete if save_every and (step_of(path) or 0) % save_every == 0]
+    return (regular or complete or [None])[-1]
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

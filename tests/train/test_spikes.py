@@ -1,0 +1,123 @@
+"""Loss spikes: what counts as one, and that going back is exact."""
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+
+from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint.state import Progress
+from megatron_taipan.config import TrainConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.train.spikes import after_rewind, remember, z_score
+from megatron_taipan.train.step import StepResult
+from tests.distributed.launch import launch
+from tests.train.test_loop import log, numbers, runs, with_options
+from tests.train.toy import toy_tree, write_data
+
+WATCH = TrainConfig(steps=9, global_batch=1, spike_z=4.0, spike_window=5, spike_rewind=True, spike_max_rewinds=2)
+
+
+def step(ce: float, skipped: bool = False) -> StepResult:
+    return StepResult(ce, ce, 0.0, [], 1.0, skipped)
+
+
+def test_spike_is_a_loss_that_many_deviations_above_the_window():
+    window = [3.0, 3.2, 2.9, 3.1, 3.0]
+    deviation, mean = statistics.pstdev(window), statistics.fmean(window)
+    above, below = mean + 4.01 * deviation, mean + 3.99 * deviation
+    assert z_score(window, step(above), WATCH) == pytest.approx(4.01)
+    assert z_score(window, step(below), WATCH) is None
+    assert z_score(window, step(mean - 9 * deviation), WATCH) is None  # below is no spike
+    assert z_score(window[1:], step(above), WATCH) is None  # the window is not full
+    assert z_score(window, step(above, skipped=True), WATCH) is None
+    assert z_score(window, step(above), WATCH.model_copy(update={"spike_z": None})) is None
+    assert z_score([3.0] * 5, step(3.0), WATCH) is None
+
+
+def test_window_keeps_the_last_losses_of_steps_that_counted():
+    window: list[float] = []
+    for number in range(8):
+        window = remember(window, step(float(number), skipped=number == 6), WATCH)
+    assert window == [2.0, 3.0, 4.0, 5.0, 7.0]
+    assert remember([], step(1.0), WATCH.model_copy(update={"spike_z": None})) == []
+
+
+def test_rewinding_keeps_the_old_weights_count_and_the_new_place_in_the_data():
+    saved, now = Progress(step=10, samples=40, tokens=400, recent=[1.0]), Progress(step=17, samples=68, tokens=680)
+    once = after_rewind(saved, now, z=5.0, train=WATCH)
+    assert (once.step, once.samples, once.tokens, once.recent) == (10, 68, 400, [1.0])
+    (record,) = once.rewinds
+    assert (record["from_step"], record["to_step"]) == (17, 10)
+    assert (record["first_sample"], record["past_sample"]) == (40, 68)
+    twice = after_rewind(saved, dataclasses.replace(now, rewinds=once.rewinds), z=5.0, train=WATCH)
+    with pytest.raises(UserError, match="after 2 rewinds"):
+        after_rewind(saved, dataclasses.replace(now, rewinds=twice.rewinds), z=5.0, train=WATCH)
+
+
+def bad_samples(trees: list[dict], bad: list[int]) -> list:
+    """Runs like `runs`; a step that holds one of the samples reports a loss of 50 on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_taipan.train import loop
+
+    train_step = loop.train_step
+
+    def with_bad_data(engine, batches, **kwargs):
+        result = train_step(engine, batches, **kwargs)
+        ours = any(int(sample) in bad for batch in batches for sample in batch["sample"])
+        hit = torch.tensor([float(ours)])
+        dist.all_reduce(hit)
+        return dataclasses.replace(result, ce=50.0) if hit.item() else result
+
+    loop.train_step = with_bad_data
+    try:
+        return runs(trees)
+    finally:
+        loop.train_step = train_step
+
+
+def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
+    """Global batches of 4: samples 28 to 31 are step 8. Saves at 3 and 6, so steps 7 and on are taken again."""
+    prefix = write_data(tmp_path / "data")
+    train = {
+        "steps": 12, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
+        "spike_z": 8.0, "spike_window": 4, "spike_rewind": True,
+    }  # fmt: skip
+
+    def tree(name: str, **options) -> dict:
+        base = toy_tree(prefix, tmp_path / name, train=train | options, checkpoint={"save_every": 3})
+        return with_options(base, checkpoint={"dir": str(tmp_path / name)})
+
+    stages = [tree(f"stage{stage}") | {"parallel": {"zero_stage": stage, "timeout_s": 60}} for stage in (2, 3)]
+    everything = [tree("whole"), tree("parts", stop_at=7), tree("parts"), tree("warned", spike_rewind=False), *stages]
+    for results in launch(2, bad_samples, everything, [30]):
+        assert results == [0] * len(everything)
+    whole = log(tmp_path / "whole")
+    assert [r["step"] for r in whole] == [*range(1, 9), *range(7, 13)]
+    (record,) = log(tmp_path / "whole", "rewind")
+    assert (record["from_step"], record["to_step"], record["first_sample"], record["past_sample"]) == (8, 6, 24, 32)
+    assert len(log(tmp_path / "whole", "spike")) == len(log(tmp_path / "warned", "spike")) == 1
+    assert [r["step"] for r in log(tmp_path / "warned")] == list(range(1, 13))
+    progress = folder.read_metadata(tmp_path / "whole" / "step_00000012")["progress"]
+    assert progress["samples"] == 32 + 6 * 4 and progress["tokens"] == 12 * 4 * 32 and len(progress["rewinds"]) == 1
+
+    # stopped between save and spike, and resumed: the window came from the checkpoint, so it rewinds just the same
+    assert numbers(tmp_path / "parts")[-6:] == numbers(tmp_path / "whole")[-6:]
+    for stage in (2, 3):
+        other = [r["ce"] for r in log(tmp_path / f"stage{stage}")]
+        assert other == pytest.approx([r["ce"] for r in whole], rel=1e-5)
+
+    # the same as a run that is started from the checkpoint of step 6 with the place in the data moved by hand
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "step_00000006"
+    (tmp_path / "whole" / "step_00000006").rename(moved)
+    metadata = json.loads((moved / folder.METADATA).read_text())
+    metadata["progress"]["samples"] = 32
+    (moved / folder.METADATA).write_text(json.dumps(metadata))
+    files = {name: folder.hash_file(moved / name, flush=False) for name in folder.read_manifest(moved)}
+    folder.write_manifest(moved, files)
+    assert launch(2, runs, [tree("moved", spike_z=None, spike_rewind=False)])[0] == [0]
+    assert numbers(tmp_path / "moved") == numbers(tmp_path / "whole")[-6:]
