@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
+from data_prep.long_text import BrokenText
 from data_prep.readers import read
 from data_prep.sentencepiece_json import tokenizer_json
 from data_prep.tokenizers import Encoded, HuggingFace, SentencePiece, TikToken, Tokenizer
@@ -96,9 +97,13 @@ def sample(pieces: list[Piece], extract: Extract) -> Iterator[str]:
     for piece in pieces[::step]:
         taken = 0
         for record in read(piece[0], extract):
-            if record.text:
-                yield record.text[:SAMPLE_DOCUMENT]
-                taken += min(len(record.text), SAMPLE_DOCUMENT)
+            try:
+                text = record.text or (next(record.chunks, "") if record.chunks else "")
+            except BrokenText:
+                break
+            if text:
+                yield text[:SAMPLE_DOCUMENT]
+                taken += min(len(text), SAMPLE_DOCUMENT)
             if taken >= SAMPLE_CHARACTERS or record.problem:
                 break
     yield from HARD

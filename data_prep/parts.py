@@ -5,6 +5,7 @@ renamed into place, so a process killed at any instant leaves either a whole par
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import orjson
 import xxhash
 
 from data_prep.job import Job
+from data_prep.long_text import BrokenText
 from data_prep.readers import Record, read
+from data_prep.windows import encode_stream
 from megatron_taipan.data.indexed import MAX_SEQUENCE
 from megatron_taipan.errors import UserError
 
@@ -37,7 +40,7 @@ def make_part(job: Job, number: int) -> dict:
     ):
         part = _Part(job, tokens, lengths, skipped)
         for piece in job.pieces[number]:
-            for record in read(piece, job.extract):
+            for record in read(piece, job.extract, job.work):
                 part.add(record)
         part.flush()
     hashes = {ending: hash_file(path + ending) for ending in (".bin", ".len", ".skipped")}
@@ -79,6 +82,10 @@ class _Part:
         if record.problem:
             self._problem(record)
             return
+        if record.chunks is not None:
+            self.flush()
+            self._long(record)
+            return
         self.batch.append(record)
         self.characters += len(record.text)
         if self.characters >= BATCH_CHARACTERS or len(self.batch) >= BATCH_DOCUMENTS:
@@ -96,16 +103,10 @@ class _Part:
                 if not count:
                     self._problem(Record(record.where, problem="document without tokens", raw=record.text.encode()))
             counts = counts[counts > 0]
-        if len(ids) and (top := int(ids.max())) >= job.tokenizer.vocab_size:
-            raise UserError(
-                f"{self.batch[0].where}: the tokenizer gave id {top}, beyond its vocabulary of"
-                f" {job.tokenizer.vocab_size}; the tokenizer file is damaged"
-            )
+        self._check_ids(self.batch[0].where, ids)
         out, counts = with_ends(ids, counts, job.bos, job.eod, job.dtype)
-        if len(counts) and int(counts.max()) > MAX_SEQUENCE:
-            raise UserError(
-                f"{self.batch[0].where}: a document of {int(counts.max())} tokens; the format holds {MAX_SEQUENCE}"
-            )
+        if len(counts):
+            self._check_length(self.batch[0].where, int(counts.max()))
         self.tokens_file.write(out.data)
         self.lengths_file.write(counts.astype("<i4").data)
         size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
@@ -114,6 +115,58 @@ class _Part:
         self.bytes += size
         job.report(size, len(out), len(counts))
         self.batch, self.characters = [], 0
+
+    def _long(self, record: Record) -> None:
+        """Tokenizes and writes one document in chunks; if it turns out to be broken, what was written is taken back."""
+        assert record.chunks is not None
+        job, begin, tokens, size = self.job, self.tokens_file.tell(), 0, 0
+
+        def measured() -> Iterator[str]:
+            nonlocal size
+            for chunk in record.chunks or ():
+                count = len(chunk) if chunk.isascii() else len(chunk.encode())
+                size += count
+                job.report(count, 0, 0)
+                yield chunk
+
+        problem = ""
+        try:
+            for ids in encode_stream(job.tokenizer, measured()):
+                self._check_ids(record.where, ids)
+                if not tokens and len(ids) and job.bos is not None:
+                    self.tokens_file.write(np.array([job.bos], job.dtype).data)
+                    tokens += 1
+                self.tokens_file.write(ids.astype(job.dtype).data)
+                tokens += len(ids)
+                job.report(0, len(ids), 0)
+        except (BrokenText, UnicodeEncodeError) as error:
+            problem = str(error) if isinstance(error, BrokenText) else f"invalid UTF-8: {error.reason}"
+        if problem or not tokens:
+            self.tokens_file.seek(begin)
+            self.tokens_file.truncate()
+            problem = problem or ("document without tokens" if size else "empty document")
+            self._problem(Record(record.where, problem=problem, raw=record.raw))
+            return
+        if job.eod is not None:
+            self.tokens_file.write(np.array([job.eod], job.dtype).data)
+            tokens += 1
+        self._check_length(record.where, tokens)
+        self.lengths_file.write(np.array([tokens], "<i4").data)
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += size
+        job.report(0, 0, 1)
+
+    def _check_ids(self, where: str, ids: np.ndarray) -> None:
+        if len(ids) and (top := int(ids.max())) >= self.job.tokenizer.vocab_size:
+            raise UserError(
+                f"{where}: the tokenizer gave id {top}, beyond its vocabulary of {self.job.tokenizer.vocab_size}; the"
+                " tokenizer file is damaged"
+            )
+
+    def _check_length(self, where: str, count: int) -> None:
+        if count > MAX_SEQUENCE:
+            raise UserError(f"{where}: a document of {count} tokens; the format holds {MAX_SEQUENCE}")
 
     def _problem(self, record: Record) -> None:
         """Counts a record that gives no document and notes it, with its content if it goes to quarantine."""

@@ -1,4 +1,7 @@
-"""Documents of a slice of a file, and the records that are none."""
+"""Documents of a slice of a file, and the records that are none.
+
+A document of more than LONG bytes is never held as a whole (but where a table holds it so): its record gives chunks.
+"""
 
 import os
 import zlib
@@ -9,6 +12,7 @@ import orjson
 
 from data_prep.extract import Extract
 from data_prep.inputs import Slice, kind_of
+from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, broken_json, decoded
 from megatron_taipan.errors import UserError
 
 try:
@@ -19,21 +23,29 @@ except ImportError:
     from gzip import BadGzipFile
 
 BUFFER = 1 << 20
-TABLE_ROWS = 256  # rows of a table turned into Python objects at a time
+LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
+KEPT = 1 << 20  # bytes of a long record without a document that go to quarantine
+TABLE_ROWS, TABLE_BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document (`text`), or one record that gives none (`problem` says why, `raw` is what stood there)."""
+    """One document: `text`, or `chunks` of it, to be used before the next record is asked for, which may raise
+    BrokenText. Or one record that gives none: `problem` says why, `raw` is what stood there."""
 
     where: str
     text: str = ""
     problem: str = ""
     raw: bytes = b""
+    chunks: Iterator[str] | None = None
 
 
-def read(piece: Slice, extract: Extract) -> Iterator[Record]:
-    """The records of one slice in order. Unreadable files end in a record with a problem, never in silence."""
+def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator[Record]:
+    """The records of one slice in order. Unreadable files end in a record with a problem, never in silence.
+
+    Args:
+        scratch: folder for what a long line of JSON is decoded into; None: the system's.
+    """
     kind = kind_of(piece.path)
     try:
         if kind in (".parquet", ".arrow"):
@@ -41,13 +53,21 @@ def read(piece: Slice, extract: Extract) -> Iterator[Record]:
         elif kind.startswith(".txt"):
             yield from _text(piece)
         else:
-            yield from _lines(piece, extract)
-    except EOFError:
-        yield Record(piece.path, problem="file ends before its compressed data does")
-    except (BadGzipFile, zlib.error) as error:
-        yield Record(piece.path, problem=f"damaged compressed data: {error}")
-    except OSError as error:
-        yield Record(piece.path, problem=f"cannot be read: {error.strerror or error}")
+            yield from _lines(piece, extract, scratch)
+    except UNREADABLE as error:
+        yield Record(piece.path, problem=_unreadable(error))
+
+
+UNREADABLE = (EOFError, zlib.error, OSError)
+
+
+def _unreadable(error: Exception) -> str:
+    """Why a file cannot be read (to its end)."""
+    if isinstance(error, EOFError):
+        return "file ends before its compressed data does"
+    if isinstance(error, (BadGzipFile, zlib.error)):
+        return f"damaged compressed data: {error}"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _open(path: str):
@@ -103,48 +123,80 @@ def _zstd(path: str):
     return io.BufferedReader(Checked(), BUFFER)
 
 
-def _lines(piece: Slice, extract: Extract) -> Iterator[Record]:
+def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Record]:
     """JSON lines. A line belongs to the slice in which its first byte lies."""
     whole = kind_of(piece.path) != ".jsonl"
     with _open(piece.path) as file:
         at = piece.start
         if at and not whole:
             file.seek(at - 1)
-            at += len(file.readline()) - 1
+            at -= 1
+            while at < piece.stop and (rest := file.readline(BLOCK)):
+                at += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         while whole or at < piece.stop:
-            line = file.readline()
+            line = file.readline(LONG)
             if not line:
                 break
+            where, size = f"{piece.path}:byte {at}", len(line)
             if not at and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-                at += 3
-            if not line.isspace():
-                yield _parse(f"{piece.path}:byte {at}", line, extract)
-            at += len(line)
+                line, where = line[3:], f"{piece.path}:byte 3"
+            if size == LONG and not line.endswith(b"\n"):
+                long = LongLine(line, file, scratch)
+                size += long.size - len(line)
+                if long.skeleton is None or not long.skeleton.isspace():
+                    yield _parse_long(where, line, long, extract)
+            elif not line.isspace():
+                yield _parse(where, line, extract)
+            at += size
 
 
 def _parse(where: str, line: bytes, extract: Extract) -> Record:
-    """One line of JSON. orjson also refuses lone surrogates and bytes that are no UTF-8."""
+    """One line of JSON."""
     try:
         return _document(where, extract(orjson.loads(line)), line)
     except orjson.JSONDecodeError as error:
-        try:
-            line.decode()
-        except UnicodeDecodeError as fault:
-            return Record(where, problem=f"invalid UTF-8 at byte {fault.start} of the line", raw=line)
-        return Record(where, problem=f"broken JSON: {error}", raw=line)
+        return Record(where, problem=broken_json(line, error), raw=line)
     except ValueError as error:
         return Record(where, problem=str(error), raw=line)
+
+
+def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> Record:
+    """One line of JSON that is too long to hold; `first` is its beginning."""
+    raw = first[:KEPT]
+    if line.skeleton is None:
+        return Record(where, problem=line.problem, raw=raw)
+    try:
+        text = extract(orjson.loads(line.skeleton))
+    except ValueError as error:  # orjson's is one too
+        broken = isinstance(error, orjson.JSONDecodeError)
+        return Record(where, problem=broken_json(line.skeleton, error) if broken else str(error), raw=raw)
+    if line.marked(text):
+        return Record(where, raw=raw, chunks=line.chunks(text))
+    return _document(where, text, raw)
 
 
 def _text(piece: Slice) -> Iterator[Record]:
     """A text file is one document."""
     with _open(piece.path) as file:
-        data = file.read()
+        data = file.read(LONG)
+        if len(data) == LONG:
+            chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
+            yield Record(piece.path, raw=data[:KEPT], chunks=chunks)
+            return
+        try:
+            yield _document(piece.path, data.decode("utf-8-sig"), data)
+        except UnicodeDecodeError as error:
+            yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+
+
+def _guarded(chunks: Iterator[str]) -> Iterator[str]:
+    """The chunks; what goes wrong with the file on the way is a BrokenText."""
     try:
-        yield _document(piece.path, data.decode("utf-8-sig"), data)
-    except UnicodeDecodeError as error:
-        yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        yield from chunks
+    except UNREADABLE as error:
+        raise BrokenText(_unreadable(error)) from error
 
 
 def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
@@ -156,7 +208,7 @@ def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
         raise UserError(f"{piece.path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
     try:
         if piece.path.lower().endswith(".parquet"):
-            batches = parquet.ParquetFile(piece.path).iter_batches(batch_size=TABLE_ROWS)
+            batches = _row_batches(parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=BUFFER))
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
         row = 0
@@ -173,9 +225,19 @@ def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
         yield Record(piece.path, problem=f"damaged table: {' '.join(str(error).split())}")
 
 
+def _row_batches(table):
+    """Batches of a parquet file, of fewer rows where rows are large."""
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return table.iter_batches(batch_size=max(1, min(TABLE_ROWS, TABLE_BYTES // max(1, largest))))
+
+
 def _document(where: str, text: str, raw: bytes) -> Record:
     if not text:
         return Record(where, problem="empty document", raw=raw)
+    if len(text) > LONG:
+        pieces = (text[at : at + BLOCK] for at in range(0, len(text), BLOCK))
+        return Record(where, raw=raw[:KEPT], chunks=pieces)
     try:
         text.encode()  # a lone surrogate (half of a \\ud83d pair) is no text that any tokenizer can take
     except UnicodeEncodeError as error:

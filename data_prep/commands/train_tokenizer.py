@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from data_prep import inputs
 from data_prep.extract import add_text_arguments, extractor
+from data_prep.long_text import BrokenText
 from data_prep.readers import read, size_of
 from megatron_taipan.errors import UserError
 
@@ -99,14 +100,24 @@ def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -
                 counts["skipped"] += 1
                 continue
             counts["documents"] += 1
-            counts["bytes"] += len(record.text.encode())
-            for line in record.text.splitlines():
-                while len(line) > LONGEST:
-                    at = line.rfind(" ", LONGEST // 2, LONGEST)
-                    at = LONGEST if at < 0 else at
-                    yield line[:at]
-                    line = line[at:]
-                if line:
-                    yield line
-            if counts["bytes"] >= args.max_bytes:
-                return
+            try:
+                for text in record.chunks or (record.text,):
+                    counts["bytes"] += len(text.encode())
+                    yield from _cut(text)
+                    if counts["bytes"] >= args.max_bytes:
+                        return
+            except BrokenText as error:  # in the middle of a long document; what came before it is used
+                if args.on_error == "fail":
+                    raise UserError(f"{record.where}: {error}; leave such records out with --on-error skip") from error
+                counts["skipped"] += 1
+
+
+def _cut(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        while len(line) > LONGEST:
+            at = line.rfind(" ", LONGEST // 2, LONGEST)
+            at = LONGEST if at < 0 else at
+            yield line[:at]
+            line = line[at:]
+        if line:
+            yield line

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,30 +18,6 @@ from megatron_taipan.data.indexed import IndexedReader
 
 SAMPLE = Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz"
 TEXTS = ["first text", "second\ntext", "the third, ünïcödé"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tok.model"
-    assert cli.main(["train-tokenizer", "--input", str(SAMPLE), "--output", str(path), "--vocab-size", "2000"]) == 0
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def gpt2_like(tmp_path_factory, speeches):
-    """A byte-level BPE tokenizer.json of the GPT-2 family, trained here."""
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=3000, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    made.train_from_iterator(speeches[:30], trainer)
-    path = tmp_path_factory.mktemp("gpt2") / "tokenizer.json"
-    made.save(str(path))
-    return str(path)
 
 
 def tokenize(*args):

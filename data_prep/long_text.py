@@ -1,0 +1,201 @@
+"""Text of any length in bounded memory: as chunks from a file, or from one line of JSON that is too long to parse.
+
+A line of JSON is read in blocks. Its long strings are decoded into a file without a name and stand in what is left of
+the line as short marks; that skeleton is parsed as usual, and in the text that it gives the marks are replaced by what
+they stand for.
+"""
+
+import codecs
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+import orjson
+
+BLOCK = 1 << 20
+LONG_STRING = 1 << 20  # bytes of a JSON string that goes to a file
+LONGEST_SKELETON = 64 << 20  # bytes of a line besides its long strings
+CLOSING = re.compile(rb'(?<!\\)(?:\\\\)*"')  # a quote after an even number of backslashes
+ESCAPE = 12  # bytes of the longest escape: \\ud83d\\ude00
+
+
+class BrokenText(ValueError):
+    """A text turned out to be none while it was read; the message says why."""
+
+
+def decoded(blocks: Iterator[bytes], encoding: str = "utf-8") -> Iterator[str]:
+    """UTF-8 in blocks as text.
+
+    Raises:
+        BrokenText: a byte is no UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    done = 0
+    for block in blocks:
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block)
+        except UnicodeDecodeError as error:
+            raise BrokenText(f"invalid UTF-8 at byte {done - pending + error.start}") from error
+        done += len(block)
+        yield text
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise BrokenText(f"invalid UTF-8 at byte {done - len(error.object) + error.start}") from error
+
+
+def blocks_of(first: bytes, file) -> Iterator[bytes]:
+    """`first`, then the rest of a file."""
+    while first:
+        yield first
+        first = file.read(BLOCK)
+
+
+class LongLine:
+    """One line of JSON, read to its end.
+
+    Attributes:
+        size: bytes of the line.
+        skeleton: the line with marks in place of long strings, or None where it cannot be JSON.
+        problem: why it cannot.
+    """
+
+    def __init__(self, first: bytes, file, scratch: str | None):
+        self.scratch, self.spool = scratch, None
+        self.mark = f"<long string {secrets.token_hex(16)} "
+        self.places: list[tuple[int, int]] = []  # (start, stop) in the spool of each mark
+        self.out = bytearray()  # the skeleton so far
+        self.held = bytearray()  # of the string being read, what is not decoded yet; starts at the border of an escape
+        self.inside = self.spooling = False
+        self.problem, self.size = "", 0
+        block = first
+        while block:
+            self.size += len(block)
+            if not self.problem:
+                self._feed(block)
+            if block.endswith(b"\n"):
+                break
+            block = file.readline(BLOCK)
+        if self.inside and not self.problem:
+            self.problem = "broken JSON: the line ends inside a string"
+        self.skeleton = None if self.problem else bytes(self.out)
+
+    def _feed(self, block: bytes) -> None:
+        at = 0
+        while at < len(block) and not self.problem:
+            if self.inside:
+                at = self._string(block, at)
+                continue
+            quote = block.find(b'"', at)
+            stop = len(block) if quote < 0 else quote
+            self.out += b" ".join(re.split(rb"[ \t\r\n]+", block[at:stop]))
+            at = stop + 1
+            if quote >= 0:
+                self.inside = True
+            if len(self.out) > LONGEST_SKELETON:
+                self.problem = f"record too large: over {LONGEST_SKELETON} bytes besides its long strings"
+
+    def _string(self, block: bytes, at: int) -> int:
+        """Reads string content from `at` on; returns where it stopped: behind the quote, or at the end."""
+        known = len(self.held)
+        begin = known - backslashes(self.held)  # a quote may follow backslashes of an earlier block
+        self.held += memoryview(block)[at:]
+        found = CLOSING.search(self.held, begin)
+        if found is None:
+            if self.spooling or len(self.held) > LONG_STRING:
+                self._decode(complete(self.held))
+            return len(block)
+        quote = found.end() - 1
+        at += quote - known + 1
+        del self.held[quote:]
+        self.inside = False
+        if self.spooling or len(self.held) > LONG_STRING:
+            self._decode(len(self.held))
+            self.out += b'"' + f"{self.mark}{len(self.places) - 1}>".encode() + b'"'
+        else:
+            self.out += b'"' + self.held + b'"'
+        self.held.clear()
+        self.spooling = False
+        return at
+
+    def _decode(self, count: int) -> None:
+        """Decodes the first `count` bytes of the content read so far into the spool."""
+        if self.spool is None:
+            self.spool = tempfile.TemporaryFile(dir=self.scratch)
+        if not self.spooling:
+            self.places.append((self.spool.tell(), self.spool.tell()))
+            self.spooling = True
+        raw = bytes(self.held[:count])
+        try:
+            self.spool.write(orjson.loads(b'"' + raw + b'"').encode())
+        except orjson.JSONDecodeError as error:
+            self.problem = broken_json(raw, error)
+        self.places[-1] = (self.places[-1][0], self.spool.tell())
+        del self.held[:count]
+
+    def chunks(self, text: str) -> Iterator[str]:
+        """`text` with the marks in it replaced by the strings that they stand for; in pieces."""
+        assert self.spool is not None
+        for number, part in enumerate(re.split(re.escape(self.mark) + r"(\d+)>", text)):
+            if number % 2:
+                yield from decoded(_slice(self.spool, *self.places[int(part)]))
+            elif part:
+                yield part
+
+    def marked(self, text: str) -> bool:
+        """Whether a mark stands in `text`."""
+        return self.mark in text
+
+
+def backslashes(raw: bytearray) -> int:
+    """How many backslashes stand at the end."""
+    looked_at = 8
+    while True:
+        tail = raw[-looked_at:]
+        run = len(tail) - len(tail.rstrip(b"\\"))
+        if run < looked_at:
+            return run
+        looked_at *= 8
+
+
+def complete(raw: bytearray) -> int:
+    """How much of a string's raw content ends neither within an escape, nor within a pair of surrogate escapes, nor
+    within a character of UTF-8. `raw` starts at such a border."""
+    start = len(raw[: max(0, len(raw) - ESCAPE - 6)].rstrip(b"\\"))  # not preceded by a backslash, or the beginning
+    at = start
+    while at < len(raw):
+        step = 1
+        if raw[at] == 0x5C:
+            unicode = raw[at + 1 : at + 2] == b"u"
+            high = unicode and raw[at + 2 : at + 3] in (b"d", b"D") and raw[at + 3 : at + 4] in b"89abAB"
+            step = 12 if high and raw[at + 6 : at + 8] == b"\\u"[: len(raw[at + 6 : at + 8])] else 6 if unicode else 2
+        if at + step > len(raw):
+            return at
+        at += step
+    for back in range(1, min(4, len(raw) + 1)):
+        byte = raw[-back]
+        if byte < 0x80:
+            break
+        if byte >= 0xC0:
+            return at if back >= 2 + (byte >= 0xE0) + (byte >= 0xF0) else at - back
+    return at
+
+
+def broken_json(line: bytes, error: Exception) -> str:
+    """Why orjson refused a line: it also refuses lone surrogates and bytes that are no UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as fault:
+        return f"invalid UTF-8 at byte {fault.start} of the line"
+    return f"broken JSON: {error}"
+
+
+def _slice(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        file.seek(start)
+        block = file.read(min(BLOCK, stop - start))
+        start += len(block)
+        yield block
