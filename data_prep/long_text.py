@@ -64,7 +64,8 @@ class LongLine:
     """
 
     def __init__(self, first: bytes, file, scratch: str | None):
-        self.scratch, self.spool = scratch, None
+        self.scratch = scratch
+        self.spool: IO[bytes] | None = None
         self.mark = f"<long string {secrets.token_hex(16)} "
         self.places: list[tuple[int, int]] = []  # (start, stop) in the spool of each mark
         self.out = bytearray()  # the skeleton so far

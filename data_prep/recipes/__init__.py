@@ -16,9 +16,10 @@ class Recipe:
 
     Attributes:
         name, source, licence, about: for the reader; `source` is a hub name or an address.
+        verified: against what the schema was checked.
         config, split: parts of a hub dataset.
         text_field or template: how a record becomes text.
-        schema: field names and the types of their values, as the corpus has them.
+        schema: field names and the types of their values, as the corpus has them; a list holds the type of its entries.
         example: a small record of that schema.
         renders: the text that the example becomes.
     """
@@ -27,6 +28,7 @@ class Recipe:
     source: str
     licence: str
     about: str
+    verified: str
     schema: dict
     example: dict
     renders: str
@@ -55,7 +57,7 @@ def load_recipe(name: str) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     known = {field.name for field in fields(Recipe)}
-    required = {"name", "source", "licence", "about", "schema", "example", "renders"}
+    required = {"name", "source", "licence", "about", "verified", "schema", "example", "renders"}
     wrong = (set(content) - known) | (required - set(content)) if isinstance(content, dict) else required
     if wrong:
         raise UserError(f"{path} is no recipe: missing or unknown {', '.join(sorted(wrong))}")

@@ -2,25 +2,56 @@
 
 import argparse
 import json
+from datetime import datetime
 
 import pytest
 
 from data_prep import cli
 from data_prep.extract import extractor
+from data_prep.inputs import Slice
+from data_prep.readers import read
 from data_prep.recipes import load_recipe, names
 from megatron_taipan.errors import UserError
 
-TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": list}
+
+def arrow(kind):
+    """The arrow type of a schema's entry."""
+    import pyarrow
+
+    if isinstance(kind, dict):
+        return pyarrow.struct([(name, arrow(inner)) for name, inner in kind.items()])
+    if isinstance(kind, list):
+        return pyarrow.list_(arrow(kind[0]))
+    types = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64()}
+    return types.get(kind) or pyarrow.timestamp("s")
+
+
+def typed(value, kind):
+    """A value of the example as the corpus would hold it."""
+    if isinstance(kind, dict):
+        assert value.keys() == kind.keys()
+        return {name: typed(value[name], inner) for name, inner in kind.items()}
+    if isinstance(kind, list):
+        return [typed(inner, kind[0]) for inner in value]
+    return datetime.fromisoformat(value) if kind == "timestamp" else value
 
 
 @pytest.mark.parametrize("name", names())
-def test_recipe(name):
+def test_recipe(tmp_path, name):
+    """The example, as a line of JSON and as a row of a parquet file of the corpus's own types, gives its text."""
+    import pyarrow
+    from pyarrow import parquet
+
     recipe = load_recipe(name)
-    assert recipe.licence and recipe.source and recipe.about
-    assert recipe.example.keys() == recipe.schema.keys()
-    assert all(isinstance(recipe.example[field], TYPES[kind]) for field, kind in recipe.schema.items())
+    assert recipe.licence and recipe.source and recipe.about and recipe.verified
+    row = typed(recipe.example, recipe.schema)
+    schema = pyarrow.schema([(field, arrow(kind)) for field, kind in recipe.schema.items()])
+    parquet.write_table(pyarrow.Table.from_pylist([row], schema), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text(json.dumps(recipe.example))
     extract = extractor(argparse.Namespace(text_field=None, template=None, recipe=name))
-    assert extract(json.loads(json.dumps(recipe.example))) == recipe.renders
+    for path in (tmp_path / "x.parquet", tmp_path / "x.jsonl"):
+        (record,) = read(Slice(str(path), 0, path.stat().st_size), extract)
+        assert (record.text, record.problem) == (recipe.renders, "")
 
 
 def test_all_corpora_of_the_paper_have_one():
