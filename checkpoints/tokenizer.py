@@ -14,12 +14,21 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 from checkpoints.tiktoken_file import convert_tiktoken
+from data_prep.sentencepiece_json import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNIGRAM,
+    UNKNOWN,
+    USER_DEFINED,
+    read_model,
+    vocabulary_and_merges,
+)
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
 
-SPACE = "\u2581"  # sentencepiece writes a blank as this character
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types of sentencepiece_model.proto
-UNIGRAM, BPE = 1, 2  # model types of sentencepiece_model.proto
 NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
@@ -98,13 +107,10 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
 
     The format is google/sentencepiece's `sentencepiece_model.proto`. Ids are the positions of the pieces.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:
-        raise UserError(f"{path} is no sentencepiece model: {error}") from error
+        proto = read_model(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.treat_whitespace_as_suffix:
         raise UserError(f"{path}: treat_whitespace_as_suffix has no counterpart in tokenizer.json")
@@ -137,14 +143,8 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
 
 
 def _bpe(pieces: list, unk_piece: str) -> models.BPE:
-    """sentencepiece joins the pair whose joint piece has the highest score; here that order becomes merge ranks."""
-    vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
-    joinable = {p.piece for p in pieces if p.type == NORMAL}
-    merges = []
-    for piece in sorted((p for p in pieces if p.type == NORMAL), key=lambda p: (-p.score, vocabulary[p.piece])):
-        text = piece.piece
-        splits = [(text[:at], text[at:]) for at in range(1, len(text))]
-        merges += [(left, right) for left, right in splits if left in joinable and right in joinable]
+    """sentencepiece joins the pair whose joint piece has the highest score; that order becomes merge ranks."""
+    vocabulary, merges = vocabulary_and_merges(pieces)
     has_bytes = any(piece.type == BYTE for piece in pieces)
     return models.BPE(vocabulary, merges, unk_token=unk_piece, fuse_unk=True, byte_fallback=has_bytes)
 
