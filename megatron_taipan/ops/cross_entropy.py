@@ -44,6 +44,34 @@ def linear_cross_entropy_reference(
     )
 
 
+def fp16_lift(token_weights: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The power of two, as a 0-dim float32 tensor, that brings the largest token weight to [1, 2); None but in fp16.
+
+    The gradients of logits are token weights times probabilities, and they are rounded before the loss scaler of fp16
+    can reach them: with weights of 1 / (tokens of a batch) most would fall below its smallest number, 6e-8.
+    """
+    if dtype != torch.float16:
+        return None
+    largest = token_weights.float().amax().clamp(min=2.0**-100)
+    return torch.exp2(-largest.log2().floor())
+
+
+def scale_gradients(
+    upstream: Tensor, lift: Tensor | None, grad_hidden: Tensor | None, grad_weight: Tensor | None, weight_dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients kept from the forward pass times the upstream gradient, in their own types."""
+    if lift is not None:
+        factor = upstream / lift  # fp16 holds neither a loss scale of 2^16 nor small factors
+        grad_hidden = (grad_hidden.float() * factor).to(grad_hidden.dtype) if grad_hidden is not None else None
+        grad_weight = (grad_weight * factor).to(weight_dtype) if grad_weight is not None else None
+        return grad_hidden, grad_weight
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
+    if grad_weight is not None:
+        grad_weight = (grad_weight * upstream).to(weight_dtype)
+    return grad_hidden, grad_weight
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -57,6 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        lift = fp16_lift(token_weights, hidden.dtype)
         step = max(1, min(n, CHUNK_ELEMENTS // v))
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
@@ -75,6 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += ((norm.log() - target) * scale).sum()
             if not (needs_hidden or needs_weight):
                 continue
+            if lift is not None:
+                scale = scale * lift
             grad = exp.mul_((scale / norm)[:, None])  # d total / d logits = scale * (softmax - one-hot)
             grad.scatter_add_(1, index, torch.where(here, -scale, 0)[:, None])
             grad = grad.to(hidden.dtype)
@@ -82,15 +113,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if needs_weight:
                 grad_weight += (grad.t() @ h).to(wide)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, lift)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, upstream):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        grad_hidden, grad_weight, lift = ctx.saved_tensors
+        gradients = scale_gradients(upstream, lift, grad_hidden, grad_weight, ctx.weight_dtype)
+        return *gradients, None, None, None, None, None, None

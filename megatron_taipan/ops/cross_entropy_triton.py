@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.cross_entropy import fp16_lift, scale_gradients
+
 CHUNK_ELEMENTS = 1 << 29  # logits per chunk: 1 GiB in 16 bits
 BLOCK = 8192
 
@@ -64,6 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        lift = fp16_lift(token_weights, hidden.dtype)
         step = max(1, min(n, CHUNK_ELEMENTS // v))
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
@@ -80,6 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += ((norm.log() + top - target) * scale).sum()
             if not (needs_hidden or needs_weight):
                 continue
+            if lift is not None:
+                scale = scale * lift
             _gradient_kernel[(m,)](
                 logits, label, top, norm, scale, v, n_valid, vocab_start, BLOCK=BLOCK, num_warps=8
             )  # fmt: skip
@@ -87,18 +92,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if needs_weight:
                 grad_weight = _add_product(grad_weight, logits.t(), h)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, lift)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, upstream):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = torch.mul(grad_weight, upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        grad_hidden, grad_weight, lift = ctx.saved_tensors
+        gradients = scale_gradients(upstream, lift, grad_hidden, grad_weight, ctx.weight_dtype)
+        return *gradients, None, None, None, None, None, None
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -132,3 +132,22 @@ def test_without_gradients_none_are_computed():
         linear_cross_entropy_reference(hidden.detach(), weight, labels, token_weights), (weight,)
     )
     assert grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("count", [1, 8192, 2**20])
+def test_in_fp16_the_loss_scale_reaches_the_logits_gradients(count):
+    """Under a mean over a large batch the gradient of most logits is below fp16's smallest number."""
+    tokens, vocab = 64, 3000
+    hidden, weight = torch.randn(tokens, 32).half(), (torch.randn(vocab, 32) / 32).half()
+    labels, token_weights = torch.randint(0, vocab, (tokens,)), torch.rand(tokens) / count
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(torchs(*exact, labels, token_weights.double()), exact)
+    low = [t.requires_grad_() for t in (hidden, weight)]
+    upstream = torch.tensor(float(min(count, 1024)))  # as much as the gradients of hidden can take
+    gradients = torch.autograd.grad(
+        linear_cross_entropy_reference(*low, labels, token_weights), low, grad_outputs=upstream
+    )
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert got.dtype == torch.float16 and got.isfinite().all()
+        wanted = wanted * upstream.double()
+        assert (got.double() - wanted).norm() / wanted.norm() < 3e-3

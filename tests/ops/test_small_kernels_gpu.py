@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megatron_taipan.ops.norms import rms_norm_reference
 from megatron_taipan.ops.swiglu import silu_mul_reference
-from tests.ops.kernel_checks import TOLERANCE, assert_close
+from tests.ops.kernel_checks import TOLERANCE, assert_close, error
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -49,3 +49,18 @@ def test_cross_entropy_in_chunks_with_padded_vocabulary(monkeypatch):
         lambda h, w: cross_entropy_triton.linear_cross_entropy(h, w, labels, scale, n_valid=5000), reference,
         [hidden, weight], 1e-2,
     )  # fmt: skip
+
+
+def test_cross_entropy_in_fp16_keeps_gradients_below_its_smallest_number():
+    from megatron_taipan.ops import cross_entropy_triton
+
+    hidden = torch.randn(512, 128, device="cuda", dtype=torch.float16, requires_grad=True)
+    weight = (torch.randn(8192, 128, device="cuda") * 0.05).half().requires_grad_()
+    labels, scale = torch.randint(0, 8192, (512,), device="cuda"), torch.full((512,), 1e-5, device="cuda")
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    loss = (F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none") * scale).sum()
+    upstream = torch.tensor(2.0**16, device="cuda")  # beyond fp16's largest number
+    expected = torch.autograd.grad(loss, exact, grad_outputs=upstream.double())
+    loss = cross_entropy_triton.linear_cross_entropy(hidden, weight, labels, scale)
+    for got, wanted in zip(torch.autograd.grad(loss, (hidden, weight), grad_outputs=upstream), expected, strict=True):
+        assert error(got, wanted) < TOLERANCE[torch.float16]
