@@ -198,6 +198,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+def loss_scale(engine: Any) -> float | None:
+    """What fp16's dynamic scaler multiplies the loss with now; None in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+
+
 def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:
     if name not in table:
         raise KeyError(f"parameter {name} is missing from parallel.layout.describe: add a row for it")

@@ -30,7 +30,7 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree, any_rank
-from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
+from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, loss_scale, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
@@ -152,7 +152,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 recent=remember(progress.recent, result, t),
                 rewinds=progress.rewinds,
             )
-            metrics.after_step(progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited)
+            metrics.after_step(
+                progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited, loss_scale=loss_scale(engine)
+            )
             if streak == t.max_skipped:
                 if before_streak.step > 0:
                     saver.save_last(before_streak)

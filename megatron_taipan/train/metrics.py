@@ -87,13 +87,23 @@ class Metrics:
         """Since the step began."""
         return time.perf_counter() - self.lap
 
-    def after_step(self, step: int, result: StepResult, *, lr: float, tokens: int, data_wait_s: float) -> None:
+    def after_step(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        lr: float,
+        tokens: int,
+        data_wait_s: float,
+        loss_scale: float | None = None,
+    ) -> None:
         """Records a finished step.
 
         Args:
             step: steps taken, this one included.
             tokens: of this step, over all ranks.
             data_wait_s: seconds that this rank waited for its batches.
+            loss_scale: after this step, where fp16 has one.
         """
         seconds, self.step = self.seconds(), step
         self.summary.add(result, tokens, seconds)
@@ -105,6 +115,8 @@ class Metrics:
             "lr": lr, "skipped": int(result.skipped), "step_s": seconds, "tokens": tokens, "tokens_per_s": speed,
             "mfu": mfu, "memory_gb": peak_memory_gb(), "data_wait_s": data_wait_s, "checkpoint_stall_s": self.stall_s,
         }  # fmt: skip
+        if loss_scale is not None:
+            values["loss_scale"] = loss_scale
         self.stall_s = 0.0
         for index, gate in enumerate(result.gates):
             values |= {f"gate{index}/{name}": value for name, value in gate.items()}
