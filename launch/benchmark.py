@@ -4,8 +4,11 @@
     python launch/benchmark.py layer     one Mamba-2 layer against mamba_ssm's
     python launch/benchmark.py attention the selective window attention against FlashAttention-2 and flex_attention
     python launch/benchmark.py decode    prefill in chunks and tokens per second by context
-    python launch/benchmark.py memory    the largest micro batch, with and without recomputation
+    python launch/benchmark.py memory    a training step's memory, and the largest micro batch by kind of recomputation
+    python launch/benchmark.py coldstart the first step with an empty and with a filled cache of compiled kernels
+    python launch/benchmark.py sync      where in a training step the host waits for the GPU
     python launch/benchmark.py data      tokenization (needs no GPU)
+    python launch/benchmark.py comm      what tensor parallelism sends (needs no GPU)
 
 Each prints a table and writes the same numbers as JSON. Times are medians of CUDA events.
 """
@@ -21,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started from a c
 
 from megatron_taipan.errors import UserError, exits_cleanly
 
-NEED_CUDA = ("step", "layer", "attention", "decode", "memory")  # each is the `run` of launch/benchmark_NAME.py
+# each is the `run` of launch/benchmark_NAME.py
+NEED_CUDA = ("step", "layer", "attention", "decode", "memory", "coldstart", "sync")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -31,13 +35,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="micro batch (step, memory)")
     parser.add_argument("--largest", type=int, default=64, help="memory: where the search for the largest batch ends")
     parser.add_argument("--ops", default="fast", choices=["fast", "auto", "reference"])
-    parser.add_argument("--only", nargs="*", help="step: rows whose names hold one of these words")
+    parser.add_argument("--only", nargs="*", help="step, memory: rows whose names hold these words")
     parser.add_argument("--profile", action="store_true", help="step, layer: also our kernels' times")
     parser.add_argument("--length", type=int, default=32768, help="attention: tokens")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.02, 0.0625, 0.15, 0.25, 0.5])
     parser.add_argument("--skip-flex", action="store_true", help="attention: do not compile flex_attention")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="decode")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 32768, 131072], help="decode")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # coldstart's own processes
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON files")
     parser.add_argument("--overrides", nargs="*", default=[], help="settings such as model.gate.capacity=0.3")
     return parser.parse_args(arguments)

@@ -38,6 +38,12 @@ class Table:
             os.fsync(file.fileno())
         part.replace(self.path)
 
+    def ratios(self, ours: str, key: str) -> None:
+        """Prints and keeps our row's `key` divided by every other row's."""
+        mine = next((row[key] for row in self.rows if row["what"] == ours and key in row), None)
+        for row in [row for row in self.rows if mine and key in row and row["what"] != ours]:
+            self.add(f"{ours} / {row['what']}", ratio=round(mine / row[key], 3))
+
     def attempt(self, what: str, measure: Callable[[], dict]) -> None:
         """Adds what `measure` returns; a peer that is missing or does not fit is a row that says so."""
         try:

@@ -6,33 +6,58 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from launch import benchmark_peers
+from launch.benchmark_autotune import compile_ahead
 from launch.benchmark_common import Table, kernel_times, median_ms, preset, single_process
 from megatron_taipan.config import Config
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.train.step import StepResult
+
+
+@dataclass
+class Training:
+    """A model in training: `step` makes one training step on random tokens."""
+
+    engine: Any
+    step: Callable[[], None]
+    results: list[StepResult]  # ours only
 
 
 def run(options: argparse.Namespace) -> None:
     table = Table("step", options.out)
     config = preset(options)
-    peers = {
-        "transformer++ compiled": lambda: peer_step(benchmark_peers.transformer, config, options.profile),
-        "composition of today's parts, compiled": lambda: peer_step(
-            lambda model: benchmark_peers.composition(model, config.data.seq_len), config, options.profile
-        ),
+    rows = {
+        config.name: lambda: our_step(config, options.profile),
+        "transformer++ compiled": lambda: timed(transformer(config), config, options.profile),
+        "composition of today's parts, compiled": lambda: composition_step(config, options.profile),
     }
-    rows = {config.name: lambda: our_step(config, options.profile)} | peers
     for name, measure in rows.items():
         if not options.only or any(part in name for part in options.only):
             table.attempt(name, measure)
+    table.ratios(config.name, "tokens/s")
 
 
 def our_step(config: Config, profiled: bool) -> dict:
-    """Our trainer's own engine and step on random tokens; the gates' bias is set so that they select C."""
+    """Our trainer's own engine and step."""
+    began = time.perf_counter()
+    training = ours(config)
+    built = time.perf_counter() - began
+    numbers = timed(training, config, profiled) | {"build s": round(built, 1)}
+    losses, gates = [result.loss for result in training.results], training.results[-1].gates
+    numbers["loss"] = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+    if gates:
+        numbers["selected"] = round(sum(gate["selected"] for gate in gates) / len(gates), 3)
+    return numbers
+
+
+def ours(config: Config) -> Training:
+    """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
     from megatron_taipan.train.engine import build_engine, capture_graphs
     from megatron_taipan.train.step import train_step
 
@@ -42,40 +67,24 @@ def our_step(config: Config, profiled: bool) -> dict:
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
     print(capture_graphs(model, config, device), flush=True)
-    tokens = torch.randint(
-        0, config.model.vocab_size, (config.train.micro_batch, config.data.seq_len + 1), device=device
-    )
-    batch = {
-        "tokens": tokens[:, :-1], "labels": tokens[:, 1:],
-        "seq_idx": torch.zeros_like(tokens[:, 1:], dtype=torch.int32),
-        "loss_mask": torch.ones(tokens[:, 1:].shape, device=device), "sample": torch.arange(len(tokens), device=device),
-    }  # fmt: skip
-    results = []
+    rows = random_batch(config, device)
+    results: list[StepResult] = []
 
     def step() -> None:
-        results.append(train_step(engine, [batch], step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
+        results.append(train_step(engine, [rows], step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
 
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - began
-    numbers = step_numbers(step, config, first)
-    numbers["loss"] = f"{results[0].loss:.3f} -> {results[-1].loss:.3f}"
-    if results[-1].gates:
-        numbers["selected"] = round(sum(g["selected"] for g in results[-1].gates) / len(results[-1].gates), 3)
-    if profiled:
-        print_profile(step)
-    engine.destroy()
-    return numbers
+    return Training(engine, step, results)
 
 
-def print_profile(step: Callable[[], None]) -> None:
-    """One step's kernels, then where the CPU spent another one."""
-    for name, ms in kernel_times(step, 45).items():
-        print(f"    {ms:9.3f}  {name}", flush=True)
-    profile = cProfile.Profile()
-    profile.runcall(step)
-    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
+def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, one document a row."""
+    rows = config.train.micro_batch
+    tokens = torch.randint(0, config.model.vocab_size, (rows, config.data.seq_len + 1), device=device)
+    labels = tokens[:, 1:].contiguous()
+    return {
+        "tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": torch.zeros_like(labels, dtype=torch.int32),
+        "loss_mask": torch.ones(labels.shape, device=device), "sample": torch.arange(rows, device=device),
+    }  # fmt: skip
 
 
 def select_capacity(model: torch.nn.Module, config: Config) -> None:
@@ -90,8 +99,26 @@ def select_capacity(model: torch.nn.Module, config: Config) -> None:
                 parameter[1].log_()
 
 
-def peer_step(build: Callable, config: Config, profiled: bool) -> dict:
-    """A peer, compiled, through DeepSpeed with the same settings as ours, what we quickened there included."""
+def transformer(config: Config) -> Training:
+    """Transformer++, compiled as one graph."""
+    return peer(benchmark_peers.transformer, config, torch.nn.Module.compile)
+
+
+def composition_step(config: Config, profiled: bool) -> dict:
+    """The composition, its kernels' candidates compiled beforehand."""
+    seconds = compile_ahead(config.model.d_model, config.train.micro_batch, config.data.seq_len)
+    return timed(composition(config), config, profiled) | {"compiled ahead s": round(seconds, 1)}
+
+
+def composition(config: Config) -> Training:
+    """The composition of today's parts, compiled by regions."""
+    length = config.data.seq_len
+    build = lambda model: benchmark_peers.composition(model, length)  # noqa: E731
+    return peer(build, config, benchmark_peers.Stack.compile_regions)
+
+
+def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> Training:
+    """A peer through DeepSpeed with the same settings as ours, what we quickened there included."""
     import deepspeed
 
     from megatron_taipan.train.engine import count_parameters, deepspeed_config, make_optimizer
@@ -105,23 +132,35 @@ def peer_step(build: Callable, config: Config, profiled: bool) -> dict:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
     engine.optimizer.check_grad_overflow = True
     quicken(engine.optimizer)
-    engine.module.compile()
-    tokens = torch.randint(
-        0, config.model.vocab_size, (config.train.micro_batch, config.data.seq_len + 1), device=device
-    )
+    compile_it(model)
+    batch = random_batch(config, device)
 
     def step() -> None:
-        engine.backward(engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+        engine.backward(engine(batch["tokens"], batch["labels"]))
         engine.step()
 
+    return Training(engine, step, [])
+
+
+def timed(training: Training, config: Config, profiled: bool) -> dict:
+    """First step, median, tokens per second and peak memory; the engine is taken down."""
     began = time.perf_counter()
-    step()
+    training.step()
     torch.cuda.synchronize()
-    numbers = step_numbers(step, config, time.perf_counter() - began)
+    numbers = step_numbers(training.step, config, time.perf_counter() - began)
     if profiled:
-        print_profile(step)
-    engine.destroy()
+        print_profile(training.step)
+    training.engine.destroy()
     return numbers
+
+
+def print_profile(step: Callable[[], None]) -> None:
+    """One step's kernels, then where the CPU spent another one."""
+    for name, ms in kernel_times(step, 45).items():
+        print(f"    {ms:9.3f}  {name}", flush=True)
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
 def step_numbers(step: Callable[[], None], config: Config, first: float) -> dict:

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch import benchmark
 from launch.benchmark_common import Table, hardware
+from launch.benchmark_sync import COPIES, PARTS, count, parts_marked
 from megatron_taipan.train import peaks
 
 
@@ -39,3 +41,39 @@ def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch):
     assert hardware()["bf16 peak"] == "unknown peak"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     assert hardware()["bf16 peak"] == "989.4 TFLOP/s"
+
+
+def event(name, start, end=None):
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=start if end is None else end))
+
+
+def test_waiting_calls_are_counted_by_the_part_of_the_step_they_fall_in():
+    events = [
+        event("forward", 0, 10), event("backward", 10, 30), event("optimizer step", 40, 60), event("aten::mm", 3),
+        event("cudaStreamSynchronize", 5), event("aten::item", 4, 6), event("cudaStreamSynchronize", 12),
+        event("cudaStreamSynchronize", 35), event("Memcpy DtoH (Device -> Pinned)", 45),
+    ]  # fmt: skip
+    calls = count(events)
+    assert calls["forward"] == {"cudaStreamSynchronize": 1, "aten::item": 1}
+    assert calls["backward"] == calls["between them"] == {"cudaStreamSynchronize": 1}
+    assert calls["optimizer step"] == {COPIES: 1}
+
+
+def test_the_parts_of_a_step_are_named_in_its_profile_and_the_engine_is_left_as_it_was():
+    class Engine(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            return "stepped"
+
+    engine = Engine()
+    with parts_marked(engine), torch.profiler.profile() as trace:
+        engine.backward(engine(torch.ones((), requires_grad=True)))
+        assert engine.step() == "stepped"
+    calls = [e.name for e in trace.events() if e.name in PARTS]
+    assert calls == list(PARTS)
+    assert not {"forward", "backward", "step"} & vars(engine).keys()
