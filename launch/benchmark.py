@@ -42,6 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-flex", action="store_true", help="attention: do not compile flex_attention")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64], help="decode")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 32768, 131072], help="decode")
+    parser.add_argument("--chunk", type=int, default=8192, help="decode: prompt tokens per pass")
+    parser.add_argument("--steps", type=int, default=64, help="decode: tokens that are timed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # coldstart's own processes
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON files")
     parser.add_argument("--overrides", nargs="*", default=[], help="settings such as model.gate.capacity=0.3")

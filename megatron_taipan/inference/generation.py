@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.sampling import Sampling, choose
+from megatron_taipan.inference.stepping import Stepper
 from megatron_taipan.model.taipan import Taipan
 
 
@@ -62,6 +63,7 @@ def _generate(
     cache = model.new_cache(len(prompts), device, weight.dtype)
     logits = prefill(model, tokens, documents, cache, prefill_chunk)  # [b, v]
 
+    stepper = Stepper(model, cache)
     seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
     _mark_prompts(seen, prompts)
     generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, row)) for row in range(len(prompts))]
@@ -80,8 +82,7 @@ def _generate(
             cache.select(kept)
             seen, chosen = seen[kept], chosen[kept]
             rows = [rows[at] for at in alive]
-        one = torch.ones(len(rows), 1, dtype=torch.int32, device=device)
-        logits = model(chosen[:, None], seq_idx=one, cache=cache, all_logits=False).logits[:, -1]
+        logits = stepper.step(chosen[:, None])
     return results
 
 

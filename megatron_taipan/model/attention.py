@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,6 +72,27 @@ class Attention(nn.Module):
             else:
                 outputs.append(self.ops.bounded_linear(o, self.out_proj, rows))
         return outputs
+
+    def step(self, u: Tensor, ctx: Context, store: KeyValueStore, chosen: Tensor | None = None) -> Tensor:
+        """W_O Attention(q, K, V) of one more token a row, the cache changed in place; see Taipan.step.
+
+        Args:
+            u: [b, 1, d]; chosen: bool [b, 1], the rows that attend (None: all). The others' outputs are zeros.
+
+        Returns:
+            [b, 1, d], this rank's part.
+        """
+        within = (ctx.position - ctx.document_start).reshape(-1)  # [b]
+        k, v, _ = self._keys_values(u, within, None)  # [b, 1, hk, head_dim]
+        keys, values, first = store.write(k, v, ctx.position)
+        q = F.linear(u, self.q_proj).view(len(u), self.heads, self.head_dim)
+        if self.theta is not None:
+            q = rotate(q, within, self.theta)
+        lo, hi = (t[:, 0] for t in ctx.interval(self.window, 0, first))  # [b] slots of the row's own buffer
+        if chosen is not None:
+            hi = torch.where(chosen[:, 0], hi, lo - 1)
+        o = self.ops.decode_attention(q, keys, values, lo, hi, self.window or keys.shape[1])
+        return F.linear(o.flatten(1), self.out_proj)[:, None]
 
     def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""

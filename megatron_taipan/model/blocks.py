@@ -65,6 +65,9 @@ class AttentionBlock(Block):
 
     def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, None]:
         u, h = self.norm.with_stream(h)
+        if ctx.single:
+            h = h + self.attention.step(u, ctx, state)
+            return h + self.mlp(self.mlp_norm(h)), None
         u = enter_block(u, self.tp)
         (o,) = self.attention(u, ctx, store=state)
         u, h = self.mlp_norm.with_stream(h + leave_block(o.view(u.shape), self.tp))
@@ -98,6 +101,8 @@ class SelectiveAttentionBlock(Block):
     def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, Selection]:
         u, h = self.norm.with_stream(h)  # [b, l, d] or a sequence shard
         selection = self.gate(u, ctx)
+        if ctx.single:
+            return self._step(u, h, selection, ctx, state), selection
         u = enter_block(u, self.tp)  # [b, l, d]
         chosen = selection.selected.flatten()  # [b * l]
         refine = (selection.m * selection.alpha).to(h.dtype)
@@ -113,6 +118,13 @@ class SelectiveAttentionBlock(Block):
     def _pick(self, u: Tensor, chosen: Tensor) -> Rows:
         """The chosen rows. Over several ranks their number goes to the host, since only computed rows travel."""
         return select_rows_reference(u, chosen) if self.tp.size > 1 else self.ops.select_rows(u, chosen)
+
+    def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Tensor:
+        """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
+        o = self.attention.step(u, ctx, state, selection.selected)
+        refine = (selection.m * selection.alpha).to(h.dtype)
+        h = h + refine[..., None] * (o - h)
+        return h + self.mlp(self.mlp_norm(h))
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""

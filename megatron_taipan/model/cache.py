@@ -21,6 +21,9 @@ class MambaState:
     def select(self, index: Tensor) -> None:
         self.conv_tail, self.ssm = self.conv_tail[index], self.ssm[index]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.conv_tail, self.ssm
+
 
 class KeyValueStore:
     """Keys and values of one attention layer, in the order of their positions.
@@ -37,6 +40,7 @@ class KeyValueStore:
         self.values = torch.zeros_like(self.keys)
         self.used = 0  # tokens in the buffer
         self.first = 0  # position of the buffer's first token
+        self.origin: Tensor | None = None  # [] int64, `first` on the device, for `write`
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Adds new tokens.
@@ -68,6 +72,29 @@ class KeyValueStore:
         self.used += new
         return self.keys, self.values, self.first
 
+    def reserve(self) -> None:
+        """Makes room for one more token and counts it: what the host does before `write`."""
+        if self.origin is None:
+            self.origin = torch.empty((), dtype=torch.int64, device=self.keys.device)
+        if self.used + 1 > self.keys.shape[1]:
+            self._make_room(1)
+        self.origin.fill_(self.first)
+        self.used += 1
+
+    def write(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`append` of one token, without a number that the host holds: a captured call serves every later token.
+
+        Args:
+            k, v: [b, 1, heads, head_dim]; position: [1] int64 of the token.
+
+        Returns:
+            keys and values, the whole buffers, and the position [] of their first token.
+        """
+        slot = position - self.origin
+        self.keys.index_copy_(1, slot, k)
+        self.values.index_copy_(1, slot, v)
+        return self.keys, self.values, self.origin
+
     def _make_room(self, new: int) -> None:
         if self.window is None:
             grown = max(2 * self.keys.shape[1], self.used + new)
@@ -86,6 +113,9 @@ class KeyValueStore:
     def select(self, index: Tensor) -> None:
         self.keys, self.values = self.keys[index], self.values[index]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values
+
 
 @dataclass
 class Cache:
@@ -99,6 +129,7 @@ class Cache:
     length: int = 0  # tokens consumed so far, the same for every row
     last_seq_idx: Tensor | None = None  # [b]
     document_start: Tensor | None = None  # [b] position at which the current document began
+    position: Tensor | None = None  # [1] int64, the position of the token that `advance` made room for
 
     def forget(self, rows: Tensor) -> None:
         """Makes the rows (bool [b]) whose next token starts another document forget the old one."""
@@ -113,10 +144,27 @@ class Cache:
         if self.last_seq_idx is not None:
             self.last_seq_idx, self.document_start = self.last_seq_idx[index], self.document_start[index]
 
+    def advance(self) -> None:
+        """What the host does before a step of one token a row (`Taipan.step`): counters, and room in the buffers."""
+        some = self.layers[0].tensors()[0]
+        if self.position is None:
+            self.position = torch.empty(1, dtype=torch.int64, device=some.device)
+        if self.document_start is None:  # nothing was prefilled
+            self.document_start = torch.zeros(len(some), dtype=torch.int64, device=some.device)
+            self.last_seq_idx = torch.zeros(len(some), dtype=torch.int32, device=some.device)
+        self.position.fill_(self.length)
+        self.length += 1
+        for layer in self.layers:
+            if isinstance(layer, KeyValueStore):
+                layer.reserve()
+
+    def tensors(self) -> list[Tensor | None]:
+        """What a step reads and writes in place: as long as these are the same tensors, a captured step is valid."""
+        return [self.position, self.document_start, *(t for layer in self.layers for t in layer.tensors())]
+
     def n_bytes(self) -> int:
         """Memory held by the layers."""
         total = 0
         for layer in self.layers:
-            tensors = (layer.conv_tail, layer.ssm) if isinstance(layer, MambaState) else (layer.keys, layer.values)
-            total += sum(t.numel() * t.element_size() for t in tensors)
+            total += sum(t.numel() * t.element_size() for t in layer.tensors())
         return total

@@ -20,8 +20,9 @@ class Context:
     samples: Tensor  # [b] index of each row's sample in the run, for the gate's noise
     step: int | Tensor  # optimizer step, for the gate's noise
     cache: Cache | None = None
+    single: bool = False  # one more token a row; its layers change the cache in place, see Taipan.step
 
-    def interval(self, window: int | None, row_stride: int, first: int) -> tuple[Tensor, Tensor]:
+    def interval(self, window: int | None, row_stride: int, first: int | Tensor) -> tuple[Tensor, Tensor]:
         """The keys that each token sees, in a flattened [b, row_stride] key axis whose rows begin at position `first`.
 
         Returns:
@@ -32,6 +33,16 @@ class Context:
         if window is not None:
             lowest = torch.maximum(lowest, self.position - window + 1)
         return (row + lowest).int(), (row + self.position).int()
+
+
+def step_context(tokens: Tensor, cache: Cache) -> Context:
+    """The facts of one more token a row [b, 1] of the cached documents, after `cache.advance()`.
+
+    Everything lies on the device, nothing depends on how many tokens went before.
+    """
+    b = tokens.shape[0]
+    samples = torch.arange(b, device=tokens.device)  # of the noise, which only training has
+    return Context(b, 1, None, cache.position, cache.document_start[:, None], samples, 0, cache, single=True)
 
 
 def make_context(

@@ -21,9 +21,15 @@ class Mamba2(WithFloat32Islands):
 
     in_proj_z: Tensor
     in_proj_x: Tensor
+    in_proj_B: Tensor
+    in_proj_C: Tensor
     in_proj_dt: Tensor
     conv_x_weight: Tensor
     conv_x_bias: Tensor
+    conv_B_weight: Tensor
+    conv_B_bias: Tensor
+    conv_C_weight: Tensor
+    conv_C_bias: Tensor
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
@@ -50,6 +56,8 @@ class Mamba2(WithFloat32Islands):
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
         """u: [b, l, d] (or this rank's sequence shard); returns the same shape. `state` is read and updated."""
+        if ctx.single:
+            return self._step(u, state)
         u = enter_block(u, self.tp)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
@@ -83,6 +91,28 @@ class Mamba2(WithFloat32Islands):
             )  # fmt: skip
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
         return leave_block(F.linear(y, self.out_proj), self.tp)
+
+    def _step(self, u: Tensor, state: MambaState) -> Tensor:
+        """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step.
+
+        The weights are joined for large products; here they would be copied for a product that reads them once.
+        """
+        weights = self.in_proj_z, self.in_proj_x, self.in_proj_B, self.in_proj_C, self.in_proj_dt
+        z, x, B, C, dt = (F.linear(u, weight) for weight in weights)
+        conv_weight = torch.cat([self.conv_x_weight, self.conv_B_weight, self.conv_C_weight])
+        conv_bias = torch.cat([self.conv_x_bias, self.conv_B_bias, self.conv_C_bias]) if self.conv_bias else None
+        xBC, tail = self.ops.causal_conv1d(
+            torch.cat([x, B, C], -1), conv_weight, conv_bias, initial_tail=state.conv_tail, return_tail=True
+        )
+        state.conv_tail.copy_(tail)
+        states = self.groups * self.d_state
+        x, B, C = xBC[:, 0].split([self.inner, states, states], -1)
+        y = self.ops.ssd_update(
+            state.ssm, x.unflatten(-1, (self.heads, self.headdim)),
+            F.softplus(at_least_float32(dt[:, 0]) + self.dt_bias), -at_least_float32(self.A_log).exp(),
+            B.unflatten(-1, (self.groups, self.d_state)), C.unflatten(-1, (self.groups, self.d_state)), self.D,
+        )  # fmt: skip
+        return F.linear(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
         """What `forward` does between the two projections, from an empty state, as one operation."""

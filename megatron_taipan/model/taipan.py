@@ -9,7 +9,7 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.blocks import AttentionBlock, Block, MambaBlock, SelectiveAttentionBlock
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import Cache
-from megatron_taipan.model.context import Context, make_context
+from megatron_taipan.model.context import Context, make_context, step_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params
 from megatron_taipan.model.gate import STATS, Selection
@@ -123,6 +123,24 @@ class Taipan(nn.Module):
         budget_loss = sum((s.budget_loss for s in selections), torch.zeros_like(ce_loss))
         loss = ce_loss + self.config.gate.budget_lambda * budget_loss
         return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, gate_stats=stats)
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits [b, vocab] after one more token a row, tokens [b, 1], of the documents that `cache` holds.
+
+        As `forward` with the cache, for evaluation on one tensor rank. The work on the device is the same launches at
+        the same addresses whatever came before, so it can be captured (inference/stepping.py).
+        """
+        cache.advance()
+        return self.step_on_device(tokens, cache)
+
+    def step_on_device(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """`step` without what the host does first, `cache.advance()`."""
+        if self.tp.size > 1 or self.training:
+            raise ValueError("Taipan.step decodes on one tensor rank, in evaluation mode")
+        h = self.embedding(tokens)
+        h = at_least_float32(h) if self.config.residual_fp32 else h
+        h, _ = self._segment(h, step_context(tokens, cache), 0, len(self.layers))
+        return self.head(self.final_norm(h), self.embedding.weight, None, None)[:, 0]
 
     def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
         """The residual stream through all layers, and what the gates decided."""

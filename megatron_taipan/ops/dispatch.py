@@ -8,6 +8,7 @@ import torch
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
+from megatron_taipan.ops.decode import decode_attention_reference, ssd_update_reference
 from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_and_stream_reference, rms_norm_reference
@@ -35,6 +36,8 @@ REFERENCES: dict[str, Callable] = {
     "bounded_linear": bounded_linear_reference,
     "scatter_rows": scatter_rows_reference,
     "refine": refine_reference,
+    "decode_attention": decode_attention_reference,
+    "ssd_update": ssd_update_reference,
 }
 
 
@@ -55,6 +58,8 @@ class Ops:
     bounded_linear: Callable
     scatter_rows: Callable
     refine: Callable
+    decode_attention: Callable
+    ssd_update: Callable
     mamba2_mix: Callable | None
     """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""
     kernels: frozenset[str]

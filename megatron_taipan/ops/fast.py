@@ -96,6 +96,18 @@ def load_selected_rows(name: str) -> Callable[[], Callable]:
     return load
 
 
+def load_decode_attention() -> Callable:
+    from megatron_taipan.ops.decode_triton import decode_attention
+
+    return decode_attention
+
+
+def load_ssd_update() -> Callable:
+    from megatron_taipan.ops.decode_triton import ssd_update
+
+    return ssd_update
+
+
 def load_mamba2_mix() -> Callable:
     from megatron_taipan.ops.mamba2_triton import mamba2_mix
 
@@ -115,4 +127,6 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "silu_mul": ("triton", load_silu_mul),
     **{name: ("triton", load_selected_rows(name)) for name in SELECTED_ROWS},
     "refine": ("triton", load_refine),
+    "decode_attention": ("triton", load_decode_attention),
+    "ssd_update": ("triton", load_ssd_update),
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_taipan.inference.generation import generate
+from megatron_taipan.inference.stepping import Stepper
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 from tests.inference.networks import VOCABULARY, small_config
@@ -68,3 +69,41 @@ def test_bf16_decoding_stays_near_the_bf16_forward():
     # A gate near its threshold may fall either way under bf16, which moves a token's logits: compare the bulk.
     difference = (torch.cat(parts, 1) - whole).abs().amax(-1) / whole.abs().amax(-1)
     assert difference.median() < 0.03 and (difference < 0.2).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["M S W M", "M A"])
+def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, dtype):
+    """Far beyond the window of 48, so that the buffers are moved (or grow), with rows that leave on the way."""
+    gpu = pair(pattern)[1].to(dtype)
+    tokens = torch.randint(0, VOCABULARY, (3, 400), generator=torch.Generator().manual_seed(0)).cuda()
+    steppers = []
+    with torch.inference_mode():
+        for captured in (False, True):
+            cache = gpu.new_cache(3)
+            gpu(tokens[:, :30], cache=cache)
+            steppers.append(Stepper(gpu, cache, captured=captured))
+        rows, graphs = tokens, set()
+        for at in range(30, 400):
+            if at == 200:
+                for stepper in steppers:
+                    stepper.cache.select(torch.tensor([2, 0], device="cuda"))
+                rows = tokens[[2, 0]]
+            eager, replayed = (stepper.step(rows[:, at : at + 1]).clone() for stepper in steppers)
+            assert torch.equal(eager, replayed), at
+            graphs.add(id(steppers[1].graph))
+        assert len(graphs - {id(None)}) >= 2 and steppers[0].graph is None
+
+
+@pytest.mark.gpu
+def test_steps_equal_the_cpu_forward():
+    cpu, gpu = pair("M S W M A")
+    tokens = torch.randint(0, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        cache = gpu.new_cache(2)
+        gpu(tokens[:, :70].cuda(), cache=cache)
+        stepper = Stepper(gpu, cache)
+        got = torch.stack([stepper.step(tokens[:, at : at + 1].cuda()).cpu() for at in range(70, 200)], 1)
+        wanted = cpu(tokens).logits[:, 70:]
+    assert (got - wanted).abs().max() / wanted.abs().max() < 5e-3

@@ -1,0 +1,128 @@
+"""The operations of one decoded token a row in Triton. Both are bound by the memory that they read.
+
+Attention: a row's keys are cut into spans that are read by programs of their own, so that one row fills the GPU too; a
+second kernel joins the spans' softmax parts (Flash-Decoding). Grids and loads depend on shapes alone, so a captured
+launch is right for every later token.
+
+The scan: each program keeps a tile of one head's state, updates it in place and reads it out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+SPAN = 256  # slots that one program reads
+
+
+@triton.jit
+def _span_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, acc_ptr, top_ptr, sum_ptr, stride_q, stride_row, stride_slot,
+                 stride_head, heads, scale_log2, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+                 SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Unnormalised softmax(q k) v over one span of one row's slots, for one query head."""
+    row, head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    lo = tl.load(lo_ptr + row) + span * SPAN
+    end = tl.minimum(lo + SPAN, tl.load(hi_ptr + row) + 1)
+    offs_d = tl.arange(0, D_PAD)
+    inside = offs_d < D
+    q = tl.load(q_ptr + row * stride_q + head * D + offs_d, mask=inside, other=0.0).to(tl.float32) * scale_log2
+    base = row * stride_row + (head // GROUP) * stride_head + offs_d[None, :]
+    acc = tl.zeros([D_PAD], tl.float32)
+    top, total = float("-inf"), 0.0
+    for first in range(lo, end, BLOCK):
+        slots = first + tl.arange(0, BLOCK)
+        mask = (slots < end)[:, None] & inside[None, :]
+        at = base + slots.to(tl.int64)[:, None] * stride_slot
+        k = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        s = tl.where(slots < end, tl.sum(k * q[None, :], 1), float("-inf"))
+        new = tl.maximum(top, tl.max(s, 0))  # finite: a block has a slot
+        p = tl.exp2(s - new)
+        old = tl.exp2(top - new)
+        total = total * old + tl.sum(p, 0)
+        acc = acc * old + tl.sum(p[:, None] * v, 0)
+        top = new
+    out = (row * heads + head) * spans + span
+    tl.store(acc_ptr + out * D + offs_d, acc, mask=inside)
+    tl.store(top_ptr + out, top)
+    tl.store(sum_ptr + out, total)
+
+
+@triton.jit
+def _join_kernel(acc_ptr, top_ptr, sum_ptr, o_ptr, spans,
+                 D: tl.constexpr, D_PAD: tl.constexpr, SPANS_PAD: tl.constexpr):  # fmt: skip
+    """The output of one row and head from its spans' parts; zeros where all were empty."""
+    at = tl.program_id(0).to(tl.int64)
+    offs_d, span = tl.arange(0, D_PAD), tl.arange(0, SPANS_PAD)
+    here = span < spans
+    top = tl.load(top_ptr + at * spans + span, mask=here, other=float("-inf"))
+    total = tl.load(sum_ptr + at * spans + span, mask=here, other=0.0)
+    largest = tl.max(top, 0)
+    weight = tl.where(top == float("-inf"), 0.0, tl.exp2(top - tl.where(largest == float("-inf"), 0.0, largest)))
+    mask = here[:, None] & (offs_d < D)[None, :]
+    acc = tl.load(acc_ptr + (at * spans + span)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    norm = tl.sum(total * weight, 0)
+    o = tl.sum(acc * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
+    tl.store(o_ptr + at * D + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+def decode_attention(q, keys, values, lo, hi, longest):
+    """As `decode_attention_reference`; `longest` bounds hi - lo + 1."""
+    b, heads, d = q.shape
+    q = q.contiguous()
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        raise ValueError(f"decode_attention: keys {keys.stride()} and values {values.stride()} must be laid out alike")
+    spans = triton.cdiv(max(longest, 1), SPAN)
+    out = torch.empty_like(q)
+    acc = torch.empty((b, heads, spans, d), device=q.device, dtype=torch.float32)
+    top, total = torch.empty((2, b, heads, spans), device=q.device, dtype=torch.float32)
+    d_pad = triton.next_power_of_2(d)
+    _span_kernel[(b, heads, spans)](
+        q, keys, values, lo.int(), hi.int(), acc, top, total, q.stride(0), keys.stride(0), keys.stride(1),
+        keys.stride(2), heads, d**-0.5 * LOG2E, GROUP=heads // keys.shape[2], D=d, D_PAD=d_pad, SPAN=SPAN, BLOCK=64,
+        num_warps=4,
+    )  # fmt: skip
+    _join_kernel[(b * heads,)](
+        acc, top, total, out, spans, D=d, D_PAD=d_pad, SPANS_PAD=triton.next_power_of_2(spans), num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _update_kernel(state_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, stride_x, stride_b, stride_c, heads,
+                   GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
+                   HAS_D: tl.constexpr):  # fmt: skip
+    """state <- exp(dt A) state + dt x B^T; y = state C + D x, for BLOCK_P channels of one head of one row."""
+    at = tl.program_id(0).to(tl.int64)
+    row, head = at // heads, at % heads
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, N_PAD)
+    in_p, in_n = offs_p < P, offs_n < N
+    tile = state_ptr + at * P * N + offs_p[:, None] * N + offs_n[None, :]
+    mask = in_p[:, None] & in_n[None, :]
+    state = tl.load(tile, mask=mask, other=0.0)
+    dt = tl.load(dt_ptr + at)
+    x = tl.load(x_ptr + row * stride_x + head * P + offs_p, mask=in_p, other=0.0).to(tl.float32)
+    group = head // GROUP
+    b = tl.load(b_ptr + row * stride_b + group * N + offs_n, mask=in_n, other=0.0).to(tl.float32)
+    c = tl.load(c_ptr + row * stride_c + group * N + offs_n, mask=in_n, other=0.0).to(tl.float32)
+    state = state * tl.exp(dt * tl.load(a_ptr + head)) + (dt * x)[:, None] * b[None, :]
+    tl.store(tile, state, mask=mask)
+    y = tl.sum(state * c[None, :], 1)
+    if HAS_D:
+        y += tl.load(d_ptr + head).to(tl.float32) * x
+    tl.store(y_ptr + at * P + offs_p, y.to(y_ptr.dtype.element_ty), mask=in_p)
+
+
+def ssd_update(state, x, dt, A, B, C, D=None):
+    """As `ssd_update_reference`, for a contiguous float32 state; x, B and C may be columns of one wider tensor."""
+    b, h, p, n = state.shape
+    x, B, C = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (x, B, C))
+    y = torch.empty((b, h, p), device=x.device, dtype=x.dtype)
+    block_p = min(triton.next_power_of_2(p), 32)
+    _update_kernel[(b * h, triton.cdiv(p, block_p))](
+        state, x, dt.float().contiguous(), A.float().contiguous(), B, C, D, y, x.stride(0), B.stride(0), C.stride(0), h,
+        GROUP=h // B.shape[1], P=p, N=n, N_PAD=triton.next_power_of_2(n), BLOCK_P=block_p, HAS_D=D is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,105 @@
+"""Training on a GPU in every precision: float32 islands, the loss scaler, the same losses; and no waiting for it."""
+
+import os
+
+import pytest
+import torch
+
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.layout import describe
+from tests.distributed.launch import ROOT, launch
+from tests.train.toy import toy_config, write_data
+
+pytestmark = pytest.mark.gpu
+# the kernels' sizes: powers of two from 16 on
+SIZES = {
+    "pattern": "M S M W", "vocab_size": 64, "d_model": 64, "d_ff": 128,
+    "mamba": {"d_state": 16, "headdim": 16}, "attention": {"n_heads": 4, "window": 48},
+}  # fmt: skip
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
+    """A few steps of each case in this process; losses, norms, loss scale, types of the parameters."""
+    from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.engine import build_engine, loss_scale, set_learning_rate
+    from megatron_taipan.train.loop import settle_numerics, to_device
+    from megatron_taipan.train.step import train_step
+
+    place = find_place(os.environ)
+    device = pick_device(place)
+    start_processes(place, device, 120)
+    groups = build_groups(world_size=1, rank=0)
+    results = {}
+    for name, case in cases.items():
+        config = toy_config(
+            prefix, model=SIZES, data={"train": prefix, "seq_len": 128}, parallel={"zero_stage": case["stage"]},
+            train={"precision": case["precision"], "tf32": name == "tf32", "micro_batch": 8, "global_batch": 8},
+        )  # fmt: skip
+        settle_numerics(config)
+        engine = build_engine(Taipan(config.model, seed=3), config, groups, device)
+        data = build_dataset(config.data, "train", config.model.vocab_size)
+        loader = make_loader(data, start=0, global_batch=8, micro_batch=8, dp_rank=0, dp_size=1)
+        steps = []
+        for step in range(12):
+            set_learning_rate(engine, 3e-3)
+            batch = to_device(next(loader), device)
+            steps.append(train_step(engine, [batch], step=step, groups=groups, grad_clip=1.0))
+        results[name] = {
+            "ce": [s.ce for s in steps], "norm": [s.grad_norm for s in steps], "skipped": [s.skipped for s in steps],
+            "loss_scale": loss_scale(engine), "dtypes": {n: p.dtype for n, p in engine.module.named_parameters()},
+            "buffers": {n: b.dtype for n, b in engine.module.named_buffers()},
+        }  # fmt: skip
+        engine.destroy()
+    return results
+
+
+def test_every_precision_keeps_the_islands_and_learns_the_same(tmp_path):
+    prefix = write_data(tmp_path / "data", documents=400)
+    cases = {"fp32": {"precision": "fp32", "stage": 1}, "tf32": {"precision": "fp32", "stage": 1}}
+    cases |= {f"{p} stage {s}": {"precision": p, "stage": s} for p in ("bf16", "fp16") for s in (1, 2, 3)}
+    env = {
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "DS_ACCELERATOR": "cuda",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }  # fmt: skip
+    results = launch(1, trained_on_gpu, prefix, cases, env=env, join=False, timeout=280)[0]
+    islands = {n for n, spec in describe(toy_config("x", model=SIZES).model).items() if spec.float32}
+    full = results["fp32"]["ce"]
+    assert full[-1] < 0.9 * full[0], "nothing was learned"
+    for name, result in results.items():
+        low = LOW[name.split()[0]]
+        for parameter, dtype in result["dtypes"].items():
+            assert dtype == (torch.float32 if parameter in islands else low), (name, parameter)
+        assert all(dtype == torch.float32 for dtype in result["buffers"].values()), name
+        assert (result["loss_scale"] is not None) == name.startswith("fp16"), name
+        taken = [ce for ce, skipped in zip(result["ce"], result["skipped"], strict=True) if not skipped]
+        assert len(taken) >= 9, (name, result["skipped"])  # fp16 may find its scale first
+        if len(taken) == len(full):
+            assert all(abs(a - b) < 0.02 * b for a, b in zip(taken, full, strict=True)), (name, taken, full)
+
+
+def test_forward_and_backward_never_wait_for_the_gpu():
+    config = toy_config("x", model=SIZES).model
+    model = Taipan(config, seed=1).cuda().bfloat16().train()
+    tokens = torch.randint(0, 64, (4, 257), device="cuda")
+    seq_idx = (torch.arange(256, device="cuda") > 100).int().expand(4, 256).contiguous()
+    samples, scale = torch.arange(4, device="cuda"), torch.tensor(1e-3, device="cuda")
+
+    def once(step: int) -> torch.Tensor:
+        out = model(
+            tokens[:, :-1], labels=tokens[:, 1:], loss_mask=torch.ones(4, 256, device="cuda"), seq_idx=seq_idx,
+            samples=samples, step=step, ce_scale=scale,
+        )  # fmt: skip
+        out.loss.backward()
+        return out.loss
+
+    once(0)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = once(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
