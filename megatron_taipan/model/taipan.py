@@ -139,7 +139,7 @@ class Taipan(nn.Module):
             raise ValueError("Taipan.step decodes on one tensor rank, in evaluation mode")
         h = self.embedding(tokens)
         h = at_least_float32(h) if self.config.residual_fp32 else h
-        h, _ = self._segment(h, step_context(tokens, cache), 0, len(self.layers))
+        h, _ = self._run_layers(h, step_context(tokens, cache))
         return self.head(self.final_norm(h), self.embedding.weight, None, None)[:, 0]
 
     def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
