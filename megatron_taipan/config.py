@@ -6,7 +6,7 @@ nearest known name; combinations that cannot work are refused with the arithmeti
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -217,6 +217,23 @@ class OptimConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps that are profiled; see train/profiling.py."""
+
+    start: int = option(..., "first step of the trace, counted from 1 as in the log", ge=1)
+    stop: int = option(..., "last step of the trace", ge=1)
+    ranks: list[int] = option([0], "ranks that write one", min_length=1)
+    memory: bool = option(True, "a snapshot of the GPU's memory as well")
+    shapes: bool = option(False, "shapes of the operators' inputs")
+    stacks: bool = option(False, "lines of Python that called them; slow")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ProfileConfig":
+        if self.stop < self.start:
+            raise ValueError(f"stop={self.stop} lies before start={self.start}")
+        return self
+
+
 class TrainConfig(Section):
     """How long, how much at once, in which precision."""
 
@@ -232,6 +249,11 @@ class TrainConfig(Section):
     deterministic: bool = option(False, "use deterministic algorithms only")
     cuda_graphs: bool = option(
         True, "replay the layers as CUDA graphs where that is possible (one GPU a replica, zero_stage 1, bf16 or fp16)"
+    )
+    profile: ProfileConfig | None = option(
+        None,
+        "{start: N, stop: M}: a trace of these steps and a memory snapshot in checkpoint.dir/profile; more there:"
+        " ranks [0], memory true, shapes false, stacks false",
     )
     max_skipped: int = option(20, "steps in a row with a non-finite loss or gradient after which the run stops", ge=1)
     spike_z: float | None = option(
@@ -438,12 +460,17 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
+def _section_of(annotation: Any) -> Any:
+    """The section in `Section | None`; anything else as it is."""
+    return next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), annotation)
+
+
 def _nearest(location: tuple) -> str:
     """`; did you mean train.steps?` where a known name is near, else the names known there."""
     section: Any = Config
     for part in location[:-1]:
         field = getattr(section, "model_fields", {}).get(part)
-        section = field.annotation if field else section
+        section = _section_of(field.annotation) if field else section
         if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, Section)):
             section = DataSource  # the only section that stands inside a list
     known = list(section.model_fields)

@@ -34,6 +34,7 @@ from megatron_taipan.train.engine import accumulation, build_engine, capture_gra
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
+from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
@@ -111,6 +112,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 watchdog.beat()
 
         saver = Saver(engine, config, metadata, groups, metrics)
+        profiler = stack.enter_context(StepProfiler(
+            t.profile, directory, rank=place.rank, device=device, say=lambda text: metrics.note("profile", text)
+        ))  # fmt: skip
 
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
@@ -123,6 +127,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
             metrics.start_clock()
+            profiler.begin(progress.step + 1)
             batches = [to_device(next(loader), device) for _ in range(micro_batches)]
             waited = metrics.seconds()
             lr = learning_rate(progress.step, config.optim, t.steps)
@@ -131,6 +136,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip,
                 requests=[signals.reason() is not None, writer and saver.overdue(), saver.writing()],
             )  # fmt: skip
+            profiler.end(progress.step + 1)
             stopping, save_now, writing = result.requests
             if not writing:
                 saver.finish()
