@@ -121,13 +121,14 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
     """A peer through DeepSpeed with the same settings as ours, what we quickened there included."""
     import deepspeed
 
-    from megatron_taipan.train.engine import count_parameters, deepspeed_config, make_optimizer
+    from megatron_taipan.train.engine import count_parameters, deepspeed_config
+    from megatron_taipan.train.optimizer import make_optimizer
     from megatron_taipan.train.zero import quicken
 
     device, groups = single_process(config)
     with torch.device(device):
         model = build(config.model).to(torch.bfloat16)
-    optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim)
+    optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim, on_gpu=True)
     settings = deepspeed_config(config, groups, count_parameters(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
     engine.optimizer.check_grad_overflow = True

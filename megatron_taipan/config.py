@@ -208,6 +208,9 @@ class OptimConfig(Section):
     weight_decay: float = option(0.01, "decoupled weight decay of matrices", ge=0)
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's betas")
     eps: float = option(1e-8, "Adam's epsilon", gt=0)
+    kernel: Literal["auto", "torch", "apex", "deepspeed"] = option(
+        "auto", "whose AdamW kernel runs; auto: NVIDIA's apex where it is installed, else torch's fused one"
+    )
     grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ from megatron_taipan.train.engine import accumulation, build_engine, capture_gra
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
+from megatron_taipan.train.optimizer import describe_optimizer
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
@@ -99,7 +100,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         for reason in found.passed_over if found else []:
             metrics.note("warning", f"passed over checkpoint {reason}")
         metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
-                     f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs}"
+                     f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
+                     f" {describe_optimizer(engine.basic_optimizer)}"
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
 
         def validate() -> None:
