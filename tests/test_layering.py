@@ -54,6 +54,8 @@ LIBRARIES: dict[str, set[str]] = {
         "launch",
     },
     "triton": {"megatron_taipan.ops", "launch"},
+    "apex": {"megatron_taipan.train"},
+    "amp_C": {"megatron_taipan.train"},
     "mamba_ssm": {"megatron_taipan.ops", "launch"},
     "causal_conv1d": {"megatron_taipan.ops", "launch"},
     "flash_attn": {"megatron_taipan.ops", "launch"},
