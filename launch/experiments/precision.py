@@ -3,9 +3,10 @@
     python -m launch.experiments.precision --out docs/precision
 
 A 50M-parameter Taipan (launch/experiments/precision.yaml) takes 300 steps on the State of the Union addresses, each
-precision in a process of its own through launch/pretrain.py, with the same weights, samples and gate noise. The losses
-are compared in windows of 20 steps; bf16 and fp16 should stay within 1 % of fp32. On a CPU fp16 is refused and TF32 is
-fp32. The table goes to OUT.md, every loss to OUT.json.
+precision in a process of its own through launch/pretrain.py, with the same weights, samples and gate noise. fp32
+runs the reference operations in plain torch, the others the kernels. The losses are compared in windows of 20 steps;
+bf16 and fp16 should stay within 1 % of fp32. On a CPU fp16 is refused and TF32 is fp32. The table goes to OUT.md, every
+loss to OUT.json, as soon as a run ends.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from launch.benchmark_common import hardware
@@ -25,7 +26,8 @@ from megatron_taipan.errors import UserError, exits_cleanly
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "data_prep" / "sample" / "state_of_the_union.jsonl.gz"
 PRECISIONS = {
-    "fp32": ["train.precision=fp32", "train.tf32=false"],
+    # in plain torch: what the kernels of the others are compared with, too
+    "fp32": ["train.precision=fp32", "train.tf32=false", "ops.backend=reference"],
     "tf32": ["train.precision=fp32", "train.tf32=true"],
     "bf16": ["train.precision=bf16"],
     "fp16": ["train.precision=fp16"],
@@ -142,21 +144,28 @@ def main(arguments: list[str] | None = None) -> int:
     if options.prepare:
         return 0
     overrides = [f"model.vocab_size={options.vocab_size}", *options.overrides]
+    about = hardware()
+    print("; ".join(f"{k}: {v}" for k, v in about.items()), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = pool.map(lambda name: run(name, prefix, work, overrides), options.only)
-        results = dict(zip(options.only, runs, strict=True))
+        waiting = {pool.submit(run, name, prefix, work, overrides): name for name in options.only}
+        for done in as_completed(waiting):
+            results[waiting[done]] = done.result()
+            write(options, about, {name: results[name] for name in options.only if name in results})
     if all("failed" in result for result in results.values()):
         raise UserError("every run failed: " + "; ".join(f"{k}: {v['failed']}" for k, v in results.items()))
+    return 0
+
+
+def write(options: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
+    """Prints and keeps the comparison of the runs that have ended."""
     rows = compare(results, options.window)
-    steps = max(len(result.get("ce", [])) for result in results.values())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    about = hardware()
     content = {"about": about, "overrides": options.overrides, "window": options.window, "rows": rows, "runs": results}
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1))
-    text = table(rows, options.window, steps)
+    text = table(rows, options.window, max(len(result.get("ce", [])) for result in results.values()))
     options.out.with_suffix(".md").write_text(text)
-    print("; ".join(f"{k}: {v}" for k, v in about.items()), text, sep="\n", flush=True)
-    return 0
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

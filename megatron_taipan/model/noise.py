@@ -24,7 +24,9 @@ def gumbel_noise(seed: int, step: int | Tensor, samples: Tensor, position: Tenso
         [b, l, 2] float32.
     """
     key = _mix(torch.full((), seed, dtype=torch.int64, device=samples.device))
-    key = _mix(key ^ torch.as_tensor(step, dtype=torch.int64, device=samples.device))
+    if not isinstance(step, Tensor):  # filled there; as_tensor would copy it from the host, and wait
+        step = torch.full((), step, dtype=torch.int64, device=samples.device)
+    key = _mix(key ^ step.to(samples.device, torch.int64))
     key = _mix(key ^ layer)
     key = _mix(key ^ samples.long())[:, None]  # [b, 1]
     counter = position.long()[..., None] * _DRAWS + torch.arange(_DRAWS, device=samples.device)  # [.., l, 2]

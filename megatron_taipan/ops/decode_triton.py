@@ -20,7 +20,8 @@ def _span_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, acc_ptr, top_ptr, sum_ptr,
                  stride_head, heads, scale_log2, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                  SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Unnormalised softmax(q k) v over one span of one row's slots, for one query head."""
-    row, head, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    # heads first: programs that start together read neighbouring addresses
+    head, span, row, spans = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     lo = tl.load(lo_ptr + row) + span * SPAN
     end = tl.minimum(lo + SPAN, tl.load(hi_ptr + row) + 1)
     offs_d = tl.arange(0, D_PAD)
@@ -77,7 +78,7 @@ def decode_attention(q, keys, values, lo, hi, longest):
     acc = torch.empty((b, heads, spans, d), device=q.device, dtype=torch.float32)
     top, total = torch.empty((2, b, heads, spans), device=q.device, dtype=torch.float32)
     d_pad = triton.next_power_of_2(d)
-    _span_kernel[(b, heads, spans)](
+    _span_kernel[(heads, spans, b)](
         q, keys, values, lo.int(), hi.int(), acc, top, total, q.stride(0), keys.stride(0), keys.stride(1),
         keys.stride(2), heads, d**-0.5 * LOG2E, GROUP=heads // keys.shape[2], D=d, D_PAD=d_pad, SPAN=SPAN, BLOCK=64,
         num_warps=4,
