@@ -30,11 +30,11 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree, any_rank
-from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, loss_scale, set_learning_rate
+from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
-from megatron_taipan.train.optimizer import describe_optimizer
+from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate

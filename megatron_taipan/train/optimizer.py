@@ -39,6 +39,12 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     return f"AdamW: {optimizer.name}" if isinstance(optimizer, KernelAdamW) else "AdamW: torch's fused kernel"
 
 
+def loss_scale(engine: Any) -> float | None:
+    """What fp16's dynamic scaler multiplies the loss with now; None in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+
+
 class KernelAdamW(torch.optim.Optimizer):
     """AdamW of float32 tensors through a multi-tensor kernel of apex or DeepSpeed.
 

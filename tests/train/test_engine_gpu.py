@@ -24,8 +24,9 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     from megatron_taipan.data.loader import build_dataset, make_loader
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
-    from megatron_taipan.train.engine import build_engine, loss_scale, set_learning_rate
+    from megatron_taipan.train.engine import build_engine, set_learning_rate
     from megatron_taipan.train.loop import settle_numerics, to_device
+    from megatron_taipan.train.optimizer import loss_scale
     from megatron_taipan.train.step import train_step
 
     place = find_place(os.environ)
