@@ -106,7 +106,7 @@ class GraphedLayers:
         facts = ctx.seq_idx.int(), ctx.samples.long(), step.long()
         selections = []
         for group in self.groups:
-            h, *gates = group(h, *facts)
+            h, *gates = group(h, *facts)  # type: ignore[misc]
             if gates:
                 selections += [Selection(None, None, None, None, *pair) for pair in zip(*gates, strict=True)]
         return h, selections

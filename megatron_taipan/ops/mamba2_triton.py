@@ -124,6 +124,7 @@ def _(dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, ste
 
 def _save(ctx, inputs, output):
     zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, headdim, groups, d_state, *_ = inputs
+    ctx.set_materialize_grads(False)  # or autograd fills zeros as large as every kept tensor
     ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, *output[1:])
     ctx.sizes, ctx.dt_dtype = (headdim, groups, d_state), dt_bias.dtype
 

@@ -43,7 +43,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
         engine.optimizer.check_grad_overflow = True
-        quicken(engine.optimizer)
+        quicken(engine.optimizer, pipeline=groups.pipeline_size > 1)
     return engine
 
 
