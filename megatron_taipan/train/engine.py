@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_taipan.config import Config, OptimConfig
+from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups, data_parallel_size
 from megatron_taipan.parallel.layout import ParamSpec, check_tensor_size, describe
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.train.distributed import import_deepspeed
+from megatron_taipan.train.optimizer import make_optimizer
 from megatron_taipan.train.zero import quicken
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
@@ -32,7 +33,8 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     deepspeed = import_deepspeed(device)
     cast(model, config.train.precision, device)
     table = describe(config.model, config.parallel.tensor)
-    optimizer = make_optimizer(parameter_groups(model, table, config), config.optim)
+    on_gpu = device.type == "cuda" and config.parallel.offload_optimizer == "none"
+    optimizer = make_optimizer(parameter_groups(model, table, config), config.optim, on_gpu=on_gpu)
     with _islands_survive(config):
         engine, *_ = deepspeed.initialize(
             model=model.to(device),
@@ -102,11 +104,6 @@ def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Conf
         {"params": groups[key], "weight_decay": config.optim.weight_decay if key[1] else 0.0}
         for key in sorted(groups, key=order)
     ]
-
-
-def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW: the same on CPU and GPU, and nothing to compile (DeepSpeed's own are, for two minutes)."""
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str, Any]:
