@@ -2,13 +2,14 @@
 
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_taipan.config import OptimConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.optimizer import KernelAdamW, describe_optimizer, make_optimizer
+from megatron_taipan.train.optimizer import KernelAdamW, describe_optimizer, loss_scale, make_optimizer
 
 OPTIM = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -109,3 +110,12 @@ def test_kernels_on_a_gpu_give_torchs_steps(kernel):
     for device_kernel in (kernel, "torch"):
         for ours, theirs in zip(follow(device_kernel, device="cuda"), exact, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_the_loss_scale_is_fp16s_alone():
+    def engine(**scaler):
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=SimpleNamespace(**scaler)))
+
+    assert loss_scale(engine(dynamic=True, cur_scale=1024)) == 1024.0
+    assert loss_scale(engine(dynamic=False, cur_scale=1.0)) is None
+    assert loss_scale(SimpleNamespace(optimizer=None)) is None
