@@ -291,6 +291,8 @@ class CheckpointConfig(Section):
         None, "folder of weights (an export or an import) that a new run starts from; ignored once it has a checkpoint"
     )
     save_minutes: float | None = option(None, "save as well when this many minutes have passed since the last", gt=0)
+    retry_s: float = option(60.0, "seconds after which a checkpoint that could not be written is tried again", gt=0)
+    last_tries: int = option(10, "tries for the checkpoint at a run's end before it gives up with status 74", ge=1)
     asynchronous: bool = option(True, "write checkpoints behind the training, which stops only to copy the state")
     keep_last: int | None = option(None, "newest checkpoints that are kept; null keeps all", ge=1)
     keep_every: int | None = option(None, "checkpoints at multiples of this many steps are kept for good", ge=1)

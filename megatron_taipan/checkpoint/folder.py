@@ -218,7 +218,10 @@ def remove_old(directory: Path, *, keep_last: int | None, keep_every: int | None
         if keep_every and (step_of(path) or 0) % keep_every == 0:
             continue
         # the manifest goes first: a deletion that is cut short must not look like a checkpoint
-        (path / MANIFEST).unlink()
+        try:
+            (path / MANIFEST).unlink()
+        except OSError:  # a disk that refuses now: the next checkpoint tries again
+            continue
         shutil.rmtree(path, ignore_errors=True)
         gone.append(path.name)
     return gone

@@ -10,11 +10,16 @@ from pathlib import Path
 from megatron_taipan.errors import UserError
 
 
+class FolderHeld(UserError):
+    """Another process runs in the folder."""
+
+
 class FolderLock:
     """Held while entered. It is a lock of the operating system, so a process that dies leaves none behind.
 
     Raises:
-        UserError: on entering, when another process holds it; the message names its host and process.
+        FolderHeld: on entering, when another process holds it; the message names its host and process.
+        UserError: on entering, when the folder cannot be written.
     """
 
     def __init__(self, directory: Path):
@@ -32,7 +37,7 @@ class FolderLock:
             self.file.seek(0)
             holder = self.file.read().strip() or "an unknown process"
             self.file.close()
-            raise UserError(
+            raise FolderHeld(
                 f"{self.path.parent} is in use by {holder}; wait for it, end it, or choose another checkpoint.dir"
             ) from None
         except OSError:
@@ -50,14 +55,10 @@ class FolderLock:
         """Whether the locked file no longer stands in the folder, which somebody has moved or deleted."""
         try:
             return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except OSError:
+        except (OSError, ValueError):  # a closed file: an earlier `renew` failed
             return True
 
     def renew(self) -> None:
-        """Makes the folder and the lock anew after `lost`.
-
-        Raises:
-            UserError: the folder cannot be made, or another run holds the new one.
-        """
+        """Makes the folder and the lock anew after `lost`; raises as entering does."""
         self.file.close()
         self.__enter__()

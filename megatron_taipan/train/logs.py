@@ -11,6 +11,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class TextLog:
 
     def close(self) -> None:
         if self.handler is not None:
-            self.handler.close()
+            with suppress(OSError):  # what a full disk did not take is lost
+                self.handler.close()
 
 
 class _QuietHandler(logging.handlers.RotatingFileHandler):
@@ -213,7 +215,5 @@ class WeightsAndBiases:
 
 def say(text: str) -> None:
     """A line on stderr, which may be a file on a full disk."""
-    try:
+    with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-    except OSError:
-        pass

@@ -36,6 +36,7 @@ from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
 from megatron_taipan.train.profiling import StepProfiler
+from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
@@ -65,7 +66,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             sequence_parallel=p.sequence, timeout_s=p.timeout_s,
         )  # fmt: skip
         train_data, valid_data = agree(lambda: open_data(config))
-        agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
+        lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         found = agree(lambda: find_checkpoint(config, tidy=writer))
         ops = agree(lambda: pick_ops(config.ops.backend))
         model = agree(lambda: build_model(config, groups, ops))
@@ -117,6 +118,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         profiler = stack.enter_context(StepProfiler(
             t.profile, directory, rank=place.rank, device=device, say=lambda text: metrics.note("profile", text)
         ))  # fmt: skip
+        guard = FolderGuard(lock, metrics) if lock else None
 
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
@@ -140,6 +142,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             )  # fmt: skip
             profiler.end(progress.step + 1)
             stopping, save_now, writing = result.requests
+            if guard is not None:
+                guard.check()
             if not writing:
                 saver.finish()
             watchdog.beat()
@@ -165,7 +169,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             )
             if streak == t.max_skipped:
                 if before_streak.step > 0:
-                    saver.save_last(before_streak)
+                    insist_on_saving(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
                     f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
@@ -187,7 +191,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
             if stopping or progress.step == last:
-                saver.save_last(progress)
+                insist_on_saving(saver, progress, c, guard=guard, metrics=metrics, watchdog=watchdog)
             elif save_now or (c.save_every and progress.step % c.save_every == 0):
                 saver.start(progress)
 

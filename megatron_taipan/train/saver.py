@@ -20,15 +20,16 @@ class Saver:
         self.pending: Saving | None = None
         self.stall = 0.0  # seconds that training has stood still for the pending one
         self.last = time.monotonic()
+        self.failed = False  # the newest save; it is tried again before its turn
 
     def writing(self) -> bool:
         """Whether this rank is still writing; when no rank is, `finish` completes the checkpoint without waiting."""
         return self.pending is not None and self.pending.writing()
 
     def overdue(self) -> bool:
-        """Whether checkpoint.save_minutes have passed."""
-        minutes = self.config.checkpoint.save_minutes
-        return minutes is not None and time.monotonic() - self.last > 60 * minutes
+        """Whether checkpoint.save_minutes have passed, or after a failed save checkpoint.retry_s."""
+        c, waited = self.config.checkpoint, time.monotonic() - self.last
+        return (c.save_minutes is not None and waited > 60 * c.save_minutes) or (self.failed and waited > c.retry_s)
 
     def start(self, progress: Progress) -> None:
         """Copies the state and lets it be written behind the training; the one before is completed first."""
@@ -41,6 +42,7 @@ class Saver:
         except SaveFailed as failure:
             self._alarm(progress, failure)
         self.last, self.stall = time.monotonic(), time.perf_counter() - began
+        self.metrics.stalled(self.stall)
         if not self.config.checkpoint.asynchronous:
             self.finish()
 
@@ -60,6 +62,8 @@ class Saver:
         if self.metrics.writes:
             keep = self.config.checkpoint
             remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        self.failed = False
+        self.metrics.stalled(time.perf_counter() - began)
         stall = self.stall + time.perf_counter() - began
         self.metrics.after_save(saving.progress.step, path, stall=stall, write=saving.seconds)
 
@@ -78,4 +82,5 @@ class Saver:
         self.finish(must=True)
 
     def _alarm(self, progress: Progress, failure: SaveFailed) -> None:
+        self.failed, self.last = True, time.monotonic()
         self.metrics.note("alarm", f"step {progress.step}: {failure}; the checkpoint before is kept")

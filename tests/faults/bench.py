@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -155,9 +153,9 @@ class Run:
     def wait_for_step(self, step: int, job: Job) -> bool:
         return self.wait_until(lambda: any(r["step"] >= step for r in self.records("step")), job, f"step {step}")
 
-    def random_moment(self, job: Job, first: float = 0.0) -> None:
-        """Waits until a random instant between the run's start and its last steps."""
-        moment = self.rng.uniform(first, STEPS - 2)
+    def random_moment(self, job: Job, first: float = 0.0, last: float = STEPS - 2) -> None:
+        """Waits until a random instant between two steps; by default, between the run's start and its last steps."""
+        moment = self.rng.uniform(first, last)
         if moment < 1:
             time.sleep(self.rng.uniform(0, self.reference.start_s))
         else:
@@ -233,11 +231,3 @@ def fill(place: Path) -> Path:
             except OSError:
                 continue
     return filler
-
-
-def stop_by(job: Job, pid: int, number: int = signal.SIGTERM) -> None:
-    """A signal to one process of a job."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass

@@ -1,0 +1,83 @@
+"""What a run does so that its work reaches the disk: it watches its folder, and insists on its last checkpoint."""
+
+import time
+
+from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
+from megatron_taipan.checkpoint.state import Progress, SaveFailed
+from megatron_taipan.config import CheckpointConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.train.metrics import Metrics
+from megatron_taipan.train.saver import Saver
+from megatron_taipan.train.signals import EXIT_UNSAVED
+from megatron_taipan.train.watchdog import Watchdog
+
+
+class Unsaved(UserError):
+    """The state at the end of a run could not be written; the checkpoints before it are whole."""
+
+    exit_status = EXIT_UNSAVED
+
+
+class FolderGuard:
+    """Sees to it that the run's folder stands where it was, and that this run alone holds it; for rank 0."""
+
+    def __init__(self, lock: FolderLock, metrics: Metrics):
+        self.lock, self.metrics = lock, metrics
+        self.told = False  # of a folder that is gone and cannot be made anew
+
+    def check(self) -> None:
+        """Makes a folder that has vanished anew, with an alarm: training goes on, and the next checkpoint stands there.
+
+        Raises:
+            FolderHeld: another run has taken the place meanwhile.
+        """
+        if not self.lock.lost():
+            return
+        try:
+            self.lock.renew()
+        except FolderHeld:
+            raise
+        except UserError as error:
+            if not self.told:
+                self.metrics.note("alarm", f"the run's folder vanished, and {error}; it is tried again at every step")
+            self.told = True
+            return
+        self.told = False
+        self.metrics.note(
+            "alarm",
+            f"{self.lock.path.parent} vanished and was made anew; the checkpoints that were in it are not there, the"
+            " next one will be",
+        )
+
+
+def insist_on_saving(
+    saver: Saver,
+    progress: Progress,
+    checkpoint: CheckpointConfig,
+    *,
+    guard: FolderGuard | None,
+    metrics: Metrics,
+    watchdog: Watchdog,
+) -> None:
+    """Saves and waits; tries again while the disk refuses, so that somebody can make room; collective.
+
+    Raises:
+        Unsaved: on all ranks, when checkpoint.last_tries tries have failed.
+    """
+    for left in reversed(range(checkpoint.last_tries)):
+        if guard is not None:
+            guard.check()
+        try:
+            return saver.save_last(progress)
+        except SaveFailed as failure:
+            if not left:
+                raise Unsaved(
+                    f"{failure}. The last {checkpoint.last_tries} tries to save step {progress.step} failed"
+                    " (checkpoint.last_tries); the checkpoints before are whole. Make room, then start the same command"
+                    " again: it continues from the newest one"
+                ) from failure
+            metrics.note(
+                "alarm", f"step {progress.step}: {failure}; tried again in {checkpoint.retry_s:g} s, {left} times"
+            )
+        watchdog.beat()
+        time.sleep(checkpoint.retry_s)
