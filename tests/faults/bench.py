@@ -92,6 +92,11 @@ class Run:
 
     def start(self, inside: dict[str, Any] | None = None) -> Job:
         """The training program, always the same command."""
+        self.starts += 1
+        return self.bench.zygote.start(self.write_config(), self.home / f"start{self.starts}", inside=inside)
+
+    def write_config(self) -> Path:
+        """The configuration's file, the same at every start."""
         tree = toy_tree(
             self.bench.prefix, self.directory,
             parallel=LAYOUTS[self.layout] | {"timeout_s": 60},
@@ -106,8 +111,7 @@ class Run:
             tree[name] = tree[name] | options
         config = self.home / "config.yaml"
         config.write_text(yaml.safe_dump(tree))
-        self.starts += 1
-        return self.bench.zygote.start(config, self.home / f"start{self.starts}", inside=inside)
+        return config
 
     # ---- what can be seen from outside ----
 

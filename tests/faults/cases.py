@@ -18,6 +18,7 @@ DIED_OF_SIGTERM = 128 + signal.SIGTERM
 def make(bench: Bench, name: str, seed: int, **sections: dict) -> Run:
     """The run of a case: its layout, and whether it saves behind the training, follow from the seed."""
     layout = list(LAYOUTS)[seed % len(LAYOUTS)]
+    bench.reference(layout)  # the undisturbed run comes first
     checkpoint = sections.pop("checkpoint", {}) | {"asynchronous": seed // len(LAYOUTS) % 2 == 0}
     return Run(bench, name, layout, seed, checkpoint=checkpoint, **sections)
 
@@ -28,6 +29,11 @@ def killed(run: Run, job: Job, before: int) -> None:
     assert run.newest() >= before, f"checkpoint {before} was complete and is gone"
 
 
+def met(run: Run, job: Job) -> None:
+    """The kill must have come before the run was done: one that meets nothing shows nothing."""
+    assert run.newest() < STEPS, f"the kill came after the end\n{job.output()}"
+
+
 # ---- killed ----
 
 
@@ -36,9 +42,10 @@ def kill_a_rank(bench: Bench, seed: int) -> None:
     run = make(bench, "kill a rank", seed)
     job = run.start()
     run.random_moment(job)
-    before = run.newest()
-    send(run.rng.choice(job.ranks), signal.SIGKILL)
+    before, victim = run.newest(), run.rng.choice(job.ranks)
+    send(victim, signal.SIGKILL)
     killed(run, job, before)
+    met(run, job)
     run.continues_the_same()
 
 
@@ -50,6 +57,7 @@ def kill_everything(bench: Bench, seed: int) -> None:
     before = run.newest()
     job.kill()
     killed(run, job, before)
+    met(run, job)
     run.continues_the_same()
 
 
@@ -61,6 +69,7 @@ def kill_the_launcher(bench: Bench, seed: int) -> None:
     before = run.newest()
     send(job.launcher, signal.SIGKILL)
     killed(run, job, before)
+    met(run, job)
     run.continues_the_same()
 
 
@@ -68,7 +77,6 @@ def kill_at_a_file_operation(bench: Bench, seed: int) -> None:
     """A rank dies just before one of the file operations of its saves (open, fsync, rename, delete, ...)."""
     run = make(bench, "kill at a file operation", seed)
     rank = run.rng.randrange(2)
-    assert run.reference.operations  # the undisturbed run comes first
     nth = run.rng.randint(1, run.reference.operations[rank])
     job = run.start({"rank": rank, "kill_at_operation": nth})
     job.wait()
@@ -90,6 +98,7 @@ def kill_the_writer(bench: Bench, seed: int) -> None:
     before = run.newest()
     send(run.rng.choice(job.ranks), signal.SIGKILL)
     killed(run, job, before)
+    met(run, job)
     run.continues_the_same()
 
 
@@ -149,7 +158,6 @@ def sigterm_in_an_evaluation(bench: Bench, seed: int) -> None:
 def sigterm_at_start(bench: Bench, seed: int) -> None:
     """SIGTERM at a random instant before the first step; before the ranks have met there is nothing to finish."""
     run = make(bench, "sigterm at start", seed)
-    assert run.reference.start_s  # the undisturbed run comes first
     job = run.start()
     time.sleep(run.rng.uniform(0, 0.9 * run.reference.start_s))
     send(job.launcher, signal.SIGTERM)
