@@ -35,8 +35,8 @@ from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
-from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
+from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
