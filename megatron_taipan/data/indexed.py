@@ -210,10 +210,10 @@ class IndexedReader:
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, of type `dtype`) with the tokens from `position` on."""
-        view = out.data.cast("B")
-        got = os.preadv(self._bin_fd, [view], position * self.dtype.itemsize)
-        while got < len(view):
-            more = os.preadv(self._bin_fd, [view[got:]], position * self.dtype.itemsize + got)
+        start = position * self.dtype.itemsize
+        got = os.preadv(self._bin_fd, [out.data], start)
+        while got < out.nbytes:
+            more = os.preadv(self._bin_fd, [out.data.cast("B")[got:]], start + got)
             if not more:
                 raise UserError(f"{self.prefix}.bin became shorter while it was read; restore it and resume")
             got += more

@@ -77,24 +77,37 @@ class SampleDataset(Dataset):
         reader = source.stream.reader
         out = np.empty(self.seq_len + 1, reader.dtype)
         begins = source.read_into(sample, out)
-        # unsigned, a negative id is a large one too
-        if (top := int(out.view(f"u{out.itemsize}").max())) >= self.vocab_size:
-            raise beyond_vocabulary(reader, top, self.vocab_size)
+        self._check(reader, out)
         return out, begins
+
+    def _check(self, reader: IndexedReader, ids: np.ndarray) -> None:
+        # unsigned, a negative id is a large one too
+        if (top := int(ids.view(f"u{ids.itemsize}").max())) >= self.vocab_size:
+            raise beyond_vocabulary(reader, top, self.vocab_size)
 
     def batch(self, indices: list[int]) -> Batch:
         """Several samples stacked: every tensor gets a first dimension [b]."""
         b, l = len(indices), self.seq_len
-        tokens, labels = np.empty((b, l), np.int64), np.empty((b, l), np.int64)
-        loss_mask = np.ones((b, l), np.float32)
-        seq_idx = np.zeros((b, l), np.int32)
+        rows_of: dict[int, list[tuple[int, int]]] = {}  # source -> (row, sample of the source)
         for row, index in enumerate(indices):
-            ids, begins = self.tokens(index)
-            tokens[row], labels[row] = ids[:-1], ids[1:]
-            for number, begin in enumerate(begins, start=1):
-                loss_mask[row, begin - 1] = 0
-                if self.mask_documents:
-                    seq_idx[row, begin:] = number
+            number, sample = self.blend(index)
+            rows_of.setdefault(number, []).append((row, sample))
+        tokens, labels = np.empty((b, l), np.int64), np.empty((b, l), np.int64)
+        loss_mask, seq_idx = np.ones((b, l), np.float32), np.zeros((b, l), np.int32)
+        last: list[int] = []  # tokens before another document, counted through the batch
+        for number, rows in rows_of.items():
+            source = self.sources[number]
+            reader = source.stream.reader
+            ids = np.empty((len(rows), l + 1), reader.dtype)
+            for (row, sample), out in zip(rows, ids, strict=True):
+                begins = source.read_into(sample, out)
+                last += [row * l + begin - 1 for begin in begins]
+                if self.mask_documents and begins:
+                    _number_documents(begins, seq_idx[row])
+            self._check(reader, ids)
+            where = slice(None) if len(rows) == b else [row for row, _ in rows]
+            tokens[where], labels[where] = ids[:, :-1], ids[:, 1:]
+        loss_mask.reshape(-1)[last] = 0
         return {
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
@@ -107,6 +120,15 @@ class SampleDataset(Dataset):
         """How often each source has been gone through after `samples` samples, by its prefix."""
         drawn = self.blend.drawn(samples)
         return {s.stream.reader.prefix: n / s.per_epoch for s, n in zip(self.sources, drawn, strict=True)}
+
+
+def _number_documents(begins: list[int], out: np.ndarray) -> None:
+    """Counts up from 0 at each of `begins` (rising) in `out` [L], which holds zeros. A begin may be L."""
+    if len(begins) < 16:
+        for number, begin in enumerate(begins, start=1):
+            out[begin:] = number
+    else:
+        out[:] = np.repeat(np.arange(len(begins) + 1), np.diff([0, *begins, max(len(out), begins[-1])]))[: len(out)]
 
 
 def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size: int) -> SampleDataset:

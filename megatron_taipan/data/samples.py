@@ -6,6 +6,30 @@ from megatron_taipan.data.permutation import Permutation, derive_key
 from megatron_taipan.data.stream import TokenStream
 from megatron_taipan.errors import UserError
 
+BLOCK = 4096  # entries of an order that are computed together where samples are asked for one after the other
+
+
+class EpochOrder:
+    """The order of one epoch: which of n slices sample j is, in a pseudo-random order that the key decides.
+
+    A run asks for neighbouring samples, so their entries are computed a block at a time; single ones cost more each.
+    """
+
+    def __init__(self, n: int, key: int):
+        self.permutation = Permutation(n, key)
+        self._block, self._asked = -1, -1
+        self._entries: list[int] = []
+
+    def __call__(self, index: int) -> int:
+        block, at = divmod(index, BLOCK)
+        if block != self._block:
+            if block != self._asked:  # maybe just one of it
+                self._asked = block
+                return self.permutation(index)
+            entries = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.permutation.n))
+            self._block, self._entries = block, self.permutation.many(entries).tolist()
+        return self._entries[at]
+
 
 class PackedSamples:
     """Consecutive slices of a token stream, documents packed back to back, in a new pseudo-random order each epoch.
@@ -29,13 +53,13 @@ class PackedSamples:
         self.stream, self.seq_len = stream, seq_len
         self.key = derive_key("samples", seed, stream.reader.fingerprint)
         self.per_epoch = stream.n_tokens // seq_len
-        self._epoch, self._order, self._turn = -1, Permutation(1, 0), 0
+        self._epoch, self._order, self._turn = -1, EpochOrder(1, 0), 0
 
     def read_into(self, sample: int, out: np.ndarray) -> list[int]:
         """Fills `out` [seq_len + 1] with a sample's tokens; returns where in it other documents begin."""
         epoch, index = divmod(sample, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, Permutation(self.per_epoch, derive_key(self.key, epoch))
+            self._epoch, self._order = epoch, EpochOrder(self.per_epoch, derive_key(self.key, epoch))
             self._turn = derive_key(self.key, epoch, "turn") % self.stream.n_tokens
         position = (self._turn + self._order(index) * self.seq_len) % self.stream.n_tokens
         return self.stream.read_into(position, out)
@@ -59,13 +83,13 @@ class LongSamples:
             )
         self.first = np.concatenate([[0], np.cumsum((self.length - 1) // seq_len)])  # [d + 1], in samples
         self.per_epoch = int(self.first[-1])
-        self._epoch, self._order = -1, Permutation(1, 0)
+        self._epoch, self._order = -1, EpochOrder(1, 0)
 
     def read_into(self, sample: int, out: np.ndarray) -> list[int]:
         """Fills `out` [seq_len + 1]; no other document ever begins in it."""
         epoch, index = divmod(sample, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, Permutation(self.per_epoch, derive_key(self.key, epoch))
+            self._epoch, self._order = epoch, EpochOrder(self.per_epoch, derive_key(self.key, epoch))
         index = self._order(index)
         document = int(self.first.searchsorted(index, "right")) - 1
         slack = int(self.length[document] - 1) % self.seq_len

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.loader import build_dataset, make_loader
+from megatron_taipan.data.permutation import Permutation
+from megatron_taipan.data.samples import EpochOrder
 from megatron_taipan.data.split import split_documents
 from megatron_taipan.errors import UserError
 
@@ -220,6 +222,33 @@ def test_workers_ignore_signals_meant_for_the_trainer(tmp_path):
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.kill(worker.pid, name)
     assert [b["sample"].tolist() for b in take(loader, 20)] == [[2 * i, 2 * i + 1] for i in range(1, 21)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), masked=st.booleans())
+def test_a_batch_is_its_samples(tmp_path_factory, data, masked):
+    """Sources of different types and with many or few documents a sample, in any order, against sample by sample."""
+    folder = tmp_path_factory.mktemp("c")
+    lengths = [data.draw(st.lists(st.integers(0, 30), min_size=8, max_size=30)) for _ in range(2)]
+    a = corpus(folder / "a", [*lengths[0], 40])
+    b = corpus(folder / "b", [*lengths[1], *[0, 1] * 20], base=1000, dtype=np.int32)
+    both = dataset([{"prefix": a, "weight": 2}, {"prefix": b, "weight": 1}], seq_len=40, mask_documents=masked)
+    indices = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=8))
+    batch = both.batch(indices)
+    for row, index in enumerate(indices):
+        ids, begins = both.tokens(index)
+        assert batch["tokens"][row].tolist() == ids[:-1].tolist() and batch["labels"][row].tolist() == ids[1:].tolist()
+        assert batch["loss_mask"][row].tolist() == [float(i + 1 not in begins) for i in range(40)]
+        number = [sum(begin <= i for begin in begins) for i in range(40)]
+        assert batch["seq_idx"][row].tolist() == (number if masked else [0] * 40)
+
+
+@given(n=st.integers(1, 20_000), data=st.data())
+def test_neighbours_and_single_samples_have_one_order(n, data):
+    order, want = EpochOrder(n, 3), Permutation(n, 3)
+    start = data.draw(st.integers(0, n - 1))
+    for index in [start, *range(start, min(n, start + 4)), data.draw(st.integers(0, n - 1)), start, n - 1]:
+        assert order(index) == want(index)
 
 
 def test_batch_that_does_not_fit(tmp_path):
