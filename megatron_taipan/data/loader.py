@@ -205,7 +205,15 @@ def make_loader(
         worker_init_fn=_ignore_signals,
         multiprocessing_context="fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None,
     )
-    return iter(loader)
+    # workers are born with these signals blocked, so that none can hit one before it ignores them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def _as_is(batch: Any) -> Any:
@@ -218,8 +226,9 @@ def _ignore_signals(worker: int) -> None:
     A worker ends when its trainer does: DataLoader's workers watch for that.
     """
     del worker
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for name in FOR_THE_TRAINER:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
 
 
 def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> Samples:
