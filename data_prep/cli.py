@@ -1,6 +1,7 @@
 """The command line: one subcommand a file of data_prep/commands."""
 
 import argparse
+import sys
 from importlib import import_module
 
 from megatron_taipan.errors import exits_cleanly
@@ -22,7 +23,9 @@ def main(argv: list[str] | None = None) -> int | None:
     """Runs a subcommand; each module has `add_arguments(parser)` and `run(args)`."""
     parser = argparse.ArgumentParser(prog="data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    given = (sys.argv[1:] if argv is None else argv)[:1]
+    chosen = {given[0]: COMMANDS[given[0]]} if given and given[0] in COMMANDS else COMMANDS  # imports just that
+    for name, summary in chosen.items():
         module = import_module(f"data_prep.commands.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)

@@ -4,23 +4,17 @@
     python launch/benchmark_data.py --megabytes 600 --tokenizer gpt2/tokenizer.json --rounds 5
 
 Every contender is a whole process, start-up included. Contenders take turns, round after round, so that a busy machine
-slows all of them alike; the table gives the median and the ratio of medians. What is compared:
-
-    ours        python -m data_prep tokenize
-    megatron    the way of Megatron-LM's tools/preprocess_data.py (which its package does not carry), written here with
-                megatron.core's IndexedDatasetBuilder and the same tokenizer library: worker processes send the ids of
-                each document to the parent, which adds them one by one
-    library     the tokenizer library that `ours` chose, alone: documents already in memory, encoded in worker processes
-                and thrown away. Not a tool but the limit of one.
+slows all of them alike; the table gives the median and the ratio of medians, and the processor time, which other work
+on the machine changes less. The contenders besides `ours` are described in benchmark_data_peers.py.
 
 The corpus is made once from documentation packages of Debian: HTML turned into text, doubles dropped, documents in
 their real lengths.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,14 +22,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    "python3.11-doc postgresql-doc-15 erlang-doc linux-doc-6.1 llvm-14-doc rust-doc openjdk-17-doc git-doc"
-    " libboost1.81-doc debian-handbook gnome-user-docs"
-).split()
+PEERS = ("library", "gigatoken", "megatron")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None = None) -> None:
     """Runs the benchmarks that the arguments name and prints their tables in Markdown."""
+    from launch.benchmark_corpus import build_corpus
     from megatron_taipan.errors import UserError
 
     parser = argparse.ArgumentParser(prog="benchmark data", description=__doc__, formatter_class=_Raw)
@@ -60,24 +51,25 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument(
-        "--skip", nargs="*", default=[], help="contenders or parts left out: megatron library reading opening"
+        "--skip",
+        nargs="*",
+        default=[],
+        help="contenders or parts left out: megatron gigatoken library resuming reading opening",
     )
     parser.add_argument("--open-documents", type=int, default=50_000_000, help="documents of the corpus that is opened")
-    parser.add_argument("--as-peer", help=argparse.SUPPRESS)  # this script is also the process of a contender
     args = parser.parse_args(argv)
-    if args.as_peer:
-        _peer(args.as_peer, args.corpus, args.tokenizer[0], args.workers)
-        return
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least 1 is needed")
     corpus = args.corpus or build_corpus(Path(args.cache), args.megabytes)
     tokenizers = args.tokenizer or [_train(corpus, args.cache)]
     print(f"{corpus}: {os.path.getsize(corpus) / 1e6:.0f} MB; {args.workers} workers, {args.rounds} rounds, medians\n")
-    prefix = None
-    for tokenizer in tokenizers:
-        prefix = compare(corpus, tokenizer, args)
-    if "reading" not in args.skip and prefix:
-        reading(prefix)
+    with tempfile.TemporaryDirectory(prefix="benchmark_data_") as folder:
+        for tokenizer in tokenizers:
+            compare(corpus, tokenizer, args, folder)
+        if "resuming" not in args.skip:
+            resuming(corpus, tokenizers[0], args.workers, folder)
+        if "reading" not in args.skip:
+            reading(f"{folder}/ours")
     if "opening" not in args.skip:
         opening(args.open_documents)
 
@@ -85,59 +77,98 @@ def run(argv: list[str] | None = None) -> None:
 # ---------------------------------------------------------------- tokenizing
 
 
-def compare(corpus: str, tokenizer: str, args: argparse.Namespace) -> str:
-    """One table: seconds, speed and memory of each contender for one tokenizer. Returns the prefix that ours wrote."""
-    keep = tempfile.mkdtemp(prefix="benchmark_data_")
-    ours = [sys.executable, "-m", "data_prep", "tokenize", "--input", corpus, "--tokenizer", tokenizer, "--append-eod"]
-    peer = [sys.executable, __file__, "--corpus", corpus, "--tokenizer", tokenizer, "--workers", str(args.workers)]
-    contenders: dict[str, list[str]] = {
-        "ours": [*ours, "--output", f"{keep}/ours", "--overwrite", "--workers", str(args.workers)],
-        "ours, 1 worker": [*ours, "--output", f"{keep}/one", "--overwrite", "--workers", "1"],
+def ours(corpus: str, tokenizer: str, output: str, workers: int) -> list[str]:
+    """The command that is measured."""
+    command = [sys.executable, "-m", "data_prep", "tokenize", "--input", corpus, "--tokenizer", tokenizer]
+    return [*command, "--append-eod", "--output", output, "--workers", str(workers)]
+
+
+def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) -> None:
+    """One table: seconds, speed and memory of each contender for one tokenizer; leaves what ours wrote as `ours`."""
+    from launch.benchmark_data_peers import importable
+
+    contenders = {
+        "ours": ours(corpus, tokenizer, f"{folder}/ours", args.workers),
+        "ours, 1 worker": ours(corpus, tokenizer, f"{folder}/one", 1),
     }
-    for name in ("library", "megatron"):
-        if name not in args.skip:
-            contenders[name] = [*peer, "--as-peer", f"{name}:{keep}/{name}"]
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    said = ""
+    if args.workers == 1:
+        del contenders["ours, 1 worker"]
+    for name in PEERS:
+        if name not in args.skip and importable(name):
+            peer = [sys.executable, str(ROOT / "launch/benchmark_data_peers.py"), name, corpus, tokenizer]
+            contenders[name] = [*peer, str(args.workers), f"{folder}/{name}"]
+    outputs = {name: f"{folder}/{name}" for name in contenders} | {"ours, 1 worker": f"{folder}/one"}
+    results: dict[str, list[Measured]] = {name: [] for name in contenders}
     for _ in range(args.rounds):
         for name, command in contenders.items():
             for ending in (".bin", ".idx", ".json"):  # or it would be complete already
-                Path(command[command.index("--output") + 1] + ending if "--output" in command else "-").unlink(
-                    missing_ok=True
-                )
-            seconds, memory, output = measure(command)
-            results[name].append((seconds, memory))
-            said = output if name == "ours" else said
+                Path(outputs[name] + ending).unlink(missing_ok=True)
+            results[name].append(measure(command))
     size = os.path.getsize(corpus) / 1e6
-    print(f"tokenizer {tokenizer}\n{said.strip()}\n")
-    print("| contender | seconds (min to max) | MB/s | peak memory of all processes, MB | ours is faster by |")
-    print("|---|---|---|---|---|")
-    base = statistics.median(seconds for seconds, _ in results["ours"])
+    small = f"{folder}/small.jsonl"
+    Path(small).write_text('{"text": "one document"}\n')
+    start = [measure(ours(small, tokenizer, f"{folder}/small{i}", args.workers)).seconds for i in range(args.rounds)]
+    print(f"tokenizer {tokenizer}\n{results['ours'][-1].output.strip()}")
+    print(f"ours on a single document, its start-up: {statistics.median(start):.2f} s\n")
+    print(
+        "| contender | seconds (min to max) | MB/s | processor seconds | peak memory of all processes, MB | ours is",
+        end="",
+    )
+    print(" faster by | by processor time |\n|---|---|---|---|---|---|---|")
+    base = [statistics.median(run.seconds for run in results["ours"])]
+    base.append(statistics.median(run.processor for run in results["ours"]))
     for name, runs in results.items():
-        times = [run[0] for run in runs]
-        middle = statistics.median(times)
+        times = [run.seconds for run in runs]
+        middle, processor = statistics.median(times), statistics.median(run.processor for run in runs)
         print(
-            f"| {name} | {middle:.2f} ({min(times):.2f} to {max(times):.2f}) | {size / middle:.1f} |"
-            f" {max(run[1] for run in runs):.0f} | {middle / base:.2f} |"
+            f"| {name} | {middle:.2f} ({min(times):.2f} to {max(times):.2f}) | {size / middle:.1f} | {processor:.2f} |"
+            f" {max(run.memory for run in runs):.0f} | {middle / base[0]:.2f} | {processor / base[1]:.2f} |"
         )
-    if "megatron" in contenders:
-        same = all(
-            Path(f"{keep}/ours{ending}").read_bytes() == Path(f"{keep}/megatron{ending}").read_bytes()
-            for ending in (".bin", ".idx")
-        )
-        print(f"\nthe same bytes as megatron: {'yes' if same else 'NO'}")
+    for name in ("megatron", "gigatoken"):
+        if name in contenders:
+            same = all(
+                Path(f"{folder}/ours{ending}").read_bytes() == Path(f"{folder}/{name}{ending}").read_bytes()
+                for ending in (".bin", ".idx")
+            )
+            print(f"\nthe same bytes as {name}: {'yes' if same else 'NO'}")
     print()
-    return f"{keep}/ours"
 
 
-def measure(command: list[str]) -> tuple[float, float, str]:
-    """Runs a command: seconds, peak of the summed proportional memory of it and its children in MB, its output."""
+def resuming(corpus: str, tokenizer: str, workers: int, folder: str) -> None:
+    """What a run costs that was killed in the middle: seconds until the kill and of the run that continues."""
+    command = ours(corpus, tokenizer, f"{folder}/resumed", workers)
+    whole = measure(command).seconds
+    for ending in (".bin", ".idx", ".json"):
+        Path(f"{folder}/resumed{ending}").unlink()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(0.6 * whole)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rest = measure(command)
+    said = next((line for line in rest.output.splitlines() if line.startswith("continuing")), "nothing was finished")
+    print(
+        f"resuming: undisturbed {whole:.2f} s; killed after {0.6 * whole:.2f} s, the same command then took"
+        f" {rest.seconds:.2f} s ({said})\n"
+    )
+
+
+class Measured:
+    """One run of a command: seconds, processor seconds of it and its children, peak of their summed proportional
+    memory in MB, output."""
+
+    def __init__(self, seconds: float, processor: float, memory: float, output: str):
+        self.seconds, self.processor, self.memory, self.output = seconds, processor, memory, output
+
+
+def measure(command: list[str]) -> Measured:
+    """Runs a command and watches it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = [0.0]
 
     def watch() -> None:
-        while process.poll() is None:
+        while process.returncode is None:
             peak[0] = max(peak[0], sum(_pss(pid) for pid in _tree(process.pid)))
             time.sleep(0.1)
 
@@ -146,9 +177,11 @@ def measure(command: list[str]) -> tuple[float, float, str]:
     output, _ = process.communicate()
     seconds = time.perf_counter() - started
     watcher.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
-    return seconds, peak[0], output
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds, processor, peak[0], output)
 
 
 def _tree(pid: int) -> list[int]:
@@ -167,78 +200,6 @@ def _pss(pid: int) -> float:
     except (OSError, ValueError):
         pass
     return 0.0
-
-
-# ---------------------------------------------------------------- the other contenders, each in a process of its own
-
-
-def _peer(spec: str, corpus: str, tokenizer: str, workers: int) -> None:
-    sys.path.insert(0, str(ROOT))
-    name, _, output = spec.partition(":")
-    {"megatron": _megatron, "library": _library}[name](corpus, tokenizer, workers, output)
-
-
-class _Encoder:
-    """What Megatron's tool runs in its workers: one JSON line in, the ids of the document out."""
-
-    def __init__(self, tokenizer: str):
-        self.name = tokenizer
-
-    def start(self) -> None:
-        from data_prep.tokenizers import load_tokenizer
-
-        _Encoder.tokenizer = load_tokenizer(self.name)  # type: ignore[attr-defined]
-
-    def encode(self, line: str) -> tuple[list[int], int]:
-        tokenizer = _Encoder.tokenizer  # type: ignore[attr-defined]
-        ids = tokenizer.encode([json.loads(line)["text"]])[0].tolist()
-        return [*ids, tokenizer.eod], len(line)
-
-
-def _megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    from data_prep.tokenizers import load_tokenizer
-
-    encoder = _Encoder(tokenizer)
-    dtype = DType.optimal_dtype(load_tokenizer(tokenizer).vocab_size)
-    builder = IndexedDatasetBuilder(output + ".bin", dtype=dtype)
-    with open(corpus, encoding="utf-8") as file, multiprocessing.Pool(workers, initializer=encoder.start) as pool:
-        for ids, _ in pool.imap(encoder.encode, file, 32):
-            builder.add_document(torch.IntTensor(ids), [len(ids)])
-    builder.finalize(output + ".idx")
-
-
-def _library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
-    from data_prep.fast import fast_twin
-    from data_prep.tokenizers import load_tokenizer, tokenizer_file
-
-    del output
-    with open(corpus, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    encoder = load_tokenizer(tokenizer)
-    if not tokenizer.startswith("tiktoken:"):
-        try:
-            encoder = fast_twin(encoder, tokenizer_file(tokenizer))
-        except ValueError:
-            pass
-    context = multiprocessing.get_context("fork")
-    started = time.perf_counter()
-    share = -(-len(texts) // workers)
-    processes = [
-        context.Process(target=_encode_all, args=(encoder, texts[share * i : share * (i + 1)])) for i in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    print(f"encoding alone: {time.perf_counter() - started:.2f} s")
-
-
-def _encode_all(encoder, texts: list[str]) -> None:
-    for at in range(0, len(texts), 64):
-        encoder.encode(texts[at : at + 64])
 
 
 # ---------------------------------------------------------------- reading
@@ -321,70 +282,6 @@ print(f"{{time.perf_counter() - start:.2f}} s, {{after / 1e3:.0f}} MB ({{before 
                 "  "
                 + subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip()
             )
-
-
-# ---------------------------------------------------------------- the corpus
-
-
-def build_corpus(cache: Path, megabytes: int) -> str:
-    """A .jsonl of about this size, made once; beyond what the packages hold, documents return, numbered."""
-    from megatron_taipan.errors import UserError
-
-    target = cache / f"corpus_{megabytes}.jsonl"
-    if target.exists():
-        return str(target)
-    packages = cache / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    for name in PACKAGES:
-        if not (packages / name).exists():
-            try:
-                subprocess.run(["apt-get", "download", "-qq", name], cwd=packages, check=True, capture_output=True)
-                archive = next(packages.glob(f"{name}_*.deb"))
-                subprocess.run(["dpkg", "-x", archive, packages / name], check=True, capture_output=True)
-                archive.unlink()
-            except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-                print(f"package {name} is not to be had ({error}); going on without it", file=sys.stderr)
-    seen: set[bytes] = set()
-    written, turn = 0, 0
-    with open(f"{target}.partial", "w", encoding="utf-8") as out:
-        while written < megabytes * 1_000_000:
-            before = written
-            for text in _documents(packages):
-                digest = blake2b(text.encode(), digest_size=16).digest()
-                if turn == 0 and digest in seen:
-                    continue
-                seen.add(digest)
-                line = json.dumps({"text": f"Copy {turn}. {text}" if turn else text}, ensure_ascii=False) + "\n"
-                written += out.write(line)
-                if written >= megabytes * 1_000_000:
-                    break
-            if written == before:
-                raise UserError("no documentation package could be fetched; give a .jsonl file with --corpus")
-            turn += 1
-    os.replace(f"{target}.partial", target)
-    return str(target)
-
-
-def _documents(folder: Path):
-    """Text of every HTML page and text file, in a fixed order that mixes the packages."""
-    from lxml import html
-
-    for path in sorted(
-        folder.rglob("*.*"),
-        key=lambda path: blake2b(path.name.encode() + bytes(str(path.parent)[-9:], "utf-8")).digest(),
-    ):
-        if path.suffix in (".html", ".htm", ".txt") and path.is_file() and not path.is_symlink():
-            data = path.read_bytes()
-            try:
-                if path.suffix == ".txt":
-                    text = data.decode()
-                else:
-                    text = html.fromstring(data).text_content()
-            except (ValueError, html.etree.ParserError, AssertionError):
-                continue
-            text = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
-            if len(text) > 200:
-                yield text.encode("utf-8", "ignore").decode()
 
 
 def _train(corpus: str, cache: str) -> str:

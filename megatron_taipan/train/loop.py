@@ -165,8 +165,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 rewinds=progress.rewinds,
             )
             metrics.after_step(
-                progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited, loss_scale=loss_scale(engine)
-            )
+                progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited, loss_scale=loss_scale(engine),
+                epochs=train_data.epochs(progress.samples),
+            )  # fmt: skip
             if streak == t.max_skipped:
                 if before_streak.step > 0:
                     insist_on_saving(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)

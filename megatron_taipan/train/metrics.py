@@ -96,6 +96,7 @@ class Metrics:
         tokens: int,
         data_wait_s: float,
         loss_scale: float | None = None,
+        epochs: dict[str, float] | None = None,
     ) -> None:
         """Records a finished step.
 
@@ -104,6 +105,7 @@ class Metrics:
             tokens: of this step, over all ranks.
             data_wait_s: seconds that this rank waited for its batches.
             loss_scale: after this step, where fp16 has one.
+            epochs: how often each data source has been gone through, by its prefix.
         """
         seconds, self.step = self.seconds(), step
         self.summary.add(result, tokens, seconds)
@@ -118,6 +120,7 @@ class Metrics:
         if loss_scale is not None:
             values["loss_scale"] = loss_scale
         self.stall_s = 0.0
+        values |= {f"epochs/{source}": passes for source, passes in (epochs or {}).items()}
         for index, gate in enumerate(result.gates):
             values |= {f"gate{index}/{name}": value for name, value in gate.items()}
         self._write({"event": "step", "step": step, **values})

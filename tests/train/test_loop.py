@@ -11,9 +11,10 @@ import yaml
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
 from megatron_taipan.config import load_config, make_config
+from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch, run_program
-from tests.train.toy import toy_tree, write_data
+from tests.train.toy import VOCAB, toy_tree, write_data
 
 SHORT = {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
 # what is measured rather than computed
@@ -69,6 +70,9 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, prefix):
         assert numbers(parts) == numbers(whole), f"stage {stage}"
         assert log(parts, "valid")[-1]["ce"] == log(whole, "valid")[-1]["ce"]
         assert log(parts, "start")[-1]["step"] == 3
+    data = build_dataset(make_config(trees[0]).data, "train", VOCAB)
+    for record in log(parts):  # 8 samples a step: how much of an epoch each step's record says
+        assert record[f"epochs/{prefix}"] == 8 * record["step"] / len(data)
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
