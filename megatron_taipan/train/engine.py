@@ -63,12 +63,20 @@ def capture_graphs(model: Any, config: Config, device: torch.device) -> str:
         # at the other stages, and in fp32, DeepSpeed keeps gradient tensors that the next replay would overwrite
         f"zero_stage={p.zero_stage}": p.zero_stage != 1,
         f"precision={t.precision}": t.precision == "fp32",
+        "train.deterministic": t.deterministic,
         "reference operations": config.ops.backend == "reference" or not model.graphable,
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:
         return f"layers run one by one ({reason})"
-    model.capture(t.micro_batch, config.data.seq_len)
+    try:
+        model.capture(t.micro_batch, config.data.seq_len)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"recording the layers on {t.micro_batch} x {config.data.seq_len} tokens ran out of memory on"
+            f" {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]} Lower train.micro_batch, or use"
+            " parallel.recompute=selective or full; train.cuda_graphs=false needs a little less"
+        ) from error
     return f"layers run as {len(model.graphs.groups)} CUDA graphs"
 
 
