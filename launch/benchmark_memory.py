@@ -1,6 +1,7 @@
 """`benchmark.py memory`: the memory of a training step, and the largest micro batch that fits.
 
-A step's peak grows linearly with the micro batch, so two small batches predict the largest; the prediction is then
+Memory is what torch holds of the GPU, freed blocks that it keeps and recorded graphs included: these appear in no count
+of live tensors. A step's peak grows linearly with the micro batch, so two small batches predict the largest; the prediction is then
 tried, and corrected one by one until a batch fits and the next one does not.
 """
 
@@ -13,6 +14,7 @@ import torch
 from launch.benchmark_common import Table, preset
 from launch.benchmark_step import composition, ours
 from megatron_taipan.config import Config
+from megatron_taipan.errors import UserError
 
 GIB = 2**30
 
@@ -37,7 +39,7 @@ def composition_peak(config: Config) -> dict:
     torch.cuda.reset_peak_memory_stats()
     training.step()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_reserved()
     training.engine.destroy()
     return {"peak GiB": round(peak / GIB, 2)}
 
@@ -84,8 +86,8 @@ def our_peak(config: Config, batch: int) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         training.step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    except torch.OutOfMemoryError:
+        return torch.cuda.max_memory_reserved()
+    except (torch.OutOfMemoryError, UserError):  # the latter while layers are recorded
         return None
     finally:
         if training is not None:

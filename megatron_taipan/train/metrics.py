@@ -203,5 +203,5 @@ class Metrics:
 def peak_memory_gb() -> float:
     """The most that this process has held so far: of GPU memory, or without a GPU of the host's."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9  # recorded graphs are in no count of live tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
