@@ -1,8 +1,8 @@
 """`benchmark.py memory`: the memory of a training step, and the largest micro batch that fits.
 
 Memory is what torch holds of the GPU, freed blocks that it keeps and recorded graphs included: these appear in no count
-of live tensors. A step's peak grows linearly with the micro batch, so two small batches predict the largest; the prediction is then
-tried, and corrected one by one until a batch fits and the next one does not.
+of live tensors. A step's peak grows linearly with the micro batch, so two small batches predict the largest; the
+prediction is then tried, and corrected one by one until a batch fits and the next one does not.
 """
 
 import argparse
