@@ -38,6 +38,11 @@ def run(options: argparse.Namespace) -> None:
         n = len(hi)
         at = f"{density:.1%} selected"
         table.attempt(f"ours, {at}", lambda: times(lambda q: interval_attention(q, k, v, lo, hi), n))
+        room_lo, room_hi = (torch.cat([t, t.new_full((total - n,), empty)]) for t, empty in ((lo, 1), (hi, 0)))
+        table.attempt(
+            f"ours, {at}, in a buffer for all",
+            lambda: times(lambda q: interval_attention(q, k, v, room_lo, room_hi), total),
+        )
         if not options.skip_flex:
             table.attempt(f"flex, {at}", lambda: times(flex_gathered(lo, hi, k, v), n))
 
