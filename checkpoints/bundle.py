@@ -8,6 +8,7 @@ takes the plain torch reference. transformers would refuse the whole folder wher
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import megatron_taipan
@@ -74,9 +75,13 @@ def _rewrite(text: str, imports: list[ast.ImportFrom]) -> str:
 
 def _needs_more(module: str) -> bool:
     """Whether a module, or one that it imports, cannot do without a package beyond REQUIRED."""
-    text = _path_of(module).read_text(encoding="utf-8")
+    return _file_needs_more(_path_of(module))
+
+
+@cache  # modules import one another along many paths, and each would be parsed again for each
+def _file_needs_more(path: Path) -> bool:
     foreign = set()
-    for node in ast.parse(text).body:  # top level: what is inside try or a function has its own way out
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:  # top level: inside try or a function is a way out
         if isinstance(node, ast.Import):
             foreign |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,17 +1,24 @@
 """`python -m checkpoints.diff A B`: which settings and which tensors of two checkpoints or folders differ, and how far.
 
 Tensors are merged to the whole model first, so checkpoints of different layouts can be compared, and a checkpoint with
-its export. Exit status 0 where all tensors are bit-equal, 1 where not.
+its export; the optimizer's moments too where both have them. Exit status 0 where all are bit-equal, 1 where not.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from checkpoints.opening import Opened, open_any, settings_of
+from megatron_taipan.checkpoint.identity import flatten
+from megatron_taipan.checkpoint.merge import TrainedState
+from megatron_taipan.checkpoint.opening import open_any
+from megatron_taipan.checkpoint.weights import Weights
 from megatron_taipan.errors import exits_cleanly
 
 
@@ -34,25 +41,49 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every tensor that differs, not the ten that differ most")
     options = parser.parse_args(arguments)
     a, b = open_any(options.a), open_any(options.b)
-    ours, theirs = settings_of(a), settings_of(b)
-    for name in sorted(ours.keys() & theirs.keys()):
-        if ours[name] != theirs[name]:
-            print(f"{name}: {ours[name]} | {theirs[name]}")
-    for label, only in (("A", set(a.names()) - set(b.names())), ("B", set(b.names()) - set(a.names()))):
+    before, after = settings_of(a), settings_of(b)
+    for name in sorted(before.keys() & after.keys()):
+        if before[name] != after[name]:
+            print(f"{name}: {before[name]} | {after[name]}")
+    ours, theirs = tensors_of(a, with_moments=has_moments(b)), tensors_of(b, with_moments=has_moments(a))
+    for label, only in (("A", ours.keys() - theirs.keys()), ("B", theirs.keys() - ours.keys())):
         if only:
             print(f"only in {label}: {', '.join(sorted(only))}")
-    common = [name for name in a.names() if name in set(b.names())]
-    found = [d for d in (compare(name, a, b) for name in common) if d is not None]
+    if has_moments(a) != has_moments(b):
+        print(f"only in {'A' if has_moments(a) else 'B'}: the optimizer's moments")
+    common = [name for name in ours if name in theirs]
+    found = [d for d in (compare(name, ours[name](), theirs[name]()) for name in common) if d is not None]
     shown = sorted(found, key=lambda d: -d.relative)
     for d in shown if options.all else shown[:10]:
         print(f"{d.name}: {d.elements:,} elements differ, by at most {d.largest:.3e}, relative {d.relative:.3e}")
     print(f"{len(common) - len(found)} of {len(common)} common tensors are bit-equal")
-    return 1 if found or len(common) < len(a.names()) or len(common) < len(b.names()) else 0
+    return 1 if found or len(common) < max(len(ours), len(theirs)) else 0
 
 
-def compare(name: str, a: Opened, b: Opened) -> Difference | None:
+def settings_of(opened: Weights | TrainedState) -> dict[str, Any]:
+    """All that is known about how the weights came to be, by dotted name."""
+    if isinstance(opened, Weights):
+        return flatten({"model": opened.network.model_dump(mode="json")})
+    return flatten(opened.config.model_dump(mode="json")) | {"step": opened.step}
+
+
+def has_moments(opened: Weights | TrainedState) -> bool:
+    """Whether the optimizer's state is there too."""
+    return isinstance(opened, TrainedState) and bool(opened.moments)
+
+
+def tensors_of(opened: Weights | TrainedState, *, with_moments: bool) -> dict[str, Callable[[], Tensor]]:
+    """What can be compared, by name; each is read when called."""
+    tensors: dict[str, Callable[[], Tensor]] = {name: partial(opened.load, name) for name in opened.names()}
+    if with_moments and isinstance(opened, TrainedState):
+        for kind in opened.moments:
+            tensors |= {f"{name} ({kind})": partial(opened.load_moment, name, kind) for name in opened.reader.table}
+    return tensors
+
+
+def compare(name: str, x: Tensor, y: Tensor) -> Difference | None:
     """How far two tensors are apart; None where they are bit-equal (NaN equals NaN)."""
-    x, y = a.load(name).float(), b.load(name).float()
+    x, y = x.float(), y.float()
     if x.shape != y.shape:
         return Difference(name, torch.inf, torch.inf, max(x.numel(), y.numel()))
     differs = (x != y) & ~(x.isnan() & y.isnan())

@@ -3,6 +3,9 @@
 The folder holds weights, configuration, tokenizer, generation settings, a model card and the model's source files.
 It is written under a temporary name, loaded again by a process that cannot import our package, compared with the
 trainer's own forward pass, and renamed only if the logits agree.
+
+Weights are copied one tensor at a time, and models above --stream-above-gb are compared layer by layer, so the memory
+that is needed does not grow with the number of layers.
 """
 
 import argparse
@@ -24,16 +27,19 @@ from checkpoints import reload_folder
 from checkpoints.bundle import bundle_sources
 from checkpoints.model_card import model_card
 from checkpoints.safetensors_files import write_sharded
+from checkpoints.streamed import stream
 from checkpoints.tokenizer import hostile_texts, write_tokenizer
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.inference.loading import DTYPES, build_model
+from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.text import load_codec, sample_texts
+from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
 
 
 @exits_cleanly
@@ -46,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: what the checkpoint's config names")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file, in 10^9 bytes")
+    parser.add_argument(
+        "--stream-above-gb", type=float, default=STREAM_ABOVE / 1e9, metavar="GB",
+        help="models larger than this in float32 are checked layer by layer instead of being loaded whole",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     options = parser.parse_args(arguments)
     state = open_state(options.checkpoint)
@@ -57,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer=tokenizer,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
         overwrite=options.overwrite,
+        stream_above=int(options.stream_above_gb * 1e9),
     )
     print(f"wrote {options.out}: logits agree with the trainer's to {difference:.1e} (relative; limit {TOLERANCE:.0e})")
     return 0
@@ -70,6 +81,7 @@ def export(
     tokenizer: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    stream_above: int = STREAM_ABOVE,
 ) -> float:
     """Writes the folder; returns the relative difference of the logits that the check found.
 
@@ -83,7 +95,7 @@ def export(
     try:
         texts = sample_texts(state.config.data, tokenizer) if tokenizer else []
         write_folder(state, work, dtype, tokenizer, texts, max_shard_bytes)
-        difference = check_folder(state, work, dtype, tokenizer, texts)
+        difference = check_folder(state, work, dtype, tokenizer, texts, stream_above)
         _sync(work)
         if out.exists():
             shutil.rmtree(out)
@@ -137,7 +149,12 @@ def config_json(config: Config, dtype: torch.dtype, special: dict[str, int]) -> 
 
 
 def check_folder(
-    state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, texts: list[str]
+    state: TrainedState,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+    texts: list[str],
+    stream_above: int,
 ) -> float:
     """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens, and
     its AutoTokenizer with the tokenizer that the data was made with.
@@ -154,7 +171,9 @@ def check_folder(
     pairs = [(text, codec.encode(text)) for text in [*hostile_texts(), *texts]] if codec else []
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
-        write_json(request, {"dtype": str(dtype)[6:], "tokens": tokens.tolist(), "texts": pairs})
+        streamed = 4 * model_params(config) > stream_above
+        asked = {"dtype": str(dtype)[6:], "tokens": tokens.tolist(), "texts": pairs, "streamed": streamed}
+        write_json(request, asked)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), str(request), str(answer)]
@@ -175,8 +194,11 @@ def check_folder(
 
 @torch.inference_mode()
 def trainer_logits(config: ModelConfig, state: TrainedState, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The trainer's model on tokens [b, l]: logits [b, l, v] float32."""
-    model = build_model(config, state.load, dtype)
+    """The trainer's model on tokens [b, l], its weights read layer by layer: logits [b, l, v] float32."""
+    with torch.device("meta"):
+        model = Taipan(config).eval()
+    stored = stored_tensors(config, dtype)
+    stream(model, lambda name: state.load(name).to(stored[name][1]))
     return model(tokens).logits.float()
 
 

@@ -149,7 +149,10 @@ def open_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[st
     """
     where: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        opened = safe_open(file, framework="pt")
+        try:
+            opened = safe_open(file, framework="pt")
+        except Exception as error:  # the library raises its own type for damaged files
+            raise UserError(f"{file} is no whole safetensors file: {error}") from error
         where |= dict.fromkeys(opened.keys(), opened)
     if where:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}

@@ -9,6 +9,7 @@
     python launch/benchmark.py sync      where in a training step the host waits for the GPU
     python launch/benchmark.py data      tokenization (needs no GPU)
     python launch/benchmark.py comm      what tensor parallelism sends (needs no GPU)
+    python launch/benchmark.py checkpoint how long training stands still for a save (needs no GPU)
 
 Each prints a table and writes the same numbers as JSON. Times are medians of CUDA events.
 """
@@ -30,7 +31,7 @@ NEED_CUDA = ("step", "layer", "attention", "decode", "memory", "coldstart", "syn
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*NEED_CUDA, "data", "comm"])
+    parser.add_argument("what", choices=[*NEED_CUDA, "data", "comm", "checkpoint"])
     parser.add_argument("--preset", default="taipan_1.3b", help="a file of launch/configs, without its ending")
     parser.add_argument("--batch", type=int, default=4, help="micro batch (step, memory)")
     parser.add_argument("--largest", type=int, default=64, help="memory: where the search for the largest batch ends")
@@ -62,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         from launch import benchmark_comm
 
         return benchmark_comm.run(arguments[1:])
+    if arguments[:1] == ["checkpoint"]:
+        from launch import benchmark_checkpoint
+
+        return benchmark_checkpoint.run(arguments[1:])
     options = parse(arguments)
     if not torch.cuda.is_available():
         raise UserError(

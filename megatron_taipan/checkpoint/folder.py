@@ -5,6 +5,7 @@
         metadata.json         step, samples, layout, versions, git commit, data fingerprint
         config.yaml           the resolved configuration
         state/                parameters and optimizer state
+    DIR/weights_00000250/     the same with parameters only; read by everything but a run that resumes
     DIR/step_00000300.tmp/    being written; what a killed run leaves behind, and the next one removes
     DIR/latest                name of the newest complete checkpoint, replaced atomically
 
@@ -17,7 +18,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ CONFIG = "config.yaml"
 STATE = "state"
 LATEST = "latest"
 FORMAT = 1
-NAME = re.compile(r"step_(\d{8,})")
+FULL, WEIGHTS = "step", "weights"  # what a folder's name begins with
+TEMPORARY = ".tmp"
+NAME = re.compile(r"(step|weights)_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,28 @@ class Found:
     passed_over: list[str]
 
 
-def folder_name(step: int) -> str:
+def folder_name(step: int, kind: str = FULL) -> str:
     """The name of the checkpoint after `step` steps."""
-    return f"step_{step:08d}"
+    return f"{kind}_{step:08d}"
 
 
-def step_of(path: Path) -> int | None:
-    """The step that a folder's name carries; None if it is no checkpoint's name."""
+def step_of(path: Path, kind: str = FULL) -> int | None:
+    """The step that a folder's name carries; None if it is no name of a checkpoint of that kind."""
     match = NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else None
+    return int(match.group(2)) if match and match.group(1) == kind else None
 
 
-def checkpoints(directory: Path) -> list[Path]:
+def checkpoints(directory: Path, kind: str = FULL) -> list[Path]:
     """Folders with a checkpoint's name, oldest first, complete or not."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if step_of(p) is not None and p.is_dir()]
-    return sorted(found, key=lambda p: step_of(p) or 0)
+    found = [p for p in directory.iterdir() if step_of(p, kind) is not None and p.is_dir()]
+    return sorted(found, key=lambda p: step_of(p, kind) or 0)
 
 
 def find_newest(directory: Path) -> Found | None:
-    """The newest complete checkpoint, sizes checked; None where there is none.
+    """The newest complete checkpoint, sizes checked, for who only reads; None where there is none. A run that resumes
+    asks `verification.newest_verified`.
 
     `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
     """
@@ -105,12 +108,6 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise UserError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
-    """Which of these files do not have the content that the manifest promises."""
-    files = read_manifest(path)
-    return [name for name in names if hash_file(path / name, flush=False)[1] != files[name][1]]
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `metadata.json` holds.
 
@@ -135,7 +132,7 @@ def locate(place: str) -> Path:
     path = Path(place)
     if not path.is_dir():
         raise UserError(f"checkpoint {place}: no such folder")
-    if (path / METADATA).exists() or (path / MANIFEST).exists():
+    if is_checkpoint(path):
         fault = incomplete(path)
         if fault:
             raise UserError(f"checkpoint {place} is not complete: {fault}")
@@ -146,13 +143,18 @@ def locate(place: str) -> Path:
     return found.path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint itself, complete or not, rather than a run's folder of them."""
+    return (path / METADATA).exists() or (path / MANIFEST).exists()
+
+
 def remove_leftovers(directory: Path) -> list[str]:
     """Deletes what killed runs left half written; returns the names."""
     gone = []
-    for path in directory.glob("step_*.tmp"):
+    for path in (p for kind in (FULL, WEIGHTS) for p in directory.glob(f"{kind}_*{TEMPORARY}")):
         shutil.rmtree(path, ignore_errors=True)
         gone.append(path.name)
-    (directory / (LATEST + ".tmp")).unlink(missing_ok=True)
+    (directory / (LATEST + TEMPORARY)).unlink(missing_ok=True)
     return gone
 
 
@@ -176,18 +178,33 @@ def write_manifest(path: Path, files: dict[str, tuple[int, str]]) -> None:
         flush_folder(folder.parent)
 
 
+def complete(temporary: Path, final: Path, texts: dict[str, str], written: dict[str, tuple[int, str]]) -> None:
+    """Writes a checkpoint's small files and its manifest, then gives it its name.
+
+    Args:
+        texts: content by file name.
+        written: size and SHA-256 of the files that are there already, durable.
+    """
+    for name, text in texts.items():
+        write_text(temporary / name, text + "\n")
+    files = {name: hash_file(temporary / name, flush=True) for name in texts}
+    write_manifest(temporary, files | written)
+    publish(temporary, final)
+
+
 def publish(temporary: Path, final: Path) -> None:
-    """Gives a finished checkpoint its name and points `latest` at it."""
+    """Gives a finished checkpoint its name and, if a run may resume from it, points `latest` at it."""
     if final.exists():  # a checkpoint of this step that was passed over as damaged
         shutil.rmtree(final)
     os.rename(temporary, final)
     flush_folder(final.parent)
-    write_text(final.parent / LATEST, final.name + "\n")
+    if step_of(final) is not None:
+        write_text(final.parent / LATEST, final.name + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file so that either the old or the whole new content is there."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
@@ -205,17 +222,17 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_old(directory: Path, *, keep_last: int | None, keep_every: int | None) -> list[str]:
+def remove_old(directory: Path, *, keep_last: int | None, keep_every: int | None, kind: str = FULL) -> list[str]:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps.
 
     Only complete ones count as kept, so that damaged ones never push out a good one. Returns the deleted names.
     """
     if keep_last is None:
         return []
-    complete = [p for p in checkpoints(directory) if incomplete(p) is None]
+    finished = [p for p in checkpoints(directory, kind) if incomplete(p) is None]
     gone = []
-    for path in complete[:-keep_last]:
-        if keep_every and (step_of(path) or 0) % keep_every == 0:
+    for path in finished[:-keep_last]:
+        if keep_every and (step_of(path, kind) or 0) % keep_every == 0:
             continue
         # the manifest goes first: a deletion that is cut short must not look like a checkpoint
         try:

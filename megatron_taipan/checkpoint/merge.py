@@ -1,5 +1,6 @@
 """The whole model out of a checkpoint of any layout: one full float32 tensor at a time, in any single process."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint.calibration import read_thresholds
-from megatron_taipan.checkpoint.folder import CONFIG, locate, read_metadata
-from megatron_taipan.checkpoint.pieces import MASTER
+from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate, read_metadata
+from megatron_taipan.checkpoint.pieces import MASTER, MOMENTS
 from megatron_taipan.checkpoint.reader import StateReader
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.checkpoint.weights import Stored
+from megatron_taipan.config import Config, ModelConfig, load_config
 
 
 def open_state(place: Path | str) -> "TrainedState":
@@ -23,7 +25,8 @@ def open_state(place: Path | str) -> "TrainedState":
     path = locate(str(place))
     metadata = read_metadata(path)
     config = load_config(path / CONFIG)
-    return TrainedState(path, config, metadata["progress"]["step"], StateReader(path, config.model))
+    moments = () if metadata.get("contents") == WEIGHTS else MOMENTS
+    return TrainedState(path, config, metadata["progress"]["step"], StateReader(path, config.model), moments)
 
 
 def load_state(place: Path | str) -> dict[str, Tensor]:
@@ -40,6 +43,12 @@ class TrainedState:
     config: Config
     step: int  # optimizer steps taken
     reader: StateReader
+    moments: tuple[str, ...] = ()  # of the optimizer; none in a weights-only checkpoint
+
+    @property
+    def network(self) -> ModelConfig:
+        """The network that the weights belong to."""
+        return self.config.model
 
     @cached_property
     def thresholds(self) -> dict[str, float]:
@@ -49,6 +58,18 @@ class TrainedState:
     def names(self) -> list[str]:
         """Parameters in the order of the network, then buffers."""
         return [*self.reader.table, *self.reader.buffers]
+
+    def stored(self, name: str) -> Stored:
+        """How it lies in the files; its shape is the unsplit model's."""
+        if name not in self.reader.table:
+            value = self.reader.buffer(name)
+            return Stored(tuple(value.shape), "F32", value.numel() * value.element_size())
+        shape = self.reader.table[name].shape
+        return Stored(shape, "F32", 4 * math.prod(shape) * (1 + len(self.moments)))
+
+    def load_moment(self, name: str, kind: str) -> Tensor:
+        """One of the optimizer's moments of a parameter, full float32."""
+        return self.reader.full(name, kind)
 
     def load(self, name: str) -> Tensor:
         """The full float32 tensor of a parameter (its master) or buffer, a calibrated threshold if there is one.

@@ -2,7 +2,8 @@
 
     state/index.json               which file holds which elements of which parameter
     state/rank_00000.safetensors   one file a process: `NAME|master`, `NAME|exp_avg`, `NAME|exp_avg_sq`, each a run of
-                                   elements of the flattened parameter, float32; `NAME|buffer` in the files of rank 0
+                                   elements of the flattened parameter, float32; `NAME|buffer` in the files of rank 0;
+                                   `NAME|random` states of the process's random number generators
 
 The files are mapped, never read whole, and cannot hold code.
 """
@@ -19,9 +20,10 @@ from torch import Tensor
 from megatron_taipan.checkpoint.folder import STATE
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.layout import ParamSpec, describe, merge_shards, take_shard
+from megatron_taipan.parallel.layout import ParamSpec, describe, put_shard, take_shard
 
 INDEX = f"{STATE}/index.json"
+BLOCK = 1 << 24  # elements read at once
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class StateReader:
     path: Path
     model: ModelConfig
     _files: dict[str, Any] = field(default_factory=dict)
+    _last_shard: tuple[tuple[str, str, int, int], Tensor] | None = None
     _last_full: tuple[tuple[str, str], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class StateReader:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / INDEX} cannot be read: {error}") from error
         self.tensor: int = index["tensor"]
+        self.processes: int = index.get("processes", 0)
         self.optimizer_step: int = index["optimizer_step"]
         self.scaler: dict[str, float] | None = index["scaler"]
         self.buffers: dict[str, str] = index["buffers"]
@@ -68,11 +72,16 @@ class StateReader:
         """
         if self._last_full is not None and self._last_full[0] == (name, kind):
             return self._last_full[1]
+        self._last_full = None  # two of them are never in memory
         spec = self._spec(name)
         shape = spec.local_shape(self.tensor)
-        ranks = range(self.tensor if spec.split is not None else 1)
-        shards = [self._elements(name, kind, rank, 0, torch.Size(shape).numel()).view(shape) for rank in ranks]
-        whole = merge_shards(shards, spec) if spec.split is not None else shards[0]
+        whole = torch.empty(spec.shape)
+        for rank in range(self.tensor if spec.split is not None else 1):
+            shard = self._elements(name, kind, rank, 0, torch.Size(shape).numel()).view(shape)
+            if shard.shape == whole.shape:
+                whole = shard
+            else:
+                put_shard(whole, shard, spec, rank)
         self._last_full = ((name, kind), whole)
         return whole
 
@@ -85,13 +94,25 @@ class StateReader:
         saved = self._spec(name)
         if saved.split == spec.split and (size == self.tensor or spec.split is None):
             return self._elements(name, kind, rank if spec.split is not None else 0, start, count)
-        return take_shard(self.full(name, kind), spec, size, rank).view(-1)[start : start + count]
+        asked = (name, kind, size, rank)
+        if self._last_shard is None or self._last_shard[0] != asked:
+            self._last_shard = None
+            self._last_shard = (asked, take_shard(self.full(name, kind), spec, size, rank).view(-1))
+        return self._last_shard[1][start : start + count]
 
     def buffer(self, name: str) -> Tensor:
         """A buffer as it was saved."""
         if name not in self.buffers:
             raise UserError(f"checkpoint {self.path} holds no {name}")
-        return self._file(self.buffers[name]).get_tensor(f"{name}|buffer")
+        return torch.from_numpy(self._file(self.buffers[name]).get_tensor(f"{name}|buffer"))
+
+    def random_states(self, rank: int) -> dict[str, Tensor]:
+        """States of random number generators for a process; one of more processes than saved takes another's."""
+        if not self.processes:
+            return {}
+        file = self._file(f"rank_{rank % self.processes:05d}.safetensors")
+        names = [name for name in file.keys() if name.endswith("|random")]
+        return {name.removesuffix("|random"): torch.from_numpy(file.get_tensor(name)) for name in names}
 
     def _elements(self, name: str, kind: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """Elements start to start + count of one saved tensor rank's flattened shard."""
@@ -100,7 +121,9 @@ class StateReader:
             first, last = max(run.start, start), min(run.start + run.count, start + count)
             if run.tensor_rank == tensor_rank and first < last:
                 slices = self._file(run.file).get_slice(f"{name}|{kind}")
-                out[first - start : last - start] = slices[first - run.start : last - run.start]
+                for at in range(first, last, BLOCK):  # a slice is a copy
+                    end = min(at + BLOCK, last)
+                    out[at - start : end - start] = torch.from_numpy(slices[at - run.start : end - run.start])
                 found += last - first
         if found != count:
             raise UserError(f"checkpoint {self.path}: {name} ({kind}) has {found} of {count} elements on tensor rank"
@@ -115,7 +138,8 @@ class StateReader:
     def _file(self, name: str) -> Any:
         if name not in self._files:
             try:
-                self._files[name] = safe_open(self.path / STATE / name, framework="pt")
+                # "pt" would ask the system for memory of the file's size, which may exceed what there is; "np" maps it
+                self._files[name] = safe_open(self.path / STATE / name, framework="np")
             except Exception as error:  # the library raises its own type for damaged files
                 raise UserError(f"{self.path / STATE / name} is no whole safetensors file: {error}") from error
         return self._files[name]

@@ -5,21 +5,26 @@
 """
 
 import json
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe, take_shard
 
 PREFIX = "model."  # of every tensor's name in the files, as transformers has it
+
+
+class Stored(NamedTuple):
+    """How a tensor lies in the files."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, such as F32
+    n_bytes: int  # what belongs to it besides, such as optimizer moments, included
 
 
 @dataclass
@@ -37,6 +42,11 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
         return tuple(self._file(name).get_slice(PREFIX + name).get_shape())
+
+    def stored(self, name: str) -> Stored:
+        """How it lies in the file."""
+        view = self._file(name).get_slice(PREFIX + name)
+        return Stored(self.shape(name), view.get_dtype(), math.prod(self.shape(name)) * int(view.get_dtype()[1:]) // 8)
 
     def load(self, name: str) -> Tensor:
         """A tensor in float32.
@@ -74,38 +84,3 @@ def open_weights(path: Path) -> Weights:
     if not where:
         raise UserError(f"{path} holds no .safetensors file")
     return Weights(path, ModelConfig.model_validate(network), where)
-
-
-class Network(Protocol):
-    """What is asked of a model here (`megatron_taipan.model.taipan.Taipan`)."""
-
-    config: ModelConfig
-    tp: TensorParallel
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-
-
-@torch.no_grad()
-def load_weights(model: Network, path: Path) -> None:
-    """Fills a model, or one tensor rank's part of it, with the weights of a folder.
-
-    Raises:
-        UserError: the folder's network has other layers or sizes.
-    """
-    weights = open_weights(path)
-    ours, theirs = describe(model.config), describe(weights.network)
-    if model.config.letters != weights.network.letters:
-        raise UserError(
-            f"checkpoint.init={path} has the layers {weights.network.letters}, model.pattern gives"
-            f" {model.config.letters}; convert with checkpoints.import_hf --config"
-        )
-    for name, spec in ours.items():
-        if name not in theirs or theirs[name].shape != spec.shape:
-            other = list(theirs[name].shape) if name in theirs else "absent"
-            raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
-    split = describe(model.config, model.tp.size)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        full = weights.load(name)
-        tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.merge import open_state
-from megatron_taipan.checkpoint.weights import open_weights
+from megatron_taipan.checkpoint.opening import open_any
+from megatron_taipan.checkpoint.weights import Weights
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
@@ -60,10 +60,10 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, 
     Raises:
         UserError: the path holds neither.
     """
-    if (path / "config.json").is_file():
-        weights, tokenizer = open_weights(path), path / "tokenizer.json"
-        model = build_model(weights.network, weights.load, dtype)
+    opened = open_any(path)
+    model = build_model(opened.network, opened.load, dtype)
+    if isinstance(opened, Weights):
+        tokenizer = path / "tokenizer.json"
         return model, tokenizer if tokenizer.is_file() else None, None
-    state = open_state(path)
-    named = state.config.data.tokenizer
-    return build_model(state.config.model, state.load, dtype), Path(named) if named else None, state.config
+    named = opened.config.data.tokenizer
+    return model, Path(named) if named else None, opened.config

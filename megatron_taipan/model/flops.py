@@ -9,6 +9,7 @@ import math
 
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parallel.stages import stage_bounds
 
 
 def layer_params(config: ModelConfig, index: int) -> int:
@@ -61,3 +62,14 @@ def _attention(config: ModelConfig, letter: str, seq_len: int) -> float:
     attention = share * (4 * d * queries + 4 * queries * visible) + 4 * d * keys
     gate = 4 * d if letter == "S" else 0
     return attention + gate + 6 * d * config.d_ff
+
+
+def pipeline_bounds(config: ModelConfig, seq_len: int, stages: int) -> list[int]:
+    """First layer of each pipeline stage and the number of layers; the head counts with the last layer.
+
+    Raises:
+        UserError: the pattern's cuts do not make that many stages, or it has fewer layers.
+    """
+    costs = [layer_flops(config, letter, seq_len) for letter in config.letters]
+    costs[-1] += head_flops(config)
+    return stage_bounds(costs, config.cuts, stages)

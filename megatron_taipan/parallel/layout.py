@@ -9,7 +9,6 @@ either split by heads or groups, or replicated, and no rule about offsets inside
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -165,8 +164,22 @@ def take_shard(full: Tensor, spec: ParamSpec, size: int, rank: int) -> Tensor:
     return part.clone()
 
 
+def put_shard(full: Tensor, shard: Tensor, spec: ParamSpec, rank: int) -> None:
+    """Copies tensor rank `rank`'s part into its place in the full tensor; padding is left out."""
+    if spec.split is None:
+        full.copy_(shard)
+        return
+    count = shard.shape[spec.split]
+    start = min(rank * count, full.shape[spec.split])
+    kept = min(count, full.shape[spec.split] - start)
+    full.narrow(spec.split, start, kept).copy_(shard.narrow(spec.split, 0, kept))
+
+
 def merge_shards(shards: list[Tensor], spec: ParamSpec) -> Tensor:
     """The full tensor from the shards of all tensor ranks, in rank order; the inverse of `take_shard`."""
-    if spec.split is None or len(shards) == 1:
+    if spec.split is None:
         return shards[0].clone()
-    return torch.cat(shards, spec.split).narrow(spec.split, 0, spec.shape[spec.split]).clone()
+    full = shards[0].new_empty(spec.shape)
+    for rank, shard in enumerate(shards):
+        put_shard(full, shard, spec, rank)
+    return full

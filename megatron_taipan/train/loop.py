@@ -11,17 +11,19 @@ import torch
 
 from megatron_taipan.checkpoint import state
 from megatron_taipan.checkpoint.folder import (
+    WEIGHTS,
     Found,
     checkpoints,
-    find_newest,
-    incomplete,
-    locate,
+    is_checkpoint,
+    read_metadata,
     remove_leftovers,
     step_of,
 )
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
-from megatron_taipan.checkpoint.weights import load_weights
+from megatron_taipan.checkpoint.opening import load_weights
+from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
+from megatron_taipan.checkpoint.verification import damage, newest_verified, refuse_damaged
 from megatron_taipan.config import Config
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.errors import UserError
@@ -61,13 +63,15 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         signals = stack.enter_context(StopSignals())
         watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
         settle_numerics(config)
+        seed_all(t.seed + place.rank)
         groups = build_groups(
             world_size=place.world_size, rank=place.rank, tensor=p.tensor, pipeline=p.pipeline,
             sequence_parallel=p.sequence, timeout_s=p.timeout_s,
         )  # fmt: skip
         train_data, valid_data = agree(lambda: open_data(config))
         lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
-        found = agree(lambda: find_checkpoint(config, tidy=writer))
+        agree(lambda: remove_leftovers(directory) if writer else None)
+        found = agree(lambda: find_checkpoint(config))
         ops = agree(lambda: pick_ops(config.ops.backend))
         model = agree(lambda: build_model(config, groups, ops))
         agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else None)
@@ -81,12 +85,12 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             "identity": ours, "layout": layout(config, groups), "name": config.name, "versions": versions(),
             "git_commit": git_commit(),
         }  # fmt: skip
-        progress = state.Progress()
+        loaded = state.Loaded(state.Progress(), {})
         if found:
-            progress = state.load(engine, found.path, config=config, identity=ours, groups=groups)
-        graphs = capture_graphs(
-            model, config, device
-        )  # before the loader's threads: recording tolerates no other calls
+            loaded = state.load(engine, found.path, config=config, identity=ours, groups=groups)
+        progress = loaded.progress
+        # before the loader's threads: recording tolerates no other calls
+        graphs = capture_graphs(model, config, device)
 
         def open_loader(first: int) -> Iterator[Batch]:
             return make_loader(
@@ -95,6 +99,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             )  # fmt: skip
 
         loader = open_loader(progress.samples)
+        set_random_states(loaded.random)  # after the loader, which draws from one of them
         metrics = stack.enter_context(agree(lambda: Metrics(
             config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
         )))  # fmt: skip
@@ -182,7 +187,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                              f" above the last {t.spike_window} (train.spike_z={t.spike_z:g})", z=spike)  # fmt: skip
                 saver.finish()
                 if t.spike_rewind and (good := agree(lambda: rewind_target(directory, c.save_every))):
-                    saved = state.load(engine, good, config=config, identity=ours, groups=groups)
+                    saved = state.load(engine, good, config=config, identity=ours, groups=groups).progress
                     progress = after_rewind(saved, progress, z=spike, train=t)
                     loader = open_loader(progress.samples)
                     metrics.note("rewind", f"back to {good}, and on from sample {progress.samples:,}; samples from"
@@ -193,8 +198,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 validate()
             if stopping or progress.step == last:
                 insist_on_saving(saver, progress, c, guard=guard, metrics=metrics, watchdog=watchdog)
-            elif save_now or (c.save_every and progress.step % c.save_every == 0):
-                saver.start(progress)
+            else:
+                saver.save_due(progress, asked=save_now)
 
         if progress.step < last:
             metrics.note("stop", f"stopped by {signals.received or 'a signal on another rank'}; start the same command"
@@ -232,42 +237,49 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
     return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
 
 
-def find_checkpoint(config: Config, *, tidy: bool) -> Found | None:
-    """The checkpoint to start from, by checkpoint.load; None to start anew.
-
-    Args:
-        tidy: remove what a killed run left half written (one rank only).
+def find_checkpoint(config: Config) -> Found | None:
+    """The verified checkpoint to start from, by checkpoint.load; None to start anew. Collective, the same everywhere.
 
     Raises:
         UserError: a new run was asked for in a folder that holds one, or the wanted checkpoint is not there.
     """
     directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
-    if tidy:
-        remove_leftovers(directory)
-    found = find_newest(directory)
+    there = checkpoints(directory)
     if wanted is None:
-        if checkpoints(directory):
+        if there:
             raise UserError(
-                f"checkpoint.load=null starts a new run, but {directory} holds checkpoints up to"
-                f" {checkpoints(directory)[-1].name}; choose another checkpoint.dir, or checkpoint.load=auto to resume"
+                f"checkpoint.load=null starts a new run, but {directory} holds checkpoints up to {there[-1].name};"
+                " choose another checkpoint.dir, or checkpoint.load=auto to resume"
             )
         return None
-    if found is None and checkpoints(directory):
-        names = ", ".join(path.name for path in checkpoints(directory))
+    found = newest_verified(directory)
+    if found is None and there:
+        names = ", ".join(path.name for path in there)
         raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start anew")
     if found is not None or wanted == "auto":
         return found
-    return Found(locate(wanted), [])
+    if is_checkpoint(Path(wanted)):
+        if read_metadata(Path(wanted)).get("contents") == WEIGHTS:
+            raise UserError(
+                f"checkpoint.load={wanted} holds weights only; start a new run with checkpoint.init={wanted}"
+            )
+        refuse_damaged(Path(wanted))
+        return Found(Path(wanted), [])
+    found = newest_verified(Path(wanted))
+    if found is None:
+        raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
+    return found
 
 
 def rewind_target(directory: Path, save_every: int) -> Path | None:
-    """The newest complete checkpoint of the regular cadence, so that one written by a stop on the way changes nothing.
+    """The newest verified checkpoint of the regular cadence, so that one written by a stop on the way changes nothing.
 
-    Where none of the cadence is left, the newest; None before the first.
+    Where none of the cadence is left, the newest; None before the first. Collective, the same on every rank.
     """
-    complete = [path for path in checkpoints(directory) if incomplete(path) is None]
-    regular = [path for path in complete if save_every and (step_of(path) or 0) % save_every == 0]
-    return (regular or complete or [None])[-1]
+    newest_first = checkpoints(directory)[::-1]
+    regular = [path for path in newest_first if save_every and (step_of(path) or 0) % save_every == 0]
+    others = [path for path in newest_first if path not in regular]
+    return next((path for path in [*regular, *others] if damage(path) is None), None)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
-from megatron_taipan.model.flops import head_flops, layer_flops, model_flops, model_params
+from megatron_taipan.model.flops import model_flops, model_params, pipeline_bounds
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
@@ -32,7 +32,6 @@ from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.layout import describe
-from megatron_taipan.parallel.stages import stage_bounds
 
 Payload = tuple[Tensor, Tensor, Tensor]
 
@@ -49,7 +48,7 @@ class TaipanPipeline(PipelineModule):
     def __init__(self, config: Config, groups: Groups, ops: Ops):
         table = describe(config.model, groups.tensor.size)
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
-        self.bounds, letters = pipeline_bounds(config), config.model.letters
+        self.bounds = pipeline_bounds(config.model, config.data.seq_len, config.parallel.pipeline)
         tied = config.model.tie_embeddings
         embedding: Any = LayerSpec(PipelineEmbedding, build, config)
         head: Any = LayerSpec(PipelineHead, build, config)
@@ -64,7 +63,7 @@ class TaipanPipeline(PipelineModule):
             ),
             loss_fn=None,
         )
-        self.config, self.letters, self.tp = config, letters, groups.tensor
+        self.config, self.letters, self.tp = config, config.model.letters, groups.tensor
         self.records_on = next(self.parameters()).device
 
     def _partition_layers(self, method: str = "") -> None:
@@ -155,14 +154,6 @@ def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int) -> Tenso
     finally:
         del engine.module.eval
     return engine.module.take_records()
-
-
-def pipeline_bounds(config: Config) -> list[int]:
-    """First layer of each stage and the number of layers; embedding and head count with the first and last layer."""
-    model, seq_len = config.model, config.data.seq_len
-    costs = [layer_flops(model, letter, seq_len) for letter in model.letters]
-    costs[-1] += head_flops(model)
-    return stage_bounds(costs, model.cuts, config.parallel.pipeline)
 
 
 def pack_batch(batch: dict[str, Tensor], *, step: int, ce_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,71 +1,51 @@
-"""Saving during training: at most one checkpoint is on its way, and a failed one does not end the run."""
+"""Saving during training: at most one state is on its way to the disk, and a failed save does not end the run."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from megatron_taipan.checkpoint.folder import remove_old
-from megatron_taipan.checkpoint.state import Progress, SaveFailed, Saving
+from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_old
+from megatron_taipan.checkpoint.saving import SaveFailed, Saving
+from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
+from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.metrics import Metrics
 
 
 class Saver:
-    """Writes checkpoints of a run and keeps the wanted ones; every method but `writing` is collective."""
+    """Writes checkpoints of a run and keeps the wanted ones.
+
+    Every method is collective but `writing` and `overdue`, which answer for this rank.
+    """
 
     def __init__(self, engine: Any, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
         self.engine, self.config, self.metadata, self.groups, self.metrics = engine, config, metadata, groups, metrics
         self.directory = Path(config.checkpoint.dir)
-        self.pending: Saving | None = None
-        self.stall = 0.0  # seconds that training has stood still for the pending one
+        self.memory = HostMemory()
+        self.pending: list[Saving] = []  # of one snapshot
+        self.stall = 0.0  # seconds that training has stood still for it, not yet recorded
         self.last = time.monotonic()
         self.failed = False  # the newest save; it is tried again before its turn
 
     def writing(self) -> bool:
         """Whether this rank is still writing; when no rank is, `finish` completes the checkpoint without waiting."""
-        return self.pending is not None and self.pending.writing()
+        return any(saving.writing() for saving in self.pending)
 
     def overdue(self) -> bool:
         """Whether checkpoint.save_minutes have passed, or after a failed save checkpoint.retry_s."""
         c, waited = self.config.checkpoint, time.monotonic() - self.last
         return (c.save_minutes is not None and waited > 60 * c.save_minutes) or (self.failed and waited > c.retry_s)
 
-    def start(self, progress: Progress) -> None:
-        """Copies the state and lets it be written behind the training; the one before is completed first."""
-        self.finish()
-        began = time.perf_counter()
-        try:
-            self.pending = Saving(
-                self.engine, self.directory, progress, config=self.config, metadata=self.metadata, groups=self.groups
-            )
-        except SaveFailed as failure:
-            self._alarm(progress, failure)
-        self.last, self.stall = time.monotonic(), time.perf_counter() - began
-        self.metrics.stalled(self.stall)
-        if not self.config.checkpoint.asynchronous:
-            self.finish()
-
-    def finish(self, *, must: bool = False) -> None:
-        """Completes what is pending, waiting for it if need be; with `must` a failure is raised, not only told."""
-        if self.pending is None:
-            return
-        saving, self.pending = self.pending, None
-        began = time.perf_counter()
-        try:
-            path = saving.finish()
-        except SaveFailed as failure:
-            if must:
-                raise
-            self._alarm(saving.progress, failure)
-            return
-        if self.metrics.writes:
-            keep = self.config.checkpoint
-            remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        self.failed = False
-        self.metrics.stalled(time.perf_counter() - began)
-        stall = self.stall + time.perf_counter() - began
-        self.metrics.after_save(saving.progress.step, path, stall=stall, write=saving.seconds)
+    def save_due(self, progress: Progress, *, asked: bool) -> None:
+        """Starts what the cadences want after this step; `asked`: a full save is wanted in any case."""
+        every, weights_every = self.config.checkpoint.save_every, self.config.checkpoint.save_weights_every
+        kinds = [FULL] if asked or (every and progress.step % every == 0) else []
+        kinds += [WEIGHTS] if weights_every and progress.step % weights_every == 0 else []
+        if kinds:
+            self._start(progress, kinds)
+            if not self.config.checkpoint.asynchronous:
+                self.finish()
 
     def save_last(self, progress: Progress) -> None:
         """Saves and waits; a run that ends must not lose its work quietly.
@@ -73,14 +53,59 @@ class Saver:
         Raises:
             SaveFailed: it could not be written.
         """
-        self.finish()
-        began = time.perf_counter()
-        self.pending = Saving(
-            self.engine, self.directory, progress, config=self.config, metadata=self.metadata, groups=self.groups
-        )
-        self.stall = time.perf_counter() - began
+        weights_every = self.config.checkpoint.save_weights_every
+        kinds = [FULL] + ([WEIGHTS] if weights_every and progress.step % weights_every == 0 else [])
+        self._start(progress, kinds, must=True)
         self.finish(must=True)
 
-    def _alarm(self, progress: Progress, failure: SaveFailed) -> None:
-        self.failed, self.last = True, time.monotonic()
+    def finish(self, *, must: bool = False) -> None:
+        """Completes what is pending, waiting for it if need be; with `must` a failure is raised, not only told."""
+        pending, self.pending = self.pending, []
+        failures = []
+        for saving in pending:
+            began = time.perf_counter()
+            try:
+                path = saving.finish()
+            except SaveFailed as failure:
+                failures.append(failure)
+                if not must:
+                    self._alarm(saving.progress, saving.kind, failure)
+                continue
+            keep = self.config.checkpoint
+            if saving.kind == FULL:
+                self.failed = False
+            if self.metrics.writes and saving.kind == FULL:
+                remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            elif self.metrics.writes:
+                remove_old(self.directory, keep_last=keep.keep_last_weights, keep_every=None, kind=WEIGHTS)
+            waited = time.perf_counter() - began
+            self.metrics.stalled(waited)
+            stall, self.stall = self.stall + waited, 0.0
+            self.metrics.after_save(saving.progress.step, path, stall=stall, write=saving.seconds)
+        if must and failures:
+            raise failures[0]
+
+    def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
+        """Copies the state and lets it be written behind the training; what was pending is completed first."""
+        self.finish()
+        began = time.perf_counter()
+        snapshot = take_snapshot(self.engine, self.config, self.groups, self.memory)
+        for kind in kinds:
+            part = snapshot if kind == FULL else snapshot.weights()
+            try:
+                self.pending.append(
+                    Saving(part, self.directory, progress, config=self.config, metadata=self.metadata, kind=kind)
+                )
+            except SaveFailed as failure:
+                if must:
+                    raise
+                self._alarm(progress, kind, failure)
+        self.stall = time.perf_counter() - began
+        self.metrics.stalled(self.stall)
+        if FULL in kinds:
+            self.last = time.monotonic()
+
+    def _alarm(self, progress: Progress, kind: str, failure: SaveFailed) -> None:
+        if kind == FULL:
+            self.failed, self.last = True, time.monotonic()
         self.metrics.note("alarm", f"step {progress.step}: {failure}; the checkpoint before is kept")

@@ -5,53 +5,70 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from checkpoints import export_hf
 from megatron_taipan.checkpoint.merge import load_state, open_state
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.parallel.layout import describe
-from tests.distributed.launch import run_program
+from tests.distributed.series import Job, launch_series
+from tests.train.test_loop import runs
 from tests.train.toy import toy_tree, write_data
 
-
-def trained(folder: Path, stage: int, tensor: int, precision: str = "fp32") -> Path:
-    """Runs the real program on two processes; returns the run's folder."""
-    sections = {
-        "parallel": {"zero_stage": stage, "tensor": tensor},
-        "train": {"steps": 3, "precision": precision, "eval_samples": 12},
-    }
-    tree = toy_tree(write_data(folder / "data"), folder / "run", **sections)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    run_program(2, ["launch/pretrain.py", "--config", str(folder / "config.yaml")]).succeeded()
-    return folder / "run"
+LAYOUTS = {
+    "data, stage 1": {"zero_stage": 1},
+    "data, stage 2": {"zero_stage": 2},
+    "data, stage 3": {"zero_stage": 3},
+    "tensor, stage 0": {"zero_stage": 0, "tensor": 2},
+    "tensor, stage 1": {"zero_stage": 1, "tensor": 2},
+    "tensor, stage 3": {"zero_stage": 3, "tensor": 2},
+    "pipeline": {"zero_stage": 1, "pipeline": 2},
+}
 
 
-@pytest.mark.parametrize(
-    ("stage", "tensor"),
-    [
-        (1, 1),
-        (3, 1),
-        (1, 2),
-        pytest.param(0, 2, marks=pytest.mark.slow),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(3, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_merged_model_scores_what_the_trainer_measured(tmp_path, stage, tensor):
-    run = trained(tmp_path, stage, tensor)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run of each layout on two processes, three steps long, and one in bf16."""
+    folder = tmp_path_factory.mktemp("merge")
+    prefix = write_data(folder / "data")
+    jobs = []
+    for name, parallel in LAYOUTS.items():
+        tree = toy_tree(prefix, folder / name, parallel=parallel, train={"steps": 3, "eval_samples": 12})
+        jobs.append(Job(2, runs, [tree]))
+    train = {"steps": 3, "eval_samples": 12, "precision": "bf16"}
+    jobs.append(Job(2, runs, [toy_tree(prefix, folder / "bf16", train=train)]))
+    assert all(results[0] == [0] for results in launch_series(jobs))
+    return folder
+
+
+def measured(run: Path) -> list[float]:
+    """The trainer's validation losses."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    measured = [record["ce"] for record in records if record["event"] == "valid"]
-    assert measured[-1] < measured[0] - 0.05  # it learned, so initial weights cannot pass for the merged ones
-    model, _, config = load_model(run)
+    return [record["ce"] for record in records if record["event"] == "valid"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merged_model_scores_what_the_trainer_measured(trained, layout):
+    losses = measured(trained / layout)
+    assert losses[-1] < losses[0] - 0.05  # it learned, so initial weights cannot pass for the merged ones
+    model, _, config = load_model(trained / layout)
     dataset = build_dataset(config.data, "valid", config.model.vocab_size)
-    assert score(model, dataset, samples=12, batch=4).ce == pytest.approx(measured[-1], rel=2e-6)
+    assert score(model, dataset, samples=12, batch=4).ce == pytest.approx(losses[-1], rel=2e-6)
 
 
-def test_bf16_run_gives_its_float32_masters(tmp_path):
-    run = trained(tmp_path, 1, 1, "bf16")
+@pytest.mark.parametrize("layout", ["pipeline", "tensor, stage 3"])
+def test_an_export_of_any_layout_scores_the_same(trained, layout, tmp_path):
+    assert export_hf.main([str(trained / layout), str(tmp_path / "hf")]) == 0
+    model, _, _ = load_model(tmp_path / "hf")
+    config = open_state(trained / layout).config
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=4).ce == pytest.approx(measured(trained / layout)[-1], rel=2e-6)
+
+
+def test_bf16_run_gives_its_float32_masters(trained, tmp_path):
+    run = trained / "bf16"
     state = open_state(run)
     assert state.step == 3
     merged, table = load_state(run), describe(state.config.model)
@@ -62,11 +79,9 @@ def test_bf16_run_gives_its_float32_masters(tmp_path):
     matrix = merged["layers.0.mixer.in_proj_z"]
     assert (matrix.bfloat16().float() != matrix).any()  # finer than what bf16 holds
     # cast down again they are what the trainer computed with
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    measured = [record["ce"] for record in records if record["event"] == "valid"]
     model, _, config = load_model(run, torch.bfloat16)
     dataset = build_dataset(config.data, "valid", config.model.vocab_size)
-    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(measured[-1], rel=1e-3)
+    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(measured(run)[-1], rel=1e-3)
 
     largest = max((state.path / "state").iterdir(), key=lambda file: file.stat().st_size)
     largest.unlink()

@@ -8,7 +8,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from megatron_taipan.checkpoint.weights import load_weights, open_weights
+from megatron_taipan.checkpoint.opening import load_weights
+from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import make_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError

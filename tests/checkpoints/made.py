@@ -1,14 +1,21 @@
 """What the tests of exports start from: a state in memory, a tokenizer trained on this repository's own text."""
 
+import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import torch
 
-from megatron_taipan.config import Config, ModelConfig, make_config
+from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint.pieces import KINDS, MASTER
+from megatron_taipan.checkpoint.reader import INDEX
+from megatron_taipan.checkpoint.tensorfile import TensorFile
+from megatron_taipan.config import Config, ModelConfig, dump_config, make_config
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.layout import describe
 from tests.inference.networks import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +74,45 @@ def train_sentencepiece(folder: Path, **options) -> Path:
     }
     sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(folder / "tok"), **settings | options)
     return folder / "tok.model"
+
+
+def write_checkpoint(out: Path, config: Config, load: Callable[[str], torch.Tensor], *, moments: bool = True) -> Path:
+    """A complete checkpoint of one process without any training: step 7, moments zero; one tensor in memory at a time.
+
+    Args:
+        load: gives a parameter's value by its name; asked for one after the other.
+    """
+    table, kinds = describe(config.model), KINDS if moments else (MASTER,)
+    contents = folder.FULL if moments else folder.WEIGHTS
+    final = out / folder.folder_name(7, contents)
+    temporary = final.with_name(final.name + folder.TEMPORARY)
+    (temporary / folder.STATE).mkdir(parents=True)
+    sizes = {name: torch.Size(spec.shape).numel() for name, spec in table.items()}
+    gates = [f"layers.{index}.gate.threshold" for index, letter in enumerate(config.model.letters) if letter == "S"]
+    specs = {f"{name}|{kind}": ((size,), torch.float32) for name, size in sizes.items() for kind in kinds}
+    name_in_state = "rank_00000.safetensors"
+    file = TensorFile(
+        temporary / folder.STATE / name_in_state, specs | {f"{name}|buffer": ((), torch.float32) for name in gates}
+    )
+    for name in table:
+        file.put(f"{name}|{MASTER}", load(name).reshape(-1))
+    for name in gates:
+        file.put(f"{name}|buffer", torch.tensor(config.model.gate.threshold))
+    file.finish()
+    index = {
+        "parameters": {name: [[name_in_state, 0, 0, size]] for name, size in sizes.items()},
+        "buffers": dict.fromkeys(gates, name_in_state), "tensor": 1, "processes": 0, "optimizer_step": 7,
+        "scaler": None,
+    }  # fmt: skip
+    metadata = {
+        "format": folder.FORMAT, "contents": contents, "identity": {}, "layout": {"processes": 1},
+        "progress": {"step": 7, "samples": 0, "tokens": 0, "skipped": 0},
+    }  # fmt: skip
+    texts = {
+        INDEX: json.dumps(index),
+        folder.CONFIG: dump_config(config),
+        folder.METADATA: json.dumps(metadata),
+    }
+    state = f"{folder.STATE}/{name_in_state}"
+    folder.complete(temporary, final, texts, {state: folder.hash_file(temporary / state, flush=False)})
+    return final

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import export_hf
+from checkpoints import export_hf, streamed
 from checkpoints.export_hf import export, main
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
-from megatron_taipan.inference.loading import load_model
+from megatron_taipan.inference.loading import build_model, load_model
 from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece
 from tests.inference.networks import VOCABULARY
 
@@ -51,7 +51,7 @@ def test_the_folder_gives_the_trainers_logits_elsewhere(tmp_path, dtype, tied):
     state = memory_state("M S W M A", tie_embeddings=tied)
     assert export(state, tmp_path / "hf", dtype=dtype, max_shard_bytes=20_000) <= 1e-5
     answer = as_a_stranger(tmp_path / "hf", tmp_path)
-    model = export_hf.build_model(state.config.model, state.load, dtype)
+    model = build_model(state.config.model, state.load, dtype)
     tokens = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
         logits = model(tokens).logits
@@ -110,11 +110,44 @@ class Disagreeing(MemoryState):
         return tensor
 
 
-def test_a_folder_that_disagrees_is_not_written(tmp_path):
+@pytest.mark.parametrize("stream_above", [10**9, 0])
+def test_a_folder_that_disagrees_is_not_written(tmp_path, stream_above):
     state = memory_state()
     with pytest.raises(UserError, match="logits differ from the trainer's"):
-        export(Disagreeing(state.config, state.weights), tmp_path / "hf")
+        export(Disagreeing(state.config, state.weights), tmp_path / "hf", stream_above=stream_above)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_large_model_is_checked_layer_by_layer(tmp_path, dtype, tied):
+    """The same folder as of a check of the whole, and the same logits to the last bit."""
+    state = memory_state("M S W M A", tie_embeddings=tied)
+    for name, above in (("whole", 10**9), ("streamed", 0)):
+        assert export(state, tmp_path / name, dtype=dtype, max_shard_bytes=20_000, stream_above=above) == 0.0
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
+    tokens = torch.arange(1, 41).view(2, 20)
+    whole = build_model(state.config.model, state.load, dtype)(tokens).logits
+    assert torch.equal(export_hf.trainer_logits(state.config.model, state, tokens, dtype), whole)
+
+
+def test_a_streamed_model_holds_one_layer(monkeypatch):
+    held, most = set(), 0
+    fill, empty = streamed.fill, streamed.empty
+
+    def counting_fill(module, prefix, load):
+        nonlocal most
+        fill(module, prefix, load)
+        held.add(module)
+        most = max(most, len(held))
+
+    monkeypatch.setattr(streamed, "fill", counting_fill)
+    monkeypatch.setattr(streamed, "empty", lambda module: (empty(module), held.discard(module))[0])
+    for tied, wanted in ((False, 1), (True, 2)):  # a tied embedding waits for the head
+        state, most = memory_state("M S W M A", tie_embeddings=tied), 0
+        held.clear()
+        export_hf.trainer_logits(state.config.model, state, torch.arange(1, 9)[None], torch.float32)
+        assert most == wanted
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):

@@ -9,7 +9,8 @@ import yaml
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from checkpoints import import_hf, import_mamba2
-from megatron_taipan.checkpoint.weights import load_weights, open_weights
+from megatron_taipan.checkpoint.opening import load_weights
+from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan

@@ -1,5 +1,6 @@
 """inspect, verify and diff on a real run's checkpoints, its damaged copies and folders of weights."""
 
+import json
 import re
 import shutil
 
@@ -40,9 +41,15 @@ def test_inspect_says_what_is_there(run, capsys):
     assert "tensor 2" in out
     expected = sum(p.numel() for p in Taipan(small_config_of(run)).parameters())
     assert f"{expected:,} parameters" in out
-    assert re.search(r"layers.1.attention.q_proj +\[32, 32\]", out)
+    assert re.search(r"layers.1.attention.q_proj +\[32, 32\] +F32 +12.3 kB", out)  # 32 x 32 x 4 bytes, and two moments
+    assert "float32 masters, exp_avg, exp_avg_sq" in out and "tensor 2, pipeline 1, data 1" in out
     assert inspect.main([str(run)]) == 0
-    assert re.search(r"layers\.\{0,2\}: norm.weight, mixer.in_proj_z", capsys.readouterr().out)
+    tree = capsys.readouterr().out
+    assert re.search(
+        r"layers\.\{0,2\}  2 x [\d.]+ kB\n +norm\n +weight +\[32\] +F32 +384 B\n +mixer\n +in_proj_z", tree
+    )
+    one = small_config_of(run).mamba_heads * 4 * 3
+    assert re.search(rf"A_log +\[{small_config_of(run).mamba_heads}\] +F32 +{one} B", tree)
 
 
 def small_config_of(run):
@@ -61,7 +68,7 @@ def test_verify_finds_one_flipped_bit(run, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert verify.main([str(tmp_path)]) == 1
-    assert f"changed since it was written: state/{largest.name}" in capsys.readouterr().out
+    assert f"state/{largest.name} changed since it was written" in capsys.readouterr().out
     largest.unlink()
     assert verify.main([str(copy)]) == 1
     assert f"{largest.name} is missing" in capsys.readouterr().out
@@ -72,7 +79,24 @@ def test_diff_of_a_checkpoint_with_itself_and_with_the_next(run, capsys):
     assert re.fullmatch(r"(\d+) of \1 common tensors are bit-equal\n", capsys.readouterr().out)
     assert diff.main([str(run / "step_00000001"), str(run / "step_00000002"), "--all"]) == 1
     out = capsys.readouterr().out
-    assert "step: 1 | 2" in out and "layers.0.mixer.in_proj_z: " in out
+    assert (
+        "step: 1 | 2" in out and "layers.0.mixer.in_proj_z: " in out and "layers.0.mixer.in_proj_z (exp_avg): " in out
+    )
+
+
+def test_a_different_moment_is_a_difference(run, tmp_path, capsys):
+    """Two states with the same weights are not the same state."""
+    copy = tmp_path / "step_00000001"
+    shutil.copytree(run / "step_00000001", copy)
+    file = copy / "state" / "rank_00000.safetensors"
+    tensors = load_file(file)
+    tensors["final_norm.weight|exp_avg_sq"][0] += 1
+    save_file(tensors, file)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["state/rank_00000.safetensors"]["bytes"] = file.stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert diff.main([str(run / "step_00000001"), str(copy)]) == 1
+    assert "final_norm.weight (exp_avg_sq): 1 elements differ, by at most 1.000e+00" in capsys.readouterr().out
 
 
 def test_diff_measures(tmp_path, capsys):

@@ -25,8 +25,8 @@ import torch._dynamo  # making an optimizer imports it
 import torch.utils.tensorboard
 
 import launch.pretrain
-from megatron_taipan.checkpoint import state, tensorfile
-from megatron_taipan.train import loop, pipeline  # noqa: F401
+from megatron_taipan.checkpoint import saving, tensorfile
+from megatron_taipan.train import loop, pipeline, saver  # noqa: F401
 from megatron_taipan.train.distributed import import_deepspeed
 
 import_deepspeed(torch.device("cpu"))
@@ -82,8 +82,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "start": (loop, "open_data"),
     "evaluate": (loop, "evaluate"),
     "step": (loop, "train_step"),
-    "save": (state, "own_tensors"),
-    "write": (state, "write_tensors"),
+    "save": (saver, "take_snapshot"),
+    "write": (saving, "write_tensors"),
 }
 
 

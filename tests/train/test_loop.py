@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
 from megatron_taipan.config import load_config, make_config
-from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
-from tests.distributed.launch import launch, run_program
-from tests.train.toy import VOCAB, toy_tree, write_data
+from tests.distributed.launch import launch
+from tests.train.toy import toy_tree, write_data
 
 SHORT = {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
 # what is measured rather than computed
@@ -57,40 +55,6 @@ def prefix(tmp_path_factory) -> str:
     return write_data(tmp_path_factory.mktemp("data") / "data")
 
 
-def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, prefix):
-    trees = []
-    for stage in (0, 1, 2, 3):
-        for name, steps in (("whole", [None]), ("parts", [3, None])):
-            tree = toy_tree(prefix, tmp_path / f"{name}{stage}", parallel={"zero_stage": stage})
-            trees += [with_options(tree, train={"stop_at": stop}) for stop in steps]
-    assert launch(2, runs, trees) == [[0] * len(trees)] * 2
-    for stage in (0, 1, 2, 3):
-        whole, parts = tmp_path / f"whole{stage}", tmp_path / f"parts{stage}"
-        assert len(numbers(whole)) == 6
-        assert numbers(parts) == numbers(whole), f"stage {stage}"
-        assert log(parts, "valid")[-1]["ce"] == log(whole, "valid")[-1]["ce"]
-        assert log(parts, "start")[-1]["step"] == 3
-    data = build_dataset(make_config(trees[0]).data, "train", VOCAB)
-    for record in log(parts):  # 8 samples a step: how much of an epoch each step's record says
-        assert record[f"epochs/{prefix}"] == 8 * record["step"] / len(data)
-
-
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_resumed_bf16_run_is_bit_equal_too(tmp_path, prefix, stage):
-    """By the real program, in processes of their own: in one process bf16 products may round differently."""
-
-    def run(name: str, **train) -> None:
-        tree = toy_tree(prefix, tmp_path / name, parallel={"zero_stage": stage})
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_options(tree, train={"precision": "bf16", **train})))
-        run_program(2, ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]).succeeded()
-
-    run("whole")
-    run("parts", stop_at=3)
-    assert [record["step"] for record in log(tmp_path / "parts")] == [1, 2, 3]
-    run("parts")
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-
-
 def test_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, prefix):
     tree = toy_tree(prefix, tmp_path / "run", train=SHORT)
     other = write_data(tmp_path / "other", seed=1)
@@ -114,25 +78,32 @@ def test_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, pref
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_damaged_checkpoints(tmp_path, prefix):
-    """A truncated file is passed over for an older checkpoint; a changed one, which only its hash shows, is refused."""
+def test_damaged_checkpoints_are_passed_over(tmp_path, prefix):
+    """A changed file, which only its hash shows, and a cut one: the run goes on from an older one and says why."""
     tree = toy_tree(prefix, tmp_path / "run", train=SHORT, checkpoint={"save_every": 1})
     longer = with_options(tree, train={"steps": 3})
     assert launch(2, runs, [tree])[0] == [0]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001", "step_00000002"]
-    newest = tmp_path / "run" / "step_00000002"
-    state_file = max((newest / "state").iterdir(), key=lambda p: p.stat().st_size)
-    content = state_file.read_bytes()
-
-    state_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (message,) = launch(2, runs, [longer])[1]
-    assert state_file.name in message and "step_00000002" in message
-
-    state_file.write_bytes(content[:-1])
-    assert launch(2, runs, [longer])[0] == [0]
-    assert [r["text"] for r in log(tmp_path / "run", "warning")][0].startswith("passed over checkpoint step_00000002")
-    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2, 2, 3]
-    assert find_newest(tmp_path / "run").path.name == "step_00000003"
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for name in ("run", "cut"):
+        newest = tmp_path / name / "step_00000002"
+        state_file = max((newest / "state").iterdir(), key=lambda p: p.stat().st_size)
+        content = state_file.read_bytes()
+        end = bytes([content[-1] ^ 1]) if name == "run" else b""
+        state_file.write_bytes(content[:-1] + end)
+    new, by_name = (with_options(longer, checkpoint={"dir": str(tmp_path / name)}) for name in ("new", "other"))
+    new["checkpoint"]["load"] = str(tmp_path / "run")
+    by_name["checkpoint"]["load"] = str(tmp_path / "run" / "step_00000002")
+    cut = with_options(longer, checkpoint={"dir": str(tmp_path / "cut")})
+    results = launch(2, runs, [new, by_name, longer, cut])[1]
+    assert results[0] == results[2] == results[3] == 0
+    assert "step_00000002" in results[1] and f"{state_file.name} changed" in results[1]
+    for name, reason in (("run", "changed since it was written"), ("cut", "bytes, its manifest says")):
+        (warning,) = log(tmp_path / name, "warning")
+        assert warning["text"].startswith("passed over checkpoint step_00000002: ") and reason in warning["text"]
+        assert [record["step"] for record in log(tmp_path / name)] == [1, 2, 2, 3]
+        assert find_newest(tmp_path / name).path.name == "step_00000003"
+    assert [record["step"] for record in log(tmp_path / "new")] == [2, 3]
 
 
 def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
@@ -146,7 +117,8 @@ def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     assert [path.name[-1] for path in checkpoints(tmp_path / "run")] == ["2", "4", "5"]
     path = tmp_path / "run" / "step_00000005"
     metadata = read_metadata(path)
-    assert metadata["progress"] == {"step": 5, "samples": 20, "tokens": 20 * 32, "skipped": 0}
+    counters = {"step": 5, "samples": 20, "tokens": 20 * 32, "skipped": 0}
+    assert metadata["progress"] == counters | {"recent": [], "rewinds": []}
     assert {"torch", "deepspeed", "python"} <= set(metadata["versions"])
     assert metadata["git_commit"]
     assert len(metadata["identity"]["data.fingerprint"]) >= 16

@@ -1,0 +1,207 @@
+"""`python -m checkpoints.reshard CHECKPOINT OUT --tensor 4 --processes 16`: a checkpoint laid out for other processes.
+
+A run resumes from a checkpoint of any layout as it is. Laid out ahead, each of its processes reads about its own share
+instead of whole tensors, which counts where many processes start from a slow file system. OUT becomes a run's folder
+with one checkpoint: continue there with checkpoint.dir=OUT, or from there with checkpoint.load=OUT.
+
+The source is verified first. Parameters, moments, counters and random states are carried over unchanged; one tensor is
+in memory at a time.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.checkpoint import calibration, folder
+from megatron_taipan.checkpoint.pieces import KINDS, MASTER
+from megatron_taipan.checkpoint.reader import INDEX, StateReader
+from megatron_taipan.checkpoint.tensorfile import TensorFile
+from megatron_taipan.checkpoint.verification import refuse_damaged
+from megatron_taipan.config import Config, dump_config, load_config, make_config
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.model.flops import pipeline_bounds
+from megatron_taipan.parallel.groups import data_parallel_size
+from megatron_taipan.parallel.layout import ParamSpec, describe
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m checkpoints.reshard", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder of checkpoints (the newest)")
+    parser.add_argument("out", type=Path, help="a new run's folder; the checkpoint keeps its name in it")
+    parser.add_argument("--processes", type=int, help="of the new layout; default: as before")
+    parser.add_argument("--tensor", type=int, help="parallel.tensor; default: as before")
+    parser.add_argument("--pipeline", type=int, help="parallel.pipeline; default: as before")
+    parser.add_argument("--zero-stage", type=int, help="parallel.zero_stage; default: as before")
+    options = parser.parse_args(arguments)
+    source = folder.locate(str(options.checkpoint))
+    refuse_damaged(source)
+    config, before = load_config(source / folder.CONFIG), folder.read_metadata(source).get("layout", {})
+    wanted = {"tensor": options.tensor, "pipeline": options.pipeline, "zero_stage": options.zero_stage}
+    new = with_layout(config, {name: value for name, value in wanted.items() if value is not None})
+    processes = options.processes or before.get("processes") or new.parallel.tensor * new.parallel.pipeline
+    path = reshard(source, options.out, Target(new, processes))
+    p = new.parallel
+    print(f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, zero_stage {p.zero_stage}")
+    return 0
+
+
+def with_layout(config: Config, layout: dict[str, int]) -> Config:
+    """The configuration with options of `parallel` replaced.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    tree = config.model_dump(mode="json")
+    tree["parallel"] |= layout
+    if tree["parallel"]["tensor"] == 1:
+        tree["parallel"]["sequence"] = False
+    return make_config(tree, "the new layout")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The new layout: which process holds what.
+
+    Raises:
+        UserError: on use, where it does not fit the network or the number of processes.
+    """
+
+    config: Config
+    processes: int
+
+    @cached_property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return data_parallel_size(self.processes, self.config.parallel.tensor, self.config.parallel.pipeline)
+
+    @cached_property
+    def table(self) -> dict[str, ParamSpec]:
+        return describe(self.config.model, self.config.parallel.tensor)
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        return pipeline_bounds(self.config.model, self.config.data.seq_len, self.config.parallel.pipeline)
+
+    def file(self, name: str, data: int = 0, tensor: int = 0) -> str:
+        """The file of the process that holds tensor `name` at that data and tensor rank (see parallel/groups.py)."""
+        stage = 0
+        if name.startswith("layers."):
+            stage = bisect_right(self.bounds, int(name.split(".")[1])) - 1
+        elif not name.startswith("embedding."):
+            stage = self.config.parallel.pipeline - 1
+        return file_name((stage * self.data + data) * self.config.parallel.tensor + tensor)
+
+    def layout(self) -> dict[str, int]:
+        """As metadata.json has it."""
+        p = self.config.parallel
+        sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": self.data, "zero_stage": p.zero_stage}
+        return sizes | {"processes": self.processes}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file to be written."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+def reshard(source: Path, out: Path, target: Target) -> Path:
+    """Writes the state of checkpoint `source` for another layout; returns the new checkpoint.
+
+    Raises:
+        UserError: the layout does not fit, or `out` holds that checkpoint already.
+    """
+    metadata = folder.read_metadata(source)
+    contents, step = metadata.get("contents", folder.FULL), metadata["progress"]["step"]
+    final = out / folder.folder_name(step, contents)
+    if final.exists():
+        raise UserError(f"{final} exists; choose another folder")
+    reader = StateReader(source, target.config.model)
+    index, entries = plan(reader, target, KINDS if contents == folder.FULL else (MASTER,))
+    temporary = out / (final.name + folder.TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / folder.STATE).mkdir(parents=True)
+    try:
+        written = write_files(temporary / folder.STATE, target, entries)
+        if (source / calibration.FILE).is_file():
+            shutil.copy(source / calibration.FILE, temporary)
+        texts = {
+            INDEX: json.dumps(index),
+            folder.CONFIG: dump_config(target.config),
+            folder.METADATA: json.dumps(
+                metadata | {"layout": target.layout(), "resharded_from": str(source)}, indent=1
+            ),
+        }
+        folder.complete(temporary, final, texts, written)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def plan(reader: StateReader, target: Target, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[Entry]]:
+    """state/index.json of the new checkpoint, and all that its files hold, in the order that reads the old one once."""
+    tensor, entries = target.config.parallel.tensor, []
+    parameters: dict[str, list] = {name: [] for name in target.table}
+    for name, spec in target.table.items():
+        n_ranks, size = tensor if spec.split is not None else 1, torch.Size(spec.local_shape(tensor)).numel()
+        width = -(-size // target.data)  # as ZeRO 3 cuts it
+        for kind, rank, data in itertools.product(kinds, range(n_ranks), range(target.data)):
+            start, count = data * width, min(max(size - data * width, 0), width)
+            if not count:
+                continue
+            file = target.file(name, data, rank)
+            if kind == MASTER:
+                parameters[name].append([file, rank, start, count])
+            load = partial(reader.elements, name, kind, spec, tensor, rank, start, count)
+            entries.append(Entry(file, f"{name}|{kind}", (count,), torch.float32, load))
+    for name in reader.buffers:
+        value = reader.buffer(name)
+        load = partial(reader.buffer, name)
+        entries.append(Entry(target.file(name), f"{name}|buffer", tuple(value.shape), value.dtype, load))
+    states = [reader.random_states(rank) for rank in range(target.processes)]
+    for rank, named in enumerate(states):
+        for name, value in named.items():
+            load = partial(named.__getitem__, name)
+            entries.append(Entry(file_name(rank), f"{name}|random", tuple(value.shape), value.dtype, load))
+    index = {
+        "parameters": parameters, "buffers": {name: target.file(name) for name in reader.buffers}, "tensor": tensor,
+        "processes": target.processes if any(states) else 0, "optimizer_step": reader.optimizer_step,
+        "scaler": reader.scaler,
+    }  # fmt: skip
+    return index, entries
+
+
+def write_files(state: Path, target: Target, entries: list[Entry]) -> dict[str, tuple[int, str]]:
+    """Writes every process's file; size and SHA-256 of each by its name in the checkpoint."""
+    specs: dict[str, dict] = {file_name(rank): {} for rank in range(target.processes)}
+    for entry in entries:
+        specs[entry.file][entry.name] = (entry.shape, entry.dtype)
+    files = {name: TensorFile(state / name, spec) for name, spec in specs.items()}
+    for entry in entries:
+        files[entry.file].put(entry.name, entry.load())
+    return {f"{folder.STATE}/{name}": folder.hash_file(state / name, flush=True) for name in files}
+
+
+def file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Anything that holds weights, opened: a checkpoint of any layout, an exported folder, a folder of weights.
+
+None of these can execute code when it is read: tensors come from safetensors files, all else is JSON and plain YAML.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.checkpoint.merge import TrainedState, open_state
+from megatron_taipan.checkpoint.weights import Weights, open_weights
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.layout import describe, take_shard
+
+
+def open_any(path: Path) -> Weights | TrainedState:
+    """Opens a path by what lies in it.
+
+    Raises:
+        UserError: it holds no weights, or they are incomplete.
+    """
+    return open_weights(path) if (path / "config.json").is_file() else open_state(path)
+
+
+class Network(Protocol):
+    """What is asked of a model here (`megatron_taipan.model.taipan.Taipan`)."""
+
+    config: ModelConfig
+    tp: TensorParallel
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@torch.no_grad()
+def load_weights(model: Network, path: Path) -> None:
+    """Fills a model, or one tensor rank's part of it, with weights of any kind, one tensor at a time.
+
+    Raises:
+        UserError: the weights' network has other layers or sizes.
+    """
+    weights = open_any(path)
+    ours, theirs = describe(model.config), describe(weights.network)
+    if model.config.letters != weights.network.letters:
+        raise UserError(
+            f"checkpoint.init={path} has the layers {weights.network.letters}, model.pattern gives"
+            f" {model.config.letters}; convert with checkpoints.import_hf --config"
+        )
+    for name, spec in ours.items():
+        if name not in theirs or theirs[name].shape != spec.shape:
+            other = list(theirs[name].shape) if name in theirs else "absent"
+            raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
+    split = describe(model.config, model.tp.size)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        full = weights.load(name)
+        tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)

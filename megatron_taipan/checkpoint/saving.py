@@ -1,0 +1,131 @@
+"""Writing a checkpoint behind the training, by all ranks together."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint.reader import INDEX
+from megatron_taipan.checkpoint.snapshot import Snapshot, join_indices
+from megatron_taipan.checkpoint.state import Progress
+from megatron_taipan.checkpoint.tensorfile import write_tensors
+from megatron_taipan.config import Config, dump_config
+from megatron_taipan.errors import UserError
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written; the one before is untouched, and training may go on."""
+
+
+class Saving:
+    """A snapshot on its way to the disk; made and finished by all ranks together.
+
+    A thread writes it while training goes on. Neither DeepSpeed's own asynchronous engines (they need a GPU or packages
+    of their own) nor torch.distributed.checkpoint (it knows no ZeRO partitions) fit here; one thread that writes one
+    file needs no engine.
+
+    Args:
+        kind: `folder.FULL`, or `folder.WEIGHTS` for a snapshot without moments.
+
+    Raises:
+        SaveFailed: on all ranks, if the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        directory: Path,
+        progress: Progress,
+        *,
+        config: Config,
+        metadata: dict[str, Any],
+        kind: str = folder.FULL,
+    ):
+        self.snapshot, self.progress, self.config, self.metadata, self.kind = snapshot, progress, config, metadata, kind
+        self.final = directory / folder.folder_name(progress.step, kind)
+        self.temporary = directory / (self.final.name + folder.TEMPORARY)
+        on_all_ranks(self._make_folder)
+        self.written: dict[str, tuple[int, str]] = {}
+        self.fault: Exception | None = None
+        self.seconds = 0.0  # of this rank's writing
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def writing(self) -> bool:
+        """Whether this rank's part is still being written."""
+        return self.thread.is_alive()
+
+    def finish(self) -> Path:
+        """Waits for every rank's part and completes the checkpoint; collective. Returns its folder.
+
+        Raises:
+            SaveFailed: on all ranks, if any of them could not write; what was written is removed.
+        """
+        self.thread.join()
+        try:
+            on_all_ranks(self._raise_fault)
+            shares: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, (self.written, self.snapshot.index))
+            on_all_ranks(lambda: self._complete(shares) if dist.get_rank() == 0 else None)
+        except SaveFailed:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)  # a full disk has better use for the space
+            raise
+        return self.final
+
+    def _make_folder(self) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            os.makedirs(self.temporary / folder.STATE)
+
+    def _write(self) -> None:
+        began = time.perf_counter()
+        file = f"{folder.STATE}/{self.snapshot.file}"
+        try:
+            self.written = {file: write_tensors(self.temporary / file, self.snapshot.tensors)}
+        except Exception as error:  # whatever it is, this thread cannot raise it, and the file is not there
+            self.fault = error
+        self.seconds = time.perf_counter() - began
+
+    def _raise_fault(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+    def _complete(self, shares: list[tuple[dict, dict]]) -> None:
+        description = {
+            "format": folder.FORMAT, "contents": self.kind, "progress": asdict(self.progress), **self.metadata,
+        }  # fmt: skip
+        texts = {
+            INDEX: json.dumps(join_indices([index for _, index in shares]) | self.snapshot.whole),
+            folder.CONFIG: dump_config(self.config),
+            folder.METADATA: json.dumps(description, indent=1),
+        }
+        folder.complete(self.temporary, self.final, texts, {k: v for written, _ in shares for k, v in written.items()})
+
+
+def on_all_ranks(action: Callable[[], Any]) -> Any:
+    """Runs `action`; if it fails on any rank, SaveFailed is raised on all.
+
+    Without this the others would wait for the failing rank in the next collective.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except OSError as error:
+        fault = f"rank {dist.get_rank()}: {error.strerror or error} ({error.filename or 'checkpoint.dir'})"
+    except Exception as error:
+        fault = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = [text for text in faults if text is not None]
+    if found:
+        raise SaveFailed(f"the checkpoint was not written: {found[0]}")
+    return result

@@ -1,0 +1,91 @@
+"""Which checkpoint to resume from: the newest whose every byte is what was written, judged by all ranks together.
+
+Every file is read once and hashed, the files shared out over the ranks by their size and over a few threads in each
+(hashing leaves Python's lock). A rank so reads about its own share of the state once more, and it is the share that it
+or a neighbour is about to load. An older checkpoint is read only where the newer one turned out to be damaged.
+"""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_taipan.checkpoint.folder import Found, checkpoints, hash_file, incomplete, read_manifest
+from megatron_taipan.errors import UserError
+
+MAX_THREADS = 4  # per rank: a host's ranks share its cores and its file system
+
+
+def newest_verified(directory: Path) -> Found | None:
+    """The newest checkpoint of a run's folder that is complete and unchanged; collective, the same on every rank.
+
+    Rank 0 says which there are, so that ranks whose view of a shared folder lags behind do not choose another.
+    """
+    listed: list[list[str]] = [[path.name for path in reversed(checkpoints(directory))]]
+    if _world() > 1:
+        dist.broadcast_object_list(listed, src=0)
+    passed_over: list[str] = []
+    for name in listed[0]:
+        fault = damage(directory / name)
+        if fault is None:
+            return Found(directory / name, passed_over)
+        passed_over.append(f"{name}: {fault}")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is; collective, the same on every rank."""
+    fault, changed = incomplete(path), []
+    if fault is None:
+        sizes = [(size, name) for name, (size, _) in read_manifest(path).items()]
+        changed = wrong_hashes(path, share(sizes, _world(), _rank()))
+    answers: list[Any] = [(fault, changed)]
+    if _world() > 1:
+        answers = [None] * _world()
+        dist.all_gather_object(answers, (fault, changed))
+    names = sorted(name for _, found in answers for name in found)
+    first = next((text for text, _ in answers if text is not None), None)
+    return first or (f"{', '.join(names)} changed since it was written" if names else None)
+
+
+def share(files: list[tuple[int, str]], parts: int, number: int) -> list[str]:
+    """The names of part `number` when files (bytes, name) are dealt out so that every part has about the same size."""
+    loads, mine = [0] * parts, []
+    for size, name in sorted(files, reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += size
+        if lightest == number:
+            mine.append(name)
+    return mine
+
+
+def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
+    """Which of these files do not have the content that the manifest promises, or cannot be read."""
+    files = read_manifest(path)
+
+    def differs(name: str) -> bool:
+        try:
+            return hash_file(path / name, flush=False)[1] != files[name][1]
+        except OSError:
+            return True
+
+    names = list(names)
+    with ThreadPoolExecutor(max(1, min(MAX_THREADS, os.cpu_count() or 1, len(names)))) as threads:
+        return [name for name, wrong in zip(names, threads.map(differs, names), strict=True) if wrong]
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raises UserError, the same on every rank, if a checkpoint that was asked for by name is damaged; collective."""
+    if fault := damage(path):
+        raise UserError(f"checkpoint {path} is damaged: {fault}; delete it, or name another")
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

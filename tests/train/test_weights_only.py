@@ -1,0 +1,84 @@
+"""Saves of the weights alone: at their own cadence, for everything but a run that resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import inspect, reshard, verify
+from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
+from megatron_taipan.checkpoint.merge import load_state, open_state
+from megatron_taipan.inference.loading import load_model
+from tests.distributed.series import Job, launch_series
+from tests.train.test_loop import log, runs, with_options
+from tests.train.toy import toy_tree, write_data
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """run: 7 steps, weights every 2 (the newest two kept), everything every 4. Then: from it, new runs."""
+    folder = tmp_path_factory.mktemp("weights")
+    train = {"steps": 7, "eval_samples": 4}
+    tree = toy_tree(write_data(folder / "data"), folder / "run", train=train, parallel={"tensor": 2})
+    tree["checkpoint"] |= {"save_every": 4, "save_weights_every": 2, "keep_last_weights": 2}
+    by_load = with_options(
+        tree, checkpoint={"dir": str(folder / "by_load"), "load": str(folder / "run/weights_00000006")}
+    )
+    by_init = with_options(
+        tree, checkpoint={"dir": str(folder / "by_init"), "init": str(folder / "run/weights_00000006")},
+        parallel={"tensor": 1, "zero_stage": 3}, train={"steps": 1},
+    )  # fmt: skip
+    alone = with_options(tree, train={"steps": 2, "stop_at": 2}, checkpoint={"dir": str(folder / "alone")})
+    results = launch_series([Job(2, runs, [tree, by_load, by_init, alone])])[0][0]
+    assert [results[0], *results[2:]] == [0, 0, 0]
+    (folder / "refusal").write_text(results[1])
+    return folder
+
+
+def test_each_cadence_keeps_its_own(place):
+    assert [path.name for path in checkpoints(place / "run")] == ["step_00000004", "step_00000007"]
+    assert [path.name for path in checkpoints(place / "run", WEIGHTS)] == ["weights_00000004", "weights_00000006"]
+    assert [(r["step"], Path(r["path"]).name[:4]) for r in log(place / "run", "save")] == [
+        (2, "weig"), (4, "step"), (4, "weig"), (6, "weig"), (7, "step"),
+    ]  # fmt: skip
+    assert (place / "run" / "latest").read_text() == "step_00000007\n"
+
+
+def test_they_hold_the_same_weights_in_a_third_of_the_size(place):
+    full, weights = place / "run" / "step_00000004", place / "run" / "weights_00000004"
+    ours, theirs = load_state(weights), load_state(full)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert open_state(weights).step == 4 and not open_state(weights).moments
+    size = [sum(file.stat().st_size for file in path.glob("state/*.safetensors")) for path in (weights, full)]
+    assert size[0] < 0.4 * size[1]
+
+
+def test_a_resume_never_takes_them(place):
+    assert find_newest(place / "run").path.name == "step_00000007"
+    assert "holds weights only" in (place / "refusal").read_text()
+    assert not checkpoints(place / "by_load")
+    assert [path.name for path in checkpoints(place / "alone")] == ["step_00000002"]
+
+
+def test_a_new_run_starts_from_them_in_another_layout(place):
+    (first, *_) = log(place / "by_init", "valid")
+    trained = log(place / "run")[6]["ce"]
+    untrained = log(place / "run", "valid")[0]["ce"]
+    assert log(place / "by_init", "start")[0]["step"] == 0
+    assert abs(first["ce"] - trained) < abs(untrained - trained) / 2
+
+
+def test_every_program_reads_them(place, tmp_path, capsys):
+    weights = place / "run" / "weights_00000006"
+    assert inspect.main([str(place / "run")]) == 0
+    assert inspect.main([str(weights)]) == 0
+    out = capsys.readouterr().out
+    assert "weights_00000006  complete" in out and "weights only" in out
+    assert verify.main([str(place / "run")]) == 0
+    assert capsys.readouterr().out.count("good (") == 4
+    assert reshard.main([str(weights), str(tmp_path), "--tensor", "1", "--processes", "1"]) == 0
+    for path in (weights, tmp_path / "weights_00000006"):
+        model, _, config = load_model(path)
+        assert config.train.steps == 7
+        assert torch.equal(model.final_norm.weight, load_state(weights)["final_norm.weight"])
