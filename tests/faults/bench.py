@@ -18,7 +18,7 @@ from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_mani
 from tests.faults.zygote import Job, Zygote
 from tests.train.toy import toy_tree, write_data
 
-STEPS, SAVE_EVERY, EVAL_EVERY = 18, 3, 6
+STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 4
 LAYOUTS: dict[str, dict[str, Any]] = {
     "2 data, ZeRO 1": {"zero_stage": 1},
     "2 data, ZeRO 3": {"zero_stage": 3},

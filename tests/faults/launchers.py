@@ -68,7 +68,7 @@ def disturbed(bench: Bench, seed: int, launcher: str, number: int, *, victim: st
     bench.reference(LAYOUT)
     run = Run(bench, f"{launcher} {signal.Signals(number).name} {victim}", LAYOUT, seed)
     command = begin(run, launcher)
-    wanted = run.rng.randint(1, 10)
+    wanted = run.rng.randint(1, 5)
     end = time.monotonic() + 180
     while not any(r["step"] >= wanted for r in run.records("step")):
         assert command.process.poll() is None and time.monotonic() < end, command.text()[-5000:]

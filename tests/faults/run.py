@@ -1,6 +1,6 @@
 """Tries faults on real training runs and counts what was survived.
 
-    python -m tests.faults.run --seeds 60                                 60 kills, and every other fault three times
+    python -m tests.faults.run --seeds 60                                 60 kills, and every other fault twice
     python -m tests.faults.run --seeds 60 --write docs/reliability.md     keeps the table in that file
     python -m tests.faults.run --only hang --seeds 5                      one kind
 
@@ -46,7 +46,7 @@ class Result:
 def main() -> int:
     """The program; 0 if every fault that could be made was survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=60, metavar="N", help="kills; other faults N/20 times each")
+    parser.add_argument("--seeds", type=int, default=60, metavar="N", help="kills; other faults N/30 times each")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed")
     parser.add_argument("--only", metavar="NAME", help="only the case of this name, N times")
     parser.add_argument("--no-launchers", action="store_true", help="leave out the cases with torchrun and deepspeed")
@@ -84,7 +84,7 @@ def plan(seeds: int, first: int, only: str | None, real: bool) -> list[tuple[Cas
             sys.exit(f"no case {only}; there are {', '.join(sorted({c.__name__ for c in every}))}")
         return [(case, seed) for seed in range(first, first + seeds)]
     kills = [(KILLS[seed % len(KILLS)], seed) for seed in range(first, first + seeds)]
-    others = [(case, first + n) for n in range(max(seeds // 20, 1)) for case in OTHERS]
+    others = [(case, first + n) for n in range(max(seeds // 30, 1)) for case in OTHERS]
     return kills + others + ([(case, first) for case in launchers.CASES] if real else [])
 
 
