@@ -10,8 +10,8 @@ from tests.faults.bench import Bench, Unavailable
 # in every run of the suite: what damages most when it breaks; the others with `slow`
 ALWAYS = [
     cases.kill_a_rank, cases.kill_at_a_file_operation, cases.kill_the_launcher, cases.kill_the_writer,
-    cases.sigterm_in_a_step, cases.sigterm_at_start, cases.newest_bit_flipped, cases.second_job, cases.full_disk_to_the_end,
-    cases.folder_vanishes, cases.hang,
+    cases.sigterm_in_a_step, cases.sigterm_at_start, cases.newest_bit_flipped, cases.second_job,
+    cases.full_disk_to_the_end, cases.folder_vanishes, cases.hang,
 ]  # fmt: skip
 REST = [case for case in dict.fromkeys([*cases.KILLS, *cases.OTHERS]) if case not in ALWAYS]
 SOME_LAUNCHERS = [launchers.torchrun_is_killed, launchers.deepspeed_returns_75]

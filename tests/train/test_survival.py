@@ -226,8 +226,10 @@ def test_log_is_strict_json_and_complete(tmp_path, prefix):
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
     step = [record for record in records if record["event"] == "step"][-1]
-    assert {"loss", "ce", "budget", "grad_norm", "lr", "tokens", "tokens_per_s", "data_wait_s", "gate0/selected",
-            "gate0/alpha"} <= set(step)  # fmt: skip
+    fields = {"loss", "ce", "budget", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_gb", "data_wait_s",
+              "checkpoint_stall_s", "skipped", "gate0/selected", "gate0/alpha"}  # fmt: skip
+    assert fields <= set(step)
+    assert step["mfu"] is None and step["memory_gb"] > 0.05  # no GPU; a process that holds torch
     assert step["loss"] == pytest.approx(step["ce"] + step["budget"], rel=1e-6)
     assert [record["step"] for record in records if record["event"] == "valid"] == [0, 2, 4]
 
@@ -238,3 +240,8 @@ def test_log_is_strict_json_and_complete(tmp_path, prefix):
     assert [event.step for event in board.Scalars("train/ce")] == [2, 4]
     assert board.Scalars("train/ce")[-1].value == pytest.approx(step["ce"], rel=1e-6)
     assert [event.step for event in board.Scalars("valid/perplexity")] == [0, 2, 4]
+    assert {f"train/{name}" for name in fields - {"mfu"}} <= set(board.Tags()["scalars"])
+    assert {"checkpoint/stall_s", "checkpoint/write_s"} <= set(board.Tags()["scalars"])
+    for rank in range(2):  # every rank has a text of its own
+        text = (tmp_path / "run" / "logs" / f"rank_{rank:05d}.log").read_text()
+        assert "step 4/4" in text and "this rank:" in text
