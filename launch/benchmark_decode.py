@@ -1,7 +1,9 @@
 """`benchmark.py decode`: prefill in chunks, and decoded tokens per second by context and batch.
 
 One row of random tokens is prefilled to each context; its state is then repeated for the batch, whose rows go on with
-tokens of their own. The gates' thresholds are calibrated first, so that they select their capacity as trained ones do.
+tokens of their own. An untrained gate selects more or less as the context grows, and a selected token reads a window of
+keys; so the thresholds are set anew at each context, for decoded tokens to be selected at the capacity, as trained
+gates do. The clock of a GPU that has just worked hard is another one than at rest: each row decodes for a while first.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 
+WARM_S = 1.0  # seconds of decoding before the first measured token
+
 
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> None:
@@ -27,9 +31,10 @@ def run(options: argparse.Namespace) -> None:
         model = Taipan(config, ops=pick_ops(options.ops)).bfloat16().eval()
     contexts = sorted(options.contexts)
     document = torch.randint(0, config.vocab_size, (1, contexts[-1]), device="cuda")
-    thresholds = calibrate(model, [{"tokens": document[:, : options.chunk], "seq_idx": None}])
-    table.add("thresholds that select the capacity", gates=[round(t, 3) for t in thresholds])
-    prefill(model, model.new_cache(1), document[:, : 2 * options.chunk], options.chunk)  # kernels compiled
+    calibrate(model, [{"tokens": document[:, : options.chunk], "seq_idx": None}])  # for the prefill
+    warm = model.new_cache(1)  # the same pieces as below: kernels are compiled for their sizes
+    for first, last in itertools.pairwise([0, *contexts[:2]]):
+        prefill(model, warm, document[:, first:last], options.chunk)
     cache, times = model.new_cache(1), []
     torch.cuda.reset_peak_memory_stats()
     speeds: dict[int, list[float]] = {batch: [] for batch in options.batches}
@@ -38,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         times.append(prefill(model, cache, document[:, cache.length : context], options.chunk))
         table.add(f"prefill, tokens {context - new} to {context}", ms=round(times[-1], 1),
                   **{"tokens/s": round(new / times[-1] * 1e3)})  # fmt: skip
+        settle_gates(model, cache)
         for batch in options.batches:
             numbers = decode(model, cache, batch, options.steps, captured=True)
             speeds[batch].append(numbers["tokens/s"])
@@ -63,17 +69,17 @@ def prefill(model: Taipan, cache: Cache, tokens: torch.Tensor, chunk: int) -> fl
 
 def decode(model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured: bool) -> dict:
     """Median and mean over `steps` tokens of every row (the mean holds the rare moves of a window's buffer)."""
-    cache = copy.deepcopy(prefilled)
-    cache.select(torch.zeros(batch, dtype=torch.int64, device="cuda"))
+    cache = repeated(prefilled, batch)
     stepper = Stepper(model, cache, captured=captured)
-    warm = EAGER_STEPS + 2
-    tokens = torch.randint(0, model.config.vocab_size, (steps + warm, batch, 1), device="cuda")
-    selected = selected_share(model, stepper, tokens[0])
-    for token in tokens[1:warm]:
-        stepper.step(token)
+    tokens = torch.randint(0, model.config.vocab_size, (steps, batch, 1), device="cuda")
+    selected = selected_share(model, stepper, tokens[:EAGER_STEPS])
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_S:
+        stepper.step(tokens[0])
+        torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
-    for token, mark in zip(tokens[warm:], marks[1:], strict=True):
+    for token, mark in zip(tokens, marks[1:], strict=True):
         stepper.step(token)
         mark.record()
     torch.cuda.synchronize()
@@ -85,14 +91,35 @@ def decode(model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured:
     }  # fmt: skip
 
 
-def selected_share(model: Taipan, stepper: Stepper, token: torch.Tensor) -> float:
-    """Takes a first step, launched kernel by kernel, and gives the share of rows that its gates selected."""
+def repeated(prefilled: Cache, batch: int) -> Cache:
+    """A copy of the one prefilled row for every row of a batch."""
+    cache = copy.deepcopy(prefilled)
+    cache.select(torch.zeros(batch, dtype=torch.int64, device="cuda"))
+    return cache
+
+
+def settle_gates(model: Taipan, prefilled: Cache, batch: int = 32, steps: int = 4) -> None:
+    """Sets each gate's threshold so that it selects its capacity of decoded tokens, from below: what one layer selects
+    changes what the next one sees."""
+    cache = repeated(prefilled, batch)
+    for gate in [layer.gate for layer in model.layers if hasattr(layer, "gate")]:
+        margins: list[torch.Tensor] = []
+        hook = gate.register_forward_hook(lambda _, __, out, into=margins: into.append(out.margin.flatten()))
+        for token in torch.randint(0, model.config.vocab_size, (steps, batch, 1), device="cuda"):
+            model.step(token, cache)
+        hook.remove()
+        gate.threshold.copy_(torch.cat(margins).float().quantile(1 - model.config.gate.capacity))
+
+
+def selected_share(model: Taipan, stepper: Stepper, tokens: torch.Tensor) -> float:
+    """Takes the first steps, launched kernel by kernel, and gives the share of rows that their gates selected."""
     shares: list[torch.Tensor] = []
     gates = [layer.gate for layer in model.layers if hasattr(layer, "gate")]
     hooks = [
         gate.register_forward_hook(lambda _, __, out: shares.append(out.selected.float().mean())) for gate in gates
     ]
-    stepper.step(token)
+    for token in tokens:
+        stepper.step(token)
     for hook in hooks:
         hook.remove()
     return round(torch.stack(shares).mean().item(), 3) if shares else 0.0

@@ -48,8 +48,8 @@ def prepare(folder: Path, vocab_size: int) -> Path:
     return prefix
 
 
-def run(name: str, prefix: Path, work: Path, overrides: list[str]) -> dict:
-    """One training run; what its log says, or how it failed."""
+def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: float | None) -> dict:
+    """One training run of at most that many seconds; what its log says, or how it failed."""
     directory = work / name
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
     directory.mkdir(parents=True)
@@ -62,12 +62,18 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str]) -> dict:
     command += [f"data.train={prefix}", f"checkpoint.dir={directory}", *PRECISIONS[name], *overrides]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    (directory / "stderr.txt").write_text(done.stderr)
-    if done.returncode:
-        return {"failed": f"status {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}"}
-    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    with (directory / "stderr.txt").open("w") as said:
+        try:
+            status = subprocess.run(command, cwd=ROOT, env=environment, stderr=said, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:  # it was killed; the log has every step it made
+            status = 0
+    log = directory / "log.jsonl"
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # whole ones
+    records = [json.loads(line) for line in lines]
     steps = [record for record in records if record["event"] == "step"]
+    if status or not steps:
+        last = (directory / "stderr.txt").read_text().strip().splitlines()[-1:] or ["no message"]
+        return {"failed": f"status {status}, {len(steps)} steps: {last[0][:300]}"}
     valid = [record["ce"] for record in records if record["event"] == "valid"]
     scales = [record["loss_scale"] for record in steps if "loss_scale" in record]
     for path in directory.glob("step_*"):
@@ -75,7 +81,7 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str]) -> dict:
     return {
         "ce": [record["ce"] for record in steps],
         "skipped": sum(record["skipped"] for record in steps),
-        "valid": valid[-1],
+        "valid": valid[-1] if len(valid) > 1 else None,  # the first is the untrained model's
         "loss_scale": scales[-1] if scales else None,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -88,40 +94,44 @@ def smoothed(losses: list[float | None], window: int) -> list[float]:
 
 
 def compare(results: dict[str, dict], window: int) -> dict[str, dict]:
-    """Largest and last relative difference of the smoothed loss from fp32's, and of the validation loss."""
+    """Largest and last relative difference of the smoothed loss from fp32's over the steps that both have made, and
+    of the validation loss at the end."""
     rows: dict[str, dict] = {}
     for name, result in results.items():
         if "failed" in result:
             rows[name] = result
             continue
         ours = smoothed(result["ce"], window)
-        row = {"first": result["ce"][0], "last": ours[-1], "valid": result["valid"], "skipped": result["skipped"],
+        row = {"steps": len(result["ce"]), "last": ours[-1], "valid": result["valid"], "skipped": result["skipped"],
                "loss_scale": result["loss_scale"], "seconds": result["seconds"]}  # fmt: skip
         full = results.get("fp32", {})
         if "ce" in full:
             theirs = smoothed(full["ce"], window)
-            apart = [(a - b) / b for a, b in zip(ours, theirs, strict=True)]
-            row |= {"largest": max(apart, key=abs), "at_end": apart[-1]}
-            row["valid_apart"] = (result["valid"] - full["valid"]) / full["valid"]
+            whole = min(len(result["ce"]), len(full["ce"])) // window  # windows that both have finished
+            apart = [(a - b) / b for a, b in zip(ours[:whole], theirs[:whole], strict=True)]
+            row |= {"largest": max(apart, key=abs), "at_end": apart[-1], "compared": whole * window} if apart else {}
+            if None not in (result["valid"], full["valid"]):
+                row["valid_apart"] = (result["valid"] - full["valid"]) / full["valid"]
         rows[name] = row
     return rows
 
 
-def table(rows: dict[str, dict], window: int, steps: int) -> str:
+def table(rows: dict[str, dict], window: int) -> str:
     """The comparison as Markdown."""
     lines = [
-        f"| precision | loss, steps {steps - window + 1}-{steps} | validation loss | largest difference from fp32 in"
-        f" any {window} steps | at the end | validation | skipped steps | seconds |",
-        "|---" * 8 + "|",
+        f"| precision | steps | loss, last {window} | validation loss | steps compared with fp32 | largest difference"
+        f" in any {window} | in the last {window} | in validation | skipped | seconds |",
+        "|---" * 10 + "|",
     ]
     for name, row in rows.items():
         if "failed" in row:
-            lines.append(f"| {name} | not run: {row['failed']} |" + " |" * 6)
+            lines.append(f"| {name} | not run: {row['failed']} |" + " |" * 8)
             continue
         apart = [f"{100 * row[key]:+.3f} %" if key in row else "–" for key in ("largest", "at_end", "valid_apart")]
+        valid = "–" if row["valid"] is None else f"{row['valid']:.4f}"
         lines.append(
-            f"| {name} | {row['last']:.4f} | {row['valid']:.4f} | {' | '.join(apart)} | {row['skipped']} |"
-            f" {row['seconds']} |"
+            f"| {name} | {row['steps']} | {row['last']:.4f} | {valid} | {row.get('compared', '–')} | {' | '.join(apart)} |"
+            f" {row['skipped']} | {row['seconds']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -136,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=4, help="runs at once on the one device")
     parser.add_argument("--window", type=int, default=20, help="steps that are averaged before losses are compared")
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--seconds", type=float, help="end each run after this long; its steps so far are compared")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier call: its runs stand beside the new ones")
     parser.add_argument("--prepare", action="store_true", help="only make the tokenizer and the token ids")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of the runs, such as train.steps=20")
     options = parser.parse_args(arguments)
@@ -147,12 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
     about = hardware()
     print("; ".join(f"{k}: {v}" for k, v in about.items()), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict] = {}
+    results: dict[str, dict] = json.loads(options.against.read_text())["runs"] if options.against else {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(run, name, prefix, work, overrides): name for name in options.only}
+        waiting = {pool.submit(run, name, prefix, work, overrides, options.seconds): name for name in options.only}
         for done in as_completed(waiting):
             results[waiting[done]] = done.result()
-            write(options, about, {name: results[name] for name in options.only if name in results})
+            write(options, about, {name: results[name] for name in PRECISIONS if name in results})
     if all("failed" in result for result in results.values()):
         raise UserError("every run failed: " + "; ".join(f"{k}: {v['failed']}" for k, v in results.items()))
     return 0
@@ -163,7 +175,7 @@ def write(options: argparse.Namespace, about: dict, results: dict[str, dict]) ->
     rows = compare(results, options.window)
     content = {"about": about, "overrides": options.overrides, "window": options.window, "rows": rows, "runs": results}
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1))
-    text = table(rows, options.window, max(len(result.get("ce", [])) for result in results.values()))
+    text = table(rows, options.window)
     options.out.with_suffix(".md").write_text(text)
     print(text, flush=True)
 
