@@ -130,8 +130,8 @@ def table(rows: dict[str, dict], window: int) -> str:
         apart = [f"{100 * row[key]:+.3f} %" if key in row else "–" for key in ("largest", "at_end", "valid_apart")]
         valid = "–" if row["valid"] is None else f"{row['valid']:.4f}"
         lines.append(
-            f"| {name} | {row['steps']} | {row['last']:.4f} | {valid} | {row.get('compared', '–')} | {' | '.join(apart)} |"
-            f" {row['skipped']} | {row['seconds']} |"
+            f"| {name} | {row['steps']} | {row['last']:.4f} | {valid} | {row.get('compared', '–')} |"
+            f" {' | '.join(apart)} | {row['skipped']} | {row['seconds']} |"
         )
     return "\n".join(lines) + "\n"
 
