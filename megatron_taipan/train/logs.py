@@ -9,6 +9,7 @@ import logging.handlers
 import math
 import os
 import sys
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -190,7 +191,7 @@ class WeightsAndBiases:
         self.run = wandb.init(
             project=config.log.wandb_project,
             name=config.name,
-            id=self._identifier(folder / "wandb.id", wandb.util.generate_id),
+            id=self._identifier(folder / "wandb.id"),
             resume="allow",
             dir=str(folder),
             config=config.model_dump(mode="json"),
@@ -200,10 +201,10 @@ class WeightsAndBiases:
         self.run.define_metric("*", step_metric="step")
 
     @staticmethod
-    def _identifier(file: Path, generate: Any) -> str:
+    def _identifier(file: Path) -> str:
         """The same at every start of this run."""
         if not file.exists():
-            file.write_text(generate() + "\n")
+            file.write_text(uuid.uuid4().hex[:8] + "\n")
         return file.read_text().strip()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
