@@ -14,7 +14,7 @@ ALWAYS = [
     cases.full_disk_to_the_end, cases.folder_vanishes, cases.hang,
 ]  # fmt: skip
 REST = [case for case in dict.fromkeys([*cases.KILLS, *cases.OTHERS]) if case not in ALWAYS]
-SOME_LAUNCHERS = [launchers.torchrun_is_killed, launchers.deepspeed_returns_75]
+SOME_LAUNCHERS = [launchers.deepspeed_returns_75]
 
 
 @pytest.fixture(scope="module")
