@@ -58,11 +58,12 @@ def expand(inputs: list[str]) -> list[str]:
                 raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
             files.append(name)
         elif os.path.isdir(name):
-            inside = [str(path) for path in Path(name).rglob("*") if path.is_file() and kind_of(str(path))]
+            # a link to nothing is taken too: it must be reported, not passed over
+            inside = [str(path) for path in Path(name).rglob("*") if not path.is_dir() and kind_of(str(path))]
             if not inside:
                 raise UserError(f"folder {name} holds no file of a known kind; known are {known_kinds()}")
             files += sorted(inside, key=natural)
-        elif found := [path for path in glob.glob(name, recursive=True) if os.path.isfile(path) and kind_of(path)]:
+        elif found := [path for path in glob.glob(name, recursive=True) if not os.path.isdir(path) and kind_of(path)]:
             files += sorted(found, key=natural)
         else:
             raise UserError(

@@ -25,6 +25,7 @@ class Job:
     bos: int | None  # id put before each document
     eod: int | None  # id put after each document
     on_error: OnError
+    allow_special: bool = False  # text may spell special tokens
     report: Callable[[int, int, int], None] = lambda bytes, tokens, documents: None  # adds to the progress shown
 
     def part(self, number: int) -> str:

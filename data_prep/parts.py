@@ -98,11 +98,13 @@ class _Part:
         job = self.job
         texts = [record.text for record in self.batch]
         ids, counts = job.tokenizer.encode(texts)
-        if (counts == 0).any():  # white space that the tokenizer drops
-            for record, count in zip(self.batch, counts, strict=True):
-                if not count:
-                    self._problem(Record(record.where, problem="document without tokens", raw=record.text.encode()))
-            counts = counts[counts > 0]
+        without = _without_text(ids, counts, job.tokenizer.special if job.allow_special else {})
+        if without.any():
+            for at in np.flatnonzero(without):
+                record = self.batch[at]
+                why = "document of special tokens only" if counts[at] else "document without tokens"
+                self._problem(Record(record.where, problem=why, raw=record.text.encode()))
+            ids, counts = ids[~np.repeat(without, counts)], counts[~without]
         self._check_ids(self.batch[0].where, ids)
         out, counts = with_ends(ids, counts, job.bos, job.eod, job.dtype)
         if len(counts):
@@ -182,6 +184,15 @@ class _Part:
         if self.job.on_error == "quarantine":
             entry["raw"] = record.raw.decode("utf-8", "backslashreplace")
         self.skipped_file.write(orjson.dumps(entry) + b"\n")
+
+
+def _without_text(ids: np.ndarray, counts: np.ndarray, special: dict[int, str]) -> np.ndarray:
+    """Which documents have no token (white space that the tokenizer drops) or none but special ones: bool [d]."""
+    if not special:
+        return counts == 0
+    plain = np.concatenate([[0], np.cumsum(~np.isin(ids, list(special)))])
+    ends = np.cumsum(counts)
+    return plain[ends] == plain[ends - counts]
 
 
 def with_ends(

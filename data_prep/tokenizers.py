@@ -28,6 +28,7 @@ class Tokenizer(ABC):
         vocab_size: largest id + 1.
         eod, bos: ids, or None where the tokenizer has none.
         digest: hash of the tokenizer's file.
+        special: spelling of the special tokens that text may turn into, by id.
     """
 
     library: str
@@ -35,6 +36,7 @@ class Tokenizer(ABC):
     eod: int | None
     bos: int | None
     digest: str
+    special: dict[int, str] = {}
 
     @abstractmethod
     def encode(self, texts: list[str]) -> Encoded:

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         bos=_special(tokenizer, "bos", args.prepend_bos, args.bos_token),
         eod=_special(tokenizer, "eod", args.append_eod, args.eod_token),
         on_error=args.on_error,
+        allow_special=args.allow_special,
     )
     options = {
         "text": args.template or args.recipe or args.text_field or "text",
@@ -230,10 +231,17 @@ def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict,
     files = [
         (os.path.basename(path), size, hash_file(path))
         if os.path.dirname(path) == spooled
-        else (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
+        else (os.path.abspath(path), size, _changed(path))
         for path, size in sizes
     ]
     return sha256(orjson.dumps([files, tokenizer.digest, options], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 class _claim:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep import cli
+from data_prep import cli, readers
+from data_prep.tokenizers import SentencePiece
 from megatron_taipan.data.indexed import IndexedReader
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,79 @@ def test_damaged_files_are_reported_never_silently_short(tmp_path, model, capsys
     manifest = json.loads((tmp_path / "o.json").read_text())
     assert manifest["skipped"]["total"] >= 3 and 0 < manifest["documents"] < 5001
     assert documents(tmp_path / "o")[-1] == expected(model, ["good"], eod=False)[0]
+
+
+def test_an_unreadable_file_among_many(tmp_path, model, capsys, monkeypatch):
+    """A link to nothing, and a file that may not be opened: reported under every policy, wherever it stands."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(200):
+        jsonl(folder / f"{number}.jsonl", [f"text {number}"])
+    (folder / "50.jsonl").unlink()
+    (folder / "50.jsonl").symlink_to(tmp_path / "nothing")
+    real = readers._open
+
+    def refusing(path):
+        if path.endswith("/120.jsonl"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(readers, "_open", refusing)
+    for given in (folder, folder / "*"):
+        args = ("--input", given, "--tokenizer", model, "--output", tmp_path / "o", "--overwrite")
+        assert tokenize(*args) == 2
+        assert "50.jsonl: cannot be read: No such file" in capsys.readouterr().err
+        assert tokenize(*args, "--on-error", "skip") == 0
+        texts = [f"text {number}" for number in range(200) if number not in (50, 120)]
+        assert documents(tmp_path / "o") == expected(model, texts, eod=False)
+        entries = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
+        assert [e["reason"] for e in entries] == [
+            "cannot be read: No such file or directory",
+            "cannot be read: Permission denied",
+        ]
+
+
+def test_documents_of_special_tokens_only_and_without_tokens(tmp_path, gpt2_like):
+    source = jsonl(tmp_path / "in.jsonl", ["a", "<|endoftext|><|endoftext|>", "b <|endoftext|>"])
+    args = ("--input", source, "--tokenizer", gpt2_like, "--on-error", "skip")
+    assert tokenize(*args, "--output", tmp_path / "text") == 0
+    assert len(documents(tmp_path / "text")) == 3  # text that spells them is text
+    assert tokenize(*args, "--output", tmp_path / "special", "--allow-special") == 0
+    assert [0 in document for document in documents(tmp_path / "special")] == [False, True]
+    skipped = json.loads((tmp_path / "special.json").read_text())["skipped"]
+    assert skipped["reasons"] == {"document of special tokens only": 1}
+
+
+def test_documents_without_tokens(tmp_path, model, monkeypatch):
+    real = SentencePiece.encode
+
+    def dropping(self, texts):  # as tokenizers that strip white space do
+        ids, counts = real(self, [text.strip() for text in texts])
+        return ids, counts
+
+    monkeypatch.setattr(SentencePiece, "encode", dropping)
+    source = jsonl(tmp_path / "in.jsonl", ["a", "  \n", "b", " "])
+    args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")
+    assert tokenize(*args, "--on-error", "skip", "--append-eod") == 0
+    assert documents(tmp_path / "o") == expected(model, ["a", "b"])
+    assert json.loads((tmp_path / "o.json").read_text())["skipped"]["reasons"] == {"document without tokens": 2}
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, model, speeches, monkeypatch, capsys):
+    real = SentencePiece.encode
+
+    def lying(self, texts):
+        ids, counts = real(self, texts)
+        return np.where(ids == ids.max(), 70_000, ids), counts
+
+    monkeypatch.setattr(SentencePiece, "encode", lying)
+    for long in (4 << 20, 2_000):  # as a whole and in chunks
+        monkeypatch.setattr(readers, "LONG", long)
+        monkeypatch.setattr("data_prep.long_text.LONG_STRING", long)
+        source = jsonl(tmp_path / "in.jsonl", [speeches[0]])
+        args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")
+        assert tokenize(*args) == 2
+        assert "gave id 70000, beyond its vocabulary of 1000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
