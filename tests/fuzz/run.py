@@ -1,0 +1,34 @@
+"""Coverage-guided fuzzing, for as long as you like (needs `pip install atheris`; not part of the tests).
+
+    python -m tests.fuzz.run index -max_total_time=600 CORPUS_FOLDER
+    python -m tests.fuzz.run lines -max_total_time=600 CORPUS_FOLDER
+
+What it finds is written as crash-... and raises with a traceback. The options are libFuzzer's.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["megatron_taipan.data.indexed", "data_prep.long_text", "data_prep.readers"]):
+    from tests.fuzz import targets
+
+from tests.fuzz.test_fuzz import SEEDS
+
+
+def main() -> None:
+    name = sys.argv.pop(1)
+    folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
+    for corpus in sys.argv[1:]:
+        if not corpus.startswith("-"):
+            Path(corpus).mkdir(parents=True, exist_ok=True)
+            for number, seed in enumerate(SEEDS[name]):
+                (Path(corpus) / f"seed{number}").write_bytes(seed)
+    atheris.Setup(sys.argv, lambda data: getattr(targets, name)(folder, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
