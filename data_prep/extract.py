@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable
 from string import Formatter
 
-from data_prep.recipes import load_recipe
 from megatron_taipan.errors import UserError
 
 Extract = Callable[[object], str]  # the text of a parsed record; raises ValueError where there is none
@@ -29,6 +28,8 @@ def extractor(args: argparse.Namespace) -> Extract:
     if args.template:
         return template_extractor(args.template.replace("\\n", "\n"))
     if args.recipe:
+        from data_prep.recipes import load_recipe  # here, because a start without one need not read YAML
+
         recipe = load_recipe(args.recipe)
         return template_extractor(recipe.template) if recipe.template else field_extractor(recipe.text_field)
     return field_extractor(args.text_field or "text")

@@ -6,6 +6,7 @@ hard; one difference, and the reference runs.
 
 import os
 from collections.abc import Iterator
+from threading import Thread
 
 import numpy as np
 
@@ -53,8 +54,34 @@ class Fast(Tokenizer):
         return self.reference.decode(ids)
 
 
-def fast_twin(reference: Tokenizer, path: str) -> Fast:
+class Ahead:
+    """Reads a tokenizer.json with fastokens in a thread of its own, while the reference library reads it too."""
+
+    def __init__(self, path: str):
+        self.model: object = None
+        self.thread = Thread(target=self._load, args=(path,))
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        self.thread.start()
+
+    def _load(self, path: str) -> None:
+        try:
+            import fastokens
+
+            self.model = fastokens.Tokenizer.from_file(path)
+        except Exception:  # `fast_twin` tries again and says what is wrong
+            self.model = None
+
+    def result(self):
+        """The model, or None; the thread has ended then, as it must before a fork."""
+        self.thread.join()
+        return self.model
+
+
+def fast_twin(reference: Tokenizer, path: str, loaded=None) -> Fast:
     """The fast form of a tokenizer; it has encoded nothing yet, so that forked workers can use it.
+
+    Args:
+        loaded: what `Ahead` read of a tokenizer.json.
 
     Raises:
         ValueError: there is none; the message says why.
@@ -68,7 +95,7 @@ def fast_twin(reference: Tokenizer, path: str) -> Fast:
         if isinstance(reference, SentencePiece):
             return Fast(reference, fastokens.Tokenizer.from_json_str(tokenizer_json(path)))
         if isinstance(reference, HuggingFace):
-            return Fast(reference, fastokens.Tokenizer.from_file(path))
+            return Fast(reference, loaded or fastokens.Tokenizer.from_file(path))
         if isinstance(reference, TikToken) and os.path.isfile(path):
             special = dict(reference.model._special_tokens)
             model = fastokens.Tokenizer.from_tiktoken(path, pattern=reference.LLAMA3, special_tokens=special)

@@ -265,14 +265,16 @@ def opening(documents: int) -> None:
         write_index(prefix + ".idx.partial", np.dtype(np.uint16), prefix + ".len.partial")
         commit(prefix)
         code = f"""
-import resource, time
+import time
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.loader import build_dataset
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # ru_maxrss would begin with what the parent had
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before = peak()
 start = time.perf_counter()
 data = build_dataset(DataConfig(train={prefix!r}, seq_len=4096, valid_fraction=0.02), "train", 65536)
 data.tokens(0), data.tokens(1000 * len(data) + 5)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 print(f"{{time.perf_counter() - start:.2f}} s, {{after / 1e3:.0f}} MB ({{before / 1e3:.0f}} of them imports)")
 """
         tokens = int(lengths.sum(dtype=np.int64)) / 1e9

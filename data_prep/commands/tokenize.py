@@ -82,7 +82,12 @@ def run(args: argparse.Namespace) -> None:
     sizes = [(path, size_of(path)) for path in files]
     if not sum(size for _, size in sizes):
         raise UserError(f"the input is empty: {len(files)} file(s) with 0 bytes, the first is {files[0]}")
-    tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
+    wants_fast = args.backend == "auto" and not args.allow_special
+    ahead = fast.Ahead(args.tokenizer) if wants_fast and args.tokenizer.endswith(".json") else None
+    try:
+        tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
+    finally:
+        loaded = ahead.result() if ahead else None
     job = Job(
         pieces=inputs.cut(sizes),
         work=args.output + ".work",
@@ -120,8 +125,8 @@ def run(args: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     try:
         with _claim(job.work, identity):
-            if args.backend == "auto" and not args.allow_special:
-                job = replace(job, tokenizer=_fastest(job, args.tokenizer, args.workers))
+            if wants_fast:
+                job = replace(job, tokenizer=_fastest(job, args.tokenizer, args.workers, loaded))
             notes = _make_parts(job, args.workers, dict(sizes))
             _finish(job, notes, args, files, sizes, options, identity, started)
     except OSError as error:
@@ -133,11 +138,11 @@ def run(args: argparse.Namespace) -> None:
         raise
 
 
-def _fastest(job: Job, name: str, workers: int) -> Tokenizer:
+def _fastest(job: Job, name: str, workers: int, loaded) -> Tokenizer:
     """The fast twin of the job's tokenizer if it gives the same ids on samples of this corpus, else the reference."""
     path = name if name.startswith("tiktoken:") else tokenizer_file(name)
     try:
-        twin = fast.fast_twin(job.tokenizer, path)
+        twin = fast.fast_twin(job.tokenizer, path, loaded)
     except ValueError as why:
         print(f"{job.tokenizer.library} tokenizes; no faster library: {why}")
         return job.tokenizer

@@ -187,7 +187,7 @@ class Liar(Tokenizer):
 
 
 def test_a_fast_library_that_differs_is_not_used(tmp_path, gpt2_like, monkeypatch, capsys):
-    monkeypatch.setattr(fast, "fast_twin", lambda reference, _: Liar(reference))
+    monkeypatch.setattr(fast, "fast_twin", lambda reference, *_: Liar(reference))
     args = ("--input", SAMPLE, "--tokenizer", gpt2_like, "--output", tmp_path / "o")
     assert tokenize(*args) == 0
     assert "is not used: it gives other ids for" in capsys.readouterr().out
