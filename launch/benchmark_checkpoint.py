@@ -69,7 +69,7 @@ def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronou
     config = load_config(args.config, [*args.overrides, *options])
     if place.rank == 0 and not (folder / "data.bin").exists():
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 64 * config.data.seq_len + 1)
-        with IndexedWriter(folder / "data", np.uint32) as writer:
+        with IndexedWriter(folder / "data", np.int32) as writer:
             writer.add_document(tokens)
     dist.barrier()
     return config

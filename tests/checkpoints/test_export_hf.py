@@ -131,23 +131,26 @@ def test_a_large_model_is_checked_layer_by_layer(tmp_path, dtype, tied):
     assert torch.equal(export_hf.trainer_logits(state.config.model, state, tokens, dtype), whole)
 
 
-def test_a_streamed_model_holds_one_layer(monkeypatch):
-    held, most = set(), 0
-    fill, empty = streamed.fill, streamed.empty
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_streamed_model_holds_one_layer(monkeypatch, tied):
+    """And the embedding besides where the head uses it too."""
+    networks, most = [], 0
+    fill = streamed.fill
 
     def counting_fill(module, prefix, load):
         nonlocal most
         fill(module, prefix, load)
-        held.add(module)
-        most = max(most, len(held))
+        most = max(most, sum(p.numel() for p in networks[0].parameters() if not p.is_meta))
 
     monkeypatch.setattr(streamed, "fill", counting_fill)
-    monkeypatch.setattr(streamed, "empty", lambda module: (empty(module), held.discard(module))[0])
-    for tied, wanted in ((False, 1), (True, 2)):  # a tied embedding waits for the head
-        state, most = memory_state("M S W M A", tie_embeddings=tied), 0
-        held.clear()
-        export_hf.trainer_logits(state.config.model, state, torch.arange(1, 9)[None], torch.float32)
-        assert most == wanted
+    monkeypatch.setattr(export_hf, "stream", lambda net, load: (networks.append(net), streamed.stream(net, load)))
+    state = memory_state("M S W M A", tie_embeddings=tied)
+    export_hf.trainer_logits(state.config.model, state, torch.arange(1, 9)[None], torch.float32)
+    (network,) = networks
+    layer = max(sum(p.numel() for p in module.parameters()) for module in network.layers)
+    table = network.embedding.weight.numel()
+    assert most == (table + layer if tied else max(table, layer))
+
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):

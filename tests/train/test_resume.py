@@ -1,4 +1,7 @@
-"""A run that is stopped and started again is the uninterrupted run, bit for bit: numbers, weights, random states."""
+"""A run that is stopped and started again is the uninterrupted run, bit for bit: numbers, weights, random states.
+
+fp16's loss scale has a file of its own, test_loss_scale_resume.py.
+"""
 
 import json
 import os
@@ -126,37 +129,6 @@ def test_bf16_stopped_in_mid_accumulation(tmp_path, prefix):
     assert [results[0] for results in launch_series(jobs)] == [[0], [EXIT_REQUEUE], [0]] * len(cases)
     for stage, tensor in cases:
         assert_same_run(tmp_path / f"whole {stage} {tensor}", tmp_path / f"parts {stage} {tensor}")
-
-
-def overflowing(trees: list[dict]) -> list:
-    """fp16 on the CPU, which only a test asks for, from a loss scale so large that the first steps overflow."""
-    from deepspeed.accelerator import get_accelerator
-
-    from megatron_taipan.train import engine
-
-    get_accelerator().is_fp16_supported = lambda: True
-    engine.cast = lambda model, *arguments: model.half()
-    whole_config = engine.deepspeed_config
-
-    def large_scale(*arguments):
-        result = whole_config(*arguments)
-        result["fp16"]["initial_scale_power"] = 20
-        return result
-
-    engine.deepspeed_config = large_scale
-    return runs(trees)
-
-
-def test_fp16_keeps_its_loss_scale(tmp_path, prefix):
-    jobs = []
-    for name, stops in (("whole", [None]), ("parts", [4, None])):
-        train = {"precision": "fp16", "steps": 18, "global_batch": 2}
-        tree = toy_tree(prefix, tmp_path / name, train=train)
-        jobs += [Job(1, overflowing, [with_options(tree, train={"stop_at": stop})]) for stop in stops]
-    assert [results[0] for results in launch_series(jobs)] == [[0]] * 3
-    skipped = [record["skipped"] for record in log(tmp_path / "whole")]
-    assert sum(skipped[:4]) == 4 and 4 < sum(skipped) < 18  # the scale was still falling when the run was cut
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
 @pytest.mark.gpu
