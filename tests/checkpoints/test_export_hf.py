@@ -152,7 +152,6 @@ def test_a_streamed_model_holds_one_layer(monkeypatch, tied):
     assert most == (table + layer if tied else max(table, layer))
 
 
-
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     state = memory_state()
     state.weights["final_norm.weight"] = torch.full_like(state.weights["final_norm.weight"], torch.nan)
