@@ -86,6 +86,7 @@ class GraphedLayers:
             for group in groups
         )
         recorded = torch.cuda.make_graphed_callables(tuple(group.with_parameters for group in groups), example)
+        torch.cuda.empty_cache()  # what the warm-up held: the graphs have memory of their own
         self.groups = [partial(run, *group.own) for run, group in zip(recorded, groups, strict=True)]
 
     def _places(self) -> list[int]:
