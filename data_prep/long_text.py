@@ -17,7 +17,6 @@ import orjson
 BLOCK = 1 << 20
 LONG_STRING = 1 << 20  # bytes of a JSON string that goes to a file
 LONGEST_SKELETON = 64 << 20  # bytes of a line besides its long strings
-CLOSING = re.compile(rb'(?<!\\)(?:\\\\)*"')  # a quote after an even number of backslashes
 ESCAPE = 12  # bytes of the longest escape: \\ud83d\\ude00
 
 
@@ -104,12 +103,13 @@ class LongLine:
         known = len(self.held)
         begin = known - backslashes(self.held)  # a quote may follow backslashes of an earlier block
         self.held += memoryview(block)[at:]
-        found = CLOSING.search(self.held, begin)
-        if found is None:
+        # escapes of the same length without quotes: what is left is the end
+        quote = self.held[begin:].replace(b"\\\\", b"__").replace(b'\\"', b"__").find(b'"')
+        if quote < 0:
             if self.spooling or len(self.held) > LONG_STRING:
                 self._decode(complete(self.held))
             return len(block)
-        quote = found.end() - 1
+        quote += begin
         at += quote - known + 1
         del self.held[quote:]
         self.inside = False

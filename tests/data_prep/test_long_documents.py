@@ -232,6 +232,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
     (tmp_path / "d.txt").write_text(speeches[4])
     (tmp_path / "e.jsonl").write_text('{"text": 1, "other": "' + "b" * 9_000 + '"}')
     (tmp_path / "f.jsonl").write_text(" " * 20_000 + "\n" + good)
+    (tmp_path / "g.txt").write_bytes(speeches[5].encode() + b"\xff")  # the last of its part
     inputs = sorted(tmp_path.glob("*.*"))
     args = ["tokenize", "--input", *map(str, inputs), "--tokenizer", model, "--output", str(tmp_path / "o")]
     assert cli.main(args) == 2
@@ -244,6 +245,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
     ]
     entries = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
     reasons = ["broken JSON", "broken JSON", "invalid UTF-8 at byte", "file ends before", "field 'text' is no text"]
+    reasons.append("invalid UTF-8 at byte")
     assert all(e["reason"].startswith(reason) for e, reason in zip(entries, reasons, strict=True))
     assert all(len(entry["raw"]) <= 50 for entry in entries) and entries[4]["raw"].startswith('{"text": 1')
 
