@@ -55,6 +55,8 @@ setup(
         # These compile against the torch that is installed: `pip install --no-build-isolation '.[gpu]'` after torch.
         "gpu": ["mamba-ssm>=2.3.2.post1", "causal-conv1d>=1.6", "flash-attn>=2.8", "liger-kernel>=0.6"],
         "wandb": ["wandb>=0.19"],
+        # `lm_eval --model hf` on an export; with it tests/hf/test_lm_eval.py runs instead of being skipped
+        "eval": ["lm_eval>=0.4.13", "accelerate>=1"],
         # Beside these the tests read files back with Megatron's own reader: `pip install --no-deps megatron-core`
         # (its dependencies would pull another torch).
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.17", "mypy>=1.15"],
