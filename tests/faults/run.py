@@ -83,7 +83,8 @@ def plan(seeds: int, first: int, only: str | None, real: bool) -> list[tuple[Cas
         if case is None:
             sys.exit(f"no case {only}; there are {', '.join(sorted({c.__name__ for c in every}))}")
         return [(case, seed) for seed in range(first, first + seeds)]
-    kills = [(KILLS[seed % len(KILLS)], seed) for seed in range(first, first + seeds)]
+    # one seed is left out in each round, so that every kind of kill meets every layout and way of saving
+    kills = [(KILLS[n % len(KILLS)], n + n // len(KILLS)) for n in range(first, first + seeds)]
     others = [(case, first + n) for n in range(max(seeds // 30, 1)) for case in OTHERS]
     return kills + others + ([(case, first) for case in launchers.CASES] if real else [])
 
