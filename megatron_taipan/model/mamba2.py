@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_taipan.model.build import Build, WithFloat32Islands
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
+from megatron_taipan.model.joined import join_rows
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_gradients, sum_over_ranks
@@ -131,9 +132,9 @@ class Mamba2(WithFloat32Islands):
             rows = slice(self.group * self.d_state, (self.group + 1) * self.d_state)
             shared = tuple(t[rows] for t in sum_gradients(self.tp, *shared))
         in_B, in_C, conv_B, conv_C, *biases = shared
-        in_proj = torch.cat([self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt])
-        conv_weight = torch.cat([self.conv_x_weight, conv_B, conv_C])
-        conv_bias = torch.cat([self.conv_x_bias, *biases]) if self.conv_bias else None
+        in_proj = join_rows(self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt)
+        conv_weight = join_rows(self.conv_x_weight, conv_B, conv_C)
+        conv_bias = join_rows(self.conv_x_bias, *biases) if self.conv_bias else None
         return in_proj, conv_weight, conv_bias
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Parameters joined along their rows, without a copy where they already lie one behind the other.
+
+DeepSpeed's ZeRO stages 1 and 2 keep all parameters of a group in one flat buffer, in the order in which the model
+registers them. So the parts of a projection that are registered in sequence form one matrix there already.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.rows = [len(part) for part in parts]
+        if not adjoin(parts):
+            return torch.cat(parts)
+        first = parts[0].detach()
+        return first.as_strided((sum(ctx.rows), *first.shape[1:]), first.stride(), first.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad.split(ctx.rows)
+
+
+def adjoin(parts: tuple[Tensor, ...]) -> bool:
+    """Whether contiguous parts of one type lie in one storage, each directly behind the one before it."""
+    first = parts[0]
+    end = first.storage_offset()
+    for part in parts:
+        if (
+            part.storage_offset() != end
+            or not part.is_contiguous()
+            or part.dtype != first.dtype
+            or part.shape[1:] != first.shape[1:]
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return False
+        end += part.numel()
+    return True
+
+
+def join_rows(*parts: Tensor) -> Tensor:
+    """torch.cat(parts) for reading; a view of the parts where they adjoin. Gradients reach each part as its rows."""
+    if torch.compiler.is_compiling() or any(part.device.type == "meta" for part in parts):
+        return torch.cat(parts)
+    joined: Tensor = _JoinRows.apply(*parts)
+    return joined
