@@ -1,8 +1,9 @@
+# ruff: noqa: E501  (kernel signatures and calls are one line each)
 """The short causal convolution with SiLU in Triton, forward and backward, on tensors of any row stride.
 
 Forward in tiles of tokens x channels: a tap of the convolution is the same tile loaded one token earlier, which the
-first-level cache serves. Backward token by token, because there every tap needs the gradient before the SiLU of three
-later tokens, which a tile would have to compute again or to shuffle.
+first-level cache serves. Backward in stretches of tokens, because there every tap needs the gradient before the SiLU of
+three later tokens, which a tile would have to compute again or to shuffle.
 """
 
 import torch
@@ -61,11 +62,11 @@ def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, lengt
 
 
 @triton.jit
-def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, n_channels, x_b, x_l, inside,
+def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channels, x_b, x_l, inside,
          WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
-    """(x[token] as float32, its document); before the start: the tail or zeros, of the first token's document."""
+    """(x[token] as float32, 0 from `stop` on; its document). Before the start: tail or zeros, of the first document."""
     x = tl.load(x_ptr + row * x_b + token.to(tl.int64) * x_l + channels,
-                mask=inside & (token >= 0) & (token < length), other=0.0).to(tl.float32)  # fmt: skip
+                mask=inside & (token >= 0) & (token < stop), other=0.0).to(tl.float32)  # fmt: skip
     if HAS_TAIL:
         at = (row * (WIDTH - 1) + WIDTH - 1 + token) * n_channels + channels
         x += tl.load(tail_ptr + at, mask=inside & (token < 0) & (token >= 1 - WIDTH), other=0.0).to(tl.float32)
@@ -80,7 +81,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
                      x_b, x_l, dy_b, dy_l, dx_b, dx_l,
                      WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
                      HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
-    """dx of TOKENS tokens, walked one by one with the last four inputs and gradients in registers.
+    """dx of TOKENS tokens, walked four at a time with the last inputs and gradients in registers.
 
     Also this stretch's part of the gradients of weight and bias: sums [stretches, width + 1, channels] float32. The
     number 0 in a name is the newest token, 3 the oldest; three tokens past the stretch are walked for their gradients.
@@ -96,47 +97,62 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
     bias = tl.zeros([CHANNELS], tl.float32)
     if HAS_BIAS:
         bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
                   HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
                   HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
                   HAS_TAIL, HAS_SEQ)  # fmt: skip
     zero = tl.zeros([CHANNELS], tl.float32)
     # Three different zeros: Triton 3.6 takes rotating loop variables with one common start for constants.
     d1, d2, d3 = w1 * 0.0, w2 * 0.0, w3 * 0.0
     g0, g1, g2, g3, gb = zero, zero, zero, zero, zero
-    for i in tl.range(0, TOKENS + 3):
+    end = tl.minimum(begin + TOKENS, length)
+    stop = tl.minimum(begin + TOKENS + 3, length)  # what lies behind counts as zero
+    for i in tl.range(0, TOKENS + 4, 4):  # four tokens at once, so that eight loads are under way before the first use
         token = begin + i
-        x0, s0 = _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, n_channels, x_b, x_l, inside, WIDTH,
+        xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
                       HAS_TAIL, HAS_SEQ)  # fmt: skip
-        if HAS_SEQ:  # inputs of another document are cut off
-            y1, y2, y3 = tl.where(s1 == s0, x1, 0.0), tl.where(s2 == s0, x2, 0.0), tl.where(s3 == s0, x3, 0.0)
-        else:
-            y1, y2, y3 = x1, x2, x3
-        u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-        s = 1 / (1 + tl.exp(-u))
-        dy = tl.load(
-            dy_ptr + row * dy_b + token.to(tl.int64) * dy_l + channels, mask=inside & (token < length), other=0.0
-        )
-        d0 = dy.to(tl.float32) * s * (1 + u * (1 - s))  # 0 behind the end
-        if i < TOKENS:
-            g0 += d0 * x0
-            g1 += d0 * y1
-            g2 += d0 * y2
-            g3 += d0 * y3
-            gb += d0
-        dx = w0 * d3
-        if HAS_SEQ:
-            dx += tl.where(s2 == s3, w1 * d2, 0.0) + tl.where(s1 == s3, w2 * d1, 0.0) + tl.where(s0 == s3, w3 * d0, 0.0)
-        else:
-            dx += w1 * d2 + w2 * d1 + w3 * d0
-        tl.store(dx_ptr + row * dx_b + (token - 3).to(tl.int64) * dx_l + channels, dx.to(dx_ptr.dtype.element_ty),
-                 mask=inside & (i >= 3) & (token - 3 < length))  # fmt: skip
-        x3, x2, x1 = x2, x1, x0
-        d3, d2, d1 = d2, d1, d0
-        if HAS_SEQ:
-            s3, s2, s1 = s2, s1, s0
+        xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+        xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+        xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+        at = dy_ptr + row * dy_b + token.to(tl.int64) * dy_l + channels
+        dy_a = tl.load(at + 0 * dy_l, mask=inside & (token + 0 < stop), other=0.0)
+        dy_b_ = tl.load(at + 1 * dy_l, mask=inside & (token + 1 < stop), other=0.0)
+        dy_c = tl.load(at + 2 * dy_l, mask=inside & (token + 2 < stop), other=0.0)
+        dy_d = tl.load(at + 3 * dy_l, mask=inside & (token + 3 < stop), other=0.0)
+        xs, dys, documents = (xa, xb, xc, xd), (dy_a, dy_b_, dy_c, dy_d), (sa, sb, sc, sd)
+        for j in tl.static_range(4):
+            x0, s0 = xs[j], documents[j]
+            if HAS_SEQ:  # inputs of another document are cut off
+                y1, y2, y3 = tl.where(s1 == s0, x1, 0.0), tl.where(s2 == s0, x2, 0.0), tl.where(s3 == s0, x3, 0.0)
+            else:
+                y1, y2, y3 = x1, x2, x3
+            u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
+            s = 1 / (1 + tl.exp(-u))
+            d0 = dys[j].to(tl.float32) * s * (1 + u * (1 - s))  # 0 behind the end
+            own = tl.where(i < TOKENS, d0, 0.0)
+            g0 += own * x0
+            g1 += own * y1
+            g2 += own * y2
+            g3 += own * y3
+            gb += own
+            dx = w0 * d3
+            if HAS_SEQ:
+                dx += tl.where(s2 == s3, w1 * d2, 0.0) + tl.where(s1 == s3, w2 * d1, 0.0)
+                dx += tl.where(s0 == s3, w3 * d0, 0.0)
+            else:
+                dx += w1 * d2 + w2 * d1 + w3 * d0
+            done = token + j - 3
+            tl.store(dx_ptr + row * dx_b + done.to(tl.int64) * dx_l + channels, dx.to(dx_ptr.dtype.element_ty),
+                     mask=inside & (done >= begin) & (done < end))  # fmt: skip
+            x3, x2, x1 = x2, x1, x0
+            d3, d2, d1 = d2, d1, d0
+            if HAS_SEQ:
+                s3, s2, s1 = s2, s1, s0
     stretch = row * tl.num_programs(1) + tl.program_id(1)
     out = sums_ptr + stretch * (WIDTH + 1) * n_channels + channels
     tl.store(out + (WIDTH - 1) * n_channels, g0, mask=inside)
@@ -163,10 +179,10 @@ def conv_forward(x, weight, bias, seq_idx, tail):
 
 
 def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
-    """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias, float32."""
+    """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias."""
     b, l, c = x.shape
     width = weight.shape[1]
-    tokens, channels = 64, 256
+    tokens, channels = 128, 256
     tiles = triton.cdiv(l, tokens)
     sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
     _backward_kernel[(triton.cdiv(c, channels), tiles, b)](
@@ -176,7 +192,9 @@ def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
         HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None, num_warps=2,
     )  # fmt: skip
     total = sums.sum(0)
-    return total[:width].t().contiguous(), total[width]
+    dweight = torch.empty_like(weight)
+    dweight.copy_(total[:width].t())
+    return dweight, total[width].to(weight.dtype, copy=True)
 
 
 @torch.library.custom_op("megatron_taipan::causal_conv1d_forward", mutates_args=())
@@ -199,7 +217,7 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = conv_backward(dy, x, weight, bias, seq_idx, tail, dx)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype, copy=True)
+    return dx, dweight, dbias
 
 
 @_backward_op.register_fake

@@ -9,7 +9,8 @@ import torch
 
 from megatron_taipan.ops.causal_conv1d_triton import conv_backward, conv_forward
 from megatron_taipan.ops.norms_triton import gated_backward, gated_forward
-from megatron_taipan.ops.ssd_triton import CHUNK, prepare_decay, scan_backward, scan_forward, state_dtype
+from megatron_taipan.ops.ssd_backward_triton import scan_backward
+from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, state_dtype
 
 
 def _columns(zxbcdt: torch.Tensor, heads: int, headdim: int, groups: int, d_state: int):
@@ -39,7 +40,7 @@ def _forward_op(
     y, states, _ = scan_forward(*_order(xBC, steps, cum, heads, headdim, groups, d_state), D, seq_idx, None, keep=keep)
     b, l = z.shape[:2]
     out, scale = gated_forward(y.view(b * l, -1), _flat(z), norm_weight, eps, norm_groups)
-    return out.view(b, l, -1), xBC, steps.clone(), cum.clone(), states, y, scale
+    return out.view(b, l, -1), xBC, steps, cum, states, y, scale
 
 
 def _order(xBC, steps, cum, heads, headdim, groups, d_state):
@@ -87,8 +88,8 @@ def _backward_op(
     A: torch.Tensor, D: torch.Tensor, norm_weight: torch.Tensor, seq_idx: torch.Tensor | None, xBC: torch.Tensor,
     steps: torch.Tensor, cum: torch.Tensor, states: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, headdim: int,
     groups: int, d_state: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of zxbcdt, conv_weight, conv_bias, (A, D, dt_bias) [3, heads] float32, norm_weight."""
     heads = A.shape[0]
     b, l, _ = zxbcdt.shape
     grads = torch.empty_like(zxbcdt)
@@ -100,25 +101,19 @@ def _backward_op(
     )
     x, B, C = _split_conv(xBC, heads, headdim, groups, d_state)
     dxBC = torch.empty_like(xBC)
-    dx, dB_out, dC_out = _split_conv(dxBC, heads, headdim, groups, d_state)
-    dA, dB, dC, dD, dbias, _ = scan_backward(
-        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, softplus=True
+    dx, dB, dC = _split_conv(dxBC, heads, headdim, groups, d_state)
+    sums, _ = scan_backward(
+        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True
     )
-    dB_out.copy_(dB.sum(0))
-    dC_out.copy_(dC.sum(0))
     dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
-    return (
-        grads, dweight.to(conv_weight.dtype), dconv_bias.to(conv_weight.dtype, copy=True), dbias.clone(), dA.clone(),
-        dD.clone(), dnorm.to(norm_weight.dtype),
-    )  # fmt: skip
+    return grads, dweight, dconv_bias, sums, dnorm
 
 
 @_backward_op.register_fake
 def _(dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale, headdim, groups, d_state):  # fmt: skip
-    heads = [torch.empty_like(A) for _ in range(3)]
     return (
         torch.empty_like(zxbcdt), conv_weight.new_empty(conv_weight.shape), conv_weight.new_empty(conv_weight.shape[0]),
-        *heads, norm_weight.new_empty(norm_weight.shape),
+        A.new_empty((3, A.shape[0])), norm_weight.new_empty(norm_weight.shape),
     )  # fmt: skip
 
 
@@ -131,7 +126,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, *_unused):
     saved = ctx.saved_tensors  # read once: under recomputation a second look is refused
-    grads, dweight, dconv_bias, dbias, dA, dD, dnorm = _backward_op(dout, *saved, *ctx.sizes)
+    grads, dweight, dconv_bias, sums, dnorm = _backward_op(dout, *saved, *ctx.sizes)
+    dA, dD, dbias = sums
     bias, D = saved[2], saved[4]
     dconv_bias = dconv_bias.to(bias.dtype) if bias is not None else None
     return (grads, dweight, dconv_bias, dbias.to(ctx.dt_dtype), dA, dD.to(D.dtype), dnorm, *[None] * 7)

@@ -3,29 +3,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
-from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
-from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison
+from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison, with_gradients
+from tests.ops.mamba2_reference import mix_reference
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
-
-
-def mix_reference(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *, seq_idx, headdim, groups, d_state):
-    """conv, scan and gated norm one after the other."""
-    b, l, _ = zxbcdt.shape
-    heads, states = len(A), groups * d_state
-    inner = heads * headdim
-    z, xBC, dt = zxbcdt.split([inner, inner + 2 * states, heads], -1)
-    x, B, C = causal_conv1d_reference(xBC, conv_weight, conv_bias, seq_idx=seq_idx).split([inner, states, states], -1)
-    y = ssd_reference(
-        x.view(b, l, heads, headdim), F.softplus(dt + dt_bias), A, B.view(b, l, groups, d_state),
-        C.view(b, l, groups, d_state), chunk_size=64, D=D, seq_idx=seq_idx,
-    )  # fmt: skip
-    return gated_rms_norm_reference(y.flatten(2), z, norm_weight, eps=1e-5, group_size=inner // groups)
 
 
 def documents(b: int, l: int) -> torch.Tensor:
@@ -37,6 +22,7 @@ def documents(b: int, l: int) -> torch.Tensor:
     [
         (torch.bfloat16, 2, 517, 4, 64, 1, 128, True),
         (torch.bfloat16, 1, 2051, 4, 64, 2, 64, False),  # long and narrow: the sequence is cut in segments
+        (torch.bfloat16, 2, 300, 3, 64, 1, 128, True),  # heads that cannot be split: dB and dC are written in place
         (torch.float16, 1, 300, 4, 32, 1, 16, True),
         (torch.float32, 1, 131, 2, 16, 1, 16, True),
     ],
@@ -56,6 +42,27 @@ def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
         lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5),
         lambda *t: mix_reference(*t, **sizes), [t.cuda() for t in inputs], 2 * TOLERANCE[dtype],
     )  # fmt: skip
+
+
+def test_the_fused_mixer_gives_the_same_bits_twice():
+    from megatron_taipan.ops.mamba2_triton import mamba2_mix
+
+    b, l, heads, headdim, d_state = 2, 517, 8, 64, 128
+    channels = heads * headdim + 2 * d_state
+    inputs = [
+        torch.randn(b, l, heads * headdim + channels + heads).bfloat16(), torch.randn(channels, 4).bfloat16() * 0.4,
+        torch.randn(channels).bfloat16() * 0.1, torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * headdim).bfloat16(),
+    ]  # fmt: skip
+    inputs = [t.cuda() for t in inputs]
+    sizes = {"seq_idx": documents(b, l), "headdim": headdim, "groups": 1, "d_state": d_state}
+
+    def run(*t: torch.Tensor) -> torch.Tensor:
+        return mamba2_mix(*t, **sizes, group_size=heads * headdim, eps=1e-5)
+
+    first = with_gradients(run, inputs)
+    poison()
+    assert all(torch.equal(a, b) for a, b in zip(first, with_gradients(run, inputs), strict=True))
 
 
 def test_scan_in_pieces_is_the_scan_of_the_whole():
