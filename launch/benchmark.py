@@ -7,6 +7,7 @@
     python launch/benchmark.py memory    a training step's memory, and the largest micro batch by kind of recomputation
     python launch/benchmark.py coldstart the first step with an empty and with a filled cache of compiled kernels
     python launch/benchmark.py sync      where in a training step the host waits for the GPU
+    python launch/benchmark.py layouts   the same training step on several GPUs, by tensor, data and ZeRO layout
     python launch/benchmark.py data      tokenization (needs no GPU)
     python launch/benchmark.py comm      what tensor parallelism sends (needs no GPU)
     python launch/benchmark.py checkpoint how long training stands still for a save (needs no GPU)
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started from a c
 from megatron_taipan.errors import UserError, exits_cleanly
 
 # each is the `run` of launch/benchmark_NAME.py
-NEED_CUDA = ("step", "layer", "attention", "decode", "memory", "coldstart", "sync")
+NEED_CUDA = ("step", "layer", "attention", "decode", "memory", "coldstart", "sync", "layouts")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 32768, 131072], help="decode")
     parser.add_argument("--chunk", type=int, default=8192, help="decode: prompt tokens per pass")
     parser.add_argument("--steps", type=int, default=64, help="decode: tokens that are timed")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # coldstart's own processes
+    parser.add_argument("--layouts", nargs="*", help="layouts: such as '2 tensor=2 sequence=true micro_batches=4'")
+    parser.add_argument("--timeout", type=int, default=600, help="layouts: seconds that a row may take")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # a row's own processes
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON files")
     parser.add_argument("--overrides", nargs="*", default=[], help="settings such as model.gate.capacity=0.3")
     return parser.parse_args(arguments)

@@ -119,8 +119,8 @@ def preset(options: argparse.Namespace) -> Config:
     return load_config(HERE / "configs" / f"{options.preset}.yaml", overrides)
 
 
-def single_process(config: Config) -> tuple[torch.device, Any]:
-    """Process groups of one process, made once."""
+def join_processes(config: Config) -> tuple[torch.device, Any]:
+    """This process's GPU and its place in the groups of the configured layout; one process where no launcher ran."""
     import torch.distributed as dist
 
     from megatron_taipan.parallel.groups import build_groups
@@ -130,4 +130,8 @@ def single_process(config: Config) -> tuple[torch.device, Any]:
     device = pick_device(place)
     if not dist.is_initialized():
         start_processes(place, device, config.parallel.timeout_s)
-    return device, build_groups(world_size=1, rank=0)
+    p = config.parallel
+    return device, build_groups(
+        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
+        sequence_parallel=p.sequence, timeout_s=p.timeout_s,
+    )  # fmt: skip

@@ -13,9 +13,8 @@ import torch
 
 from launch import benchmark_peers
 from launch.benchmark_autotune import compile_ahead
-from launch.benchmark_common import Table, kernel_times, median_ms, preset, single_process
+from launch.benchmark_common import Table, join_processes, kernel_times, median_ms, preset
 from megatron_taipan.config import Config
-from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.train.step import StepResult
 
@@ -58,20 +57,22 @@ def our_step(config: Config, profiled: bool) -> dict:
 
 def ours(config: Config) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
-    from megatron_taipan.train.engine import build_engine, capture_graphs
+    from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs
+    from megatron_taipan.train.loop import build_model
     from megatron_taipan.train.step import train_step
 
-    device, groups = single_process(config)
+    device, groups = join_processes(config)
     with torch.device(device):
-        model = Taipan(config.model, ops=pick_ops(config.ops.backend), recompute=config.parallel.recompute)
+        model = build_model(config, groups, pick_ops(config.ops.backend))
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
     print(capture_graphs(model, config, device), flush=True)
-    rows = random_batch(config, device)
+    torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens
+    batches = [random_batch(config, device)] * accumulation(config, groups.data_size)
     results: list[StepResult] = []
 
     def step() -> None:
-        results.append(train_step(engine, [rows], step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
+        results.append(train_step(engine, batches, step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
 
     return Training(engine, step, results)
 
@@ -125,7 +126,7 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
     from megatron_taipan.train.optimizer import make_optimizer
     from megatron_taipan.train.zero import quicken
 
-    device, groups = single_process(config)
+    device, groups = join_processes(config)
     with torch.device(device):
         model = build(config.model).to(torch.bfloat16)
     optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim, on_gpu=True)
@@ -155,10 +156,12 @@ def timed(training: Training, config: Config, profiled: bool) -> dict:
     return numbers
 
 
-def print_profile(step: Callable[[], None]) -> None:
+def print_profile(step: Callable[[], None], top: int = 45, host: bool = True) -> None:
     """One step's kernels, then where the CPU spent another one."""
-    for name, ms in kernel_times(step, 45).items():
+    for name, ms in kernel_times(step, top).items():
         print(f"    {ms:9.3f}  {name}", flush=True)
+    if not host:
+        return
     profile = cProfile.Profile()
     profile.runcall(step)
     pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)

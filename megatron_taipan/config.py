@@ -251,7 +251,7 @@ class TrainConfig(Section):
     eval_samples: int = option(64, "samples per validation", ge=1)
     deterministic: bool = option(False, "use deterministic algorithms only")
     cuda_graphs: bool = option(
-        True, "replay the layers as CUDA graphs where that is possible (one GPU a replica, zero_stage 1, bf16 or fp16)"
+        True, "replay the layers as CUDA graphs where that is possible (no pipeline, zero_stage 1, bf16 or fp16)"
     )
     profile: ProfileConfig | None = option(
         None,

@@ -11,7 +11,7 @@ from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import RMSNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
-from megatron_taipan.ops.selected_rows import Rows, select_rows_reference
+from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
 
 
@@ -109,15 +109,11 @@ class SelectiveAttentionBlock(Block):
         every = self.every_query and self.training
         if not every:
             refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
-        queries = [self._pick(u, picked) for picked in ((chosen, ~chosen) if every else (chosen,))]
+        queries = [self.ops.select_rows(u, picked) for picked in ((chosen, ~chosen) if every else (chosen,))]
         outputs = self.attention(u, ctx, queries, state)
         o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
         u, h = self.mlp_norm.with_stream(self.ops.refine(h, o, refine, zero_is_unselected=not every))
         return h + self.mlp(u), selection
-
-    def _pick(self, u: Tensor, chosen: Tensor) -> Rows:
-        """The chosen rows. Over several ranks their number goes to the host, since only computed rows travel."""
-        return select_rows_reference(u, chosen) if self.tp.size > 1 else self.ops.select_rows(u, chosen)
 
     def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Tensor:
         """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
@@ -130,7 +126,8 @@ class SelectiveAttentionBlock(Block):
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""
         whole = None
         for rows, o in zip(queries, outputs, strict=True):
-            # Only computed rows travel: cheaper than a reduction of the whole sequence, shards or not.
+            # Only computed rows travel: cheaper than a reduction of the whole sequence, shards or not. Where kernels
+            # pick them, the host does not know their number and the buffer travels, as large as the sequence.
             o = sum_over_ranks(o, self.tp) if self.tp.sequence_parallel else leave_block(o, self.tp)
             placed = self.ops.scatter_rows(o, rows, shape[0] * shape[1])
             whole = placed if whole is None else whole + placed

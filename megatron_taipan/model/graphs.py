@@ -3,7 +3,7 @@
 A 1.3B model's kernels take less time on a fast GPU than it takes to launch them one by one. A graph holds the launches
 of a group's forward pass, another one those of its backward pass (torch.cuda.make_graphed_callables). What they need
 is that nothing depends on the host: shapes are fixed, the optimizer step is a tensor, and the number of picked tokens
-stays on the device.
+stays on the device. NCCL's collectives are recorded like any kernel, so tensor-parallel ranks replay in step.
 """
 
 import warnings
@@ -34,12 +34,12 @@ class Group(nn.Module):
         return functional_call(self, dict(zip(self.names, tensors[:n], strict=True)), tensors[n:])
 
     def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """h: [b, l, d]; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
+        """h: [b, l, d] or this rank's sequence shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
 
         Returns:
             h, and where the group has S layers their budget losses [n] and statistics [n, 4].
         """
-        ctx = make_context(h[..., 0], seq_idx, samples, step, None)
+        ctx = make_context(seq_idx, seq_idx, samples, step, None)
         h, chosen = run_layers(self.layers, h, ctx, *self.recompute)
         if not chosen:
             return (h,)
@@ -52,6 +52,7 @@ class GraphedLayers:
     Args:
         layers: in order, on the device, where they stay: their parameters may change in place only.
         shape: (b, l) of a micro-batch.
+        shards: ranks over which the stream's sequence is spread (sequence parallelism), else 1.
         stream: an empty tensor of the residual stream's type, [0, d] on the device.
         recompute: mode and layers a segment of activation checkpointing.
     """
@@ -62,6 +63,7 @@ class GraphedLayers:
         shape: tuple[int, int],
         stream: Tensor,
         recompute: tuple[str, int] = ("none", 1),
+        shards: int = 1,
     ):
         self.shape = shape
         self.parameters = [p for layer in layers for p in layer.parameters()]
@@ -74,7 +76,7 @@ class GraphedLayers:
             torch.arange(b, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
         )
-        rows = torch.ones(b, l, stream.shape[-1], device=device, dtype=stream.dtype)
+        rows = torch.ones(b, l // shards, stream.shape[-1], device=device, dtype=stream.dtype)
         # Recorded with leaves that share the parameters' memory, not with the parameters: hooks keep a parameter's
         # gradient node alive, and it belongs to the stream that it was made on, which must not be recorded.
         example = tuple(

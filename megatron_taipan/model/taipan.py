@@ -158,14 +158,15 @@ class Taipan(nn.Module):
     def capture(self, batch: int, length: int) -> None:
         """Lets training on [batch, length] micro-batches with seq_idx replay CUDA graphs (see model/graphs.py).
 
-        Call it once the network is on its GPU and its parameters are where they will stay. The network must not be
-        split over ranks.
+        Call it once the network is on its GPU and its parameters are where they will stay; under tensor parallelism
+        on all ranks.
         """
         weight = self.embedding.weight
         wide = torch.float32 if self.config.residual_fp32 else weight.dtype
         stream = torch.empty(0, self.config.d_model, device=weight.device, dtype=wide)
         recompute = (self.recompute, self.recompute_every)
-        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute)
+        shards = self.tp.size if self.tp.sequence_parallel else 1
+        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, shards)
 
     def new_cache(self, batch: int, device=None, dtype=None) -> Cache:
         """An empty memory for decoding `batch` rows.

@@ -84,18 +84,20 @@ def _all_reduce(x: Tensor, tp: TensorParallel, op=dist.ReduceOp.SUM) -> Tensor:
 
 def _all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
     """[b, l/tp, ...] -> [b, l, ...]."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(tp.size)]
+    b, shard, *rest = x.shape
+    parts = x.new_empty(tp.size * b, shard, *rest)  # rank by rank
     tp.counter.add("all_gather", x.numel() * x.element_size() * tp.size)
-    dist.all_gather(parts, x.contiguous(), group=tp.group)
-    return torch.cat(parts, 1)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
+    return parts.unflatten(0, (tp.size, b)).transpose(0, 1).reshape(b, tp.size * shard, *rest)
 
 
 def _reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
     """[b, l, ...] -> this rank's [b, l/tp, ...] of the sum."""
-    parts = [part.contiguous() for part in x.chunk(tp.size, 1)]
-    out = torch.empty_like(parts[0])
+    b, l, *rest = x.shape
+    parts = x.reshape(b, tp.size, l // tp.size, *rest).transpose(0, 1).reshape(tp.size * b, l // tp.size, *rest)
+    out = x.new_empty(b, l // tp.size, *rest)
     tp.counter.add("reduce_scatter", x.numel() * x.element_size())
-    dist.reduce_scatter(out, parts, group=tp.group)
+    dist.reduce_scatter_tensor(out, parts, group=tp.group)
     return out
 
 

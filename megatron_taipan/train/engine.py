@@ -59,7 +59,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device) -> str:
     reasons = {
         "no GPU": device.type != "cuda",
         "train.cuda_graphs=false": not t.cuda_graphs,
-        "tensor or pipeline parallel": p.tensor * p.pipeline > 1,
+        "pipeline parallel": p.pipeline > 1,
         # at the other stages, and in fp32, DeepSpeed keeps gradient tensors that the next replay would overwrite
         f"zero_stage={p.zero_stage}": p.zero_stage != 1,
         f"precision={t.precision}": t.precision == "fp32",

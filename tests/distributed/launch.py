@@ -2,8 +2,8 @@
 
     results = launch(2, cases.compare_stages, [1, 2, 3])
 
-runs `compare_stages([1, 2, 3])` in two processes that have joined a gloo group, and returns both results. A start costs
-seconds, so a function runs many cases and returns all their results.
+runs `compare_stages([1, 2, 3])` in two processes that have joined a gloo group (on_gpu: NCCL, one GPU each), and
+returns both results. A start costs seconds, so a function runs many cases and returns all their results.
 """
 
 import os
@@ -30,6 +30,7 @@ def launch(
     timeout: float = 300.0,
     env: dict[str, str] | None = None,
     join: bool = True,
+    on_gpu: bool = False,
 ) -> list[Any]:
     """Runs `function(*arguments)` in that many new processes.
 
@@ -38,6 +39,7 @@ def launch(
         timeout: seconds until all are killed, with their stacks in the failure.
         env: more environment variables.
         join: whether the processes join a process group before and leave it after the call.
+        on_gpu: each process has the GPU of its rank; else none.
 
     Returns:
         The results, by rank.
@@ -49,7 +51,7 @@ def launch(
         task = Path(folder) / "task"
         task.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments, join, timeout)))
         port = free_port()
-        running = [start(rank, processes, port, Path(folder), env or {}) for rank in range(processes)]
+        running = [start(rank, processes, port, Path(folder), env or {}, on_gpu) for rank in range(processes)]
         codes = wait(running, timeout + 30)
         if any(code != 0 for code in codes):
             raise AssertionError(explain(function.__name__, codes, Path(folder)))
@@ -57,7 +59,12 @@ def launch(
 
 
 def run_program(
-    processes: int, arguments: list[str], *, timeout: float = 300.0, env: dict[str, str] | None = None
+    processes: int,
+    arguments: list[str],
+    *,
+    timeout: float = 300.0,
+    env: dict[str, str] | None = None,
+    on_gpu: bool = False,
 ) -> "Finished":
     """Runs `python ARGUMENTS...` once per rank with torchrun's environment, to the end."""
     with tempfile.TemporaryDirectory(prefix="taipan-test-") as folder:
@@ -69,7 +76,7 @@ def run_program(
                     subprocess.Popen(
                         [sys.executable, *arguments],
                         cwd=ROOT,
-                        env=process_env(rank, processes, port) | (env or {}),
+                        env=process_env(rank, processes, port, on_gpu) | (env or {}),
                         stdout=stderr,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
@@ -91,25 +98,26 @@ class Finished:
         return self
 
 
-def start(rank: int, processes: int, port: int, folder: Path, env: dict[str, str]) -> subprocess.Popen:
+def start(rank: int, processes: int, port: int, folder: Path, env: dict[str, str], on_gpu: bool) -> subprocess.Popen:
     """One process, with torchrun's environment."""
     with open(folder / f"stderr{rank}", "wb") as stderr:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.launch", str(folder)],
             cwd=ROOT,
-            env=process_env(rank, processes, port) | env,
+            env=process_env(rank, processes, port, on_gpu) | env,
             stdout=stderr,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
 
-def process_env(rank: int, processes: int, port: int) -> dict[str, str]:
-    """The environment of one rank: torchrun's variables, one thread, the CPU."""
-    return os.environ | {
+def process_env(rank: int, processes: int, port: int, on_gpu: bool = False) -> dict[str, str]:
+    """The environment of one rank: torchrun's variables, one thread, the CPU unless on_gpu."""
+    device = {"DS_ACCELERATOR": "cuda"} if on_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | device | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": path,
     }  # fmt: skip
 
 
@@ -143,14 +151,14 @@ def main(folder: Path) -> None:
 
     import torch
 
-    from megatron_taipan.train.distributed import find_place, start_processes, stop_processes
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 
     module, name, arguments, join, timeout = pickle.loads((folder / "task").read_bytes())
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch.set_num_threads(1)
     place = find_place(os.environ)
     if join:
-        start_processes(place, torch.device("cpu"), timeout)
+        start_processes(place, pick_device(place), timeout)
     result = getattr(importlib.import_module(module), name)(*arguments)
     (folder / f"result{place.rank}").write_bytes(pickle.dumps(result))
     if join:

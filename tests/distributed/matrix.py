@@ -4,6 +4,7 @@
     python -m tests.distributed.matrix --ci         the smaller set that the test suite runs
     python -m tests.distributed.matrix --more 100   and a hundred more, drawn from all possible cases
     python -m tests.distributed.matrix --write docs/parity.md
+    python -m tests.distributed.matrix --gpus --write docs/parity-gpu.md      on this machine's GPUs, through NCCL
 
 What a case does and what it is compared with stands in parity.py.
 """
@@ -21,11 +22,20 @@ import torch
 
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch
-from tests.distributed.parity import CI_CASES, LIMITS, Case, all_cases, covering_cases, run_cases
+from tests.distributed.parity import CI_CASES, LIMITS, Case, Setting, all_cases, covering_cases, run_cases
+
+CPU = Setting()
+Done = list[tuple[Case, dict[str, Any]]]
 
 
-def run_all(cases: list[Case], at_once: int = 12) -> list[tuple[Case, dict[str, Any]]]:
-    """Every case with its result, failures first."""
+def run_all(
+    cases: list[Case], setting: Setting = CPU, at_once: int = 12, floors: dict[Case, dict] | None = None
+) -> Done:
+    """Every case with its result, failures first.
+
+    Args:
+        floors: results of networks alone, by network, where they are the measure.
+    """
     by_size = defaultdict(list)
     for case in cases:
         by_size[case.processes].append(case)
@@ -33,17 +43,32 @@ def run_all(cases: list[Case], at_once: int = 12) -> list[tuple[Case, dict[str, 
     for size, group in sorted(by_size.items()):
         for start in range(0, len(group), at_once):
             part = group[start : start + at_once]
-            began = time.time()
+            measures = [(floors or {}).get(case.alone()) for case in part]
+            began, limit = time.time(), 60 + 40 * len(part) + 120 * setting.on_gpu  # kernels compile
             try:
-                results = launch(size, run_cases, part, timeout=60 + 40 * len(part))[0]
+                results = launch(size, run_cases, part, setting, measures, timeout=limit, on_gpu=setting.on_gpu)[0]
             except (AssertionError, UserError) as error:
                 if len(part) > 1:  # find out which of them it was
-                    done += run_all(part, at_once=1)
+                    done += run_all(part, setting, 1, floors)
                     continue
                 results = [{"failed": ["crashed"], "error": str(error)[-1500:]}]
             done += zip(part, results, strict=True)
             print(f"{len(part)} cases on {size} processes: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     return sorted(done, key=lambda pair: not pair[1]["failed"])
+
+
+def run_on_gpus(cases: list[Case]) -> dict[Setting, Done]:
+    """The cases that this machine's GPUs can hold: float32, bf16, and bf16 with CUDA graphs where they can be."""
+    cases = [case for case in cases if 1 < case.processes <= torch.cuda.device_count()]
+    done = {}
+    for setting in (Setting(True, "fp32"), Setting(True, "bf16"), Setting(True, "bf16", graphs=True)):
+        ours = [case for case in cases if case.graphable or not setting.graphs]
+        floors, alone = None, []
+        if setting.precision == "bf16":
+            alone = run_all(sorted({case.alone() for case in ours}, key=str), setting)
+            floors = {case: result for case, result in alone if "error" not in result}
+        done[setting] = run_all(ours, setting, floors=floors) + alone
+    return done
 
 
 def table(done: list[tuple[Case, dict[str, Any]]]) -> str:
@@ -64,29 +89,45 @@ def table(done: list[tuple[Case, dict[str, Any]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ci", action="store_true", help="the small set of cases")
+    parser.add_argument("--gpus", action="store_true", help="on GPUs instead of CPU processes, one each")
     parser.add_argument("--more", type=int, default=0, help="this many cases besides, drawn from all possible ones")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
     args = parser.parse_args()
     cases = CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + all_cases()[: args.more]))
-    done = run_all(cases)
-    failures = sum(bool(r["failed"]) for _, r in done)
-    for case, r in done:
-        if r["failed"]:
-            print(f"FAILED {case}: {r['failed']} {r.get('worst', '')}\n{r.get('error', '')}", flush=True)
-    print(table(done))
-    print(f"{len(done) - failures} of {len(done)} layouts compute the same as one process")
+    by_setting = run_on_gpus(cases) if args.gpus else {CPU: run_all(cases)}
+    failures = 0
+    for setting, done in by_setting.items():
+        bad = [(case, r) for case, r in done if r["failed"]]
+        failures += len(bad)
+        for case, r in bad:
+            print(f"FAILED {case}, {setting}: {r['failed']} {r.get('worst', '')}\n{r.get('error', '')}", flush=True)
+        print(f"{setting}\n{table(done)}")
+        print(f"{len(done) - len(bad)} of {len(done)} layouts compute the same as one process", flush=True)
     if args.write:
-        command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "")
-        command += f" --more {args.more}" if args.more else ""
-        args.write.write_text(
-            "# Parity: every layout against one process\n\n"
-            f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')},"
-            f" torch {torch.__version__}, {platform.machine()} CPU, gloo, float32."
-            f" {len(done) - failures} of {len(done)} cases pass.\n\n"
-            f"Relative differences, the worst of each kind; limits: {LIMITS}."
-            f" How each is computed stands at the top of `tests/distributed/parity.py`.\n\n{table(done)}"
-        )
+        args.write.write_text(document(args, by_setting))
     return failures > 0
+
+
+def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
+    """The page with the tables of all settings."""
+    command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "") + (" --gpus" if args.gpus else "")
+    command += f" --more {args.more}" if args.more else ""
+    where = f"{platform.machine()} CPU, gloo, float32"
+    if args.gpus:
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+    text = (
+        "# Parity: every layout against one process\n\n"
+        f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}.\n\n"
+        f"Relative differences, the worst of each kind; limits in float32: {LIMITS}."
+        " How each is computed stands at the top of `tests/distributed/parity.py`.\n"
+    )
+    for setting, done in by_setting.items():
+        good = sum(not r["failed"] for _, r in done)
+        text += f"\n## {str(setting).capitalize()}: {good} of {len(done)} cases pass\n\n"
+        if setting.precision == "bf16":
+            text += "The last rows are the networks on one process, whose differences are the measure.\n\n"
+        text += table(done)
+    return text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch
 from tests.train.toy import toy_config, write_data
 
 pytestmark = pytest.mark.gpu
@@ -61,11 +61,7 @@ def test_every_precision_keeps_the_islands_and_learns_the_same(tmp_path):
     prefix = write_data(tmp_path / "data", documents=400)
     cases = {"fp32": {"precision": "fp32", "stage": 1}, "tf32": {"precision": "fp32", "stage": 1}}
     cases |= {f"{p} stage {s}": {"precision": p, "stage": s} for p in ("bf16", "fp16") for s in (1, 2, 3)}
-    env = {
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "DS_ACCELERATOR": "cuda",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }  # fmt: skip
-    results = launch(1, trained_on_gpu, prefix, cases, env=env, join=False, timeout=280)[0]
+    results = launch(1, trained_on_gpu, prefix, cases, on_gpu=True, join=False, timeout=280)[0]
     islands = {n for n, spec in describe(toy_config("x", model=SIZES).model).items() if spec.float32}
     full = results["fp32"]["ce"]
     assert full[-1] < 0.9 * full[0], "nothing was learned"

@@ -140,8 +140,7 @@ def test_deterministic_mode_on_a_gpu(tmp_path, prefix, precision):
         options = {"precision": precision, "steps": STEPS, "deterministic": True, **train}
         tree = toy_tree(prefix, tmp_path / name, parallel={"recompute": "selective"}, train=options)
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-        env = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "DS_ACCELERATOR": "cuda"}
-        run_program(1, ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")], env=env).succeeded()
+        run_program(1, ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")], on_gpu=True).succeeded()
 
     run("whole")
     run("parts", stop_at=CUT)

@@ -1,0 +1,95 @@
+"""`benchmark.py layouts`: the same training step on several GPUs of this host, laid out in several ways.
+
+Each row is a run of its own under torchrun: `2 tensor=2 sequence=true micro_batches=4` means two processes, these
+options of `parallel`, and four micro-batches a step for each data rank. The first row is what others are compared with.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.benchmark_common import Table, median_ms, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "layout "
+USUAL = ["1", "2", "2 zero_stage=3", "2 tensor=2", "2 tensor=2 sequence=true"]
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.child:
+        measure(options)
+        return
+    table = Table("layouts", options.out)
+    for layout in options.layouts or USUAL:
+        table.attempt(layout, lambda layout=layout: in_processes(options, layout))  # type: ignore[misc]
+    first = table.rows[0]
+    for row in table.rows[1:]:
+        if "tokens/s/GPU" in row and "tokens/s/GPU" in first:
+            table.add(f"{row['what']} / {first['what']}", ratio=round(row["tokens/s/GPU"] / first["tokens/s/GPU"], 3))
+
+
+def in_processes(options: argparse.Namespace, layout: str) -> dict:
+    """Rank 0's numbers of a run with that layout.
+
+    Raises:
+        RuntimeError: it failed; with the last line that says why.
+    """
+    overrides, processes, batch = settings(layout, options.batch)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(ROOT / "launch" / "benchmark.py"), "layouts", "--child", "--preset", options.preset]
+    command += ["--batch", str(batch), "--ops", options.ops, *(["--profile"] if options.profile else [])]
+    command += ["--overrides", *overrides, *options.overrides]
+    environment = {"OMP_NUM_THREADS": "4"} | os.environ
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.timeout)
+    numbers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    print(*[line for line in done.stdout.splitlines() if line.startswith("    ")], sep="\n", flush=True)
+    if done.returncode or not numbers:
+        print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr, flush=True)
+        raise RuntimeError(next((text for text in reversed(done.stderr.splitlines()) if "Error" in text), "no result"))
+    return json.loads(numbers[-1].removeprefix(MARK))
+
+
+def settings(layout: str, batch: int) -> tuple[list[str], int, int]:
+    """Overrides of the configuration, processes, and rows of a micro-batch, from a layout's words."""
+    number, *words = layout.split()
+    options = dict(word.split("=") for word in words)
+    processes, accumulate = int(number), int(options.pop("micro_batches", 1))
+    batch = int(options.pop("micro_batch", batch))
+    data = processes // int(options.get("tensor", 1))
+    overrides = [f"parallel.{name}={value}" for name, value in options.items()]
+    return [*overrides, f"train.global_batch={batch * data * accumulate}"], processes, batch
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One process of a run: the median step; rank 0 prints."""
+    import torch
+    import torch.distributed as dist
+
+    from launch.benchmark_step import ours, print_profile
+    from megatron_taipan.train.distributed import stop_processes
+
+    config = preset(options)
+    training = ours(config)
+    ms = median_ms(training.step, repeats=7, warm=4, ahead=False)
+    tokens = config.train.global_batch * config.data.seq_len
+    gates = training.results[-1].gates
+    if dist.get_rank() == 0:
+        numbers = {
+            "ms": round(ms, 1), "tokens/s/GPU": round(tokens / ms * 1e3 / dist.get_world_size()),
+            "GiB a GPU": round(torch.cuda.max_memory_reserved() / 2**30, 1),
+            "loss": f"{training.results[0].loss:.3f} -> {training.results[-1].loss:.3f}",
+            "selected": round(sum(gate["selected"] for gate in gates) / max(len(gates), 1), 3),
+        }  # fmt: skip
+        print(MARK + json.dumps(numbers), flush=True)
+    if options.profile:
+        if dist.get_rank() == 0:
+            print_profile(training.step, top=30, host=False)
+        else:
+            training.step()
+    dist.barrier()
+    stop_processes()
+    sys.stdout.flush()
+    os._exit(0)  # recorded graphs hold the communicators: leaving in good order could hang
