@@ -5,10 +5,12 @@ options of `parallel`, and four micro-batches a step for each data rank. The fir
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from launch.benchmark_common import Table, median_ms, preset
@@ -40,15 +42,27 @@ def in_processes(options: argparse.Namespace, layout: str) -> dict:
     overrides, processes, batch = settings(layout, options.batch)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / "launch" / "benchmark.py"), "layouts", "--child", "--preset", options.preset]
-    command += ["--batch", str(batch), "--ops", options.ops, *(["--profile"] if options.profile else [])]
+    command += ["--batch", str(batch), "--ops", options.ops, "--timeout", str(options.timeout)]
+    command += ["--profile"] if options.profile else []
     command += ["--overrides", *overrides, *options.overrides]
     environment = {"OMP_NUM_THREADS": "4"} | os.environ
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.timeout)
-    numbers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    print(*[line for line in done.stdout.splitlines() if line.startswith("    ")], sep="\n", flush=True)
-    if done.returncode or not numbers:
-        print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr, flush=True)
-        raise RuntimeError(next((text for text in reversed(done.stderr.splitlines()) if "Error" in text), "no result"))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        job = subprocess.Popen(command, env=environment, stdout=out, stderr=err, text=True)
+        try:
+            status: int | None = job.wait(options.timeout)
+        except subprocess.TimeoutExpired:
+            status = None
+            job.terminate()  # torchrun passes it on; killed, it would leave its workers, and they the GPUs' memory
+            job.wait()
+        for file in (out, err):
+            file.seek(0)
+        texts = [out.read(), err.read()]
+    numbers = [line for line in texts[0].splitlines() if line.startswith(MARK)]
+    print(*[line for line in texts[0].splitlines() if line.startswith("    ")], sep="\n", flush=True)
+    if status != 0 or not numbers:
+        print(*(text[-6000:] for text in texts), file=sys.stderr, flush=True)
+        late = f"not done within {options.timeout} s" if status is None else "no result"
+        raise RuntimeError(next((text for text in reversed(texts[1].splitlines()) if "Error" in text), late))
     return json.loads(numbers[-1].removeprefix(MARK))
 
 
@@ -71,6 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     from launch.benchmark_step import ours, print_profile
     from megatron_taipan.train.distributed import stop_processes
 
+    faulthandler.dump_traceback_later(max(1, options.timeout - 15))  # where a row hangs
     config = preset(options)
     training = ours(config)
     ms = median_ms(training.step, repeats=7, warm=4, ahead=False)

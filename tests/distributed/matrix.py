@@ -44,16 +44,24 @@ def run_all(
         for start in range(0, len(group), at_once):
             part = group[start : start + at_once]
             measures = [(floors or {}).get(case.alone()) for case in part]
-            began, limit = time.time(), 60 + 40 * len(part) + 120 * setting.on_gpu  # kernels compile
+            began, limit = time.time(), 60 + (10 if setting.on_gpu else 40) * len(part)
             try:
                 results = launch(size, run_cases, part, setting, measures, timeout=limit, on_gpu=setting.on_gpu)[0]
             except (AssertionError, UserError) as error:
                 if len(part) > 1:  # find out which of them it was
+                    print(f"{len(part)} cases on {size} processes, {setting}: {error}", file=sys.stderr, flush=True)
                     done += run_all(part, setting, 1, floors)
                     continue
                 results = [{"failed": ["crashed"], "error": str(error)[-1500:]}]
             done += zip(part, results, strict=True)
-            print(f"{len(part)} cases on {size} processes: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+            for case, result in zip(part, results, strict=True):
+                if result["failed"]:
+                    print(case, setting, result, file=sys.stderr)
+            print(
+                f"{len(part)} cases on {size} processes, {setting}: {time.time() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return sorted(done, key=lambda pair: not pair[1]["failed"])
 
 
