@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.train.reduction import OverlappedReduction
+
 
 def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
     """Replaces per-parameter loops of an optimizer of stage 1 or 2 in place; other optimizers stay as they are.
@@ -13,8 +15,8 @@ def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
     - The search for infinities ran over every gradient of every parameter, and waited for the device; then came the
       norm, which shows the same: it is not finite where a gradient is not, and the step looks at it in any case.
     - The norm took three launches a parameter; now one kernel handles many.
-    - At stage 1 with nobody to share gradients with, each of them still went through a copy in float32, a bucket, an
-      average over one rank, a partition and a flat tensor: see `FlatGradients`.
+    - At stage 1 each gradient went through a copy in float32, a bucket, an all-reduce even where it had one owner or
+      nobody to share with, a partition and a flat tensor: see `FlatGradients`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -22,17 +24,20 @@ def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
         return
     optimizer.check_overflow = lambda partition_gradients=True: None
     optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: grad_norm(optimizer, gradients, params)
-    alone = all(dist.get_world_size(group) == 1 for group in optimizer.real_dp_process_group)
-    if alone and not pipeline and optimizer.use_grad_accum_attribute and not optimizer.has_moe_layers:
+    if optimizer.partition_gradients or pipeline or optimizer.has_moe_layers:
+        return
+    # one replica in float32 keeps its gradients where autograd adds them up
+    if optimizer.use_grad_accum_attribute or dist.get_world_size(optimizer.dp_process_group) > 1:
         FlatGradients(optimizer)
 
 
 class FlatGradients:
-    """float32 gradients of a single replica, added up right where the optimizer will read them.
+    """float32 gradients, added up right where they are sent and where the optimizer will read them.
 
     One flat tensor a parameter group has the layout of the group's flat weights. A parameter's hook adds its gradient
-    there, and the step takes the whole tensor: one pass over the gradients where there were seven. The factor of
-    clipping and loss scaling is given to torch's fused AdamW, which applies it as it reads.
+    there. With several data ranks its ranges are averaged from there while the backward pass of the last micro-batch
+    runs (`OverlappedReduction`), and the step takes this rank's slice: one pass over the gradients where there were
+    seven. The factor of clipping and loss scaling is given to torch's fused AdamW, which applies it as it reads.
 
     Args:
         optimizer: DeepSpeed's, of stage 1; its methods that move gradients are replaced.
@@ -49,6 +54,17 @@ class FlatGradients:
                 first = (p.data_ptr() - weights.data_ptr()) // p.element_size()
                 self.views[p] = flat[first : first + p.numel()].view(p.shape)
             self.flat.append(flat)
+        size, rank = dist.get_world_size(optimizer.dp_process_group), dist.get_rank(optimizer.dp_process_group)
+        self.reduction = None
+        if size > 1:
+            self.reduction = OverlappedReduction(
+                self.flat, self.views, optimizer.bit16_groups, optimizer.param_names, optimizer.dp_process_group
+            )
+        self.partitions = [flat.view(size, -1)[rank] for flat in self.flat]  # this rank's
+        self.owned = [
+            [overlap(self.views[p], partition) for p in group]
+            for partition, group in zip(self.partitions, optimizer.params_in_partition, strict=True)
+        ]
         optimizer.process_gradients = self.take
         optimizer.reduce_gradients = self.hand_over
         if isinstance(optimizer.optimizer, torch.optim.AdamW) and optimizer.optimizer.defaults.get("fused"):
@@ -58,23 +74,32 @@ class FlatGradients:
         """Adds the gradient that a backward pass left on a parameter."""
         if param.grad is None:
             return
+        if self.reduction is not None and self.reduction.has_begun(param):
+            raise RuntimeError(
+                f"parameter {self.optimizer.param_names[param]} got another gradient after its sum was sent to other"
+                " ranks: it must have one a micro-batch (checkpointing with use_reentrant=True gives it several), and"
+                " engine.is_gradient_accumulation_boundary() must be true in a step's last micro-batch only"
+            )
         if param in self.taken:
             self.views[param].add_(param.grad)
         else:
             self.views[param].copy_(param.grad)
             self.taken.add(param)
         param.grad = None
+        if self.reduction is not None and self.optimizer.is_gradient_accumulation_boundary():
+            self.reduction.complete(param)
 
     def hand_over(self, pipeline_parallel: bool = False) -> None:
         """The last micro-batch of a step is done: the sums become what the optimizer calls averaged gradients."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
-        for i, group in enumerate(self.optimizer.params_in_partition):
-            for p in group:
-                if p not in self.taken:
-                    self.views[p].zero_()
-            views = [self.views[p] for p in group]
-            self.optimizer.averaged_gradients[i] = GradPartitionBufferGroup(views, self.flat[i])
+        for p, view in self.views.items():
+            if p not in self.taken:
+                view.zero_()
+        if self.reduction is not None:
+            self.reduction.finish()
+        for i, (owned, partition) in enumerate(zip(self.owned, self.partitions, strict=True)):
+            self.optimizer.averaged_gradients[i] = GradPartitionBufferGroup(owned, partition)
         self.taken.clear()
         self.optimizer._epilogue_ran_this_backward = True
 
@@ -85,6 +110,13 @@ class FlatGradients:
         if zero.clip_grad > 0:
             factor = factor * ((total_norm / zero.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
         zero.optimizer.grad_scale = factor
+
+
+def overlap(view: Tensor, partition: Tensor) -> Tensor:
+    """What of a parameter's gradient lies in a partition of the same flat tensor: all of it as it is, a part flat."""
+    first = max(view.storage_offset(), partition.storage_offset()) - partition.storage_offset()
+    last = min(view.storage_offset() - partition.storage_offset() + view.numel(), partition.numel())
+    return view if last - first == view.numel() else partition[first:last]
 
 
 def grad_norm(optimizer: Any, gradients: list[Tensor], params: list[nn.Parameter]) -> Tensor:
