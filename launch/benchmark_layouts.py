@@ -105,6 +105,7 @@ def measure(options: argparse.Namespace) -> None:
         else:
             training.step()
     dist.barrier()
+    training.end()
     stop_processes()
     sys.stdout.flush()
-    os._exit(0)  # recorded graphs hold the communicators: leaving in good order could hang
+    os._exit(0)  # as launch/pretrain.py

@@ -40,7 +40,7 @@ def composition_peak(config: Config) -> dict:
     training.step()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_reserved()
-    training.engine.destroy()
+    training.end()
     return {"peak GiB": round(peak / GIB, 2)}
 
 
@@ -91,7 +91,7 @@ def our_peak(config: Config, batch: int) -> int | None:
         return None
     finally:
         if training is not None:
-            training.engine.destroy()
+            training.end()
         del training
         gc.collect()
         torch.cuda.empty_cache()

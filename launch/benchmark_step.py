@@ -6,7 +6,8 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ class Training:
     engine: Any
     step: Callable[[], None]
     results: list[StepResult]  # ours only
+    graphs: ExitStack = field(default_factory=ExitStack)  # ours only: releases the recorded graphs
+
+    def end(self) -> None:
+        self.graphs.close()
+        self.engine.destroy()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,7 +72,8 @@ def ours(config: Config) -> Training:
         model = build_model(config, groups, pick_ops(config.ops.backend))
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
-    print(capture_graphs(model, config, device), flush=True)
+    graphs = ExitStack()
+    print(capture_graphs(model, config, device, graphs), flush=True)
     torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens
     batches = [random_batch(config, device)] * accumulation(config, groups.data_size)
     results: list[StepResult] = []
@@ -74,7 +81,7 @@ def ours(config: Config) -> Training:
     def step() -> None:
         results.append(train_step(engine, batches, step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
 
-    return Training(engine, step, results)
+    return Training(engine, step, results, graphs)
 
 
 def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
@@ -152,7 +159,7 @@ def timed(training: Training, config: Config, profiled: bool) -> dict:
     numbers = step_numbers(training.step, config, time.perf_counter() - began)
     if profiled:
         print_profile(training.step)
-    training.engine.destroy()
+    training.end()
     return numbers
 
 

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     table.add("waiting calls within forward and backward", count=within, trace=str(path))
     for line, count in warned(training.step).most_common(20):
         table.add(f"  {line}", times=count)
-    training.engine.destroy()
+    training.end()
 
 
 def traced(training: Training) -> tuple[dict[str, collections.Counter], Any]:

@@ -16,6 +16,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 from pathlib import Path
 
 try:
@@ -54,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
             # Launchers kill what still runs when a process ends with a failure, and would then report the kill. So
             # rank 0 alone carries the status, and ends last.
             if place.rank != 0:
-                return 0
-            time.sleep(2)
-        return status
+                status = 0
+            else:
+                time.sleep(2)
     except UserError as error:
-        return report(error)
-    finally:
-        stop_processes()
+        status = report(error)
+    # Not after an error that nobody expected: its traceback may hold recorded graphs, for which NCCL would wait here.
+    stop_processes()
+    return status
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -105,7 +107,11 @@ def report(error: UserError) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    try:
+        exit_status = main()
+    except Exception:
+        traceback.print_exc()
+        exit_status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Everything is written and closed. Leaving the interpreter the ordinary way races with threads of torch's process

@@ -1,5 +1,6 @@
 """Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
 
+import gc
 from typing import NamedTuple
 
 import torch
@@ -167,6 +168,11 @@ class Taipan(nn.Module):
         recompute = (self.recompute, self.recompute_every)
         shards = self.tp.size if self.tp.sequence_parallel else 1
         self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, shards)
+
+    def release_graphs(self) -> None:
+        """Forgets what `capture` recorded. NCCL waits for ever to leave a communicator that a graph still holds."""
+        self.graphs = None
+        gc.collect()  # torch's recorded functions refer to each other
 
     def new_cache(self, batch: int, device=None, dtype=None) -> Cache:
         """An empty memory for decoding `batch` rows.

@@ -6,7 +6,7 @@ a float32 master of every parameter, whatever its own type, as long as no parame
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,8 +49,11 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     return engine
 
 
-def capture_graphs(model: Any, config: Config, device: torch.device) -> str:
+def capture_graphs(model: Any, config: Config, device: torch.device, stack: ExitStack) -> str:
     """Records the layers' CUDA graphs where they can be used; call it once nothing moves the parameters any more.
+
+    Args:
+        stack: releases them when it is left, which must be before the process groups are.
 
     Returns:
         What was done, or why not, for the log.
@@ -69,6 +72,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device) -> str:
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:
         return f"layers run one by one ({reason})"
+    stack.callback(model.release_graphs)
     try:
         model.capture(t.micro_batch, config.data.seq_len)
     except torch.OutOfMemoryError as error:

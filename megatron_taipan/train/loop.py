@@ -90,7 +90,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             loaded = state.load(engine, found.path, config=config, identity=ours, groups=groups)
         progress = loaded.progress
         # before the loader's threads: recording tolerates no other calls
-        graphs = agree(lambda: capture_graphs(model, config, device))
+        graphs = agree(lambda: capture_graphs(model, config, device, stack))
 
         def open_loader(first: int) -> Iterator[Batch]:
             return make_loader(

@@ -11,6 +11,7 @@ as large as that process's.
 
 import itertools
 import random
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -297,8 +298,9 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     if not setting.graphs:
         watch_gates(model, trace.selections, now)
     engine = build_engine(model, config, groups, setting.device)
+    graphs = ExitStack()
     if setting.graphs:
-        report = capture_graphs(model, config, setting.device)
+        report = capture_graphs(model, config, setting.device, graphs)
         assert "CUDA graphs" in report, report
     per_rank = BATCH // groups.data_size
     for step in range(STEPS):
@@ -313,6 +315,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
             # Adam's first moment after one step is (1 - beta1) times the gradient, at every ZeRO stage
             trace.grads = collect(engine, model, groups, config, moment=True)
     trace.weights = collect(engine, model, groups, config, moment=False)
+    graphs.close()
     engine.destroy()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, trace.selections)
