@@ -1,5 +1,7 @@
 """The Mamba-2 mixer (arXiv 2405.21060, figure 6): projections, short convolution, SSD scan, gated norm."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,8 +10,10 @@ from megatron_taipan.model.build import Build, WithFloat32Islands
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.joined import join_rows
+from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
+from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_gradients, sum_over_ranks
 
 
@@ -50,9 +54,8 @@ class Mamba2(WithFloat32Islands):
         self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of the shared ones is ours
         self.norm_spans_ranks = self.group_size > self.inner
         self.ranks_per_group = tp.size // m.n_groups if self.shared_groups else 1
-        sizes = (self.headdim, self.d_state)
-        powers = all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
-        self.fused = build.ops.mamba2_mix is not None and powers and self.d_conv <= 4 and not self.norm_spans_ranks
+        fits = fit_tiles(self.headdim, self.d_state) and self.d_conv <= 4
+        self.fused = build.ops.mamba2_mix is not None and fits
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
@@ -63,7 +66,7 @@ class Mamba2(WithFloat32Islands):
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
         zxbcdt = F.linear(u, in_proj)
-        if state is None and self.fused and zxbcdt.is_cuda and zxbcdt.dtype != torch.float64:
+        if state is None and self.fused and takes_kernels(zxbcdt):
             return leave_block(F.linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj), self.tp)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
@@ -120,7 +123,7 @@ class Mamba2(WithFloat32Islands):
         return self.ops.mamba2_mix(
             zxbcdt, conv_weight, conv_bias, self.dt_bias, -at_least_float32(self.A_log).exp(), self.D, self.norm_weight,
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
-            group_size=self.group_size, eps=self.eps,
+            group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
         )  # fmt: skip
 
     def _joined_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -138,20 +141,25 @@ class Mamba2(WithFloat32Islands):
         return in_proj, conv_weight, conv_bias
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        reduce_sum = self._sum_over_group if self.norm_spans_ranks else None
         return self.ops.gated_rms_norm(
-            y, z, self.norm_weight, eps=self.eps, group_size=self.group_size, reduce_sum=reduce_sum
+            y, z, self.norm_weight, eps=self.eps, group_size=self.group_size, reduce_sum=self._reduce_sum
         )
 
+    @property
+    def _reduce_sum(self) -> Callable[[Tensor], Tensor] | None:
+        return self._sum_over_group if self.norm_spans_ranks else None
+
     def _sum_over_group(self, squares: Tensor) -> Tensor:
-        """Adds up the sums of squares [b, l, 1, 1] of the ranks that share this rank's group."""
+        """Adds up the sums of squares [..., 1, 1] of the ranks that share this rank's group.
+
+        Differentiable, and its own adjoint: the kernels call it outside of autograd, for squares and for gradients.
+        """
         if self.ranks_per_group == self.tp.size:
             return sum_over_ranks(squares, self.tp)
         # Several groups: each has its column, so that one all-reduce over the whole tensor group serves all.
         n_groups = self.tp.size // self.ranks_per_group
-        column = torch.zeros(n_groups, dtype=squares.dtype, device=squares.device)
-        column[self.group] = 1
-        return sum_over_ranks(squares * column, self.tp)[..., self.group : self.group + 1]
+        columns = F.pad(squares, (self.group, n_groups - 1 - self.group))
+        return sum_over_ranks(columns, self.tp)[..., self.group : self.group + 1]
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         """An empty memory for `batch` rows."""

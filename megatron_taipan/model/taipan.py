@@ -19,6 +19,7 @@ from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import describe
 
@@ -154,7 +155,7 @@ class Taipan(nn.Module):
         """Whether no layer needs the host on a GPU: references of attention and of picking rows read numbers there."""
         config, kernels = self.config, self.ops.kernels
         size = config.head_dim if set(config.letters) - {"M"} else 64
-        return {"interval_attention", "select_rows"} <= kernels and 16 <= size <= 128 and size & (size - 1) == 0
+        return {"interval_attention", "select_rows"} <= kernels and fit_tiles(size)
 
     def capture(self, batch: int, length: int) -> None:
         """Lets training on [batch, length] micro-batches with seq_idx replay CUDA graphs (see model/graphs.py).

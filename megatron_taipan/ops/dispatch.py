@@ -117,11 +117,16 @@ def _mamba2_mix() -> Callable | None:
         return None
 
 
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Whether kernels exist for tensors of this device and dtype."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:
     """The kernel for CUDA tensors in a dtype that kernels take, the reference for all others."""
 
     def run(first: torch.Tensor, *args, **kwargs):
-        return (fast if first.is_cuda and first.dtype != torch.float64 else reference)(first, *args, **kwargs)
+        return (fast if takes_kernels(first) else reference)(first, *args, **kwargs)
 
     return run
 

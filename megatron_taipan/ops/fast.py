@@ -9,14 +9,15 @@ from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
+from megatron_taipan.ops.tiles import fit_tiles
 
 
 def load_ssd() -> Callable:
     """Head and state sizes that are powers of two from 16 to 128."""
-    from megatron_taipan.ops.ssd_triton import ssd, supports
+    from megatron_taipan.ops.ssd_triton import ssd
 
     def run(x, dt, A, B, C, **options):
-        return (ssd if supports(x.shape[-1], B.shape[-1]) else ssd_reference)(x, dt, A, B, C, **options)
+        return (ssd if fit_tiles(x.shape[-1], B.shape[-1]) else ssd_reference)(x, dt, A, B, C, **options)
 
     return run
 
@@ -46,13 +47,13 @@ def load_rms_norm_and_stream() -> Callable:
 
 
 def load_gated_rms_norm() -> Callable:
-    """Groups that lie on one rank."""
+    """Groups that lie on one rank, or that several ranks hold a part of each."""
     from megatron_taipan.ops.norms_triton import gated_rms_norm
 
     def run(y, z, weight, *, eps, group_size, reduce_sum=None):
-        if reduce_sum is None and y.shape[-1] % group_size == 0:
-            return gated_rms_norm(y, z, weight, eps=eps, group_size=group_size)
-        return gated_rms_norm_reference(y, z, weight, eps=eps, group_size=group_size, reduce_sum=reduce_sum)
+        whole = y.shape[-1] % group_size == 0 or reduce_sum is not None
+        kernel = gated_rms_norm if whole else gated_rms_norm_reference
+        return kernel(y, z, weight, eps=eps, group_size=group_size, reduce_sum=reduce_sum)
 
     return run
 

@@ -18,6 +18,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_taipan.ops.interval_attention_kernels import dkv_kernel, dq_kernel, forward_kernel, ranges_kernel
+from megatron_taipan.ops.tiles import fit_tiles
 
 LOG2E = 1.4426950408889634
 FAR = 2**30  # beyond every key
@@ -138,9 +139,8 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors: head size 16 to 128 and a power of two, floating point up to 32 bits."""
-    d = q.shape[-1]
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and 16 <= d <= 128 and d & (d - 1) == 0
+    """Whether the kernels take these tensors: a head size that fits tiles, floating point up to 32 bits."""
+    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and fit_tiles(q.shape[-1])
 
 
 def interval_attention(

@@ -5,10 +5,12 @@ One operation instead of three, because then every kernel reads and writes its c
 [tokens, z x B C dt] layout: nothing is split, concatenated or copied, forward or backward.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_taipan.ops.causal_conv1d_triton import conv_backward, conv_forward
-from megatron_taipan.ops.norms_triton import gated_backward, gated_forward
+from megatron_taipan.ops.norms_triton import gated_backward, gated_forward, rows_of
 from megatron_taipan.ops.ssd_backward_triton import scan_backward
 from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, state_dtype
 
@@ -26,31 +28,67 @@ def _split_conv(xBC: torch.Tensor, heads: int, headdim: int, groups: int, d_stat
     return x.unflatten(-1, (heads, headdim)), B.unflatten(-1, (groups, d_state)), C.unflatten(-1, (groups, d_state))
 
 
-@torch.library.custom_op("megatron_taipan::mamba2_mix_forward", mutates_args=())
-def _forward_op(
-    zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor | None, dt_bias: torch.Tensor,
-    A: torch.Tensor, D: torch.Tensor, norm_weight: torch.Tensor, seq_idx: torch.Tensor | None, headdim: int,
-    groups: int, d_state: int, norm_groups: int, eps: float, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, then what the backward pass needs: xBC, dt, cum, states, y, scale)."""
+def _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep):
+    """(xBC, dt, cum, states, y): what comes before the norm, all of it needed in the backward pass."""
     heads = A.shape[0]
-    z, xBC, dt = _columns(zxbcdt, heads, headdim, groups, d_state)
+    _, xBC, dt = _columns(zxbcdt, heads, *sizes)
     xBC = conv_forward(xBC, conv_weight, conv_bias, seq_idx, None)
     steps, cum = prepare_decay(dt, dt_bias, A)
-    y, states, _ = scan_forward(*_order(xBC, steps, cum, heads, headdim, groups, d_state), D, seq_idx, None, keep=keep)
-    b, l = z.shape[:2]
-    out, scale = gated_forward(y.view(b * l, -1), _flat(z), norm_weight, eps, norm_groups)
-    return out.view(b, l, -1), xBC, steps, cum, states, y, scale
+    x, B, C = _split_conv(xBC, heads, *sizes)
+    y, states, _ = scan_forward(x, steps, cum, B, C, D, seq_idx, None, keep=keep)
+    return xBC, steps, cum, states, y
 
 
-def _order(xBC, steps, cum, heads, headdim, groups, d_state):
-    x, B, C = _split_conv(xBC, heads, headdim, groups, d_state)
-    return x, steps, cum, B, C
+def _norm(y, zxbcdt, weight, eps, group_size, reduce_sum=None):
+    """(out [b, l, d_inner], scale) of the gated norm of y [b, l, h, p]."""
+    b, l, heads, headdim = y.shape
+    z = zxbcdt[..., : heads * headdim]
+    out, scale = gated_forward(y.view(b * l, -1), _flat(z), weight, eps, group_size, reduce_sum)
+    return out.view(b, l, -1), scale
+
+
+def _mix_backward(
+    dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale, sizes, **spread
+):
+    """Gradients of zxbcdt, conv_weight, conv_bias, (A, D, dt_bias) [3, heads] float32, norm_weight.
+
+    spread: more arguments of `gated_backward`, where groups are spread over ranks.
+    """
+    heads = A.shape[0]
+    b, l, _ = zxbcdt.shape
+    grads = torch.empty_like(zxbcdt)
+    z, raw, _ = _columns(zxbcdt, heads, *sizes)
+    dz, draw, ddt = _columns(grads, heads, *sizes)
+    dy = torch.empty_like(y)
+    dnorm = gated_backward(
+        rows_of(dout), y.view(b * l, -1), _flat(z), norm_weight, scale, dy.view(b * l, -1), _flat(dz), **spread
+    )
+    x, B, C = _split_conv(xBC, heads, *sizes)
+    dxBC = torch.empty_like(xBC)
+    dx, dB, dC = _split_conv(dxBC, heads, *sizes)
+    sums, _ = scan_backward(
+        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True
+    )
+    dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
+    return grads, dweight, dconv_bias, sums, dnorm
 
 
 def _flat(z: torch.Tensor) -> torch.Tensor:
     """[b, l, d] columns of a contiguous buffer as [b * l, d], a view."""
     return z.as_strided((z.shape[0] * z.shape[1], z.shape[2]), (z.stride(1), 1))
+
+
+@torch.library.custom_op("megatron_taipan::mamba2_mix_forward", mutates_args=())
+def _forward_op(
+    zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor | None, dt_bias: torch.Tensor,
+    A: torch.Tensor, D: torch.Tensor, norm_weight: torch.Tensor, seq_idx: torch.Tensor | None, headdim: int,
+    groups: int, d_state: int, eps: float, group_size: int, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, then what the backward pass needs: xBC, dt, cum, states, y, scale)."""
+    sizes = headdim, groups, d_state
+    kept = _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep)
+    out, scale = _norm(kept[-1], zxbcdt, norm_weight, eps, group_size)
+    return out, *kept, scale
 
 
 @_forward_op.register_fake
@@ -66,8 +104,8 @@ def _(
     headdim,
     groups,
     d_state,
-    norm_groups,
     eps,
+    group_size,
     keep,
 ):
     b, l, _ = zxbcdt.shape
@@ -78,7 +116,7 @@ def _(
     states = new((b, chunks, heads, headdim, d_state) if keep else (0,), dtype=state_dtype(zxbcdt.dtype))
     return (
         new((b, l, inner), dtype=norm_weight.dtype), new((b, l, inner + 2 * groups * d_state)), *steps, states,
-        new((b, l, heads, headdim)), new((b * l, norm_groups), dtype=torch.float32),
+        new((b, l, heads, headdim)), new((b * l, inner // group_size), dtype=torch.float32),
     )  # fmt: skip
 
 
@@ -89,24 +127,11 @@ def _backward_op(
     steps: torch.Tensor, cum: torch.Tensor, states: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, headdim: int,
     groups: int, d_state: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of zxbcdt, conv_weight, conv_bias, (A, D, dt_bias) [3, heads] float32, norm_weight."""
-    heads = A.shape[0]
-    b, l, _ = zxbcdt.shape
-    grads = torch.empty_like(zxbcdt)
-    z, raw, _ = _columns(zxbcdt, heads, headdim, groups, d_state)
-    dz, draw, ddt = _columns(grads, heads, headdim, groups, d_state)
-    dy = torch.empty_like(y)
-    dnorm = gated_backward(
-        dout.reshape(b * l, -1), y.view(b * l, -1), _flat(z), norm_weight, scale, dy.view(b * l, -1), _flat(dz)
-    )
-    x, B, C = _split_conv(xBC, heads, headdim, groups, d_state)
-    dxBC = torch.empty_like(xBC)
-    dx, dB, dC = _split_conv(dxBC, heads, headdim, groups, d_state)
-    sums, _ = scan_backward(
-        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True
-    )
-    dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
-    return grads, dweight, dconv_bias, sums, dnorm
+    """As `_mix_backward`."""
+    return _mix_backward(
+        dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale,
+        (headdim, groups, d_state),
+    )  # fmt: skip
 
 
 @_backward_op.register_fake
@@ -126,14 +151,36 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, *_unused):
     saved = ctx.saved_tensors  # read once: under recomputation a second look is refused
-    grads, dweight, dconv_bias, sums, dnorm = _backward_op(dout, *saved, *ctx.sizes)
-    dA, dD, dbias = sums
+    return *_in_order(_backward_op(dout, *saved, *ctx.sizes), saved, ctx.dt_dtype), *[None] * 7
+
+
+def _in_order(gradients, saved, dt_dtype):
+    """What `_mix_backward` gives as the gradients of zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight."""
+    grads, dweight, dconv_bias, (dA, dD, dbias), dnorm = gradients
     bias, D = saved[2], saved[4]
     dconv_bias = dconv_bias.to(bias.dtype) if bias is not None else None
-    return (grads, dweight, dconv_bias, dbias.to(ctx.dt_dtype), dA, dD.to(D.dtype), dnorm, *[None] * 7)
+    return grads, dweight, dconv_bias, dbias.to(dt_dtype), dA, dD.to(D.dtype), dnorm
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
+
+
+class _SpreadMix(torch.autograd.Function):
+    """The operation where groups of the norm are spread over ranks. Not a custom op, since it calls a Python function."""
+
+    @staticmethod
+    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, sizes, keep, eps, *group):
+        kept = _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep)
+        out, scale = _norm(kept[-1], zxbcdt, norm_weight, eps, *group)
+        ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, *kept, scale, out)
+        ctx.sizes, ctx.dt_dtype, (ctx.group_size, ctx.reduce_sum) = sizes, dt_bias.dtype, group
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *saved, out = ctx.saved_tensors  # read once: under recomputation a second look is refused
+        spread = {"out": out.flatten(0, 1), "group_size": ctx.group_size, "reduce_sum": ctx.reduce_sum}
+        return *_in_order(_mix_backward(dout, *saved, ctx.sizes, **spread), saved, ctx.dt_dtype), *[None] * 6
 
 
 def mamba2_mix(
@@ -151,6 +198,7 @@ def mamba2_mix(
     d_state: int,
     group_size: int,
     eps: float,
+    reduce_sum: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """gated_rms_norm(ssd(silu(conv(xBC)), softplus(dt + dt_bias)), z), from an empty state.
 
@@ -159,7 +207,8 @@ def mamba2_mix(
         conv_weight: [d_inner + 2 groups d_state, width]; conv_bias the same without width.
         dt_bias, A, D: [heads] float32, A negative; norm_weight: [d_inner].
         seq_idx: [b, l] int32 document of each token, or None.
-        group_size: channels under one norm; a group must lie on this rank.
+        group_size: channels under one norm, over all ranks.
+        reduce_sum: where a group is spread over ranks, as for `gated_rms_norm`; else None.
 
     Returns:
         [b, l, d_inner] in norm_weight's dtype, the input of the output projection.
@@ -167,7 +216,8 @@ def mamba2_mix(
     inputs = (zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
-    return _forward_op(
-        zxbcdt.contiguous(), conv_weight.contiguous(), conv_bias, dt_bias, A.float(), D, norm_weight, seq_idx, headdim,
-        groups, d_state, A.shape[0] * headdim // group_size, eps, keep,
-    )[0]  # fmt: skip
+    ready = (zxbcdt.contiguous(), conv_weight.contiguous(), conv_bias, dt_bias, A.float(), D, norm_weight, seq_idx)
+    sizes = (headdim, groups, d_state)
+    if reduce_sum is None:
+        return _forward_op(*ready, *sizes, eps, group_size, keep)[0]
+    return _SpreadMix.apply(*ready, sizes, keep, eps, group_size, reduce_sum)

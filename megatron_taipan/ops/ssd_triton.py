@@ -84,11 +84,6 @@ def _backward(ctx, dy, dfinal, _dstates):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def supports(p: int, n: int) -> bool:
-    """Whether the kernels take this head size and state size: powers of two from 16 to 128."""
-    return all(16 <= size <= 128 and size & (size - 1) == 0 for size in (p, n))
-
-
 def ssd(x, dt, A, B, C, *, chunk_size, D=None, seq_idx=None, initial_state=None, return_state=False):
     """The scan; arguments and results as `megatron_taipan.ops.ssd.ssd_reference`.
 

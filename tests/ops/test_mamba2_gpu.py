@@ -1,13 +1,17 @@
 # ruff: noqa: E501
 """The Triton kernels between a Mamba-2 mixer's projections against the references in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
 from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison, with_gradients
 from tests.ops.mamba2_reference import mix_reference
+from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -43,6 +47,37 @@ def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
         lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5),
         lambda *t: mix_reference(*t, **sizes), [t.cuda() for t in inputs], 2 * TOLERANCE[dtype],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_mixer_whose_norm_spans_two_ranks(dtype):
+    """Two ranks of three heads each, one after the other on this GPU, against the whole in float64."""
+    b, l, heads, headdim, d_state = 2, 517, 6, 64, 64
+    channels = heads * headdim + 2 * d_state
+    inputs = [
+        torch.randn(b, l, heads * headdim + channels + heads).to(dtype), (torch.randn(channels, 4) * 0.4).to(dtype),
+        (torch.randn(channels) * 0.1).to(dtype), torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * headdim).to(dtype),
+    ]  # fmt: skip
+    inputs = [t.cuda() for t in inputs]
+    sizes = {"seq_idx": documents(b, l), "headdim": headdim, "groups": 1, "d_state": d_state}
+    expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
+    poison()
+    errors = [error(a, b) for a, b in zip(mix_over_ranks(inputs, sizes, 2), expected, strict=True)]
+    assert all(e < 2 * TOLERANCE[dtype] for e in errors), errors
+
+
+def test_gated_norm_that_spans_ranks_is_as_exact_as_on_one():
+    """Although a row's sum of products is found from the rounded output."""
+    from megatron_taipan.ops.norms_triton import gated_rms_norm
+
+    d = 3000  # 1500 a rank: blocks that are not full
+    inputs = [torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((3, 33, d), (3, 33, d), (d,))]
+    expected = with_gradients(partial(gated_rms_norm_reference, eps=1e-5, group_size=d), [t.double() for t in inputs])
+    whole = with_gradients(partial(gated_rms_norm, eps=1e-5, group_size=d), inputs)
+    poison()
+    for a, b, c in zip(gated_norm_over_ranks(inputs, 2), whole, expected, strict=True):
+        assert error(a, c) < 1.05 * error(b, c)
 
 
 def test_the_fused_mixer_gives_the_same_bits_twice():

@@ -5,18 +5,34 @@ float32 only, because the interpreter does not compute in bfloat16.
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
+from megatron_taipan.ops.norms import gated_rms_norm_reference
 from tests.ops.kernel_checks import error, with_gradients
 from tests.ops.mamba2_reference import mix_reference
+from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
 ]
 pytest.importorskip("triton")
+
+
+def random_case(b: int, l: int, heads: int, size: int, groups: int, packed: bool) -> tuple[list, dict]:
+    """Arguments of the mixer, heads and states of that size: tensors, and options."""
+    torch.manual_seed(0)
+    channels = heads * size + 2 * groups * size
+    inputs = [
+        torch.randn(b, l, heads * size + channels + heads), torch.randn(channels, 4) * 0.4,
+        torch.randn(channels) * 0.1, torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * size),
+    ]  # fmt: skip
+    seq_idx = (torch.rand(b, l) < 0.03).cumsum(1).int() if packed else None
+    return inputs, {"seq_idx": seq_idx, "headdim": size, "groups": groups, "d_state": size}
 
 
 @pytest.mark.parametrize(
@@ -29,17 +45,25 @@ pytest.importorskip("triton")
 def test_fused_mixer(b, l, heads, groups, packed):
     from megatron_taipan.ops.mamba2_triton import mamba2_mix
 
-    torch.manual_seed(0)
-    headdim = d_state = 16
-    channels = heads * headdim + 2 * groups * d_state
-    inputs = [
-        torch.randn(b, l, heads * headdim + channels + heads), torch.randn(channels, 4) * 0.4,
-        torch.randn(channels) * 0.1, torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
-        torch.randn(heads * headdim),
-    ]  # fmt: skip
-    seq_idx = (torch.rand(b, l) < 0.03).cumsum(1).int() if packed else None
-    sizes = {"seq_idx": seq_idx, "headdim": headdim, "groups": groups, "d_state": d_state}
+    inputs, sizes = random_case(b, l, heads, 16, groups, packed)
+    headdim = sizes["headdim"]
     expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
     got = with_gradients(lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5), inputs)
     errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
     assert all(e < 4e-5 for e in errors), errors
+
+
+def test_fused_mixer_whose_norm_spans_two_ranks():
+    """Output and gradients against one rank's reference; both ranks add to the gradients of B and C."""
+    inputs, sizes = random_case(1, 67, 4, 16, 1, True)
+    expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
+    errors = [error(a, b) for a, b in zip(mix_over_ranks(inputs, sizes, 2), expected, strict=True)]
+    assert all(e < 4e-5 for e in errors), errors
+
+
+def test_gated_norm_that_spans_three_ranks():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 72), torch.randn(2, 5, 72), torch.randn(72)]
+    expected = with_gradients(partial(gated_rms_norm_reference, eps=1e-5, group_size=72), [t.double() for t in inputs])
+    errors = [error(a, b) for a, b in zip(gated_norm_over_ranks(inputs, 3), expected, strict=True)]
+    assert all(e < 1e-6 for e in errors), errors
