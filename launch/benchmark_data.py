@@ -56,14 +56,22 @@ def run(argv: list[str] | None = None) -> None:
         default=[],
         help="contenders or parts left out: megatron gigatoken library resuming reading opening",
     )
+    parser.add_argument("--only", choices=("reading", "opening"), help="just this part")
     parser.add_argument("--open-documents", type=int, default=50_000_000, help="documents of the corpus that is opened")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least 1 is needed")
+    if args.only == "opening":
+        opening(args.open_documents)
+        return
     corpus = args.corpus or build_corpus(Path(args.cache), args.megabytes)
     tokenizers = args.tokenizer or [_train(corpus, args.cache)]
     print(f"{corpus}: {os.path.getsize(corpus) / 1e6:.0f} MB; {args.workers} workers, {args.rounds} rounds, medians\n")
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as folder:
+        if args.only == "reading":
+            measure(ours(corpus, tokenizers[0], f"{folder}/ours", args.workers))
+            reading(f"{folder}/ours")
+            return
         for tokenizer in tokenizers:
             compare(corpus, tokenizer, args, folder)
         if "resuming" not in args.skip:
@@ -212,7 +220,7 @@ def reading(prefix: str) -> None:
 
     from megatron_taipan.config import DataConfig, DataSource
     from megatron_taipan.data.indexed import IndexedReader
-    from megatron_taipan.data.loader import build_dataset
+    from megatron_taipan.data.loader import build_dataset, make_loader
 
     torch.set_num_threads(1)
     reader = IndexedReader(prefix)
@@ -224,10 +232,12 @@ def reading(prefix: str) -> None:
     rows: dict[str, tuple[Callable[[int], object], int]] = {
         "numpy memmap, copies of 4,097 ids, nothing else": (lambda i: np.array(whole[draw[i] : draw[i] + 4097]), 1),
         "ours: order, split, ids, document boundaries, check of the ids": (data.tokens, 1),
-        "ours: the same as a batch of 8 with labels, loss mask and seq_idx": (
-            lambda i: data.batch(list(range(8 * i, 8 * i + 8))),
-            8,
-        ),
+    } | {
+        f"ours: the same as a batch of {b} with labels, loss mask and seq_idx": (
+            lambda i, b=b: data.batch(list(range(b * i, b * i + b))),  # type: ignore[misc]
+            b,
+        )
+        for b in (2, 8, 64)
     }
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -247,6 +257,17 @@ def reading(prefix: str) -> None:
                 read(i)
             rates.append(count * size / (time.perf_counter() - started))
         print(f"| {name} | {statistics.median(rates):,.0f} |")
+    for workers in (0, 1, 2):
+        rates = []
+        for _ in range(5):
+            loader = make_loader(data, start=0, global_batch=8, micro_batch=8, dp_rank=0, dp_size=1, workers=workers)
+            next(loader)  # workers have started
+            started = time.perf_counter()
+            for _ in range(250):
+                next(loader)
+            rates.append(2000 / (time.perf_counter() - started))
+            del loader
+        print(f"| ours: the loader, batches of 8, {workers} worker processes | {statistics.median(rates):,.0f} |")
     print()
 
 

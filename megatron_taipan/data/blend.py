@@ -76,14 +76,19 @@ class Blend:
         for k in range(len(weights)):
             mine = np.flatnonzero(self.source == k)
             self.rank[mine] = np.arange(len(mine))
+        self._weights = np.array(self.weights, np.int64)
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, sample number within the source)."""
-        if self.period == 1:
-            return 0, sample
         turn, at = divmod(sample, self.period)
         source = int(self.source[at])
         return source, turn * self.weights[source] + int(self.rank[at])
+
+    def many(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and numbers within them of many samples: int64 [m] -> int32 [m], int64 [m]."""
+        turn, at = np.divmod(samples, self.period)
+        source = self.source[at]
+        return source, turn * self._weights[source] + self.rank[at]
 
     def drawn(self, samples: int) -> list[int]:
         """How many of the first `samples` come from each source."""

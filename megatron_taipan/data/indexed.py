@@ -18,7 +18,7 @@ The .bin file is the tokens back to back. Source of the format: Megatron-LM, cor
 import mmap
 import os
 import struct
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -192,21 +192,33 @@ class IndexedReader:
             return bisect_right(self._offsets, position * self.dtype.itemsize) - 1
         return bisect_right(range(self.n_documents), position, key=self.start) - 1
 
-    def boundaries(self, start: int, stop: int) -> list[int]:
-        """Positions strictly between `start` and `stop` at which a document begins, rising."""
-        low, high = (start + 1) * self.dtype.itemsize, stop * self.dtype.itemsize
-        if self._document_is_sequence:
-            first = bisect_left(self._offsets, low)
-            near = min(first + 32, self.n_sequences)  # a sample rarely holds more documents than this
-            last = bisect_left(self._offsets, high, first, near)
-            if last == near:
-                last = bisect_left(self._offsets, high, near)
-            found = [offset // self.dtype.itemsize for offset in self._offsets[first:last].tolist()]
-        else:
-            first = bisect_left(range(self.n_documents), start + 1, key=self.start)
-            last = bisect_left(range(self.n_documents), stop, key=self.start)
-            found = self.starts(np.arange(first, last)).tolist()
-        return list(dict.fromkeys(found))  # an empty document begins where the next one does
+    def boundaries(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions at which a document begins, in each of n stretches [start, stop) of tokens, int64 [n].
+
+        Returns:
+            the positions, rising within a stretch, int64 [k], and the stretch of each, int64 [k].
+        """
+        first, last = self._first_from(np.concatenate([start, stop])).reshape(2, -1)
+        counts = np.maximum(last - first, 0)
+        stretch = np.repeat(np.arange(len(counts)), counts)
+        found = self.starts(np.arange(len(stretch)) + np.repeat(first - (np.cumsum(counts) - counts), counts))
+        # an empty document begins where the next one does
+        kept = np.ones(len(found), bool)
+        kept[1:] = (found[1:] != found[:-1]) | (stretch[1:] != stretch[:-1])
+        return (found, stretch) if kept.all() else (found[kept], stretch[kept])
+
+    def _first_from(self, positions: np.ndarray) -> np.ndarray:
+        """The first document that starts at or behind each position in [0, n_tokens]: int64 [n] -> int64 [n].
+
+        A binary search in step for all of them; numpy's own would first copy the whole index to make it aligned.
+        """
+        low, high = np.zeros(len(positions), np.int64), np.full(len(positions), self.n_documents, np.int64)
+        for _ in range(self.n_documents.bit_length()):
+            middle = (low + high) >> 1
+            before = self.starts(middle) < positions
+            low = np.where(before, middle + 1, low)
+            high = np.where(before, high, middle)
+        return low
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, of type `dtype`) with the tokens from `position` on."""

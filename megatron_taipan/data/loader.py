@@ -14,16 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
+from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabulary, check_ids
 from megatron_taipan.data.blend import Blend
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.permutation import derive_key
-from megatron_taipan.data.samples import LongSamples, PackedSamples
+from megatron_taipan.data.places import Places
+from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
 from megatron_taipan.data.split import split_documents
 from megatron_taipan.data.stream import TokenStream, whole
 from megatron_taipan.errors import UserError
-
-Batch = dict[str, torch.Tensor]
-Samples = PackedSamples | LongSamples
 
 
 class SampleDataset(Dataset):
@@ -54,6 +53,8 @@ class SampleDataset(Dataset):
         self.sources, self.blend = sources, Blend(weights)
         self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
         self.fingerprint = fingerprint
+        self._places = Places(sources, self.blend, seq_len)
+        self._read = BatchReader(seq_len, mask_documents)
 
     def __len__(self) -> int:
         """Samples in one epoch of all sources together."""
@@ -62,9 +63,13 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.batch([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """What DataLoader calls for a list of indices: the batch is filled in place, with nothing to collate."""
-        return self.batch(indices)
+    def __getitems__(self, indices: list[int]) -> Block:
+        """What a worker of DataLoader calls for a list of indices: it arrives at the trainer as `batch`."""
+        return self._read(self._places(indices), indices, self.vocab_size)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """Several samples stacked: every tensor gets a first dimension [b]."""
+        return self._read(self._places(indices), indices, self.vocab_size).batch()
 
     def tokens(self, index: int) -> tuple[np.ndarray, list[int]]:
         """The L + 1 stored ids of one sample and where in them other documents begin.
@@ -72,63 +77,16 @@ class SampleDataset(Dataset):
         Raises:
             UserError: an id is beyond the model's vocabulary.
         """
-        number, sample = self.blend(index)
-        source = self.sources[number]
-        reader = source.stream.reader
-        out = np.empty(self.seq_len + 1, reader.dtype)
-        begins = source.read_into(sample, out)
-        self._check(reader, out)
-        return out, begins
-
-    def _check(self, reader: IndexedReader, ids: np.ndarray) -> None:
-        # unsigned, a negative id is a large one too
-        if (top := int(ids.view(f"u{ids.itemsize}").max())) >= self.vocab_size:
-            raise beyond_vocabulary(reader, top, self.vocab_size)
-
-    def batch(self, indices: list[int]) -> Batch:
-        """Several samples stacked: every tensor gets a first dimension [b]."""
-        b, l = len(indices), self.seq_len
-        rows_of: dict[int, list[tuple[int, int]]] = {}  # source -> (row, sample of the source)
-        for row, index in enumerate(indices):
-            number, sample = self.blend(index)
-            rows_of.setdefault(number, []).append((row, sample))
-        tokens, labels = np.empty((b, l), np.int64), np.empty((b, l), np.int64)
-        loss_mask, seq_idx = np.ones((b, l), np.float32), np.zeros((b, l), np.int32)
-        last: list[int] = []  # tokens before another document, counted through the batch
-        for number, rows in rows_of.items():
-            source = self.sources[number]
-            reader = source.stream.reader
-            ids = np.empty((len(rows), l + 1), reader.dtype)
-            for (row, sample), out in zip(rows, ids, strict=True):
-                begins = source.read_into(sample, out)
-                last += [row * l + begin - 1 for begin in begins]
-                if self.mask_documents and begins:
-                    _number_documents(begins, seq_idx[row])
-            self._check(reader, ids)
-            where = slice(None) if len(rows) == b else [row for row, _ in rows]
-            tokens[where], labels[where] = ids[:, :-1], ids[:, 1:]
-        loss_mask.reshape(-1)[last] = 0
-        return {
-            "tokens": torch.from_numpy(tokens),
-            "labels": torch.from_numpy(labels),
-            "loss_mask": torch.from_numpy(loss_mask),
-            "seq_idx": torch.from_numpy(seq_idx),
-            "sample": torch.tensor(indices, dtype=torch.int64),
-        }
+        [place] = self._places([index])
+        out = np.empty(self.seq_len + 1, place.reader.dtype)
+        place.read_into(out)
+        check_ids([place], out, self.vocab_size)
+        return out, place.begins
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each source has been gone through after `samples` samples, by its prefix."""
         drawn = self.blend.drawn(samples)
         return {s.stream.reader.prefix: n / s.per_epoch for s, n in zip(self.sources, drawn, strict=True)}
-
-
-def _number_documents(begins: list[int], out: np.ndarray) -> None:
-    """Counts up from 0 at each of `begins` (rising) in `out` [L], which holds zeros. A begin may be L."""
-    if len(begins) < 16:
-        for number, begin in enumerate(begins, start=1):
-            out[begin:] = number
-    else:
-        out[:] = np.repeat(np.arange(len(begins) + 1), np.diff([0, *begins, max(len(out), begins[-1])]))[: len(out)]
 
 
 def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size: int) -> SampleDataset:
@@ -262,11 +220,3 @@ def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
         reader.read_into(at, out)
         if (top := int(out.view(f"u{out.itemsize}").max())) >= vocab_size:
             raise beyond_vocabulary(reader, top, vocab_size)
-
-
-def beyond_vocabulary(reader: IndexedReader, top: int, vocab_size: int) -> UserError:
-    """The error of an id that the model does not have."""
-    return UserError(
-        f"{reader.prefix}.bin holds id {top} and the model's vocabulary has {vocab_size} (ids 0 to {vocab_size - 1});"
-        f" set model.vocab_size to the tokenizer's size, above {top}, or tokenize with the model's tokenizer"
-    )

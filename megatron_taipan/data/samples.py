@@ -1,34 +1,12 @@
 """Samples of one source: which tokens sample j is made of, in every epoch."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from megatron_taipan.data.permutation import Permutation, derive_key
 from megatron_taipan.data.stream import TokenStream
 from megatron_taipan.errors import UserError
-
-BLOCK = 4096  # entries of an order that are computed together where samples are asked for one after the other
-
-
-class EpochOrder:
-    """The order of one epoch: which of n slices sample j is, in a pseudo-random order that the key decides.
-
-    A run asks for neighbouring samples, so their entries are computed a block at a time; single ones cost more each.
-    """
-
-    def __init__(self, n: int, key: int):
-        self.permutation = Permutation(n, key)
-        self._block, self._asked = -1, -1
-        self._entries: list[int] = []
-
-    def __call__(self, index: int) -> int:
-        block, at = divmod(index, BLOCK)
-        if block != self._block:
-            if block != self._asked:  # maybe just one of it
-                self._asked = block
-                return self.permutation(index)
-            entries = np.arange(block * BLOCK, min((block + 1) * BLOCK, self.permutation.n))
-            self._block, self._entries = block, self.permutation.many(entries).tolist()
-        return self._entries[at]
 
 
 class PackedSamples:
@@ -53,16 +31,18 @@ class PackedSamples:
         self.stream, self.seq_len = stream, seq_len
         self.key = derive_key("samples", seed, stream.reader.fingerprint)
         self.per_epoch = stream.n_tokens // seq_len
-        self._epoch, self._order, self._turn = -1, EpochOrder(1, 0), 0
+        self._epoch, self._order, self._turn = -1, Permutation(1, 0), 0
 
-    def read_into(self, sample: int, out: np.ndarray) -> list[int]:
-        """Fills `out` [seq_len + 1] with a sample's tokens; returns where in it other documents begin."""
-        epoch, index = divmod(sample, self.per_epoch)
+    def positions(self, samples: np.ndarray) -> np.ndarray:
+        """Where in the stream samples begin: int64 [m] -> int64 [m]."""
+        return by_epoch(samples, self.per_epoch, self._in_epoch)
+
+    def _in_epoch(self, epoch: int, index: np.ndarray) -> np.ndarray:
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, EpochOrder(self.per_epoch, derive_key(self.key, epoch))
+            self._order = Permutation(self.per_epoch, derive_key(self.key, epoch))
             self._turn = derive_key(self.key, epoch, "turn") % self.stream.n_tokens
-        position = (self._turn + self._order(index) * self.seq_len) % self.stream.n_tokens
-        return self.stream.read_into(position, out)
+            self._epoch = epoch
+        return (self._turn + self._order.many(index) * self.seq_len) % self.stream.n_tokens
 
 
 class LongSamples:
@@ -83,16 +63,34 @@ class LongSamples:
             )
         self.first = np.concatenate([[0], np.cumsum((self.length - 1) // seq_len)])  # [d + 1], in samples
         self.per_epoch = int(self.first[-1])
-        self._epoch, self._order = -1, EpochOrder(1, 0)
+        self._epoch, self._order = -1, Permutation(1, 0)
 
-    def read_into(self, sample: int, out: np.ndarray) -> list[int]:
-        """Fills `out` [seq_len + 1]; no other document ever begins in it."""
-        epoch, index = divmod(sample, self.per_epoch)
+    def positions(self, samples: np.ndarray) -> np.ndarray:
+        """Where in the stream samples begin: int64 [m] -> int64 [m]."""
+        return by_epoch(samples, self.per_epoch, self._in_epoch)
+
+    def _in_epoch(self, epoch: int, index: np.ndarray) -> np.ndarray:
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, EpochOrder(self.per_epoch, derive_key(self.key, epoch))
-        index = self._order(index)
-        document = int(self.first.searchsorted(index, "right")) - 1
-        slack = int(self.length[document] - 1) % self.seq_len
-        skipped = derive_key(self.key, epoch, document) % (slack + 1)
-        at = int(self.begin[document]) + skipped + (index - int(self.first[document])) * self.seq_len
-        return self.stream.read_into(at, out)
+            self._order = Permutation(self.per_epoch, derive_key(self.key, epoch))
+            self._epoch = epoch
+        index = self._order.many(index)
+        document = self.first.searchsorted(index, "right") - 1
+        slack = (self.length[document] - 1) % self.seq_len
+        keys = [derive_key(self.key, epoch, number) for number in document.tolist()]
+        skipped = (np.array(keys, np.uint64) % (slack + 1).astype(np.uint64)).astype(np.int64)
+        return self.begin[document] + skipped + (index - self.first[document]) * self.seq_len
+
+
+Samples = PackedSamples | LongSamples
+
+
+def by_epoch(samples: np.ndarray, per_epoch: int, in_epoch: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Puts together what `in_epoch(epoch, samples of it counted from its start)` gives: int64 [m] -> int64 [m]."""
+    epochs, index = np.divmod(samples, per_epoch)
+    if epochs[0] == epochs[-1] and (epochs == epochs[0]).all():
+        return in_epoch(int(epochs[0]), index)
+    out = np.empty(len(samples), np.int64)
+    for epoch in np.unique(epochs).tolist():
+        mine = epochs == epoch
+        out[mine] = in_epoch(epoch, index[mine])
+    return out

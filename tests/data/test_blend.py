@@ -14,6 +14,8 @@ from megatron_taipan.data.blend import MAX_PERIOD, Blend, whole_weights
 def test_within_one_sample_everywhere_and_each_sample_once(weights):
     blend = Blend([float(w) for w in weights])
     total, drawn = sum(weights), [0] * len(weights)
+    far = np.array([10**15 + 7, *range(2 * blend.period + 3)])
+    assert [*map(tuple, np.stack(blend.many(far), 1).tolist())] == [blend(i) for i in far.tolist()]
     for i in range(2 * blend.period + 3):
         assert blend.drawn(i) == drawn
         source, index = blend(i)

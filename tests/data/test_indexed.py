@@ -58,20 +58,27 @@ def test_documents_of_several_sequences(tmp_path_factory, documents):
     starts = np.concatenate([[0], np.cumsum([len(d) for d in flat])])
     assert reader.starts(np.arange(len(flat) + 1)).tolist() == starts.tolist()
     inner = sorted({s for s in starts.tolist() if 0 < s < reader.n_tokens})
-    assert reader.boundaries(0, reader.n_tokens) == inner
+    assert inner_starts(reader, 0, reader.n_tokens) == inner
     for position in range(reader.n_tokens):
         document = reader.find(position)
         assert starts[document] <= position < starts[document + 1]
+
+
+def inner_starts(reader, a, b):
+    return reader.boundaries(np.array([a + 1]), np.array([b]))[0].tolist()
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents=documents_strategy, data=st.data())
 def test_boundaries(tmp_path_factory, documents, data):
     reader = IndexedReader(write(tmp_path_factory.mktemp("pair") / "x", documents))
-    a = data.draw(st.integers(0, reader.n_tokens))
-    b = data.draw(st.integers(a, reader.n_tokens))
+    drawn = data.draw(st.lists(st.tuples(*[st.integers(0, reader.n_tokens)] * 2), min_size=1, max_size=4))
     starts = np.cumsum([0, *map(len, documents)])[:-1].tolist()
-    assert reader.boundaries(a, b) == sorted({s for s in starts if a < s < b})
+    found, stretch = reader.boundaries(*np.array([sorted(ends) for ends in drawn]).T)
+    for k, ends in enumerate(drawn):
+        a, b = sorted(ends)
+        assert found[stretch == k].tolist() == sorted({s for s in starts if a <= s < b})
+    assert (np.diff(stretch) >= 0).all()
 
 
 def test_the_vocabulary_chooses_the_type():

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ from hypothesis import strategies as st
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.loader import build_dataset, make_loader
-from megatron_taipan.data.permutation import Permutation
-from megatron_taipan.data.samples import EpochOrder
-from megatron_taipan.data.split import split_documents
+from megatron_taipan.data.permutation import Permutation, derive_key
+from megatron_taipan.data.split import held_out_documents, split_documents
 from megatron_taipan.errors import UserError
 
 EOD = 0
@@ -243,12 +243,79 @@ def test_a_batch_is_its_samples(tmp_path_factory, data, masked):
         assert batch["seq_idx"][row].tolist() == (number if masked else [0] * 40)
 
 
-@given(n=st.integers(1, 20_000), data=st.data())
-def test_neighbours_and_single_samples_have_one_order(n, data):
-    order, want = EpochOrder(n, 3), Permutation(n, 3)
-    start = data.draw(st.integers(0, n - 1))
-    for index in [start, *range(start, min(n, start + 4)), data.draw(st.integers(0, n - 1)), start, n - 1]:
-        assert order(index) == want(index)
+def plain_samples(prefix, lengths, held, seq_len, seed):
+    """The order as it is defined, in Python integers and a list of every token: number -> ids and begins."""
+    reader = IndexedReader(prefix)
+    out = set(held_out_documents(reader, held).tolist()) if held else set()
+    ring = [(d, k) for d, n in enumerate(lengths) if d not in out for k in range(n + 1)]
+    documents = [reader.document(d).tolist() for d in range(len(lengths))]
+    key = derive_key("samples", seed, reader.fingerprint)
+
+    def sample(number):
+        epoch, index = divmod(number, len(ring) // seq_len)
+        turn = derive_key(key, epoch, "turn") % len(ring)
+        start = turn + Permutation(len(ring) // seq_len, derive_key(key, epoch))(index) * seq_len
+        taken = [ring[(start + k) % len(ring)] for k in range(seq_len + 1)]
+        return [documents[d][k] for d, k in taken], [at for at, (_, k) in enumerate(taken) if at and not k]
+
+    return sample
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=8, max_size=40),
+    held=st.sampled_from([0, 0.3]),
+    batch=st.integers(1, 5),
+    data=st.data(),
+)
+def test_any_access_follows_the_plain_formula(tmp_path_factory, lengths, held, batch, data):
+    """Regular batches, whose places are found ahead and over many epochs, and jumps between them."""
+    prefix = corpus(tmp_path_factory.mktemp("c") / "x", lengths)
+    try:
+        both = dataset(prefix, seq_len=10, valid_fraction=held, seed=3)
+    except UserError:
+        return
+    plain = plain_samples(prefix, lengths, held, 10, 3)
+    for start in (0, data.draw(st.integers(0, 10**6))):
+        distance = data.draw(st.integers(batch, 90))
+        for at in range(start, start + 4 * distance, distance):
+            rows = both.batch(list(range(at, at + batch)))
+            for row in range(batch):
+                ids, begins = plain(at + row)
+                assert rows["tokens"][row].tolist() == ids[:-1] and rows["labels"][row].tolist() == ids[1:]
+                assert rows["loss_mask"][row].tolist() == [float(k + 1 not in begins) for k in range(10)]
+                assert rows["seq_idx"][row].tolist() == [sum(b <= k for b in begins) for k in range(10)]
+                assert rows["sample"][row] == at + row
+
+
+def test_places_are_found_ahead_where_batches_come_at_one_distance(tmp_path):
+    data = dataset(corpus(tmp_path / "x", [9] * 100))
+    asked = []
+    find = data._places.find
+    data._places.find = lambda indices: asked.append(len(indices)) or find(indices)
+    for at in range(0, 1024, 8):
+        data.batch([at, at + 1])
+    assert asked == [2, 2, 512]  # 256 batches of 2
+    data.batch([7, 3])
+    assert asked[3:] == [2]
+
+
+@pytest.mark.parametrize(
+    ("one_document", "per_epoch", "digest"), [(False, 256, "6b5ffbe9f74d875f"), (True, 113, "28c2ad859d36ffd3")]
+)
+def test_the_order_of_earlier_versions(tmp_path, one_document, per_epoch, digest):
+    """A run that is resumed with a newer version goes on in the same order."""
+    a = corpus(tmp_path / "a", [(i * 7) % 41 for i in range(300)])
+    b = corpus(tmp_path / "b", [(i * 11) % 90 for i in range(60)], base=9000, dtype=np.int32)
+    weighted = [{"prefix": a, "weight": 0.7}, {"prefix": b, "weight": 0.3}]
+    data = dataset(weighted, seq_len=32, valid_fraction=0.1, seed=4, one_document=one_document)
+    assert len(data) == per_epoch
+    content = sha256()
+    for at in range(0, 1200, 4):
+        batch = data.batch(list(range(at, at + 4)))
+        for name in sorted(batch):
+            content.update(batch[name].numpy().tobytes())
+    assert content.hexdigest()[:16] == digest
 
 
 def test_batch_that_does_not_fit(tmp_path):

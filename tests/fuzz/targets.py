@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import long_text, readers
@@ -23,7 +24,8 @@ def index(folder: Path, data: bytes) -> None:
         return
     lengths = [len(reader.document(i)) for i in range(reader.n_documents)]
     assert sum(lengths) == reader.n_tokens and reader.n_tokens * reader.dtype.itemsize == size
-    assert all(0 < at < reader.n_tokens for at in reader.boundaries(0, reader.n_tokens))
+    begins, _ = reader.boundaries(np.array([0]), np.array([reader.n_tokens]))
+    assert sorted(set(begins.tolist())) == begins.tolist() and all(0 <= at < reader.n_tokens for at in begins)
 
 
 def lines(folder: Path, data: bytes) -> None:

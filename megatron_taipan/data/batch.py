@@ -1,0 +1,142 @@
+"""Filling a batch from the places of its samples.
+
+A sample of L tokens is 2 L bytes in the file and 24 L bytes in a batch, so what counts is how often memory is touched:
+ids are read into a small buffer that stays in the processor's cache and go from there into the batch, once for the
+tokens and once for the labels, and everything else is written once.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.places import Place
+from megatron_taipan.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+BUFFER = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
+
+
+class BatchReader:
+    """Reads batches of samples of seq_len = L tokens. Not for several threads at once.
+
+    Args:
+        mask_documents: number the documents within a sample in `seq_idx`.
+    """
+
+    def __init__(self, seq_len: int, mask_documents: bool):
+        self.seq_len, self.mask_documents = seq_len, mask_documents
+        self._buffers: dict[np.dtype, np.ndarray] = {}
+
+    def __call__(self, places: list[Place], indices: list[int], vocab_size: int) -> "Block":
+        """The samples at `places`, numbered `indices`, as one block.
+
+        Raises:
+            UserError: an id is not below vocab_size.
+        """
+        block = Block(len(places), self.seq_len)
+        arrays = block.arrays()
+        tokens, labels = arrays["tokens"], arrays["labels"]
+        row = 0
+        for dtype, group in groupby(places, _dtype):  # sources may store ids in different types
+            left = list(group)
+            buffer = self._buffer(dtype)
+            while left:
+                now, left = left[: len(buffer)], left[len(buffer) :]
+                ids = buffer[: len(now)]
+                for place, into in zip(now, ids, strict=True):
+                    place.read_into(into)
+                check_ids(now, ids, vocab_size)
+                tokens[row : row + len(now)], labels[row : row + len(now)] = ids[:, :-1], ids[:, 1:]
+                row += len(now)
+        arrays["loss_mask"].fill(1)
+        if not self.mask_documents:
+            arrays["seq_idx"].fill(0)
+        for place, mask, numbers in zip(places, arrays["loss_mask"], arrays["seq_idx"], strict=True):
+            for begin in place.begins:
+                mask[begin - 1] = 0
+            if self.mask_documents:
+                number_documents(place.begins, numbers)
+        arrays["sample"][:] = indices
+        return block
+
+    def _buffer(self, dtype: np.dtype) -> np.ndarray:
+        """Room for the ids of some samples, [>= 1, L + 1]."""
+        if dtype not in self._buffers:
+            rows = max(1, BUFFER // ((self.seq_len + 1) * dtype.itemsize))
+            self._buffers[dtype] = np.empty((rows, self.seq_len + 1), dtype)
+        return self._buffers[dtype]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_buffers": {}}
+
+
+class Block:
+    """The memory of one batch of b samples, in one piece.
+
+    The allocator keeps one piece of this size for the next batch. It would give several back to the system and have
+    their pages cleared again, which takes longer than to fill them. And a loader's worker sends one file descriptor.
+    """
+
+    def __init__(self, b: int, seq_len: int, memory: np.ndarray | None = None):
+        self.b, self.seq_len = b, seq_len
+        self.memory = np.empty(b * (24 * seq_len + 8), np.uint8) if memory is None else memory
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `SampleDataset` promises, as arrays."""
+        shape, n, memory = (self.b, self.seq_len), self.b * self.seq_len, self.memory
+        return {
+            "tokens": np.ndarray(shape, np.int64, memory, 0),
+            "labels": np.ndarray(shape, np.int64, memory, 8 * n),
+            "loss_mask": np.ndarray(shape, np.float32, memory, 16 * n),
+            "seq_idx": np.ndarray(shape, np.int32, memory, 20 * n),
+            "sample": np.ndarray(self.b, np.int64, memory, 24 * n),
+        }
+
+    def batch(self) -> Batch:
+        """The same as tensors."""
+        return {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Arrives in another process as the batch."""
+        return _arrived, (torch.from_numpy(self.memory), self.b, self.seq_len)
+
+
+def _arrived(memory: torch.Tensor, b: int, seq_len: int) -> Batch:
+    return Block(b, seq_len, memory.numpy()).batch()
+
+
+def _dtype(place: Place) -> np.dtype:
+    return place.reader.dtype
+
+
+def number_documents(begins: list[int], out: np.ndarray) -> None:
+    """Fills `out` [L] with the number of the document, from 0; others begin at `begins`, rising, the last may be L."""
+    if len(begins) < 16:
+        start = number = 0
+        for begin in begins:
+            out[start:begin] = number
+            start, number = begin, number + 1
+        out[start:] = number
+    else:
+        out[:] = np.repeat(np.arange(len(begins) + 1), np.diff([0, *begins, max(len(out), begins[-1])]))[: len(out)]
+
+
+def check_ids(places: list[Place], ids: np.ndarray, vocab_size: int) -> None:
+    """Refuses ids [p, L + 1] (or [L + 1] of one place) beyond the vocabulary."""
+    unsigned = ids.view(UNSIGNED[ids.itemsize])  # a negative id is a large one too
+    if np.maximum.reduce(unsigned, axis=None) >= vocab_size:
+        tops = unsigned.reshape(len(places), -1).max(1)
+        row = int(np.flatnonzero(tops >= vocab_size)[0])
+        raise beyond_vocabulary(places[row].reader, int(tops[row]), vocab_size)
+
+
+def beyond_vocabulary(reader: IndexedReader, top: int, vocab_size: int) -> UserError:
+    """The error of an id that the model does not have."""
+    return UserError(
+        f"{reader.prefix}.bin holds id {top} and the model's vocabulary has {vocab_size} (ids 0 to {vocab_size - 1});"
+        f" set model.vocab_size to the tokenizer's size, above {top}, or tokenize with the model's tokenizer"
+    )
