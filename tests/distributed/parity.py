@@ -152,6 +152,7 @@ CI_CASES = [
     Case("taipan", tensor=2, zero=1),
     Case("taipan", tensor=2, sequence=True, zero=2, recompute="selective", n_groups=2),
     Case("taipan", data=2, zero=0, recompute="full"),
+    Case("taipan", data=2, zero=1),
     Case("taipan", data=2, zero=3, packed=False),
     Case("taipan", pipeline=2, zero=1, recompute="full"),
     Case("transformerpp", pipeline=2, zero=1, packed=False),
@@ -163,6 +164,7 @@ CI_CASES = [
     Case("taipan", tensor=4, sequence=True, zero=3, n_kv_heads=4, n_groups=4),
     Case("taipan", tensor=2, pipeline=2, zero=1, sequence=True, n_groups=1),
     Case("jamba", tensor=2, data=2, zero=2, recompute="full", n_groups=2),
+    Case("taipan", tensor=2, data=2, zero=1, sequence=True, recompute="selective"),
     Case("transformerpp", tensor=4, zero=0, sequence=True),
 ]
 
