@@ -80,7 +80,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
     zero = engine.optimizer
     zero.check_grad_overflow = True
-    partitions, full, started = [], [], []
+    partitions, full, started, copies = [], [], [], []
     if ours:
         with mock.patch.object(reduction, "RANGE", 16), mock.patch.object(reduction, "SMALL", small):
             quicken(zero)
@@ -90,6 +90,8 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     step_of_zero = zero.step
 
     def watched_step() -> None:
+        copies.append(any(p.grad_accum is not None or p.grad is not None for p in model.parameters()))
+        copies.append(any(bucket.buffer for bucket in zero.ipg_buckets.values()))
         partitions.append([group.flat_partition.clone() for group in zero.averaged_gradients.values()])
         full.append({name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()})
         step_of_zero()
@@ -107,7 +109,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
         norms.append(float(engine.get_global_grad_norm()))
     result = {
         "partitions": partitions, "full": full, "norms": norms, "started": started, "before_last": before_last,
-        "masters": [m.detach().clone() for m in zero.single_partition_of_fp32_groups],
+        "copies": any(copies), "masters": [m.detach().clone() for m in zero.single_partition_of_fp32_groups],
     }  # fmt: skip
     if ours:
         result["ranges"] = [(part.owner, part.values.numel()) for part in sums.reduction.ranges]
@@ -165,6 +167,7 @@ def test_gradients_are_averages_wherever_they_came_from():
             assert all(count < complete for count in ways[name]["started"][2:4])
             assert (ways[name]["started"][1] < complete) == (rank == 1)
             assert "parameter b got another gradient" in ways[name]["second"]
+            assert not ways[name]["copies"], "DeepSpeed keeps gradients or buckets besides"
         # DeepSpeed's own way: the same partitions, padding included, and the same weights
         ours, theirs = ways["ours"], ways["theirs"]
         for key in ("partitions", "norms", "masters"):
