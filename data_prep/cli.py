@@ -4,6 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
+from data_prep.ahead import Ahead, guess
 from megatron_taipan.errors import exits_cleanly
 
 COMMANDS = {
@@ -21,14 +22,24 @@ COMMANDS = {
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int | None:
     """Runs a subcommand; each module has `add_arguments(parser)` and `run(args)`."""
+    given = sys.argv[1:] if argv is None else argv
+    ahead = guess(given)
+    try:
+        return _run(given, ahead)
+    finally:
+        if ahead:
+            ahead.result()
+
+
+def _run(given: list[str], ahead: Ahead | None) -> int | None:
     parser = argparse.ArgumentParser(prog="data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    given = (sys.argv[1:] if argv is None else argv)[:1]
     chosen = {given[0]: COMMANDS[given[0]]} if given and given[0] in COMMANDS else COMMANDS  # imports just that
     for name, summary in chosen.items():
         module = import_module(f"data_prep.commands.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
+    args.ahead = ahead
     return args.run(args)

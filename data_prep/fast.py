@@ -6,7 +6,6 @@ hard; one difference, and the reference runs.
 
 import os
 from collections.abc import Iterator
-from threading import Thread
 
 import numpy as np
 
@@ -52,29 +51,6 @@ class Fast(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.reference.decode(ids)
-
-
-class Ahead:
-    """Reads a tokenizer.json with fastokens in a thread of its own, while the reference library reads it too."""
-
-    def __init__(self, path: str):
-        self.model: object = None
-        self.thread = Thread(target=self._load, args=(path,))
-        os.environ["RAYON_NUM_THREADS"] = "1"
-        self.thread.start()
-
-    def _load(self, path: str) -> None:
-        try:
-            import fastokens
-
-            self.model = fastokens.Tokenizer.from_file(path)
-        except Exception:  # `fast_twin` tries again and says what is wrong
-            self.model = None
-
-    def result(self):
-        """The model, or None; the thread has ended then, as it must before a fork."""
-        self.thread.join()
-        return self.model
 
 
 def fast_twin(reference: Tokenizer, path: str, loaded=None) -> Fast:

@@ -13,6 +13,7 @@ their real lengths.
 
 import argparse
 import os
+import re
 import resource
 import signal
 import statistics
@@ -132,6 +133,8 @@ def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) 
             f"| {name} | {middle:.2f} ({min(times):.2f} to {max(times):.2f}) | {size / middle:.1f} | {processor:.2f} |"
             f" {max(run.memory for run in runs):.0f} | {middle / base[0]:.2f} | {processor / base[1]:.2f} |"
         )
+    if "ours, 1 worker" in results:
+        print(f"\nparallel efficiency from 1 to {args.workers} workers: {_efficiency(results, args.workers)}")
     for name in ("megatron", "gigatoken"):
         if name in contenders:
             same = all(
@@ -140,6 +143,26 @@ def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) 
             )
             print(f"\nthe same bytes as {name}: {'yes' if same else 'NO'}")
     print()
+
+
+def _efficiency(results: dict[str, list["Measured"]], workers: int) -> str:
+    """Of the whole process, and of the part of it in which documents are tokenized, from what ours says of itself."""
+    said = []
+    for part, seconds in (("the whole process", _whole), ("tokenizing alone", _tokenizing)):
+        one, all = (statistics.median(map(seconds, results[name])) for name in ("ours, 1 worker", "ours"))
+        said.append(f"{part} {one / all / workers:.2f} ({one:.2f} s, {all:.2f} s)")
+    return "; ".join(said)
+
+
+def _whole(run: "Measured") -> float:
+    return run.seconds
+
+
+def _tokenizing(run: "Measured") -> float:
+    found = re.search(r"([0-9.]+) s to tokenize", run.output)
+    if not found:
+        raise RuntimeError(f"ours did not say how long it tokenized:\n{run.output}")
+    return float(found[1])
 
 
 def resuming(corpus: str, tokenizer: str, workers: int, folder: str) -> None:

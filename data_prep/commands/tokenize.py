@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 
 from data_prep import fast, inputs, manifest
+from data_prep.ahead import Ahead
 from data_prep.extract import add_text_arguments, extractor
 from data_prep.job import Job
 from data_prep.join import join_parts
@@ -83,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
     if not sum(size for _, size in sizes):
         raise UserError(f"the input is empty: {len(files)} file(s) with 0 bytes, the first is {files[0]}")
     wants_fast = args.backend == "auto" and not args.allow_special
-    ahead = fast.Ahead(args.tokenizer) if wants_fast and args.tokenizer.endswith(".json") else None
+    ahead = getattr(args, "ahead", None)
+    if wants_fast and args.tokenizer.endswith(".json") and (ahead is None or ahead.path != args.tokenizer):
+        ahead = Ahead(args.tokenizer)
     try:
         tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
     finally:
@@ -127,8 +130,14 @@ def run(args: argparse.Namespace) -> None:
         with _claim(job.work, identity):
             if wants_fast:
                 job = replace(job, tokenizer=_fastest(job, args.tokenizer, args.workers, loaded))
+            ready = time.monotonic()
             notes = _make_parts(job, args.workers, dict(sizes))
+            encoded = time.monotonic()
             _finish(job, notes, args, files, sizes, options, identity, started)
+            print(
+                f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
+                f" {time.monotonic() - encoded:.2f} s to join"
+            )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
