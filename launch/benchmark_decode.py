@@ -20,7 +20,7 @@ from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 
-WARM_S = 1.0  # seconds of decoding before the first measured token
+WARM_S = 6.0  # seconds of decoding before the first measured token
 
 
 @torch.inference_mode()

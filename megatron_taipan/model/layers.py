@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
-from megatron_taipan.parallel.collectives import enter_block, leave_block, stream_parameters
+from megatron_taipan.parallel.collectives import enter_linear, leave_block, stream_parameters
 
 
 class RMSNorm(nn.Module):
@@ -41,6 +41,5 @@ class SwiGLU(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor) -> Tensor:
-        u = enter_block(u, self.tp)  # [b, l, d]
-        gated = self.silu_mul(F.linear(u, self.gate_proj), F.linear(u, self.up_proj))
+        gated = self.silu_mul(*enter_linear(u, self.tp, self.gate_proj, self.up_proj))  # [b, l, d_ff]
         return leave_block(F.linear(gated, self.down_proj), self.tp)

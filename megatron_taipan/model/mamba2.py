@@ -14,7 +14,7 @@ from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_gradients, sum_over_ranks
+from megatron_taipan.parallel.collectives import enter_linear, leave_block, sum_gradients, sum_over_ranks
 
 
 class Mamba2(WithFloat32Islands):
@@ -62,10 +62,9 @@ class Mamba2(WithFloat32Islands):
         """u: [b, l, d] (or this rank's sequence shard); returns the same shape. `state` is read and updated."""
         if ctx.single:
             return self._step(u, state)
-        u = enter_block(u, self.tp)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
-        zxbcdt = F.linear(u, in_proj)
+        (zxbcdt,) = enter_linear(u, self.tp, in_proj)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return leave_block(F.linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj), self.tp)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)

@@ -6,10 +6,15 @@ the sequence instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198,
 
     enter_block    forward: identity   | all-gather          backward: all-reduce | reduce-scatter
     leave_block    forward: all-reduce | reduce-scatter      backward: identity   | all-gather
+
+`enter_linear` is the first of them with the products behind it, whose weights' gradients hide the backward collective.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.parallel.groups import TensorParallel
@@ -20,6 +25,13 @@ def enter_block(x: Tensor, tp: TensorParallel) -> Tensor:
     if tp.size == 1:
         return x
     return _GatherSequence.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
+
+
+def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+    """F.linear(enter_block(x), weight) for each column-split weight [e, d]: the stream to [b, l, e]."""
+    if tp.size == 1:
+        return tuple(F.linear(x, weight) for weight in weights)
+    return _EnterLinear.apply(tp, x, *weights)
 
 
 def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -93,12 +105,17 @@ def _all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
 
 def _reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
     """[b, l, ...] -> this rank's [b, l/tp, ...] of the sum."""
+    out, _ = _start_reduce_scatter(x, tp, wait=True)
+    return out
+
+
+def _start_reduce_scatter(x: Tensor, tp: TensorParallel, wait: bool = False) -> tuple[Tensor, Any]:
+    """The result, once the work beside it has been waited for, and that work."""
     b, l, *rest = x.shape
     parts = x.reshape(b, tp.size, l // tp.size, *rest).transpose(0, 1).reshape(tp.size * b, l // tp.size, *rest)
     out = x.new_empty(b, l // tp.size, *rest)
     tp.counter.add("reduce_scatter", x.numel() * x.element_size())
-    dist.reduce_scatter_tensor(out, parts, group=tp.group)
-    return out
+    return out, dist.reduce_scatter_tensor(out, parts, group=tp.group, async_op=not wait)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -110,6 +127,42 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _all_reduce(grad, ctx.tp), None
+
+
+class _EnterLinear(torch.autograd.Function):
+    """The input's gradient is on its way to the other ranks while the weights' gradients are computed."""
+
+    @staticmethod
+    def forward(ctx, tp, x, *weights):
+        ctx.tp = tp
+        whole = _all_gather(x, tp) if tp.sequence_parallel else x
+        ctx.save_for_backward(whole, *weights)
+        return tuple(F.linear(whole, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        whole, *weights = ctx.saved_tensors
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [b * l, e]
+        dx, work = None, None
+        if ctx.needs_input_grad[1]:
+            dx = rows[0] @ weights[0]
+            for grad, weight in zip(rows[1:], weights[1:], strict=True):
+                dx.addmm_(grad, weight)
+            dx, work = _start_sum(dx.view(whole.shape), ctx.tp)
+        flat = whole.reshape(-1, whole.shape[-1])
+        needed = ctx.needs_input_grad[2:]
+        dweights = [grad.t() @ flat if wanted else None for grad, wanted in zip(rows, needed, strict=True)]
+        if work is not None:
+            work.wait()
+        return None, dx, *dweights
+
+
+def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:
+    """The ranks' sum of x [b, l, d], or this rank's shard of it, once the work is done; x may be overwritten."""
+    if tp.sequence_parallel:
+        return _start_reduce_scatter(x, tp)
+    tp.counter.add("all_reduce", x.numel() * x.element_size())
+    return x, dist.all_reduce(x, group=tp.group, async_op=True)
 
 
 class _Sum(torch.autograd.Function):

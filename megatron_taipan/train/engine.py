@@ -146,6 +146,7 @@ def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before every forward pass
         # the stream's neighbours in the tuple between stages want gradients too, so no tensor of it is partitioned
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }

@@ -22,7 +22,7 @@ import torch
 
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch
-from tests.distributed.parity import CI_CASES, LIMITS, Case, Setting, all_cases, covering_cases, run_cases
+from tests.distributed.parity import CI_CASES, GPU_LIMITS, LIMITS, Case, Setting, all_cases, covering_cases, run_cases
 
 CPU = Setting()
 Done = list[tuple[Case, dict[str, Any]]]
@@ -65,12 +65,18 @@ def run_all(
     return sorted(done, key=lambda pair: not pair[1]["failed"])
 
 
-def run_on_gpus(cases: list[Case]) -> dict[Setting, Done]:
-    """The cases that this machine's GPUs can hold: float32, bf16, and bf16 with CUDA graphs where they can be."""
+GPU_SETTINGS = {
+    "fp32": Setting(True, "fp32"), "bf16": Setting(True, "bf16"), "graphs": Setting(True, "bf16", graphs=True)
+}  # fmt: skip
+
+
+def run_on_gpus(cases: list[Case], names: list[str]) -> dict[Setting, Done]:
+    """The cases that this machine's GPUs can hold, in each setting those that it allows."""
     cases = [case for case in cases if 1 < case.processes <= torch.cuda.device_count()]
     done = {}
-    for setting in (Setting(True, "fp32"), Setting(True, "bf16"), Setting(True, "bf16", graphs=True)):
-        ours = [case for case in cases if case.graphable or not setting.graphs]
+    for setting in map(GPU_SETTINGS.__getitem__, names):
+        # bf16 is refused at stage 0
+        ours = [c for c in cases if (c.graphable or not setting.graphs) and (c.zero or setting.precision == "fp32")]
         floors, alone = None, []
         if setting.precision == "bf16":
             alone = run_all(sorted({case.alone() for case in ours}, key=str), setting)
@@ -82,14 +88,15 @@ def run_on_gpus(cases: list[Case]) -> dict[Setting, Done]:
 def table(done: list[tuple[Case, dict[str, Any]]]) -> str:
     """Markdown, failures first."""
     names = [f.name for f in fields(Case)]
-    head = ["", *names, "loss, step 1", "losses", "norm", "gradients", "weights", "selections"]
+    head = ["", *names, "loss, step 1", "norm, step 1", "gradients", "losses", "norms", "weights", "selections"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case, r in done:
         cells = ["**" + ", ".join(r["failed"]) + "**" if r["failed"] else "ok", *(str(getattr(case, n)) for n in names)]
         if "error" in r:
-            cells += ["crashed", *[""] * 5]
+            cells += ["crashed", *[""] * 6]
         else:
-            cells += [f"{r[k]:.1e}" for k in ("loss1", "losses", "norm", "grad", "weights")] + [r["selections"]]
+            cells += [f"{r[k]:.1e}" for k in ("loss1", "norm1", "grad", "losses", "norm", "weights")]
+            cells.append(r["selections"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -97,12 +104,13 @@ def table(done: list[tuple[Case, dict[str, Any]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ci", action="store_true", help="the small set of cases")
-    parser.add_argument("--gpus", action="store_true", help="on GPUs instead of CPU processes, one each")
+    parser.add_argument("--gpus", nargs="*", choices=GPU_SETTINGS, help="on GPUs, one a process (default: all three)")
     parser.add_argument("--more", type=int, default=0, help="this many cases besides, drawn from all possible ones")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
     args = parser.parse_args()
     cases = CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + all_cases()[: args.more]))
-    by_setting = run_on_gpus(cases) if args.gpus else {CPU: run_all(cases)}
+    on_gpus = args.gpus is not None
+    by_setting = run_on_gpus(cases, args.gpus or list(GPU_SETTINGS)) if on_gpus else {CPU: run_all(cases)}
     failures = 0
     for setting, done in by_setting.items():
         bad = [(case, r) for case, r in done if r["failed"]]
@@ -118,15 +126,16 @@ def main() -> int:
 
 def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
     """The page with the tables of all settings."""
-    command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "") + (" --gpus" if args.gpus else "")
+    on_gpus = args.gpus is not None
+    command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "") + (" --gpus" if on_gpus else "")
     command += f" --more {args.more}" if args.more else ""
     where = f"{platform.machine()} CPU, gloo, float32"
-    if args.gpus:
+    if on_gpus:
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
     text = (
         "# Parity: every layout against one process\n\n"
         f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}.\n\n"
-        f"Relative differences, the worst of each kind; limits in float32: {LIMITS}."
+        f"Relative differences, the worst of each kind; limits in float32: {GPU_LIMITS if on_gpus else LIMITS}."
         " How each is computed stands at the top of `tests/distributed/parity.py`.\n"
     )
     for setting, done in by_setting.items():

@@ -34,9 +34,12 @@ PATTERNS = {
     "jamba": "M*2 A M A",
     "transformerpp": "A*4",
 }
-LIMITS = {"loss1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}  # relative
+# relative; loss1, norm1 and grad at step 1, the others over all steps
+LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
+# a GPU adds up in no fixed order here and there, and the steps after the first amplify that
+GPU_LIMITS = LIMITS | {"norm": 1e-3, "weights": 1e-4}
 # of bf16, where one process happens to differ by less than a third of these
-LEAST = {"loss1": 2e-4, "grad": 2e-2, "losses": 5e-4, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
+LEAST = {"loss1": 2e-4, "norm1": 2e-3, "grad": 2e-2, "losses": 5e-4, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     dist.all_gather_object(everyone, trace.selections)
     if dist.get_rank():
         return {}
-    limits = LIMITS
+    limits = GPU_LIMITS if setting.on_gpu else LIMITS
     if setting.precision == "bf16":
         limits = {name: max(least, 3 * floor[name]) if floor else float("inf") for name, least in LEAST.items()}
     return compare(trace, everyone, reference(case.alone(), setting), limits)
@@ -385,7 +388,8 @@ def compare(trace: Trace, selections: list[dict], want: Trace, limits: dict[str,
     weight, weight_name = worst(trace.weights, want.weights)
     result = {
         "loss1": relative(trace.losses[:1], want.losses[:1]), "losses": relative(trace.losses, want.losses),
-        "norm": relative(trace.norms, want.norms), "grad": grad, "weights": weight,
+        "norm1": relative(trace.norms[:1], want.norms[:1]), "norm": relative(trace.norms, want.norms),
+        "grad": grad, "weights": weight,
         "worst": f"{grad_name}, {weight_name}",
     }  # fmt: skip
     seen: dict = {}

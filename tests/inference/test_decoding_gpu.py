@@ -84,7 +84,7 @@ def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, 
             cache = gpu.new_cache(3)
             gpu(tokens[:, :30], cache=cache)
             steppers.append(Stepper(gpu, cache, captured=captured))
-        rows, graphs = tokens, set()
+        rows, graphs = tokens, {}  # by id; kept, or a later graph could get the id of one that is gone
         for at in range(30, 400):
             if at == 200:
                 for stepper in steppers:
@@ -92,8 +92,9 @@ def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, 
                 rows = tokens[[2, 0]]
             eager, replayed = (stepper.step(rows[:, at : at + 1]).clone() for stepper in steppers)
             assert torch.equal(eager, replayed), at
-            graphs.add(id(steppers[1].graph))
-        assert len(graphs - {id(None)}) >= 2 and steppers[0].graph is None
+            if steppers[1].graph is not None:
+                graphs[id(steppers[1].graph)] = steppers[1].graph
+        assert len(graphs) >= 2 and steppers[0].graph is None
 
 
 @pytest.mark.gpu
