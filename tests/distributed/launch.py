@@ -2,8 +2,9 @@
 
     results = launch(2, cases.compare_stages, [1, 2, 3])
 
-runs `compare_stages([1, 2, 3])` in two processes that have joined a gloo group (on_gpu: NCCL, one GPU each), and
-returns both results. A start costs seconds, so a function runs many cases and returns all their results.
+runs `compare_stages([1, 2, 3])` in two processes that have joined a gloo group, and returns both results. They are
+forked from a process that has the imports behind it (forks.py); on_gpu they are fresh ones in an NCCL group, one GPU
+each, where a start costs seconds and a function had better run many cases.
 """
 
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taipan.train.distributed import free_port
+from tests.distributed.forks import the_forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +39,7 @@ def launch(
     Args:
         function: importable, at the top of a module; arguments and results are pickled.
         timeout: seconds until all are killed, with their stacks in the failure.
-        env: more environment variables.
+        env: more environment variables; the processes are then fresh interpreters, which read them from their start.
         join: whether the processes join a process group before and leave it after the call.
         on_gpu: each process has the GPU of its rank; else none.
 
@@ -51,8 +53,13 @@ def launch(
         task = Path(folder) / "task"
         task.write_bytes(pickle.dumps((function.__module__, function.__name__, arguments, join, timeout)))
         port = free_port()
-        running = [start(rank, processes, port, Path(folder), env or {}, on_gpu) for rank in range(processes)]
-        codes = wait(running, timeout + 30)
+        if env is None and not on_gpu:
+            envs = [process_env(rank, processes, port) for rank in range(processes)]
+            request = {"envs": envs, "folder": folder, "module": function.__module__, "timeout": timeout}
+            codes = the_forks(ROOT).run(**request)
+        else:
+            running = [start(rank, processes, port, Path(folder), env or {}, on_gpu) for rank in range(processes)]
+            codes = wait(running, timeout + 30)
         if any(code != 0 for code in codes):
             raise AssertionError(explain(function.__name__, codes, Path(folder)))
         return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(processes)]

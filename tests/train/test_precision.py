@@ -12,11 +12,12 @@ from megatron_taipan.data.indexed import IndexedWriter
 from tests.distributed.launch import ROOT, launch
 from tests.train.test_loop import log, runs
 
-# The quickstart's run on the bytes of its text, narrower and with shorter samples.
+# The quickstart's run on the bytes of its text, narrower and with shorter samples: two chunks and two windows in each.
 OVERRIDES = [
     "model.vocab_size=256", "model.d_model=64", "model.d_ff=128", "model.mamba.d_state=16", "model.mamba.headdim=16",
-    "model.attention.n_heads=2", "data.seq_len=128", "data.tokenizer=null", "train.micro_batch=8", "train.steps=200",
-    "train.eval_every=0", "checkpoint.save_every=0", "log.tensorboard=false", "log.every=50",
+    "model.mamba.chunk_size=32", "model.attention.n_heads=2", "model.attention.window=32", "data.seq_len=64",
+    "data.tokenizer=null", "train.micro_batch=8", "train.steps=200", "train.eval_every=0", "checkpoint.save_every=0",
+    "log.tensorboard=false", "log.every=50",
 ]  # fmt: skip
 
 
