@@ -5,7 +5,8 @@ It is written under a temporary name, loaded again by a process that cannot impo
 trainer's own forward pass, and renamed only if the logits agree.
 
 Weights are copied one tensor at a time, and models above --stream-above-gb are compared layer by layer, so the memory
-that is needed does not grow with the number of layers.
+that is needed does not grow with the number of layers. Those are compared in float32 arithmetic, on the weights as the
+files hold them: products of bf16 are many times slower on a CPU without instructions for them.
 """
 
 import argparse
@@ -39,6 +40,8 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+ROWS, LENGTH, PREFILL = 2, 64, 40  # tokens of the check; the first 40 of a row in one pass, the rest from its cache
+CHUNK, WINDOW = 16, 24  # tokens of a chunk of the scan and of a window in the check: several of each fit
 STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
 
 
@@ -162,17 +165,18 @@ def check_folder(
     Raises:
         UserError: it does not load, or its logits differ by more than TOLERANCE of the largest.
     """
-    config = state.config.model
-    # Longer than one chunk of the scan and one window where that is affordable, so that both matter.
-    length = min(max(config.mamba.chunk_size, config.attention.window) + 32, 512)
-    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    expected = trainer_logits(config, state, tokens, dtype)
+    config, probe = state.config.model, probe_of(state.config.model)
+    streamed = 4 * model_params(config) > stream_above
+    tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    expected = trainer_logits(probe, state, tokens, dtype, torch.float32 if streamed else dtype, PREFILL)
     codec = load_codec(tokenizer) if tokenizer else None
     pairs = [(text, codec.encode(text)) for text in [*hostile_texts(), *texts]] if codec else []
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
-        streamed = 4 * model_params(config) > stream_above
-        asked = {"dtype": str(dtype)[6:], "tokens": tokens.tolist(), "texts": pairs, "streamed": streamed}
+        asked = {
+            "dtype": str(dtype)[6:], "tokens": tokens.tolist(), "prefill": PREFILL, "texts": pairs,
+            "streamed": streamed, "network": config.model_dump(mode="json"), "probe": probe.model_dump(mode="json"),
+        }  # fmt: skip
         write_json(request, asked)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -192,14 +196,48 @@ def check_folder(
     return difference
 
 
+def probe_of(config: ModelConfig) -> ModelConfig:
+    """The network that the check computes: its windows and chunks are so short that few tokens cross several.
+
+    The weights are the same ones. What config.json says of the real lengths is compared by itself.
+    """
+    mamba = config.mamba.model_copy(update={"chunk_size": min(config.mamba.chunk_size, CHUNK)})
+    attention = config.attention.model_copy(update={"window": min(config.attention.window, WINDOW)})
+    return config.model_copy(update={"mamba": mamba, "attention": attention})
+
+
 @torch.inference_mode()
-def trainer_logits(config: ModelConfig, state: TrainedState, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The trainer's model on tokens [b, l], its weights read layer by layer: logits [b, l, v] float32."""
+def trainer_logits(
+    config: ModelConfig,
+    state: TrainedState,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    prefill: int | None = None,
+) -> Tensor:
+    """The trainer's model on tokens [b, l], its weights read layer by layer.
+
+    Args:
+        dtype: to which the weights are rounded, but for the float32 islands; compute: in which they are multiplied.
+        prefill: tokens of the first pass; the others are computed from its cache. None: one pass, no cache.
+
+    Returns:
+        Logits [b, l, v] float32.
+    """
     with torch.device("meta"):
         model = Taipan(config).eval()
     stored = stored_tensors(config, dtype)
-    stream(model, lambda name: state.load(name).to(stored[name][1]))
-    return model(tokens).logits.float()
+
+    def load(name: str) -> Tensor:
+        kept = stored[name][1]
+        return state.load(name).to(kept).to(compute if kept == dtype else kept)
+
+    stream(model, load)
+    if prefill is None:
+        return model(tokens).logits.float()
+    cache = model.new_cache(len(tokens), tokens.device, compute)
+    parts = (tokens[:, :prefill], tokens[:, prefill:])
+    return torch.cat([model(part, cache=cache).logits.float() for part in parts], 1)
 
 
 def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

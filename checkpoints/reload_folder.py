@@ -2,8 +2,10 @@
 
     python -I reload_folder.py FOLDER REQUEST.json ANSWER.npy
 
-The request holds `dtype`, `tokens` (rows of ids), `texts` (pairs of a text and the ids that the tokenizer must give)
-and `streamed`: whether the model is too large to be loaded whole; then the folder's class reads it layer by layer.
+The request holds `dtype`, `tokens` (rows of ids; `prefill` of each in a first pass, the rest from its cache), `texts`
+(pairs of a text and the ids that the tokenizer must give), `network`, which the folder's configuration must describe,
+`probe`, the same with shorter windows and chunks, which is computed, and `streamed`: whether the model is too large to
+be loaded whole; then the folder's class reads it layer by layer and computes in float32.
 Our package is made impossible to import first, so that only what the folder holds can answer.
 """
 
@@ -22,22 +24,21 @@ class Blocker:
             raise ImportError(f"{name} is not available to an exported folder")
 
 
-def load_whole(folder: str, dtype: Any) -> Any:
+def load_whole(folder: str, config: Any, dtype: Any) -> Any:
     """The model as any user of transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True, dtype=dtype).eval()
 
 
-def load_streamed(folder: str, dtype: Any) -> Any:
-    """The folder's class without weights, which it reads from the folder's files whenever it needs them.
+def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
+    """The folder's class without weights, which it reads from the folder's files whenever it needs them, as float32.
 
     Raises:
         ValueError: a weight is not stored in the type that transformers would give it.
     """
     import torch
     from safetensors import safe_open
-    from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     place = importlib.util.spec_from_file_location("streamed", Path(__file__).with_name("streamed.py"))
@@ -47,7 +48,7 @@ def load_streamed(folder: str, dtype: Any) -> Any:
     kind: Any = get_class_from_dynamic_module("modeling_taipan.TaipanForCausalLM", folder)
     kind.post_init = lambda self: None  # would draw initial weights
     with torch.device("meta"):
-        model = kind(AutoConfig.from_pretrained(folder, trust_remote_code=True)).eval()
+        model = kind(config).eval()
     wide = set(model._keep_in_fp32_modules_strict)
     files = [safe_open(file, "pt") for file in sorted(Path(folder).glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}
@@ -56,10 +57,21 @@ def load_streamed(folder: str, dtype: Any) -> Any:
         value = where[f"model.{name}"].get_tensor(f"model.{name}")
         if value.dtype != (torch.float32 if f"model.{name}" in wide else dtype):
             raise ValueError(f"model.{name} is stored as {value.dtype}")
-        return value
+        return value.float()
 
     streamed.stream(model.model, load)
     return model
+
+
+def new_cache(model: Any, rows: int, streamed: bool) -> Any:
+    """None, with which the model makes its own cache; one in the host's memory where the model lies nowhere."""
+    if not streamed:
+        return None
+    import torch
+
+    cache = sys.modules[type(model).__module__].TaipanCache()
+    cache.state = model.model.new_cache(rows, torch.device("cpu"), torch.float32)
+    return cache
 
 
 def main(folder: str, request_file: str, answer_file: str) -> None:
@@ -67,7 +79,7 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
     import numpy
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
@@ -76,9 +88,19 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
         for text, ids in request["texts"]:
             if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
                 sys.exit(f"AutoTokenizer gives other ids than the tokenizer of the data for {text[:60]!r}")
-    model = (load_streamed if request["streamed"] else load_whole)(folder, getattr(torch, request["dtype"]))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    if config.network != request["network"]:
+        sys.exit("config.json describes another network than the checkpoint's")
+    config.network = request["probe"]
+    load = load_streamed if request["streamed"] else load_whole
+    model = load(folder, config, getattr(torch, request["dtype"]))
+    tokens, prefill = torch.tensor(request["tokens"]), request["prefill"]
     with torch.inference_mode():
-        logits = model(torch.tensor(request["tokens"])).logits
+        first = model(
+            tokens[:, :prefill], past_key_values=new_cache(model, len(tokens), request["streamed"]), use_cache=True
+        )
+        rest = model(tokens[:, prefill:], past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, rest.logits], 1)
     numpy.save(answer_file, logits.float().numpy())
 
 

@@ -128,7 +128,57 @@ def test_a_large_model_is_checked_layer_by_layer(tmp_path, dtype, tied):
         assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
     tokens = torch.arange(1, 41).view(2, 20)
     whole = build_model(state.config.model, state.load, dtype)(tokens).logits
-    assert torch.equal(export_hf.trainer_logits(state.config.model, state, tokens, dtype), whole)
+    assert torch.equal(export_hf.trainer_logits(state.config.model, state, tokens, dtype, dtype), whole)
+    rounded = {name: tensor.to(dtype) if is_lowered(name) else tensor for name, tensor in state.weights.items()}
+    wide = build_model(state.config.model, lambda name: rounded[name].float(), torch.float32)(tokens).logits
+    ours = export_hf.trainer_logits(state.config.model, state, tokens, dtype, torch.float32)
+    assert torch.equal(ours, wide)
+    assert dtype == torch.float32 or 0 < (ours - whole).abs().max() < 0.05 * whole.abs().max()
+    again = export_hf.trainer_logits(state.config.model, state, tokens, dtype, torch.float32, prefill=7)
+    assert torch.allclose(again, wide, atol=1e-5 * float(wide.abs().max()))
+
+
+def is_lowered(name: str) -> bool:
+    """Whether a weight of memory_state's network is stored in bf16."""
+    return name.rpartition(".")[2] not in ("A_log", "dt_bias", "D", "bias", "threshold") and "gate.weight" not in name
+
+
+# A file of the exported folder, a line's part, and what stands there by mistake.
+MISTAKES = {
+    "a window of one less": ("taipan_model_context.py", "self.position - window + 1", "self.position - window + 2"),
+    "a cache that keeps the first keys": ("taipan_model_cache.py", "self.used - keep : self.used", ":keep"),
+    "a convolution that forgets": ("taipan_model_mamba2.py", "xBC, state.conv_tail = xBC", "xBC, _ = xBC"),
+    "a state passed on wrongly": ("taipan_ops_ssd.py", "carried = cum[:, :, -1]", "carried = cum[:, :, 0]"),
+    "a gate without threshold": ("taipan_model_gate.py", "margin > self.threshold", "margin > 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_folders_code_is_found(tmp_path, monkeypatch, mistake):
+    """Though a window and a chunk of the network are longer than what the check computes."""
+    file, right, wrong = MISTAKES[mistake]
+    sources = dict(export_hf.bundle_sources())
+    assert sources[file].count(right) == 1
+    sources[file] = sources[file].replace(right, wrong)
+    monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
+    state = memory_state(attention={"n_heads": 2, "window": 999}, mamba={"d_state": 8, "headdim": 8, "chunk_size": 256})
+    with pytest.raises(UserError, match="logits differ from the trainer's"):
+        export(state, tmp_path / "hf", stream_above=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_of_another_network_is_found(tmp_path, monkeypatch):
+    right = export_hf.config_json
+
+    def wrong(*arguments) -> dict:
+        written = right(*arguments)
+        written["network"]["attention"]["window"] += 1
+        return written
+
+    monkeypatch.setattr(export_hf, "config_json", wrong)
+    with pytest.raises(UserError, match="config.json describes another network"):
+        export(memory_state(), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -145,7 +195,7 @@ def test_a_streamed_model_holds_one_layer(monkeypatch, tied):
     monkeypatch.setattr(streamed, "fill", counting_fill)
     monkeypatch.setattr(export_hf, "stream", lambda net, load: (networks.append(net), streamed.stream(net, load)))
     state = memory_state("M S W M A", tie_embeddings=tied)
-    export_hf.trainer_logits(state.config.model, state, torch.arange(1, 9)[None], torch.float32)
+    export_hf.trainer_logits(state.config.model, state, torch.arange(1, 9)[None], *[torch.float32] * 2)
     (network,) = networks
     layer = max(sum(p.numel() for p in module.parameters()) for module in network.layers)
     table = network.embedding.weight.numel()
