@@ -29,6 +29,7 @@ from tests.faults.bench import LAYOUTS, Bench, Unavailable
 from tests.faults.cases import KILLS, OTHERS
 
 Case = Callable[[Bench, int], None]
+COMBINATIONS = 2 * len(LAYOUTS)  # a case's seed, modulo this, decides layout and way of saving
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
@@ -122,7 +123,11 @@ def describe(results: list[Result], seconds: float) -> str:
     for result in results:
         if result.fate == "failed":
             lines.append(f"\nNot survived: `{result.case.__name__}`, seed {result.seed}: {result.why}")
-    lines.append(f"\nSeeds go through the layouts {'; '.join(LAYOUTS)}, each with and without asynchronous saving.")
+    lines.append(f"\nThe layouts were {'; '.join(LAYOUTS)}, each with asynchronous and with synchronous saving.")
+    met = {case: {r.seed % COMBINATIONS for r in results if r.case is case} for case in KILLS}
+    if all(met.values()):
+        fewest = min(map(len, met.values()))
+        lines.append(f"Every kind of kill met at least {fewest} of these {COMBINATIONS} combinations.")
     return "\n".join(lines)
 
 

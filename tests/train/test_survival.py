@@ -68,7 +68,7 @@ def prefix(tmp_path_factory) -> str:
 
 def test_a_signal_to_any_rank_saves_and_the_same_command_continues_bit_equal(tmp_path, prefix):
     tree = toy_tree(prefix, tmp_path / "cut", train=SHORT | {"steps": 120})
-    for number, victims in ((signal.SIGTERM, [1]), (signal.SIGUSR1, [0, 1])):
+    for number, victims in ((signal.SIGTERM, [1]), (signal.SIGUSR2, [0, 1])):
         running = Running(tmp_path, tree)
         running.wait_for(tmp_path / "cut", 5 if number == signal.SIGTERM else log(tmp_path / "cut")[-1]["step"] + 5)
         for rank in victims:
