@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tokenizers
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,20 @@ def test_windows_of_any_text(model, parts, times, window):
     tokenizer = load_tokenizer(model)
     text = "".join(parts) * times
     assert np.array_equal(in_windows(tokenizer, text, 501, window), tokenizer.encode([text])[0])
+
+
+def test_a_cut_needs_the_same_tokens_before_it_on_both_sides(tmp_path):
+    """Pairs of x are joined first, then an x that is left over and a blank. The window's run of x is odd, the overlap's
+    even: only the overlap has a border before the blank, and so has all that follows it."""
+    letters = {"x": 0, "y": 1, " ": 2, "xx": 3, "x ": 4}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [("x", "x"), ("x", " ")]))
+    bpe.decoder = tokenizers.decoders.Fuse()
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = ("x" * 1501 + " " + "y" * 700) * 6
+    want = tokenizer.encode([text])[0]
+    assert (want == letters["x "]).sum() == 6 and (want == letters[" "]).sum() == 0
+    assert np.array_equal(in_windows(tokenizer, text), want)
 
 
 def test_a_cut_that_was_none_is_taken_back(model, speeches, monkeypatch):
