@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_taipan.data.indexed import IndexedReader
-from megatron_taipan.data.places import Place
+from megatron_taipan.data.stream import Place
 from megatron_taipan.errors import UserError
 
 Batch = dict[str, torch.Tensor]
@@ -29,7 +29,7 @@ class BatchReader:
 
     def __init__(self, seq_len: int, mask_documents: bool):
         self.seq_len, self.mask_documents = seq_len, mask_documents
-        self._buffers: dict[np.dtype, np.ndarray] = {}
+        self._buffers: dict[np.dtype, tuple[np.ndarray, list[memoryview]]] = {}
 
     def __call__(self, places: list[Place], indices: list[int], vocab_size: int) -> "Block":
         """The samples at `places`, numbered `indices`, as one block.
@@ -43,12 +43,12 @@ class BatchReader:
         row = 0
         for dtype, group in groupby(places, _dtype):  # sources may store ids in different types
             left = list(group)
-            buffer = self._buffer(dtype)
+            buffer, views = self._buffer(dtype)
             while left:
                 now, left = left[: len(buffer)], left[len(buffer) :]
+                for place, view in zip(now, views, strict=False):
+                    place.read_into(view)
                 ids = buffer[: len(now)]
-                for place, into in zip(now, ids, strict=True):
-                    place.read_into(into)
                 check_ids(now, ids, vocab_size)
                 tokens[row : row + len(now)], labels[row : row + len(now)] = ids[:, :-1], ids[:, 1:]
                 row += len(now)
@@ -63,11 +63,12 @@ class BatchReader:
         arrays["sample"][:] = indices
         return block
 
-    def _buffer(self, dtype: np.dtype) -> np.ndarray:
-        """Room for the ids of some samples, [>= 1, L + 1]."""
+    def _buffer(self, dtype: np.dtype) -> tuple[np.ndarray, list[memoryview]]:
+        """Room for the ids of some samples, [>= 1, L + 1], and the bytes of each of its rows."""
         if dtype not in self._buffers:
             rows = max(1, BUFFER // ((self.seq_len + 1) * dtype.itemsize))
-            self._buffers[dtype] = np.empty((rows, self.seq_len + 1), dtype)
+            room = np.empty((rows, self.seq_len + 1), dtype)
+            self._buffers[dtype] = room, [row.data.cast("B") for row in room]
         return self._buffers[dtype]
 
     def __getstate__(self) -> dict:

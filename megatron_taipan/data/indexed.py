@@ -222,10 +222,14 @@ class IndexedReader:
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, of type `dtype`) with the tokens from `position` on."""
-        start = position * self.dtype.itemsize
-        got = os.preadv(self._bin_fd, [out.data], start)
-        while got < out.nbytes:
-            more = os.preadv(self._bin_fd, [out.data.cast("B")[got:]], start + got)
+        self.read_bytes(position, out.data.cast("B"))
+
+    def read_bytes(self, position: int, out: memoryview) -> None:
+        """Fills the bytes `out` with the tokens from `position` on, as the file holds them."""
+        start, size = position * self.dtype.itemsize, len(out)
+        got = os.preadv(self._bin_fd, [out], start)
+        while got < size:
+            more = os.preadv(self._bin_fd, [out[got:]], start + got)
             if not more:
                 raise UserError(f"{self.prefix}.bin became shorter while it was read; restore it and resume")
             got += more

@@ -79,7 +79,7 @@ class SampleDataset(Dataset):
         """
         [place] = self._places([index])
         out = np.empty(self.seq_len + 1, place.reader.dtype)
-        place.read_into(out)
+        place.read_into(out.data.cast("B"))
         check_ids([place], out, self.vocab_size)
         return out, place.begins
 

@@ -1,8 +1,53 @@
 """A stream of tokens: some ranges of an indexed file laid end to end, and round again."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_taipan.data.indexed import CHUNK, IndexedReader
+
+
+class Place:
+    """One stretch of a stream: where its tokens are, and where in it other documents begin (above 0, rising)."""
+
+    __slots__ = ("reader", "position", "runs", "begins")
+
+    def __init__(
+        self, reader: IndexedReader, position: int, runs: list[tuple[int, int, int]] | None, begins: list[int]
+    ):
+        self.reader, self.position, self.runs, self.begins = reader, position, runs, begins
+
+    def read_into(self, out: memoryview) -> None:
+        """Fills the bytes `out` with the tokens, as the file holds them."""
+        if self.runs is None:
+            self.reader.read_bytes(self.position, out)
+        else:
+            size = self.reader.dtype.itemsize
+            for position, begin, end in self.runs:
+                self.reader.read_bytes(position, out[begin * size : end * size])
+
+
+@dataclass(slots=True)
+class Stretches:
+    """Many stretches of a stream, in few objects: hundreds of small ones would keep the garbage collector busy.
+
+    Attributes:
+        position: of each, where in the file its first token is.
+        runs: of those that lie in several places, each run as (position in the file, [begin, end) in the stretch).
+        begins: where other documents begin, stretch after stretch; those of number k are [bounds[k], bounds[k + 1]).
+    """
+
+    reader: IndexedReader
+    position: list[int]
+    runs: dict[int, list[tuple[int, int, int]]]
+    begins: list[int]
+    bounds: list[int]
+
+    def places(self, numbers: Iterable[int]) -> list[Place]:
+        """Some of them."""
+        position, runs, begins, bounds = self.position, self.runs, self.begins, self.bounds
+        return [Place(self.reader, position[k], runs.get(k), begins[bounds[k] : bounds[k + 1]]) for k in numbers]
 
 
 class TokenStream:
@@ -20,18 +65,14 @@ class TokenStream:
         self.position = np.concatenate([[0], np.cumsum(stop[kept] - start[kept])])  # [p + 1], in stream coordinates
         self.n_tokens = int(self.position[-1])
 
-    def locate(self, positions: np.ndarray, length: int) -> list[tuple[list[tuple[int, int, int]], list[int]]]:
-        """Finds stretches of the ring, `length` <= n_tokens tokens from each of `positions` (int64 [m]) on.
-
-        Returns:
-            of each: its runs of neighbouring tokens in the file as (position in the file, [begin, end) in the stretch),
-            and the places in it, above 0 and rising, at which another document begins.
-        """
+    def locate(self, positions: np.ndarray, length: int) -> "Stretches":
+        """Finds stretches of the ring, `length` <= n_tokens tokens from each of `positions` (int64 [m]) on."""
         # ranges are counted on past the end of the ring, range p being range 0 again
         first, last = self._range(positions), self._range(positions + (length - 1))
         per = last - first + 1  # [m], runs of each stretch
         owner = np.repeat(np.arange(len(positions)), per)  # [r], stretch of each run
-        number = first[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(per) - per, per)
+        run_start = np.cumsum(per) - per  # [m]
+        number = first[owner] + np.arange(len(owner)) - run_start[owner]
         turn, number = np.divmod(number, len(self.start))
         shift = turn * self.n_tokens - positions[owner]  # from ring to stretch
         begin = np.maximum(self.position[number] + shift, 0)
@@ -39,15 +80,15 @@ class TokenStream:
         at = self.start[number] + begin - (self.position[number] + shift)
         # a run that does not begin its stretch begins with a document
         found, run = self.reader.boundaries(at + (begin == 0), at + end - begin)
-        places = found - (at - begin)[run]
-        runs = list(zip(at.tolist(), begin.tolist(), end.tolist(), strict=True))
-        begins = places.tolist()
-        run_stop = np.cumsum(per).tolist()
-        begin_stop = np.cumsum(np.bincount(owner[run], minlength=len(positions))).tolist()
-        return [
-            (runs[a:b], begins[c:d])
-            for a, b, c, d in zip([0, *run_stop], run_stop, [0, *begin_stop], begin_stop, strict=False)
-        ]
+        many = np.flatnonzero(per > 1)
+        runs = {
+            stretch: list(zip(at[a:b].tolist(), begin[a:b].tolist(), end[a:b].tolist(), strict=True))
+            for stretch, a, b in zip(many.tolist(), run_start[many], (run_start + per)[many], strict=True)
+        }
+        bounds = np.searchsorted(owner[run], np.arange(len(positions) + 1))
+        return Stretches(
+            self.reader, at[run_start].tolist(), runs, (found - (at - begin)[run]).tolist(), bounds.tolist()
+        )
 
     def _range(self, positions: np.ndarray) -> np.ndarray:
         """The ranges that hold ring positions in [0, 2 * n_tokens): int64 [m] -> int64 [m], below 2 * p."""
@@ -59,10 +100,9 @@ class TokenStream:
 
     def read_into(self, position: int, out: np.ndarray) -> list[int]:
         """Fills `out` with the tokens from stream `position` on, going round at the end; gives `locate`'s begins."""
-        [(runs, begins)] = self.locate(np.array([position]), len(out))
-        for at, begin, end in runs:
-            self.reader.read_into(at, out[begin:end])
-        return begins
+        [place] = self.locate(np.array([position]), len(out)).places([0])
+        place.read_into(out.data.cast("B"))
+        return place.begins
 
     def long_documents(self, least: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Documents of at least `least` tokens: stream positions [d], lengths [d]; and the longest of all."""
