@@ -71,7 +71,7 @@ def test_sampling_with_the_cache_equals_sampling_without():
     assert torch.equal(*results)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 15), min_size=2, max_size=4), st.sampled_from([None, 4]), st.booleans())
 def test_a_left_padded_batch_equals_single_prompts(lengths, chunk, beams):
     model, longest = hf_model(), max(lengths)
