@@ -5,6 +5,7 @@ ids are read into a small buffer that stays in the processor's cache and go from
 tokens and once for the labels, and everything else is written once.
 """
 
+import weakref
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_taipan.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+KEPT = 4  # pieces of memory that are kept: a step with one micro-batch needs two, the new one beside the last
 BUFFER = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
 
 
@@ -30,6 +32,7 @@ class BatchReader:
     def __init__(self, seq_len: int, mask_documents: bool):
         self.seq_len, self.mask_documents = seq_len, mask_documents
         self._buffers: dict[np.dtype, tuple[np.ndarray, list[memoryview]]] = {}
+        self._memory = Memory()
 
     def __call__(self, places: list[Place], indices: list[int], vocab_size: int) -> "Block":
         """The samples at `places`, numbered `indices`, as one block.
@@ -37,8 +40,8 @@ class BatchReader:
         Raises:
             UserError: an id is not below vocab_size.
         """
-        block = Block(len(places), self.seq_len)
-        arrays = block.arrays()
+        block = Block(len(places), self.seq_len, self._memory(Block.size(len(places), self.seq_len)))
+        arrays = block.arrays
         tokens, labels = arrays["tokens"], arrays["labels"]
         row = 0
         for dtype, group in groupby(places, _dtype):  # sources may store ids in different types
@@ -72,34 +75,54 @@ class BatchReader:
         return self._buffers[dtype]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_buffers": {}}
+        return {**self.__dict__, "_buffers": {}, "_memory": Memory()}
+
+
+class Memory:
+    """Pieces of memory that serve again as soon as nobody holds an array or tensor in them any more.
+
+    The allocator would give them back to the system, which clears the pages of new ones; that takes longer than to
+    fill them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[bytearray, weakref.ref[np.ndarray]]] = []
+
+    def __call__(self, size: int) -> np.ndarray:
+        """A piece of `size` bytes, uint8 [size], in use for as long as this array, or one made from it, lives."""
+        for at, (memory, array) in enumerate(self._kept):
+            if len(memory) == size and array() is None:
+                del self._kept[at]
+                break
+        else:
+            memory = bytearray(size)
+        lent = np.frombuffer(memory, np.uint8)  # arrays made from it hold it, since it is the first that is an array
+        self._kept = [(memory, weakref.ref(lent)), *self._kept[: KEPT - 1]]
+        return lent
 
 
 class Block:
-    """The memory of one batch of b samples, in one piece.
+    """One batch of b samples, in one piece of memory: so a loader's worker sends one file descriptor."""
 
-    The allocator keeps one piece of this size for the next batch. It would give several back to the system and have
-    their pages cleared again, which takes longer than to fill them. And a loader's worker sends one file descriptor.
-    """
-
-    def __init__(self, b: int, seq_len: int, memory: np.ndarray | None = None):
-        self.b, self.seq_len = b, seq_len
-        self.memory = np.empty(b * (24 * seq_len + 8), np.uint8) if memory is None else memory
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What `SampleDataset` promises, as arrays."""
-        shape, n, memory = (self.b, self.seq_len), self.b * self.seq_len, self.memory
-        return {
+    def __init__(self, b: int, seq_len: int, memory: np.ndarray):
+        self.b, self.seq_len, self.memory = b, seq_len, memory
+        shape, n = (b, seq_len), b * seq_len
+        self.arrays = {  # what `SampleDataset` promises
             "tokens": np.ndarray(shape, np.int64, memory, 0),
             "labels": np.ndarray(shape, np.int64, memory, 8 * n),
             "loss_mask": np.ndarray(shape, np.float32, memory, 16 * n),
             "seq_idx": np.ndarray(shape, np.int32, memory, 20 * n),
-            "sample": np.ndarray(self.b, np.int64, memory, 24 * n),
+            "sample": np.ndarray(b, np.int64, memory, 24 * n),
         }
 
+    @staticmethod
+    def size(b: int, seq_len: int) -> int:
+        """Bytes of a block."""
+        return b * (24 * seq_len + 8)
+
     def batch(self) -> Batch:
-        """The same as tensors."""
-        return {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+        """The arrays as tensors."""
+        return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Arrives in another process as the batch."""

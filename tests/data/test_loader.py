@@ -300,6 +300,19 @@ def test_places_are_found_ahead_where_batches_come_at_one_distance(tmp_path):
     assert asked[3:] == [2]
 
 
+def test_memory_serves_again_only_when_nobody_holds_it(tmp_path):
+    data = dataset(corpus(tmp_path / "x", [9] * 100))
+    held = [data.batch([i, i + 1])[name] for i in range(8) for name in ("labels", "seq_idx")]
+    row = data.batch([50, 51])["tokens"][1]  # a part of a batch holds all of it
+    array = data.batch([60, 61])["tokens"].numpy()
+    places = {data.batch([i, i + 1])["tokens"].data_ptr() for i in range(20)}
+    assert len(places) <= 2
+    again = dataset(str(tmp_path / "x"))
+    for i, labels, seq_idx in zip(range(8), held[::2], held[1::2], strict=True):
+        assert torch.equal(labels[1], again[i + 1]["labels"]) and torch.equal(seq_idx[1], again[i + 1]["seq_idx"])
+    assert torch.equal(row, again[51]["tokens"]) and array[1].tolist() == again[61]["tokens"].tolist()
+
+
 @pytest.mark.parametrize(
     ("one_document", "per_epoch", "digest"), [(False, 256, "6b5ffbe9f74d875f"), (True, 113, "28c2ad859d36ffd3")]
 )
