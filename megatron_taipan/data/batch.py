@@ -56,13 +56,14 @@ class BatchReader:
                 tokens[row : row + len(now)], labels[row : row + len(now)] = ids[:, :-1], ids[:, 1:]
                 row += len(now)
         arrays["loss_mask"].fill(1)
-        if not self.mask_documents:
-            arrays["seq_idx"].fill(0)
-        for place, mask, numbers in zip(places, arrays["loss_mask"], arrays["seq_idx"], strict=True):
+        arrays["seq_idx"].fill(0)
+        mask, numbers = arrays["loss_mask"].reshape(-1), arrays["seq_idx"].reshape(-1)
+        for row, place in enumerate(places):
+            first, stop = row * self.seq_len, (row + 1) * self.seq_len
             for begin in place.begins:
-                mask[begin - 1] = 0
+                mask[first + begin - 1] = 0
             if self.mask_documents:
-                number_documents(place.begins, numbers)
+                number_documents(place.begins, numbers, first, stop)
         arrays["sample"][:] = indices
         return block
 
@@ -137,16 +138,18 @@ def _dtype(place: Place) -> np.dtype:
     return place.reader.dtype
 
 
-def number_documents(begins: list[int], out: np.ndarray) -> None:
-    """Fills `out` [L] with the number of the document, from 0; others begin at `begins`, rising, the last may be L."""
+def number_documents(begins: list[int], out: np.ndarray, first: int, stop: int) -> None:
+    """Numbers the documents of one sample in `out[first:stop]`, which holds zeros.
+
+    The others begin at `begins`, rising and counted from `first`; the last may be at `stop`.
+    """
     if len(begins) < 16:
-        start = number = 0
-        for begin in begins:
-            out[start:begin] = number
-            start, number = begin, number + 1
-        out[start:] = number
+        for number, begin in enumerate(begins, 1):
+            out[first + begin : stop] = number
     else:
-        out[:] = np.repeat(np.arange(len(begins) + 1), np.diff([0, *begins, max(len(out), begins[-1])]))[: len(out)]
+        length = stop - first
+        counts = np.diff([0, *begins, max(length, begins[-1])])
+        out[first:stop] = np.repeat(np.arange(len(begins) + 1), counts)[:length]
 
 
 def check_ids(places: list[Place], ids: np.ndarray, vocab_size: int) -> None:
