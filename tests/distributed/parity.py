@@ -1,4 +1,4 @@
-"""One layout against one process: trains five steps through the real engine and compares everything.
+"""One layout against one process: trains a few steps through the real engine and compares everything.
 
 The reference is the unsplit network in one process, float32, torch's AdamW, no DeepSpeed. Compared are: the loss of
 every step, the gradient norm before clipping, every parameter's gradient at step 1 and value after step 5 (the shards
@@ -22,11 +22,12 @@ import torch.distributed as dist
 from megatron_taipan.config import Config, make_config
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.groups import Groups, build_groups
 from megatron_taipan.parallel.layout import describe, merge_shards
+from tests.ops.interpreted import interpreted_ops
 
-STEPS, BATCH, VOCAB = 5, 4, 97  # 97 is odd on purpose: no tensor size divides it
+VOCAB = 97  # odd on purpose: no tensor size divides it
 PATTERNS = {
     "taipan": "M*2 S M S",
     "mamba2": "M*4",
@@ -49,25 +50,42 @@ class Setting:
     on_gpu: bool = False
     precision: str = "fp32"  # fp32: reference operations; bf16: the kernels
     graphs: bool = False  # layers as CUDA graphs, which say nothing about single tokens: selections are not compared
+    interpreted: bool = False  # the kernels in Triton's interpreter on a CPU, float32
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
 
     @property
+    def ops(self) -> Ops:
+        if self.interpreted:
+            return interpreted_ops()
+        return pick_ops("reference" if self.precision == "fp32" else "fast")
+
+    @property
+    def steps(self) -> int:
+        return 1 if self.interpreted else 5
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step, each a micro-batch."""
+        return 2 if self.interpreted else 4
+
+    @property
     def length(self) -> int:
-        """Tokens a row: on a GPU more than one of the kernels' chunks."""
-        return 160 if self.on_gpu else 32
+        """Tokens a row: for the kernels more than one of their chunks."""
+        return 100 if self.interpreted else 160 if self.on_gpu else 32
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """On a GPU sizes that the kernels take."""
-        if self.on_gpu:
+        """For the kernels sizes that they take."""
+        if self.on_gpu or self.interpreted:
             return {"d_model": 64, "d_ff": 96, "mamba": {"d_state": 16, "headdim": 16}, "window": 40}
         return {"d_model": 32, "d_ff": 48, "mamba": {"d_state": 8, "headdim": 8, "chunk_size": 8}, "window": 9}
 
     def __str__(self) -> str:
-        return f"{self.precision}{' graphs' if self.graphs else ''} on {'GPUs' if self.on_gpu else 'the CPU'}"
+        kind = " graphs" if self.graphs else " kernels interpreted" if self.interpreted else ""
+        return f"{self.precision}{kind} on {'GPUs' if self.on_gpu else 'the CPU'}"
 
 
 @dataclass(frozen=True)
@@ -189,8 +207,8 @@ def configure(case: Case, setting: Setting) -> Config:
             # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
             "optim": {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.5, "weight_decay": 0.1},
             "train": {
-                "steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "precision": setting.precision, "seed": 3,
-                "cuda_graphs": setting.graphs,
+                "steps": setting.steps, "global_batch": setting.batch, "micro_batch": 1, "seed": 3,
+                "precision": setting.precision, "cuda_graphs": setting.graphs,
             },
             "checkpoint": {"dir": "unused"},
         }
@@ -199,21 +217,21 @@ def configure(case: Case, setting: Setting) -> Config:
 
 def make_batch(step: int, packed: bool, setting: Setting) -> dict[str, torch.Tensor]:
     """The global batch of a step; masks differ from row to row, so that a mean of means would show."""
-    generator, length = torch.Generator().manual_seed(100 + step), setting.length
-    tokens = torch.randint(0, VOCAB, (BATCH, length + 1), generator=generator)
-    cut = torch.randint(1, length, (BATCH, 1), generator=generator)
-    seq_idx = (torch.arange(length) >= cut).int() if packed else torch.zeros(BATCH, length, dtype=torch.int32)
-    mask = (torch.rand(BATCH, length, generator=generator) < torch.linspace(0.3, 1.0, BATCH)[:, None]).float()
+    generator, b, length = torch.Generator().manual_seed(100 + step), setting.batch, setting.length
+    tokens = torch.randint(0, VOCAB, (b, length + 1), generator=generator)
+    cut = torch.randint(1, length, (b, 1), generator=generator)
+    seq_idx = (torch.arange(length) >= cut).int() if packed else torch.zeros(b, length, dtype=torch.int32)
+    mask = (torch.rand(b, length, generator=generator) < torch.linspace(0.3, 1.0, b)[:, None]).float()
     batch = {
         "tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "seq_idx": seq_idx,
-        "sample": torch.arange(step * BATCH, (step + 1) * BATCH),
+        "sample": torch.arange(step * b, (step + 1) * b),
     }  # fmt: skip
     return {name: value.to(setting.device) for name, value in batch.items()}
 
 
 @dataclass
 class Trace:
-    """What a run of STEPS steps did."""
+    """What a run did."""
 
     losses: list[float]
     norms: list[float]
@@ -252,7 +270,7 @@ def reference(case: Case, setting: Setting) -> Trace:
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     watch_gates(model, trace.selections, now)
-    for step in range(STEPS):
+    for step in range(setting.steps):
         now["step"] = step
         batch = make_batch(step, packed, setting)
         seq_idx = batch["seq_idx"] if packed else None
@@ -299,7 +317,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
         )  # fmt: skip
     groups = made[key]
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
-    model = build_model(config, groups, pick_ops("reference" if setting.precision == "fp32" else "fast"))
+    model = build_model(config, groups, setting.ops)
     if not setting.graphs:
         watch_gates(model, trace.selections, now)
     engine = build_engine(model, config, groups, setting.device)
@@ -307,8 +325,8 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     if setting.graphs:
         report = capture_graphs(model, config, setting.device, graphs)
         assert "CUDA graphs" in report, report
-    per_rank = BATCH // groups.data_size
-    for step in range(STEPS):
+    per_rank = setting.batch // groups.data_size
+    for step in range(setting.steps):
         now["step"] = step
         batch = make_batch(step, case.packed, setting)
         rows = [k * groups.data_size + groups.data_rank for k in range(per_rank)]

@@ -1,0 +1,27 @@
+"""A whole network through every kernel, split over tensor ranks, on CPUs: loss and all gradients of one step.
+
+Run and skipped as tests/ops/test_mamba2_interpreted.py.
+"""
+
+import os
+import sys
+
+import pytest
+
+from tests.distributed.launch import ROOT, launch
+from tests.distributed.parity import Case, Setting, run_cases
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+]
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_kernels_over_two_ranks_give_what_the_references_give_on_one(sequence):
+    case = Case("taipan", tensor=2, sequence=sequence)
+    path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
+    setting, env = Setting(interpreted=True), {"PYTHONPATH": path}
+    (result,) = launch(2, run_cases, [case], setting, [None], timeout=900, env=env)[0]
+    assert not result["failed"], result
