@@ -127,7 +127,11 @@ def main() -> int:
 def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
     """The page with the tables of all settings."""
     on_gpus = args.gpus is not None
-    command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "") + (" --gpus" if on_gpus else "")
+    command = (
+        "python -m tests.distributed.matrix"
+        + (" --ci" if args.ci else "")
+        + ("".join([" --gpus", *(f" {n}" for n in args.gpus)]) if on_gpus else "")
+    )
     command += f" --more {args.more}" if args.more else ""
     where = f"{platform.machine()} CPU, gloo, float32"
     if on_gpus:
@@ -140,7 +144,7 @@ def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
     )
     for setting, done in by_setting.items():
         good = sum(not r["failed"] for _, r in done)
-        text += f"\n## {str(setting).capitalize()}: {good} of {len(done)} cases pass\n\n"
+        text += f"\n## {setting}: {good} of {len(done)} cases pass\n\n"
         if setting.precision == "bf16":
             text += "The last rows are the networks on one process, whose differences are the measure.\n\n"
         text += table(done)
