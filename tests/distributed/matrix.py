@@ -127,11 +127,8 @@ def main() -> int:
 def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
     """The page with the tables of all settings."""
     on_gpus = args.gpus is not None
-    command = (
-        "python -m tests.distributed.matrix"
-        + (" --ci" if args.ci else "")
-        + ("".join([" --gpus", *(f" {n}" for n in args.gpus)]) if on_gpus else "")
-    )
+    gpus = " ".join(["", "--gpus", *args.gpus]) if on_gpus else ""
+    command = "python -m tests.distributed.matrix" + (" --ci" if args.ci else "") + gpus
     command += f" --more {args.more}" if args.more else ""
     where = f"{platform.machine()} CPU, gloo, float32"
     if on_gpus:
