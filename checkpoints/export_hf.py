@@ -42,6 +42,7 @@ from megatron_taipan.parallel.layout import describe
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH, PREFILL = 2, 64, 40  # tokens of the check; the first 40 of a row in one pass, the rest from its cache
 CHUNK, WINDOW = 16, 24  # tokens of a chunk of the scan and of a window in the check: several of each fit
+ROUNDED_ROWS = 4096  # of a matrix at once
 STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
 
 
@@ -229,8 +230,13 @@ def trainer_logits(
     stored = stored_tensors(config, dtype)
 
     def load(name: str) -> Tensor:
-        kept = stored[name][1]
-        return state.load(name).to(kept).to(compute if kept == dtype else kept)
+        value, kept = state.load(name), stored[name][1]
+        if kept != dtype or compute == kept:
+            return value.to(kept)
+        wide = torch.empty_like(value, dtype=compute)
+        for ours, theirs in zip(wide.split(ROUNDED_ROWS), value.split(ROUNDED_ROWS), strict=True):
+            ours.copy_(theirs.to(kept))  # no third copy of the whole tensor
+        return wide
 
     stream(model, load)
     if prefill is None:
