@@ -248,8 +248,6 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     first = tmp_path / "behind" / "step_00000002"
     events = [(record["event"], record["step"]) for record in log_all(tmp_path / "behind")]
     assert events.index(("step", 4)) < events.index(("save", 2))  # it learned on before the first was complete
-    save = log(tmp_path / "behind", "save")[0]
-    assert save["stall_s"] < save["write_s"]
     assert log(tmp_path / "waiting", "save")[0]["stall_s"] >= 0.3
     ours, theirs = everything(first), everything(tmp_path / "waiting" / "step_00000002")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
