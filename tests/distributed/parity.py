@@ -37,7 +37,7 @@ PATTERNS = {
 }
 # relative; loss1, norm1 and grad at step 1, the others over all steps
 LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
-# a GPU adds up in no fixed order here and there, and the steps after the first amplify that
+# longer rows and a wider network: the steps after the first amplify rounding more, on one process too
 GPU_LIMITS = LIMITS | {"norm": 1e-3, "weights": 1e-4}
 # of bf16, where one process happens to differ by less than a third of these
 LEAST = {"loss1": 2e-4, "norm1": 2e-3, "grad": 2e-2, "losses": 5e-4, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
@@ -244,7 +244,7 @@ def watch_gates(model: torch.nn.Module, into: dict, now: dict[str, Any]) -> None
     """Notes every gate's selections under (step, sample, layer)."""
 
     def note(gate: Gate, arguments: tuple, selection: Any) -> None:
-        if gate.training and not (selection.selected.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if gate.training:
             for row, sample in enumerate(arguments[1].samples.tolist()):
                 into[now["step"], sample, gate.layer] = bytes(selection.selected[row].tolist())
 
