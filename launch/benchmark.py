@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--largest", type=int, default=64, help="memory: where the search for the largest batch ends")
     parser.add_argument("--ops", default="fast", choices=["fast", "auto", "reference"])
     parser.add_argument("--only", nargs="*", help="step, memory: rows whose names hold these words")
-    parser.add_argument("--profile", action="store_true", help="step, layer: also our kernels' times")
+    parser.add_argument("--profile", action="store_true", help="step, layer, decode: also our kernels' times")
     parser.add_argument("--length", type=int, default=32768, help="attention: tokens")
     parser.add_argument("--densities", type=float, nargs="*", default=[0.02, 0.0625, 0.15, 0.25, 0.5])
     parser.add_argument("--skip-flex", action="store_true", help="attention: do not compile flex_attention")

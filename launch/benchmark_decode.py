@@ -10,10 +10,11 @@ import argparse
 import copy
 import itertools
 import time
+from typing import Any
 
 import torch
 
-from launch.benchmark_common import Table, preset
+from launch.benchmark_common import Table, kernel_times, preset
 from megatron_taipan.evaluation.calibrate import calibrate
 from megatron_taipan.inference.stepping import EAGER_STEPS, Stepper
 from megatron_taipan.model.cache import Cache
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
                   **{"tokens/s": round(new / times[-1] * 1e3)})  # fmt: skip
         settle_gates(model, cache)
         for batch in options.batches:
-            numbers = decode(model, cache, batch, options.steps, captured=True)
+            numbers = decode(model, cache, batch, options.steps, captured=True, profiled=options.profile)
             speeds[batch].append(numbers["tokens/s"])
             table.add(f"decode, batch {batch}, context {context}", **numbers)
             torch.cuda.empty_cache()
@@ -67,7 +68,9 @@ def prefill(model: Taipan, cache: Cache, tokens: torch.Tensor, chunk: int) -> fl
     return (time.perf_counter() - began) * 1e3
 
 
-def decode(model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured: bool) -> dict:
+def decode(
+    model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured: bool, profiled: bool = False
+) -> dict[str, Any]:
     """Median and mean over `steps` tokens of every row (the mean holds the rare moves of a window's buffer)."""
     cache = repeated(prefilled, batch)
     stepper = Stepper(model, cache, captured=captured)
@@ -85,10 +88,11 @@ def decode(model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured:
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     ms = times[len(times) // 2]
-    return {
+    numbers: dict[str, Any] = {
         "ms per token": round(ms, 3), "mean ms": round(sum(times) / steps, 3), "tokens/s": round(batch / ms * 1e3),
         "selected": selected, "cache MiB": round(cache.n_bytes() / 2**20),
     }  # fmt: skip
+    return numbers | (kernel_times(lambda: stepper.step(tokens[0]), 20) if profiled else {})
 
 
 def repeated(prefilled: Cache, batch: int) -> Cache:
