@@ -46,6 +46,11 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
         engine.optimizer.check_grad_overflow = True
         quicken(engine.optimizer, pipeline=groups.pipeline_size > 1)
+    if groups.pipeline_size > 1:
+        # imports DeepSpeed, which comes late on purpose
+        from megatron_taipan.train.pipeline_engine import mend_pipeline
+
+        mend_pipeline(engine)
     return engine
 
 

@@ -75,14 +75,17 @@ def run_on_gpus(cases: list[Case], names: list[str]) -> dict[Setting, Done]:
     cases = [case for case in cases if 1 < case.processes <= torch.cuda.device_count()]
     done = {}
     for setting in map(GPU_SETTINGS.__getitem__, names):
-        # bf16 is refused at stage 0
-        ours = [c for c in cases if (c.graphable or not setting.graphs) and (c.zero or setting.precision == "fp32")]
-        floors, alone = None, []
-        if setting.precision == "bf16":
-            alone = run_all(sorted({case.alone() for case in ours}, key=str), setting)
-            floors = {case: result for case, result in alone if "error" not in result}
-        done[setting] = run_all(ours, setting, floors=floors) + alone
+        ours = [c for c in cases if c.graphable or not setting.graphs]
+        done[setting] = run_bf16(ours, setting) if setting.precision == "bf16" else run_all(ours, setting)
     return done
+
+
+def run_bf16(cases: list[Case], setting: Setting) -> Done:
+    """Each case measured by its network alone; behind them these networks."""
+    cases = [case for case in cases if case.zero]  # bf16 is refused at stage 0
+    alone = run_all(sorted({case.alone() for case in cases}, key=str), setting)
+    floors = {case: result for case, result in alone if "error" not in result}
+    return run_all(cases, setting, floors=floors) + alone
 
 
 def table(done: list[tuple[Case, dict[str, Any]]]) -> str:

@@ -2,13 +2,19 @@
 
 import pytest
 
-from tests.distributed.matrix import run_all, table
-from tests.distributed.parity import CHOICES, CI_CASES, Case, covering_cases, possible
+from tests.distributed.matrix import run_all, run_bf16, table
+from tests.distributed.parity import CHOICES, CI_CASES, Case, Setting, covering_cases, possible
 
 
 @pytest.mark.slow
 def test_layouts_equal_one_process():
     done = run_all(CI_CASES)
+    assert not any(result["failed"] for _, result in done), "\n" + table(done)
+
+
+@pytest.mark.slow
+def test_layouts_in_bf16_stay_as_close_as_one_process():
+    done = run_bf16([case for case in CI_CASES if case.processes == 2], Setting(precision="bf16"))
     assert not any(result["failed"] for _, result in done), "\n" + table(done)
 
 

@@ -1,0 +1,45 @@
+"""What we replace in DeepSpeed's pipeline engine over ZeRO-1, so that it trains in 16 bits as it does in float32."""
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from torch import Tensor
+
+
+def mend_pipeline(engine: Any) -> None:
+    """Replaces two of a pipeline engine's methods in place.
+
+    - Gradients of tied weights were looked for in `.grad`. Where gradients are summed over micro-batches in float32
+      they lie elsewhere, so nothing was added up and the stages' copies of the embedding drifted apart.
+    - The norm of every parameter group was reduced over the stages by itself. Stages may have different groups (one
+      without a gate has no float32 matrix), and then waited for each other for ever.
+    """
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
+    reduce_norm_once(engine.optimizer)
+
+
+def sum_tied_gradients(engine: Any) -> None:
+    """Adds up the gradients of each tied weight over the stages that hold a copy."""
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        gradient = engine.optimizer.get_gradient_for_reduction(weight)
+        if gradient is None:
+            raise RuntimeError(f"tied weight {getattr(weight, 'full_name', '')} got no gradient on this stage")
+        dist.all_reduce(gradient, group=group)
+
+
+def reduce_norm_once(optimizer: Any) -> None:
+    """Lets the optimizer join the norms of its groups first, and reduce one number over the stages then."""
+    of_this_stage, over_stages = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        """Euclidean norm of all ranks' gradients, times the loss scale; infinite where one of them is not finite."""
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            square = of_this_stage(norm_type).square()
+        finally:
+            del optimizer._model_parallel_all_reduce
+        over_stages(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    optimizer.scaled_global_norm = scaled_global_norm
