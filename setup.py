@@ -63,7 +63,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "taipan-data = data_prep.cli:main",
+            "taipan-data = data_prep.cli:program",
             "taipan-pretrain = launch.pretrain:main",
             "taipan-export = checkpoints.export_hf:main",
         ]

@@ -1,8 +1,6 @@
 """`python -m data_prep`."""
 
-import sys
-
-from data_prep.cli import main
+from data_prep.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

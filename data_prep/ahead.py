@@ -6,6 +6,8 @@ This module imports nothing that takes time, and neither does fastokens, which r
 import os
 from threading import Thread
 
+ONE_THREAD = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the workers are the parallelism
+
 
 class Ahead:
     """Reads a tokenizer.json with fastokens in a thread of its own, while the reference library reads it too."""
@@ -14,7 +16,7 @@ class Ahead:
         self.path = path
         self.model: object = None
         self.thread = Thread(target=self._load)
-        os.environ["RAYON_NUM_THREADS"] = "1"  # the workers are the parallelism
+        os.environ.update(ONE_THREAD)
         self.thread.start()
 
     def _load(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_prep.ahead import ONE_THREAD
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
 from data_prep.long_text import BrokenText
@@ -54,7 +55,7 @@ class Fast(Tokenizer):
 
 
 def fast_twin(reference: Tokenizer, path: str, loaded=None) -> Fast:
-    """The fast form of a tokenizer; it has encoded nothing yet, so that forked workers can use it.
+    """The fast form of a tokenizer, for forked workers: it has encoded nothing yet and starts no threads.
 
     Args:
         loaded: what `Ahead` read of a tokenizer.json.
@@ -62,7 +63,7 @@ def fast_twin(reference: Tokenizer, path: str, loaded=None) -> Fast:
     Raises:
         ValueError: there is none; the message says why.
     """
-    os.environ["RAYON_NUM_THREADS"] = "1"  # the workers are the parallelism
+    os.environ.update(ONE_THREAD)
     try:
         import fastokens
     except ImportError as error:

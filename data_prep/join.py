@@ -1,38 +1,108 @@
-"""Parts laid end to end into shards."""
+"""Parts laid end to end into shards, while later parts are still made."""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import xxhash
 
+from data_prep.hashing import hash_into
 from data_prep.job import Job
 from data_prep.shards import ShardWriter
 
+SYNCED = 32 << 20  # bytes that are sent to the disk together, so that little is left to wait for at the end
 
-def join_parts(job: Job, output: str, shard_tokens: int | None) -> list[dict]:
-    """Writes the shards.
+
+class Joiner:
+    """Appends each part to the shards as soon as it and all before it are finished, in a thread of its own.
+
+    The shards have temporary names until `commit`; without it, they are removed when the joiner is left.
 
     Args:
         output: prefix; with `shard_tokens` the shards are `output-00000`, `output-00001`, ...
         shard_tokens: a shard is closed before the document that would take it beyond this many tokens.
-
-    Returns:
-        of each shard: prefix, documents, tokens.
     """
-    shards: list[dict] = []
-    shard = ShardWriter(output if shard_tokens is None else f"{output}-{0:05d}", job.dtype)
-    for number in range(len(job.pieces)):
-        lengths = np.fromfile(job.part(number) + ".len", "<i4")
+
+    def __init__(self, job: Job, output: str, shard_tokens: int | None):
+        self.job, self.output, self.shard_tokens = job, output, shard_tokens
+        self.finished: set[int] = set()  # parts that wait for an earlier one
+        self.next = 0
+        self.writers: list[ShardWriter] = []
+        self.digests: list[xxhash.xxh3_128] = []  # of each shard's .bin
+        self._open()
+        self.unsynced = 0
+        self.committed = False
+        self.thread = ThreadPoolExecutor(1)
+        self.appended: list[Future] = []
+
+    def __enter__(self) -> "Joiner":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.thread.shutdown(cancel_futures=True)
+        if not self.committed:
+            for writer in self.writers:
+                writer.drop()
+
+    def add(self, number: int) -> None:
+        """A part is finished.
+
+        Raises:
+            OSError, UserError: what stopped the thread.
+        """
+        self.finished.add(number)
+        while self.next in self.finished:
+            self.finished.remove(self.next)
+            self.appended.append(self.thread.submit(self._append, self.next))
+            self.next += 1
+        while self.appended and self.appended[0].done():
+            self.appended.pop(0).result()
+
+    def finish(self) -> list[dict]:
+        """All parts were added; waits until their shards are on the disk.
+
+        Returns:
+            of each shard: prefix, documents, tokens, checksum of the .bin.
+        """
+        if self.next < len(self.job.pieces):
+            raise RuntimeError(f"part {self.next} of {len(self.job.pieces)} was not added")
+        for appended in self.appended:
+            appended.result()
+        self.writers[-1].close()
+        checksums = [digest.hexdigest() for digest in self.digests]
+        pairs = zip(self.writers, checksums, strict=True)
+        return [writer.about() | {"bin_xxh3_128": checksum} for writer, checksum in pairs]
+
+    def commit(self) -> None:
+        """Gives the shards their names."""
+        for writer in self.writers:
+            writer.commit()
+        self.committed = True
+
+    def _open(self) -> None:
+        prefix = self.output if self.shard_tokens is None else f"{self.output}-{len(self.writers):05d}"
+        self.writers.append(ShardWriter(prefix, self.job.dtype))
+        self.digests.append(xxhash.xxh3_128())
+
+    def _append(self, number: int) -> None:
+        lengths = np.fromfile(self.job.part(number) + ".len", "<i4")
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        begin = 0
-        with open(job.part(number) + ".bin", "rb") as part:
+        begin, width = 0, self.job.dtype.itemsize
+        with open(self.job.part(number) + ".bin", "rb", buffering=0) as part:
             while begin < len(lengths):
-                end = len(lengths)
-                if shard_tokens is not None:
-                    room = shard_tokens - shard.tokens + int(ends[begin])
-                    end = int(np.searchsorted(ends, room, "right")) - 1
-                    if end <= begin and not shard.documents:
+                shard, end = self.writers[-1], len(lengths)
+                if self.shard_tokens is not None:
+                    room = self.shard_tokens - shard.tokens + int(ends[begin])
+                    end = max(begin, int(np.searchsorted(ends, room, "right")) - 1)
+                    if end == begin and not shard.documents:
                         end = begin + 1  # a single document longer than a shard
                 shard.take(part, int(ends[begin]), lengths[begin:end])
-                begin = max(begin, end)
+                hash_into(self.digests[-1], part, int(ends[begin]) * width, int(ends[end]) * width)
+                begin = end
                 if begin < len(lengths):
-                    shards.append(shard.finish())
-                    shard = ShardWriter(f"{output}-{len(shards):05d}", job.dtype)
-    return [*shards, shard.finish()]
+                    shard.close()
+                    self._open()
+        self.unsynced += int(ends[-1]) * width
+        if self.unsynced >= SYNCED:
+            os.fdatasync(self.writers[-1].bin.fileno())
+            self.unsynced = 0

@@ -7,8 +7,8 @@ from pathlib import Path
 import orjson
 import xxhash
 
+from data_prep.hashing import hash_file
 from data_prep.job import Job
-from data_prep.parts import hash_file
 from megatron_taipan.data.indexed import sync_and_close
 
 
@@ -72,7 +72,8 @@ def describe(
         "text_bytes": text,
         "dtype": str(job.dtype),
         "shards": [
-            {**shard, "prefix": os.path.basename(shard["prefix"]), **_checksums(shard["prefix"])} for shard in shards
+            {**shard, "prefix": os.path.basename(shard["prefix"]), "idx_xxh3_128": hash_file(shard["prefix"] + ".idx")}
+            for shard in shards
         ],
         "skipped": {"total": sum(problems.values()), "reasons": dict(sorted(problems.items()))},
         "tokenizer": {
@@ -86,7 +87,3 @@ def describe(
         "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],
         "identity": identity,
     }
-
-
-def _checksums(prefix: str) -> dict:
-    return {"bin_xxh3_128": hash_file(prefix + ".bin"), "idx_xxh3_128": hash_file(prefix + ".idx")}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-import xxhash
 
+from data_prep.hashing import HashedFile, hash_file, hash_slice
 from data_prep.job import Job
 from data_prep.long_text import BrokenText
 from data_prep.readers import Record, read
@@ -20,7 +20,6 @@ from megatron_taipan.data.indexed import MAX_SEQUENCE
 from megatron_taipan.errors import UserError
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 19, 1024  # documents given to the tokenizer at a time
-HASH_BLOCK = 1 << 20
 
 
 def make_part(job: Job, number: int) -> dict:
@@ -33,17 +32,14 @@ def make_part(job: Job, number: int) -> dict:
         UserError: a record gives no document and the policy is to fail; a document cannot be stored.
     """
     path = job.part(number)
-    with (
-        open(path + ".bin", "wb") as tokens,
-        open(path + ".len", "wb") as lengths,
-        open(path + ".skipped", "wb") as skipped,
-    ):
-        part = _Part(job, tokens, lengths, skipped)
+    part = _Part(job, path)
+    try:
         for piece in job.pieces[number]:
             for record in read(piece, job.extract, job.work):
                 part.add(record)
         part.flush()
-    hashes = {ending: hash_file(path + ending) for ending in (".bin", ".len", ".skipped")}
+    finally:
+        hashes = part.close()
     note = {
         **part.counts(),
         "hashes": hashes,
@@ -68,8 +64,10 @@ def finished_part(job: Job, number: int) -> dict | None:
 class _Part:
     """Collects documents into batches, tokenizes them, writes ids and lengths."""
 
-    def __init__(self, job: Job, tokens, lengths, skipped):
-        self.job, self.tokens_file, self.lengths_file, self.skipped_file = job, tokens, lengths, skipped
+    def __init__(self, job: Job, path: str):
+        self.job, self.path = job, path
+        self.tokens_file, self.lengths_file = HashedFile(path + ".bin"), HashedFile(path + ".len")
+        self.skipped_file: HashedFile | None = None  # most parts need none
         self.batch: list[Record] = []
         self.characters = 0
         self.documents = self.tokens = self.bytes = 0
@@ -77,6 +75,11 @@ class _Part:
 
     def counts(self) -> dict:
         return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.bytes, "problems": self.problems}
+
+    def close(self) -> dict[str, str]:
+        """The files' hashes by ending."""
+        files = {".bin": self.tokens_file, ".len": self.lengths_file, ".skipped": self.skipped_file}
+        return {ending: file.close() for ending, file in files.items() if file is not None}
 
     def add(self, record: Record) -> None:
         if record.problem:
@@ -111,7 +114,7 @@ class _Part:
             self._check_length(self.batch[0].where, int(counts.max()))
         self.tokens_file.write(out.data)
         self.lengths_file.write(counts.astype("<i4").data)
-        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        size = sum(record.size for record in self.batch)
         self.documents += len(counts)
         self.tokens += len(out)
         self.bytes += size
@@ -121,7 +124,7 @@ class _Part:
     def _long(self, record: Record) -> None:
         """Tokenizes and writes one document in chunks; if it turns out to be broken, what was written is taken back."""
         assert record.chunks is not None
-        job, begin, tokens, size = self.job, self.tokens_file.tell(), 0, 0
+        job, begin, tokens, size = self.job, self.tokens_file.mark(), 0, 0
 
         def measured() -> Iterator[str]:
             nonlocal size
@@ -144,8 +147,7 @@ class _Part:
         except (BrokenText, UnicodeEncodeError) as error:
             problem = str(error) if isinstance(error, BrokenText) else f"invalid UTF-8: {error.reason}"
         if problem or not tokens:
-            self.tokens_file.seek(begin)
-            self.tokens_file.truncate()
+            self.tokens_file.go_back(begin)
             problem = problem or ("document without tokens" if size else "empty document")
             self._problem(Record(record.where, problem=problem, raw=record.raw))
             return
@@ -183,6 +185,8 @@ class _Part:
         entry = {"where": record.where, "reason": record.problem}
         if self.job.on_error == "quarantine":
             entry["raw"] = record.raw.decode("utf-8", "backslashreplace")
+        if self.skipped_file is None:
+            self.skipped_file = HashedFile(self.path + ".skipped")
         self.skipped_file.write(orjson.dumps(entry) + b"\n")
 
 
@@ -214,22 +218,3 @@ def with_ends(
         inner[ends - 1] = False
     out[inner] = ids
     return out, counts
-
-
-def hash_file(path: str) -> str:
-    """xxh3-128 of a file: a checksum against damage, not against forgery."""
-    return hash_slice(path, 0, os.path.getsize(path))
-
-
-def hash_slice(path: str, start: int, stop: int) -> str:
-    """xxh3-128 of bytes [start, stop) of a file; of one that cannot be read, the empty string."""
-    digest = xxhash.xxh3_128()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while start < stop and (block := file.read(min(HASH_BLOCK, stop - start))):
-                digest.update(block)
-                start += len(block)
-    except OSError:
-        return ""
-    return digest.hexdigest()

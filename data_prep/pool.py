@@ -18,26 +18,48 @@ from megatron_taipan.errors import UserError
 PR_SET_PDEATHSIG = 1
 
 
-def run_pool(
-    work: Callable[[int], object], numbers: list[int], workers: int, tick: Callable[[], None]
-) -> Iterator[tuple]:
-    """Yields (number, work(number)) in the order of completion; calls `tick` twice a second meanwhile.
+class Pool:
+    """Workers that are forked once and then given several kinds of work, one after the other.
 
-    Raises:
-        UserError: raised by `work`, or a worker was killed.
+    Args:
+        workers: processes.
+        work: each kind by its name, a function of a piece's number.
     """
-    context = multiprocessing.get_context("fork")
-    queue = iter(numbers)
-    running: dict[Connection, tuple[Any, int]] = {}  # process and the number it works on
-    processes = []
-    try:
-        for _ in range(min(workers, len(numbers))):
+
+    def __init__(self, workers: int, work: dict[str, Callable[[int], object]]):
+        self.workers, self.work = workers, work
+        self.processes: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> "Pool":
+        context = multiprocessing.get_context("fork")
+        for _ in range(self.workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(work, theirs, os.getpid()), daemon=True)
+            process = context.Process(target=_worker, args=(self.work, theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()
-            processes.append((process, ours))
-            _give(ours, process, queue, running)
+            self.processes.append((process, ours))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for process, connection in self.processes:
+            connection.close()
+            process.terminate()
+        for process, _ in self.processes:
+            process.join()
+
+    def run(self, kind: str, numbers: list[int], tick: Callable[[], None] = lambda: None) -> Iterator[tuple]:
+        """Yields (number, result) in the order of completion; the first numbers go to a worker each.
+
+        Args:
+            tick: called about twice a second meanwhile.
+
+        Raises:
+            UserError, OSError: raised by the work; UserError also where a worker was killed.
+        """
+        queue = iter(numbers)
+        running: dict[Connection, tuple[Any, int]] = {}  # process and the number it works on
+        for process, connection in self.processes:
+            _give(kind, connection, process, queue, running)
         while running:
             for ready in cast(list[Connection], wait(list(running), timeout=0.5)):
                 process, number = running.pop(ready)
@@ -48,22 +70,16 @@ def run_pool(
                     raise UserError(_died(process.exitcode)) from None
                 if isinstance(answer, BaseException):
                     raise answer
-                _give(ready, process, queue, running)
+                _give(kind, ready, process, queue, running)
                 yield number, answer
             tick()
-    finally:
-        for process, connection in processes:
-            connection.close()
-            process.terminate()
-        for process, _ in processes:
-            process.join()
 
 
-def _give(connection: Connection, process, queue: Iterator[int], running: dict) -> None:
+def _give(kind: str, connection: Connection, process, queue: Iterator[int], running: dict) -> None:
     number = next(queue, None)
     if number is not None:
         try:
-            connection.send(number)
+            connection.send((kind, number))
         except OSError:  # it died while it was idle
             process.join(5)
             raise UserError(_died(process.exitcode)) from None
@@ -80,18 +96,18 @@ def _died(exitcode: int | None) -> str:
     return f"a worker process died: {why}{memory}; what was finished is kept, the same command continues"
 
 
-def _worker(work: Callable[[int], object], connection: Connection, parent: int) -> None:
-    """Answers each number with the result or the exception."""
+def _worker(work: dict[str, Callable[[int], object]], connection: Connection, parent: int) -> None:
+    """Answers each kind and number with the result or the exception."""
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         try:
-            number = connection.recv()
+            kind, number = connection.recv()
         except EOFError:
             return
         try:
-            answer = work(number)
+            answer = work[kind](number)
         except UserError as error:
             answer = error
         except OSError as error:

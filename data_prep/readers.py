@@ -35,6 +35,7 @@ class Record:
 
     where: str
     text: str = ""
+    size: int = 0  # bytes of `text` in UTF-8
     problem: str = ""
     raw: bytes = b""
     chunks: Iterator[str] | None = None
@@ -238,11 +239,12 @@ def _document(where: str, text: str, raw: bytes) -> Record:
     if len(text) > LONG:
         pieces = (text[at : at + BLOCK] for at in range(0, len(text), BLOCK))
         return Record(where, raw=raw[:KEPT], chunks=pieces)
+    if text.isascii():
+        return Record(where, text, len(text))
     try:
-        text.encode()  # a lone surrogate (half of a \\ud83d pair) is no text that any tokenizer can take
-    except UnicodeEncodeError as error:
+        return Record(where, text, len(text.encode()))
+    except UnicodeEncodeError as error:  # half of a \\ud83d pair is no text that any tokenizer can take
         return Record(where, problem=f"invalid UTF-8: lone surrogate at character {error.start}", raw=raw)
-    return Record(where, text=text)
 
 
 def size_of(path: str) -> int:

@@ -14,7 +14,7 @@ COPY_AT_ONCE = 1 << 30
 
 
 class ShardWriter:
-    """One pair in the making, under temporary names until `finish`; one sequence a document."""
+    """One pair in the making, under temporary names until `commit`; one sequence a document."""
 
     def __init__(self, prefix: str, dtype: np.dtype):
         self.prefix, self.dtype = prefix, np.dtype(dtype)
@@ -39,21 +39,33 @@ class ShardWriter:
             starts = reader.starts(np.arange(at, min(at + CHUNK, last) + 1))
             self.take(source, int(starts[0]), np.diff(starts))
 
-    def finish(self) -> dict:
-        """Names the pair; returns prefix, documents, tokens."""
+    def close(self) -> None:
+        """Everything is written: the pair goes to the disk, still under its temporary names."""
         self.lengths.close()
         sync_and_close(self.bin)
         write_index(self.prefix + ".idx.partial", self.dtype, self.prefix + ".len.partial")
+
+    def commit(self) -> None:
+        """Names the pair."""
         commit(self.prefix)
         os.unlink(self.prefix + ".len.partial")
+
+    def about(self) -> dict:
+        """prefix, documents, tokens."""
         return {"prefix": self.prefix, "documents": self.documents, "tokens": self.tokens}
+
+    def finish(self) -> dict:
+        """Closes and names the pair; returns `about`."""
+        self.close()
+        self.commit()
+        return self.about()
 
     def drop(self) -> None:
         """Removes what was written."""
         self.bin.close()
         self.lengths.close()
-        for ending in (".bin.partial", ".len.partial"):
-            Path(self.prefix + ending).unlink()
+        for ending in (".bin.partial", ".len.partial", ".idx.partial"):
+            Path(self.prefix + ending).unlink(missing_ok=True)
 
 
 def copy_range(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +17,11 @@ import orjson
 from data_prep import fast, inputs, manifest
 from data_prep.ahead import Ahead
 from data_prep.extract import add_text_arguments, extractor
+from data_prep.hashing import hash_file
 from data_prep.job import Job
-from data_prep.join import join_parts
-from data_prep.parts import finished_part, hash_file, make_part
-from data_prep.pool import run_pool
+from data_prep.join import Joiner
+from data_prep.parts import finished_part, make_part
+from data_prep.pool import Pool
 from data_prep.progress import Progress
 from data_prep.readers import size_of
 from data_prep.spool import is_stream, spool
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plans, tokenizes, joins, and writes the manifest last."""
+    """Plans, tokenizes and joins, and writes the manifest last."""
     started = time.monotonic()
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1 is needed")
@@ -128,15 +130,18 @@ def run(args: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     try:
         with _claim(job.work, identity):
-            if wants_fast:
-                job = replace(job, tokenizer=_fastest(job, args.tokenizer, args.workers, loaded))
-            ready = time.monotonic()
-            notes = _make_parts(job, args.workers, dict(sizes))
-            encoded = time.monotonic()
-            _finish(job, notes, args, files, sizes, options, identity, started)
+            twin = _fast_twin(job, args.tokenizer, loaded) if wants_fast else None
+            plan = _Plan(job, twin, args.workers)
+            with plan.pool() as pool:
+                job = plan.with_fastest(pool)
+                ready = time.monotonic()
+                with Joiner(job, args.output, args.shard_tokens) as joiner:
+                    notes = plan.make_parts(pool, joiner)
+                    encoded = time.monotonic()
+                    _finish(job, notes, joiner, args, files, sizes, options, identity, started)
             print(
                 f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
-                f" {time.monotonic() - encoded:.2f} s to join"
+                f" {time.monotonic() - encoded:.2f} s to end"
             )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -147,50 +152,71 @@ def run(args: argparse.Namespace) -> None:
         raise
 
 
-def _fastest(job: Job, name: str, workers: int, loaded) -> Tokenizer:
-    """The fast twin of the job's tokenizer if it gives the same ids on samples of this corpus, else the reference."""
+def _fast_twin(job: Job, name: str, loaded) -> Tokenizer | None:
+    """The job's tokenizer in a faster library, not yet proved to give the same ids; None where there is none."""
     path = name if name.startswith("tiktoken:") else tokenizer_file(name)
     try:
-        twin = fast.fast_twin(job.tokenizer, path, loaded)
+        return fast.fast_twin(job.tokenizer, path, loaded)
     except ValueError as why:
         print(f"{job.tokenizer.library} tokenizes; no faster library: {why}")
-        return job.tokenizer
-    texts = list(fast.sample(job.pieces, job.extract))
+        return None
 
-    def compare(share: int) -> str:
-        return fast.difference(job.tokenizer, twin, texts[share::workers])
 
-    # in the workers' place: the fast library starts threads on its first use, and threads do not survive a fork
-    for _, found in run_pool(compare, list(range(workers)), workers, lambda: None):
+class _Plan:
+    """The parts that are to be made, and what workers do for them.
+
+    Args:
+        job: with the reference tokenizer.
+        twin: a faster one, used where it proves equal.
+    """
+
+    def __init__(self, job: Job, twin: Tokenizer | None, workers: int):
+        self.job, self.twin = job, twin
+        self.notes = {number: note for number in range(len(job.pieces)) if (note := finished_part(job, number))}
+        self.missing = [number for number in range(len(job.pieces)) if number not in self.notes]
+        self.workers = min(workers, max(1, len(self.missing)))
+        self.weights = [sum(piece.stop - piece.start for piece in pieces) for pieces in job.pieces]
+        self.progress = Progress(sum(self.weights[number] for number in self.missing), len(job.pieces))
+
+    def pool(self) -> Pool:
+        """The workers; nothing that they inherit has encoded a text yet."""
+        kinds: dict[str, Callable[[int], object]] = {"make": self._maker(self.job)}
+        if self.twin is not None:
+            twin, texts = self.twin, list(fast.sample(self.job.pieces, self.job.extract))
+            kinds["compare"] = lambda share: fast.difference(self.job.tokenizer, twin, texts[share :: self.workers])
+            kinds["make fast"] = self._maker(replace(self.job, tokenizer=twin))
+        return Pool(self.workers, kinds)
+
+    def _maker(self, job: Job) -> Callable[[int], dict]:
+        return lambda number: make_part(replace(job, report=self.progress.adder(number)), number)
+
+    def with_fastest(self, pool: Pool) -> Job:
+        """The job with the twin if it gives the same ids on samples of this corpus, else as it is."""
+        if self.twin is None:
+            return self.job
+        found = [why for _, why in pool.run("compare", list(range(self.workers))) if why]
         if found:
-            print(f"{job.tokenizer.library} tokenizes; the faster fastokens is not used: {found}")
-            return job.tokenizer
-    return twin
+            print(f"{self.job.tokenizer.library} tokenizes; the faster fastokens is not used: {found[0]}")
+            self.twin = None
+            return self.job
+        return replace(self.job, tokenizer=self.twin)
+
+    def make_parts(self, pool: Pool, joiner: Joiner) -> list[dict]:
+        """Notes of all parts, in order, each given to the joiner; parts that an earlier run finished are taken over."""
+        if self.notes:
+            print(f"continuing: {len(self.notes)} of {len(self.job.pieces)} parts are done")
+        for number in self.notes:
+            joiner.add(number)
+        for number, note in pool.run("make fast" if self.twin else "make", self.missing, self.progress.show):
+            self.notes[number] = note
+            self.progress.finished_input += self.weights[number]
+            joiner.add(number)
+        self.progress.clear()
+        return [self.notes[number] for number in range(len(self.job.pieces))]
 
 
-def _make_parts(job: Job, workers: int, sizes: dict[str, int]) -> list[dict]:
-    """Notes of all parts, in order; parts that an earlier run finished are taken over."""
-    notes = {number: note for number in range(len(job.pieces)) if (note := finished_part(job, number))}
-    missing = [number for number in range(len(job.pieces)) if number not in notes]
-    if notes:
-        print(f"continuing: {len(notes)} of {len(job.pieces)} parts are done")
-    weight = [sum(piece.stop - piece.start for piece in pieces) for pieces in job.pieces]
-    progress = Progress(sum(weight[number] for number in missing), len(job.pieces))
-
-    def make(number: int) -> dict:
-        return make_part(replace(job, report=progress.adder(number)), number)
-
-    for number, note in run_pool(make, missing, workers, progress.show):
-        if isinstance(note, OSError):
-            raise note
-        notes[number] = note
-        progress.finished_input += weight[number]
-    progress.clear()
-    return [notes[number] for number in range(len(job.pieces))]
-
-
-def _finish(job, notes, args, files, sizes, options, identity, started) -> None:
-    """Joins the parts, writes the manifest, reports."""
+def _finish(job, notes, joiner, args, files, sizes, options, identity, started) -> None:
+    """Names the shards, writes the manifest, reports."""
     documents, tokens, text = (sum(note[key] for note in notes) for key in ("documents", "tokens", "text_bytes"))
     problems: dict[str, int] = {}
     for note in notes:
@@ -200,11 +226,13 @@ def _finish(job, notes, args, files, sizes, options, identity, started) -> None:
         why = "; ".join(f"{count} x {reason}" for reason, count in problems.items()) or "blank lines only"
         shutil.rmtree(job.work)
         raise UserError(f"the input holds no document ({why}); nothing was written")
+    shards = joiner.finish()
     manifest.remove(args.output)  # with the shards it names: a manifest stands only beside what it describes
-    shards = join_parts(job, args.output, args.shard_tokens)
+    joiner.commit()
     skipped = args.output + ".skipped.jsonl"
     if problems:
-        manifest.concatenate([job.part(number) + ".skipped" for number in range(len(notes))], skipped)
+        parts = [job.part(number) for number, note in enumerate(notes) if ".skipped" in note["hashes"]]
+        manifest.concatenate([part + ".skipped" for part in parts], skipped)
     else:
         Path(skipped).unlink(missing_ok=True)
     manifest.write(

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from data_prep import manifest
-from data_prep.parts import hash_file
+from data_prep.hashing import hash_file
 from data_prep.tokenizers import load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
