@@ -36,26 +36,34 @@ def run(options: argparse.Namespace) -> None:
     warm = model.new_cache(1)  # the same pieces as below: kernels are compiled for their sizes
     for first, last in itertools.pairwise([0, *contexts[:2]]):
         prefill(model, warm, document[:, first:last], options.chunk)
-    cache, times = model.new_cache(1), []
-    torch.cuda.reset_peak_memory_stats()
-    speeds: dict[int, list[float]] = {batch: [] for batch in options.batches}
+    for batch in options.batches:  # each alone: what a large batch leaves in the memory slows a small one down
+        by_context(table, model, document, contexts, batch, options)
+        torch.cuda.empty_cache()
+    once = model.new_cache(1)
+    prefill(model, once, document[:, : contexts[0]], options.chunk)
+    table.add("decode, batch 1, without a captured graph", **decode(model, once, 1, options.steps, captured=False))
+
+
+def by_context(
+    table: Table, model: Taipan, document: torch.Tensor, contexts: list[int], batch: int, options: argparse.Namespace
+) -> None:
+    """The rows of one batch."""
+    calibrate(model, [{"tokens": document[:, : options.chunk], "seq_idx": None}])
+    cache, times, speeds = model.new_cache(1), [], []
     for context in contexts:
         new = context - cache.length
         times.append(prefill(model, cache, document[:, cache.length : context], options.chunk))
         table.add(f"prefill, tokens {context - new} to {context}", ms=round(times[-1], 1),
                   **{"tokens/s": round(new / times[-1] * 1e3)})  # fmt: skip
         settle_gates(model, cache)
-        for batch in options.batches:
-            numbers = decode(model, cache, batch, options.steps, captured=True, profiled=options.profile)
-            speeds[batch].append(numbers["tokens/s"])
-            table.add(f"decode, batch {batch}, context {context}", **numbers)
-            torch.cuda.empty_cache()
+        numbers = decode(model, cache, batch, options.steps, captured=True, profiled=options.profile)
+        speeds.append(numbers["tokens/s"])
+        table.add(f"decode, batch {batch}, context {context}", **numbers)
+        torch.cuda.empty_cache()
     total = sum(times) / 1e3
     table.add(f"prefill of {contexts[-1]} tokens in chunks of {options.chunk}", seconds=round(total, 2),
               **{"tokens/s": round(contexts[-1] / total)})  # fmt: skip
-    for batch, found in speeds.items():
-        table.add(f"batch {batch}: slowest context / fastest", ratio=round(min(found) / max(found), 4))
-    table.add("decode, batch 1, without a captured graph", **decode(model, cache, 1, options.steps, captured=False))
+    table.add(f"batch {batch}: slowest context / fastest", ratio=round(min(speeds) / max(speeds), 4))
 
 
 def prefill(model: Taipan, cache: Cache, tokens: torch.Tensor, chunk: int) -> float:
