@@ -30,7 +30,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a run of each layout on two processes, three steps long, and one in bf16."""
+    """A folder with a run of each layout on two processes, three steps long, and two in bf16."""
     folder = tmp_path_factory.mktemp("merge")
     prefix = write_data(folder / "data")
     jobs = []
@@ -39,6 +39,11 @@ def trained(tmp_path_factory) -> Path:
         jobs.append(Job(2, runs, [tree]))
     train = {"steps": 3, "eval_samples": 12, "precision": "bf16"}
     jobs.append(Job(2, runs, [toy_tree(prefix, folder / "bf16", train=train)]))
+    # in bf16 the stages have different parameter groups: only one holds a gate, and with it a float32 matrix
+    staged = {"zero_stage": 1, "pipeline": 2}
+    tree = toy_tree(prefix, folder / "bf16 pipeline", train=train, parallel=staged)
+    tree["model"] |= {"pattern": "M M | S M"}
+    jobs.append(Job(2, runs, [tree]))
     assert all(results[0] == [0] for results in launch_series(jobs))
     return folder
 
@@ -87,6 +92,15 @@ def test_bf16_run_gives_its_float32_masters(trained, tmp_path):
     largest.unlink()
     with pytest.raises(UserError, match=f"{largest.name} is missing"):
         open_state(state.path)
+
+
+def test_a_pipeline_in_bf16_is_merged_too(trained):
+    run = trained / "bf16 pipeline"
+    losses = measured(run)
+    assert losses[-1] < losses[0] - 0.05
+    model, _, config = load_model(run, torch.bfloat16)
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(losses[-1], rel=1e-3)
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
