@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
+from megatron_taipan.pattern import parse_pattern
 
 # Options that may change on a resume although they stand in a compared section: none of them changes a parameter, and
 # the gate's threshold is an evaluation setting.
@@ -36,9 +37,14 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     found = []
     for name in [*saved, *(n for n in ours if n not in saved)]:
         before, now = saved.get(name, "nothing"), ours.get(name, "nothing")
-        if before != now:
+        if before != now and not (name == "model.pattern" and same_layers(before, now)):
             found.append(f"{name}: checkpoint has {before}, this run {now}")
     return found
+
+
+def same_layers(before: str, now: str) -> bool:
+    """Whether two patterns differ in spelling, or in where stages are cut, alone."""
+    return parse_pattern(before).letters == parse_pattern(now).letters
 
 
 def refuse_other_run(path: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:

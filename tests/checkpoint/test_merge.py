@@ -1,6 +1,7 @@
 """A checkpoint of any ZeRO stage and tensor size, merged, is the model that the trainer evaluated when it saved."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.parallel.layout import describe
+from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
 from tests.train.test_loop import runs
 from tests.train.toy import toy_tree, write_data
@@ -101,6 +103,21 @@ def test_a_pipeline_in_bf16_is_merged_too(trained):
     model, _, config = load_model(run, torch.bfloat16)
     dataset = build_dataset(config.data, "valid", config.model.vocab_size)
     assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(losses[-1], rel=1e-3)
+
+
+def test_a_pipeline_in_bf16_goes_on_in_one_process(trained, tmp_path):
+    """The pattern is cut no more, which does not make it another run."""
+    steps = {"steps": 5, "eval_samples": 12, "precision": "bf16"}
+    prefix, losses = str(trained / "data"), []
+    for name, pipeline, pattern in (("two", 2, "M M | S M"), ("one", 1, "M*2 S M")):
+        shutil.copytree(trained / "bf16 pipeline", tmp_path / name)
+        tree = toy_tree(prefix, tmp_path / name, train=steps, parallel={"zero_stage": 1, "pipeline": pipeline})
+        tree["model"] |= {"pattern": pattern}
+        assert launch(pipeline, runs, [tree])[0] == [0]
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records if record["event"] == "step"])
+    assert len(losses[0]) == len(losses[1]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
