@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.parallel.groups import Groups, TensorParallel
+from megatron_taipan.train.readback import Readback, send
 
 Batch = dict[str, Tensor]
 
@@ -46,36 +47,37 @@ def train_step(
             that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
     """
     scale = cross_entropy_scale(batches, groups)
+    flags = send(requests or [], scale.device)
     if groups.pipeline_size > 1:
-        means, norm, skipped = _run_stages(engine, batches, step, scale)
+        numbers, norm, skipped = _run_stages(engine, batches, step, scale, flags)
     else:
-        means, norm, skipped = _run_whole(engine, batches, step, scale, groups, grad_clip)
+        numbers, norm, skipped = _run_whole(engine, batches, step, scale, flags, groups, grad_clip)
 
-    flags = torch.tensor(requests or [], dtype=torch.float64, device=means.device)
-    everything = torch.cat([means, flags])
-    dist.all_reduce(everything)
-    values, raised = everything.split([len(means), len(flags)])
+    values = numbers.read()
+    means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
-    loss, ce, budget, *gates = (values / (dist.get_world_size() / groups.pipeline_size)).tolist()
+    loss, ce, budget, *gates = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
     return StepResult(
         loss, ce, budget, gates=name_gates(gates), grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist()
     )
 
 
-def _run_stages(engine: Any, batches: list[Batch], step: int, scale: Tensor) -> tuple[Tensor, float, bool]:
-    """The step through pipeline stages: [loss, ce, budget, gates'] means of this stage, gradient norm, skipped."""
+def _run_stages(
+    engine: Any, batches: list[Batch], step: int, scale: Tensor, flags: Tensor
+) -> tuple[Readback, float, bool]:
+    """The step through pipeline stages: `_share` of this stage's means, gradient norm, skipped."""
     from megatron_taipan.train.pipeline import run_pipeline
 
     means = run_pipeline(engine, batches, step=step, ce_scale=scale)
-    return means, float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    return _share(means, flags), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
 
 
 def _run_whole(
-    engine: Any, batches: list[Batch], step: int, scale: Tensor, groups: Groups, grad_clip: float
-) -> tuple[Tensor, float, bool]:
-    """The step where every rank holds all layers: [loss, ce, budget, gates'] means, gradient norm, skipped."""
+    engine: Any, batches: list[Batch], step: int, scale: Tensor, flags: Tensor, groups: Groups, grad_clip: float
+) -> tuple[Readback, float, bool]:
+    """The step where every rank holds all layers: `_share` of the means, gradient norm, skipped."""
     sums = None
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         out = engine(
             batch["tokens"],
             labels=batch["labels"],
@@ -90,11 +92,20 @@ def _run_whole(
         sums = values if sums is None else sums + values
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             norm = clip_gradients(engine.module, groups.tensor, grad_clip)
+        if number == len(batches):
+            numbers = _share(sums / len(batches), flags)  # ahead of the update, so that reading waits for no update
         engine.step()
 
     if engine.zero_optimization_stage() == 0:
-        return sums / len(batches), norm, not math.isfinite(norm)
-    return sums / len(batches), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+        return numbers, norm, not math.isfinite(norm)
+    return numbers, float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+
+
+def _share(means: Tensor, flags: Tensor) -> Readback:
+    """[loss, ce, budget, gates', flags'] float64, summed over all ranks: on its way to the host."""
+    everything = torch.cat([means, flags])
+    dist.all_reduce(everything)
+    return Readback(everything)
 
 
 def name_gates(values: list[float]) -> list[dict[str, float]]:

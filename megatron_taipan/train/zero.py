@@ -1,11 +1,13 @@
 """What we replace in DeepSpeed's ZeRO optimizers of stages 1 and 2: the same results with few launches."""
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.train.readback import Readback
 from megatron_taipan.train.reduction import OverlappedReduction
 
 
@@ -17,6 +19,7 @@ def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
     - The norm took three launches a parameter; now one kernel handles many.
     - At stage 1 each gradient went through a copy in float32, a bucket, an all-reduce even where it had one owner or
       nobody to share with, a partition and a flat tensor: see `FlatGradients`.
+    - There, in bf16, the host read the norm before it launched AdamW; now after that: see `QueuedStep`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -69,6 +72,8 @@ class FlatGradients:
         optimizer.reduce_gradients = self.hand_over
         if isinstance(optimizer.optimizer, torch.optim.AdamW) and optimizer.optimizer.defaults.get("fused"):
             optimizer.unscale_and_clip_grads = self.leave_factor
+            if optimizer.dtype == torch.bfloat16:  # fp16's loss scale is the host's; in fp32 DeepSpeed always reads
+                QueuedStep(optimizer)
 
     def take(self, param: nn.Parameter, group: int) -> None:
         """Adds the gradient that a backward pass left on a parameter."""
@@ -110,6 +115,41 @@ class FlatGradients:
         if zero.clip_grad > 0:
             factor = factor * ((total_norm / zero.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
         zero.optimizer.grad_scale = factor
+
+
+class QueuedStep:
+    """DeepSpeed's step, with the norm read behind the launch of AdamW instead of before it, twice.
+
+    DeepSpeed skips an update whose norm is not finite, and to know it the host waited while the device ran out of work.
+    Now the device decides: with `found_inf` = 1 torch's fused AdamW leaves weights and moments as they are and takes
+    back its count of steps; the weights in bf16 are copied from their masters once more, the same ones. The host reads
+    the norm while AdamW runs, and then tells DeepSpeed what its step would have found. So nothing is known later than
+    the return of `step`.
+
+    Args:
+        zero: DeepSpeed's optimizer of bf16 weights, whose torch.optim.AdamW is fused and gets its factor by
+            `FlatGradients.leave_factor`; two of its methods are replaced.
+    """
+
+    def __init__(self, zero: Any):
+        self.zero = zero
+        zero.check_grad_overflow = False  # without it a step in bf16 looks at no number on its way
+        self.launch, zero.step = zero.step, self.step
+        self.norm, zero.scaled_global_norm = zero.scaled_global_norm, self.scaled_global_norm
+
+    def step(self, closure: Any = None) -> None:
+        """Launches norm, AdamW, copies and all-gather; returns once the norm is known, the rest may still run."""
+        self.launch()
+        norm = float(self.on_its_way.read())
+        self.zero.overflow = not math.isfinite(norm)
+        self.zero._global_grad_norm = norm
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """The norm, infinite where it is not finite; AdamW is told so, and its copy to the host is queued."""
+        norm = self.norm(norm_type)
+        self.zero.optimizer.found_inf = (~norm.isfinite()).float()
+        self.on_its_way = Readback(norm)
+        return norm
 
 
 def overlap(view: Tensor, partition: Tensor) -> Tensor:
