@@ -100,3 +100,56 @@ def test_forward_and_backward_never_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
+    """Whole training steps in the mode in which torch raises where the host would wait; skipped, with and without."""
+    from contextlib import ExitStack
+
+    from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.engine import build_engine, capture_graphs, set_learning_rate
+    from megatron_taipan.train.loop import to_device
+    from megatron_taipan.train.step import train_step
+
+    place = find_place(os.environ)
+    device = pick_device(place)
+    start_processes(place, device, 120)
+    groups = build_groups(world_size=1, rank=0)
+    skipped = {}
+    for graphs in (False, True):
+        config = toy_config(
+            prefix, model=SIZES, data={"train": prefix, "seq_len": 128},
+            train={"precision": "bf16", "micro_batch": 8, "global_batch": 8, "cuda_graphs": graphs},
+        )  # fmt: skip
+        model = Taipan(config.model, seed=3)
+        engine = build_engine(model, config, groups, device)
+        with ExitStack() as stack:
+            layers = capture_graphs(model, config, device, stack)
+            assert layers.startswith("layers run as") == graphs, layers
+            data = build_dataset(config.data, "train", config.model.vocab_size)
+            loader = make_loader(data, start=0, global_batch=8, micro_batch=8, dp_rank=0, dp_size=1)
+            batches = [to_device(next(loader), device) for _ in range(6)]
+            batches[4]["loss_mask"] = batches[4]["loss_mask"] * float("inf")
+            steps = []
+            for step, batch in enumerate(batches):
+                set_learning_rate(engine, 3e-3)
+                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first ones compile
+                try:
+                    result = train_step(
+                        engine, [batch], step=step, groups=groups, grad_clip=1.0, requests=[step == 3, False]
+                    )
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                assert result.requests == [step == 3, False]
+                steps.append(result.skipped)
+            skipped[layers] = steps
+        engine.destroy()
+    return skipped
+
+
+def test_a_training_step_never_waits_but_for_its_own_numbers(tmp_path):
+    prefix = write_data(tmp_path / "data", documents=400)
+    for layers, skipped in launch(1, steps_without_waiting, prefix, on_gpu=True, join=False, timeout=280)[0].items():
+        assert skipped == [False, False, False, False, True, False], layers
