@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,17 @@ def hardware() -> dict[str, str]:
     return about
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3, ahead: bool = True) -> float:
-    """Milliseconds on the GPU, the median of `repeats` runs.
+def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3) -> float:
+    """Milliseconds of a short operation on the GPU, the median of `repeats` runs.
 
-    ahead: the GPU first sleeps for a few milliseconds, so that the launches of a short operation are all queued
-    before it starts and the time is the GPU's, not the CPU's.
+    The GPU first sleeps for a few milliseconds, so that all launches are queued before the operation starts and the
+    time is the GPU's, not the CPU's.
     """
     for _ in range(warm):
         run()
     times = []
     for _ in range(repeats):
-        if ahead:
-            torch.cuda._sleep(20_000_000)  # cycles, about 11 ms
+        torch.cuda._sleep(20_000_000)  # cycles, about 11 ms
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -90,6 +90,23 @@ def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3, ahead: b
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def median_step_ms(step: Callable[[], Any], repeats: int = 7, warm: int = 3) -> float:
+    """Milliseconds of a training step among others, the median of `repeats`, gaps between kernels included.
+
+    As in training, nothing waits for the GPU between steps: the host launches the next one while the last one's update
+    still runs.
+    """
+    for _ in range(warm):
+        step()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    marks[-1].synchronize()
+    return sorted(start.elapsed_time(end) for start, end in pairwise(marks))[repeats // 2]
 
 
 def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.benchmark_common import Table, median_ms, preset
+from launch.benchmark_common import Table, median_step_ms, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "layout "
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> None:
     faulthandler.dump_traceback_later(max(1, options.timeout - 15))  # where a row hangs
     config = preset(options)
     training = ours(config)
-    ms = median_ms(training.step, repeats=7, warm=4, ahead=False)
+    ms = median_step_ms(training.step, warm=4)
     tokens = config.train.global_batch * config.data.seq_len
     gates = training.results[-1].gates
     if dist.get_rank() == 0:

@@ -14,7 +14,7 @@ import torch
 
 from launch import benchmark_peers
 from launch.benchmark_autotune import compile_ahead
-from launch.benchmark_common import Table, join_processes, kernel_times, median_ms, preset
+from launch.benchmark_common import Table, join_processes, kernel_times, median_step_ms, preset
 from megatron_taipan.config import Config
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.train.step import StepResult
@@ -176,7 +176,7 @@ def print_profile(step: Callable[[], None], top: int = 45, host: bool = True) ->
 
 def step_numbers(step: Callable[[], None], config: Config, first: float) -> dict:
     torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(step, repeats=7, warm=3, ahead=False)
+    ms = median_step_ms(step)
     tokens = config.train.micro_batch * config.data.seq_len
     peak = torch.cuda.max_memory_reserved() / 2**30  # recorded graphs are in no count of live tensors
     return {
