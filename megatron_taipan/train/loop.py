@@ -283,5 +283,10 @@ def rewind_target(directory: Path, save_every: int) -> Path | None:
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """A micro-batch on the training device; the copy overlaps with computation where memory is pinned."""
+    """A micro-batch on the training device, queued without waiting for it.
+
+    Through pinned memory: a copy from any other may first wait for what the device was given, the last update too.
+    """
+    if device.type == "cuda":
+        batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

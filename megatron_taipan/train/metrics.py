@@ -22,7 +22,8 @@ from megatron_taipan.train.summary import Summary, duration, unfinished_run
 class Metrics:
     """Rank 0 writes everything; the other ranks a text file each.
 
-    Speed is measured between steps, so it includes waiting for data and the validation's own time is left out.
+    Speed is measured between steps, so it includes waiting for data and the validation's own time is left out. On a GPU
+    a step's update may still run when its numbers are known: its time is in the next step's then.
 
     Raises:
         UserError: a board was asked for whose package is not installed.

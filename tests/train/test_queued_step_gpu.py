@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_taipan.train.loop import to_device
 from tests.distributed.launch import launch
 from tests.train.test_queued_step import BAD, check, trained
 
@@ -49,3 +50,14 @@ def both_ways_on_gpu() -> dict[str, tuple[dict, dict]]:
 
 def test_the_host_returns_while_adamw_runs_and_finds_the_same_state():
     check(launch(1, both_ways_on_gpu, on_gpu=True, join=False, timeout=280))
+
+
+def test_a_batch_is_sent_while_the_gpu_is_busy():
+    batch = {"tokens": torch.arange(2**20), "loss_mask": torch.rand(2**20)}
+    to_device(batch, torch.device("cuda"))  # takes pinned memory, which waits the first time
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
+    sent = to_device(batch, torch.device("cuda"))
+    assert not torch.cuda.current_stream().query(), "to_device waited for the kernel before it"
+    for name, values in batch.items():
+        assert torch.equal(sent[name].cpu(), values), name
