@@ -35,20 +35,20 @@ def load_causal_conv1d() -> Callable:
 
 
 def load_rms_norm() -> Callable:
-    from megatron_taipan.ops.norms_triton import rms_norm
+    from megatron_taipan.ops.rms_norm_triton import rms_norm
 
     return rms_norm
 
 
 def load_rms_norm_and_stream() -> Callable:
-    from megatron_taipan.ops.norms_triton import rms_norm_and_stream
+    from megatron_taipan.ops.rms_norm_triton import rms_norm_and_stream
 
     return rms_norm_and_stream
 
 
 def load_gated_rms_norm() -> Callable:
     """Groups that lie on one rank, or that several ranks hold a part of each."""
-    from megatron_taipan.ops.norms_triton import gated_rms_norm
+    from megatron_taipan.ops.gated_norm_triton import gated_rms_norm
 
     def run(y, z, weight, *, eps, group_size, reduce_sum=None):
         whole = y.shape[-1] % group_size == 0 or reduce_sum is not None

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from megatron_taipan.ops.causal_conv1d_triton import conv_backward, conv_forward
-from megatron_taipan.ops.norms_triton import gated_backward, gated_forward, rows_of
+from megatron_taipan.ops.gated_norm_triton import gated_backward, gated_forward
+from megatron_taipan.ops.rowwise import rows_of
 from megatron_taipan.ops.ssd_backward_triton import scan_backward
 from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, state_dtype
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.rowwise import rows_of
+
 
 @triton.jit
 def _forward_kernel(h_ptr, o_ptr, weight_ptr, out_ptr, width, h_row, o_row, BLOCK: tl.constexpr):
@@ -37,15 +39,10 @@ def _backward_kernel(dout_ptr, h_ptr, o_ptr, weight_ptr, dh_ptr, do_ptr, dweight
     tl.store(dweight_ptr + row, tl.sum(total, 0).to(dweight_ptr.dtype.element_ty))
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
 class _Refine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, o, weight, skip):
-        flat, other, weights = _flat(h), _flat(o), weight.reshape(-1).contiguous()
+        flat, other, weights = rows_of(h), rows_of(o), weight.reshape(-1).contiguous()
         out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
         rows, width = flat.shape
         block = min(2048, triton.next_power_of_2(width))
@@ -60,7 +57,7 @@ class _Refine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         h, o, weight = ctx.saved_tensors
-        grad = _flat(dout)
+        grad = rows_of(dout)
         rows, width = h.shape
         dh, do = (torch.empty((rows, width), dtype=t.dtype, device=h.device) for t in (h, o))
         dweight = torch.empty_like(weight)

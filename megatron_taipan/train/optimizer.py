@@ -2,7 +2,7 @@
 
 All three read and write each element once, which is what an AdamW step costs. torch's is what the rest of the step is
 made for: it takes the factor of clipping and loss scaling along (train/zero.py). apex has fused norms too; ours
-(ops/norms_triton.py) also give the residual stream back, which saves a pass that apex's would add.
+(ops/rms_norm_triton.py) also give the residual stream back, which saves a pass that apex's would add.
 """
 
 from collections.abc import Callable

@@ -78,7 +78,7 @@ def mix_over_ranks(inputs: list[Tensor], sizes: dict, ranks: int) -> list[Tensor
 
 def gated_norm_over_ranks(inputs: list[Tensor], ranks: int) -> list[Tensor]:
     """The gated norm's kernels on y, z [..., d], weight [d], one group of channels over that many ranks."""
-    from megatron_taipan.ops.norms_triton import gated_rms_norm
+    from megatron_taipan.ops.gated_norm_triton import gated_rms_norm
 
     d = inputs[-1].shape[0]
 

@@ -69,7 +69,7 @@ def test_fused_mixer_whose_norm_spans_two_ranks(dtype):
 
 def test_gated_norm_that_spans_ranks_is_as_exact_as_on_one():
     """Although a row's sum of products is found from the rounded output."""
-    from megatron_taipan.ops.norms_triton import gated_rms_norm
+    from megatron_taipan.ops.gated_norm_triton import gated_rms_norm
 
     d = 3000  # 1500 a rank: blocks that are not full
     inputs = [torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((3, 33, d), (3, 33, d), (d,))]

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize("width", [48, 2048])
 def test_rms_norm_adds_the_streams_gradient(width):
-    from megatron_taipan.ops.norms_triton import rms_norm_and_stream
+    from megatron_taipan.ops.rms_norm_triton import rms_norm_and_stream
 
     h, weight = torch.randn(7, 33, width, device="cuda"), torch.randn(width, device="cuda")
 

@@ -1,11 +1,10 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
-"""RMSNorm and the gated RMSNorm of Mamba-2 in Triton: one pass over memory forward, one backward.
+"""The gated RMSNorm of Mamba-2 in Triton: one pass over memory forward, one backward.
 
-The backward kernels keep the gradient of the weight in registers while a program walks over its rows, and write one
+The backward kernel keeps the gradient of the weight in registers while a program walks over its rows, and writes one
 partial sum a program.
 
-A group of the gated norm that is spread over ranks costs one more read each way: a first kernel finds this rank's part
-of each row's sum, the ranks add theirs up, and the kernels take the total instead of summing themselves.
+A group that is spread over ranks costs one more read each way: a first kernel finds this rank's part of each row's sum,
+the ranks add theirs up, and the kernels take the total instead of summing themselves.
 """
 
 from collections.abc import Callable
@@ -14,43 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 528  # four a multiprocessor of an H100
-
-
-@triton.jit
-def _norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, width, x_row, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK)
-    inside = offs < width
-    x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * width + offs, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, scale)
-
-
-@triton.jit
-def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, sums_ptr, rows, width, x_row, dy_row,
-                          residual_row, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dx = residual + scale * (dy w - x scale^2 mean(dy w x)); sums [programs, width]: parts of the weight's gradient."""
-    offs = tl.arange(0, BLOCK)
-    inside = offs < width
-    weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
-    mine = tl.program_id(0).to(tl.int64)
-    for i in range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
-        row = mine + i * tl.num_programs(0)
-        x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_row + offs, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row)
-        normed = x * scale
-        dweight += dy * normed
-        grad = dy * weight
-        dx = scale * (grad - normed * (tl.sum(grad * normed, 0) / width))
-        if HAS_RESIDUAL:
-            dx += tl.load(residual_ptr + row * residual_row + offs, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * width + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums_ptr + tl.program_id(0) * width + offs, dweight, mask=inside)
+from megatron_taipan.ops.rowwise import row_warps, rows_of
 
 
 @triton.jit
@@ -134,10 +97,6 @@ def _gated_backward_kernel(dout_ptr, y_ptr, z_ptr, weight_ptr, scale_ptr, total_
     tl.store(sums_ptr + (tl.program_id(0) * groups + g) * group + offs, dweight, mask=inside)
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
-
-
 def gated_options(block: int, groups: int) -> tuple[int, int, int]:
     """(programs a group, warps, stages) of the gated norm's backward kernel, measured on an H100 for 4096 channels.
 
@@ -145,12 +104,6 @@ def gated_options(block: int, groups: int) -> tuple[int, int, int]:
     row is worked on; few programs leave few parts of the weight's gradient to add up.
     """
     return 132 * max(1, 4096 // (block * groups)), min(16, max(1, block // 256)), 3 if block <= 8192 else 1
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x as [rows, d] with a contiguous last dimension, without a copy where its strides allow that."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def gated_forward(y, z, weight, eps, group_size, reduce_sum=None):
@@ -165,12 +118,12 @@ def gated_forward(y, z, weight, eps, group_size, reduce_sum=None):
     if reduce_sum is not None:
         squares = torch.empty((rows, groups, 1), dtype=torch.float32, device=y.device)
         _gated_squares_kernel[(rows, groups)](
-            y, z, squares, group, y.stride(0), z.stride(0), BLOCK=block, num_warps=_warps(block)
+            y, z, squares, group, y.stride(0), z.stride(0), BLOCK=block, num_warps=row_warps(block)
         )
         total = reduce_sum(squares).contiguous()
     _gated_forward_kernel[(rows, groups)](
         y, z, weight, total, out, scale, group, group_size, y.stride(0), z.stride(0), eps,
-        SPREAD=reduce_sum is not None, BLOCK=block, num_warps=_warps(block),
+        SPREAD=reduce_sum is not None, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return out, scale
 
@@ -190,7 +143,7 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
     if reduce_sum is not None:
         products = torch.empty((rows, groups, 1), dtype=torch.float32, device=y.device)
         _row_products_kernel[(rows, groups)](
-            dout, out, products, group, dout.stride(0), out.stride(0), BLOCK=block, num_warps=_warps(block)
+            dout, out, products, group, dout.stride(0), out.stride(0), BLOCK=block, num_warps=row_warps(block)
         )
         total = reduce_sum(products).contiguous()
     programs, warps, stages = gated_options(block, groups)
@@ -202,87 +155,6 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
         num_warps=warps,
     )  # fmt: skip
     return sums.sum(0).to(weight.dtype)
-
-
-@torch.library.custom_op("megatron_taipan::rms_norm_forward", mutates_args=())
-def _norm_forward_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = rows_of(x)
-    rows, d = flat.shape
-    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(d)
-    if rows:
-        _norm_forward_kernel[(rows,)](
-            flat, weight, y, scale, d, flat.stride(0), eps, BLOCK=block, num_warps=_warps(block)
-        )  # fmt: skip
-    return y, scale
-
-
-@_norm_forward_op.register_fake
-def _(x, weight, eps):
-    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("megatron_taipan::rms_norm_backward", mutates_args=())
-def _norm_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    flat, dflat = rows_of(x), rows_of(dy)
-    rows, d = flat.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = max(1, min(rows, PROGRAMS))
-    sums = torch.empty((programs, d), dtype=torch.float32, device=x.device)
-    other = rows_of(residual) if residual is not None else dflat
-    block = triton.next_power_of_2(d)
-    _norm_backward_kernel[(programs,)](
-        dflat, flat, weight, scale, other, dx, sums, rows, d, flat.stride(0), dflat.stride(0), other.stride(0),
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
-    return dx, sums.sum(0).to(weight.dtype)
-
-
-@_norm_backward_op.register_fake
-def _(dy, x, weight, scale, residual):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save_norm(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-
-def _norm_backward(ctx, dy, _dscale):
-    return *_norm_backward_op(dy, *ctx.saved_tensors, None), None
-
-
-_norm_forward_op.register_autograd(_norm_backward, setup_context=_save_norm)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `rms_norm_reference`."""
-    return _norm_forward_op(x, weight, eps)[0]
-
-
-class _NormAndStream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, weight, eps):
-        u, scale = _norm_forward_op(h, weight, eps)
-        ctx.save_for_backward(h, weight, scale)
-        return u, h.view_as(h)
-
-    @staticmethod
-    def backward(ctx, du, dh):
-        h, weight, scale = ctx.saved_tensors
-        dx, dweight = _norm_backward_op(du, h, weight, scale, dh)
-        return dx, dweight, None
-
-
-def rms_norm_and_stream(h: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(RMSNorm(h), h): the normed input of a block, and the residual stream that goes around it.
-
-    Taking the stream from here lets the backward pass add its gradient inside the norm's kernel, where autograd would
-    read and write the whole stream once more.
-    """
-    return _NormAndStream.apply(h, weight, eps)
 
 
 @torch.library.custom_op("megatron_taipan::gated_rms_norm_forward", mutates_args=())
