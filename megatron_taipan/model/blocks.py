@@ -65,13 +65,16 @@ class AttentionBlock(Block):
 
     def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, None]:
         u, h = self.norm.with_stream(h)
-        if ctx.single:
-            h = h + self.attention.step(u, ctx, state)
-            return h + self.mlp(self.mlp_norm(h)), None
-        u = enter_block(u, self.tp)
-        (o,) = self.attention(u, ctx, store=state)
-        u, h = self.mlp_norm.with_stream(h + leave_block(o.view(u.shape), self.tp))
+        u, h = self.mlp_norm.with_stream(h, self._attend(u, ctx, state))
         return h + self.mlp(u), None
+
+    def _attend(self, u: Tensor, ctx: Context, state: KeyValueStore | None) -> Tensor:
+        """What attention adds to the stream, shaped as u."""
+        if ctx.single:
+            return self.attention.step(u, ctx, state)
+        u = enter_block(u, self.tp)  # [b, l, d]
+        (o,) = self.attention(u, ctx, store=state)
+        return leave_block(o.view(u.shape), self.tp)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -15,17 +15,20 @@ class RMSNorm(nn.Module):
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         self.tp, self.eps, self.norm = build.tp, build.config.norm_eps, build.ops.rms_norm
-        self.norm_and_stream = build.ops.rms_norm_and_stream
+        self.add_norm = build.ops.add_rms_norm
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor) -> Tensor:
         (weight,) = stream_parameters(self.tp, self.weight)
         return self.norm(h, weight, self.eps)
 
-    def with_stream(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(h), h): take the residual stream from here, so that a kernel can add its gradient in one pass."""
+    def with_stream(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(h + branch), h + branch): add to the residual stream, and take it, here, where a kernel does it all.
+
+        The kernel reads and writes the stream once; in the backward pass it adds the stream's gradient as well.
+        """
         (weight,) = stream_parameters(self.tp, self.weight)
-        return self.norm_and_stream(h, weight, self.eps)
+        return self.add_norm(h, branch, weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
 from megatron_taipan.ops.decode import decode_attention_reference, ssd_update_reference
 from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.interval_attention import interval_attention_reference
-from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_and_stream_reference, rms_norm_reference
+from megatron_taipan.ops.norms import add_rms_norm_reference, gated_rms_norm_reference, rms_norm_reference
 from megatron_taipan.ops.refine import refine_reference
 from megatron_taipan.ops.selected_rows import (
     bounded_linear_reference,
@@ -26,7 +26,7 @@ REFERENCES: dict[str, Callable] = {
     "ssd": ssd_reference,
     "causal_conv1d": causal_conv1d_reference,
     "rms_norm": rms_norm_reference,
-    "rms_norm_and_stream": rms_norm_and_stream_reference,
+    "add_rms_norm": add_rms_norm_reference,
     "gated_rms_norm": gated_rms_norm_reference,
     "interval_attention": interval_attention_reference,
     "linear_cross_entropy": linear_cross_entropy_reference,
@@ -48,7 +48,7 @@ class Ops:
     ssd: Callable
     causal_conv1d: Callable
     rms_norm: Callable
-    rms_norm_and_stream: Callable
+    add_rms_norm: Callable
     gated_rms_norm: Callable
     interval_attention: Callable
     linear_cross_entropy: Callable

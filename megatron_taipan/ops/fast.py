@@ -40,10 +40,10 @@ def load_rms_norm() -> Callable:
     return rms_norm
 
 
-def load_rms_norm_and_stream() -> Callable:
-    from megatron_taipan.ops.rms_norm_triton import rms_norm_and_stream
+def load_add_rms_norm() -> Callable:
+    from megatron_taipan.ops.rms_norm_triton import add_rms_norm
 
-    return rms_norm_and_stream
+    return add_rms_norm
 
 
 def load_gated_rms_norm() -> Callable:
@@ -121,7 +121,7 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "ssd": ("triton", load_ssd),
     "causal_conv1d": ("triton", load_causal_conv1d),
     "rms_norm": ("triton", load_rms_norm),
-    "rms_norm_and_stream": ("triton", load_rms_norm_and_stream),
+    "add_rms_norm": ("triton", load_add_rms_norm),
     "gated_rms_norm": ("triton", load_gated_rms_norm),
     "interval_attention": ("triton", load_interval_attention),
     "linear_cross_entropy": ("triton", load_linear_cross_entropy),

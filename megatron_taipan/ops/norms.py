@@ -19,9 +19,18 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (xf * scale * weight).to(weight.dtype)
 
 
-def rms_norm_and_stream_reference(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(h), h): a block's input and the residual stream around it, which a kernel can join in backward."""
-    return rms_norm_reference(h, weight, eps), h
+def add_rms_norm_reference(h: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream's sum and its norm in one: a layer's input, and the stream that goes around the layer.
+
+    Args:
+        h: [..., d] the stream; branch: [..., d] what the layer before adds to it, in h's type or a narrower one, or
+            None: nothing.
+
+    Returns:
+        u: [..., d] rms_norm(h + branch) in weight's dtype; h + branch: [..., d] in h's dtype.
+    """
+    total = h if branch is None else (h + branch).to(h.dtype)
+    return rms_norm_reference(total, weight, eps), total
 
 
 def gated_rms_norm_reference(

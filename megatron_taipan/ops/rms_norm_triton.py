@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
-"""RMSNorm in Triton: one pass over memory forward, one backward.
+"""RMSNorm in Triton, alone or with the residual stream's sum before it: one pass over memory forward, one backward.
 
 The backward kernel keeps the gradient of the weight in registers while a program walks over its rows, and writes one
 partial sum a program.
@@ -15,11 +15,18 @@ PROGRAMS = 528  # four a multiprocessor of an H100
 
 
 @triton.jit
-def _norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, width, x_row, eps, BLOCK: tl.constexpr):
+def _norm_forward_kernel(x_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, scale_ptr, width, x_row, branch_row, eps,
+                         HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """y = x / rms(x) weight; HAS_BRANCH: of sum = x + branch, rounded to its type, in place of x."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     inside = offs < width
     x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(branch_ptr + row * branch_row + offs, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * width + offs, rounded, mask=inside)
+        x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * width + offs, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=inside)
@@ -27,9 +34,13 @@ def _norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, width, x_row, eps,
 
 
 @triton.jit
-def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, sums_ptr, rows, width, x_row, dy_row,
-                          residual_row, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """dx = residual + scale * (dy w - x scale^2 mean(dy w x)); sums [programs, width]: parts of the weight's gradient."""
+def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, dbranch_ptr, sums_ptr, rows, width,
+                          x_row, dy_row, residual_row, HAS_RESIDUAL: tl.constexpr, TWICE: tl.constexpr,
+                          BLOCK: tl.constexpr):  # fmt: skip
+    """dx = residual + scale * (dy w - x scale^2 mean(dy w x)); sums [programs, width]: parts of the weight's gradient.
+
+    TWICE: dx is also written to dbranch, in its type.
+    """
     offs = tl.arange(0, BLOCK)
     inside = offs < width
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
@@ -47,21 +58,31 @@ def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx
         if HAS_RESIDUAL:
             dx += tl.load(residual_ptr + row * residual_row + offs, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * width + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if TWICE:
+            tl.store(dbranch_ptr + row * width + offs, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
     tl.store(sums_ptr + tl.program_id(0) * width + offs, dweight, mask=inside)
 
 
-@torch.library.custom_op("megatron_taipan::rms_norm_forward", mutates_args=())
-def _norm_forward_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_forward(x, branch, weight, eps):
+    """(y in weight's dtype, scale [rows], sum in x's dtype) for x + branch, or for x and without a sum: branch None."""
     flat = rows_of(x)
     rows, d = flat.shape
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if branch is not None else None
+    other = rows_of(branch) if branch is not None else flat
     block = triton.next_power_of_2(d)
     if rows:
         _norm_forward_kernel[(rows,)](
-            flat, weight, y, scale, d, flat.stride(0), eps, BLOCK=block, num_warps=row_warps(block)
+            flat, other, weight, y, total if total is not None else y, scale, d, flat.stride(0), other.stride(0), eps,
+            HAS_BRANCH=branch is not None, BLOCK=block, num_warps=row_warps(block),
         )  # fmt: skip
-    return y, scale
+    return y, scale, total
+
+
+@torch.library.custom_op("megatron_taipan::rms_norm_forward", mutates_args=())
+def _norm_forward_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm_forward(x, None, weight, eps)[:2]
 
 
 @_norm_forward_op.register_fake
@@ -69,27 +90,45 @@ def _(x, weight, eps):
     return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
+@torch.library.custom_op("megatron_taipan::add_rms_norm_forward", mutates_args=())
+def _add_norm_forward_op(
+    h: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return norm_forward(h, branch, weight, eps)
+
+
+@_add_norm_forward_op.register_fake
+def _(h, branch, weight, eps):
+    scale = h.new_empty(h.numel() // h.shape[-1], dtype=torch.float32)
+    return h.new_empty(h.shape, dtype=weight.dtype), scale, h.new_empty(h.shape)
+
+
 @torch.library.custom_op("megatron_taipan::rms_norm_backward", mutates_args=())
 def _norm_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None,
+    second: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, the weight's gradient, dx once more in the type `second`, or empty)."""
     flat, dflat = rows_of(x), rows_of(dy)
     rows, d = flat.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    again = torch.empty(x.shape if second is not None else 0, dtype=second, device=x.device)
     programs = max(1, min(rows, PROGRAMS))
     sums = torch.empty((programs, d), dtype=torch.float32, device=x.device)
     other = rows_of(residual) if residual is not None else dflat
     block = triton.next_power_of_2(d)
     _norm_backward_kernel[(programs,)](
-        dflat, flat, weight, scale, other, dx, sums, rows, d, flat.stride(0), dflat.stride(0), other.stride(0),
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=row_warps(block),
+        dflat, flat, weight, scale, other, dx, again if second is not None else dx, sums, rows, d, flat.stride(0),
+        dflat.stride(0), other.stride(0), HAS_RESIDUAL=residual is not None, TWICE=second is not None, BLOCK=block,
+        num_warps=row_warps(block),
     )  # fmt: skip
-    return dx, sums.sum(0).to(weight.dtype)
+    return dx, sums.sum(0).to(weight.dtype), again
 
 
 @_norm_backward_op.register_fake
-def _(dy, x, weight, scale, residual):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(dy, x, weight, scale, residual, second):
+    again = x.new_empty(x.shape if second is not None else 0, dtype=second)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), again
 
 
 def _save_norm(ctx, inputs, output):
@@ -97,7 +136,8 @@ def _save_norm(ctx, inputs, output):
 
 
 def _norm_backward(ctx, dy, _dscale):
-    return *_norm_backward_op(dy, *ctx.saved_tensors, None), None
+    dx, dweight, _ = _norm_backward_op(dy, *ctx.saved_tensors, None, None)
+    return dx, dweight, None
 
 
 _norm_forward_op.register_autograd(_norm_backward, setup_context=_save_norm)
@@ -108,24 +148,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _norm_forward_op(x, weight, eps)[0]
 
 
-class _NormAndStream(torch.autograd.Function):
+class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, eps):
-        u, scale = _norm_forward_op(h, weight, eps)
-        ctx.save_for_backward(h, weight, scale)
-        return u, h.view_as(h)
+    def forward(ctx, h, branch, weight, eps):
+        if branch is None:
+            u, scale = _norm_forward_op(h, weight, eps)
+            total = h.view_as(h)
+        else:
+            u, scale, total = _add_norm_forward_op(h, branch, weight, eps)
+        ctx.save_for_backward(h if branch is None else total, weight, scale)
+        ctx.branch_dtype = branch.dtype if branch is not None else None
+        return u, total
 
     @staticmethod
-    def backward(ctx, du, dh):
-        h, weight, scale = ctx.saved_tensors
-        dx, dweight = _norm_backward_op(du, h, weight, scale, dh)
-        return dx, dweight, None
+    def backward(ctx, du, dtotal):
+        total, weight, scale = ctx.saved_tensors
+        second = ctx.branch_dtype if ctx.branch_dtype != total.dtype else None
+        dh, dweight, again = _norm_backward_op(du, total, weight, scale, dtotal, second)
+        dbranch = again if second is not None else dh  # of one type they are one tensor, as of torch's sum
+        return dh, dbranch if ctx.branch_dtype is not None else None, dweight, None
 
 
-def rms_norm_and_stream(h: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(RMSNorm(h), h): the normed input of a block, and the residual stream that goes around it.
+def add_rms_norm(
+    h: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `add_rms_norm_reference`.
 
-    Taking the stream from here lets the backward pass add its gradient inside the norm's kernel, where autograd would
-    read and write the whole stream once more.
+    The forward kernel normalizes the sum while it holds it. The backward kernel adds the stream's gradient to the
+    norm's and writes the sum in both types, h's and the branch's; autograd would read and write the whole stream once
+    more for each.
     """
-    return _NormAndStream.apply(h, weight, eps)
+    return _AddNorm.apply(h, branch, weight, eps)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_taipan.ops.norms import gated_rms_norm_reference, rms_norm_reference
+from megatron_taipan.ops.norms import add_rms_norm_reference, gated_rms_norm_reference, rms_norm_reference
 from tests.model.oracles import in_float64
 
 
@@ -35,6 +35,29 @@ def test_a_float32_stream_comes_out_in_the_weights_dtype_after_float32_statistic
     assert torch.equal(out, F.rms_norm(x, (64,), eps=1e-5).bfloat16())
     # Squares of 300 do not fit in fp16; the statistics must not be taken there.
     assert rms_norm_reference(x.half(), weight.half(), 1e-5).isfinite().all()
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_the_streams_sum_and_its_norm_equal_torchs_with_gradients(has_branch):
+    h, weight = double(2, 5, 8).requires_grad_(), double(8).requires_grad_()
+    branch = double(2, 5, 8).requires_grad_() if has_branch else None
+    leaves = [t for t in (h, branch, weight) if t is not None]
+    total = h + branch if has_branch else h
+    expected = F.rms_norm(total, (8,), weight, 1e-5), total
+    ours = add_rms_norm_reference(h, branch, weight, 1e-5)
+    upstream = [torch.randn_like(t) for t in ours]
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_sum_stays_in_the_streams_type_and_its_gradient_is_rounded_for_the_branch_only():
+    h, branch = torch.randn(3, 64).requires_grad_(), torch.randn(3, 64).bfloat16().requires_grad_()
+    u, total = add_rms_norm_reference(h, branch, torch.ones(64, dtype=torch.bfloat16), 1e-5)
+    assert u.dtype == torch.bfloat16 and torch.equal(total, h + branch.float())
+    dh, dbranch = torch.autograd.grad(u.float().sin().sum() + total.cos().sum(), (h, branch))
+    assert dh.dtype == torch.float32 and torch.equal(dbranch, dh.bfloat16())
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 4])
