@@ -1,4 +1,4 @@
-"""The layers of a pattern, one class a letter. Each takes and returns the residual stream."""
+"""The layers of a pattern, one class a letter. Each takes and returns the residual stream (see model/stream.py)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import RMSNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
 
 
 class Block(nn.Module):
-    """What every layer answers."""
+    """What every layer answers. In the subclasses' formulas h is the value of the stream: `Stream.total()`."""
 
     letter: str
 
@@ -43,9 +44,9 @@ class MambaBlock(Block):
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
-    def forward(self, h: Tensor, ctx: Context, state: MambaState | None = None) -> tuple[Tensor, None]:
-        u, h = self.norm.with_stream(h)
-        return h + self.mixer(u, ctx, state), None  # the sum has the stream's type, the wider one
+    def forward(self, stream: Stream, ctx: Context, state: MambaState | None = None) -> tuple[Stream, None]:
+        u, h = self.norm.with_stream(*stream)
+        return Stream(h, self.mixer(u, ctx, state)), None
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         return self.mixer.new_state(batch, device, dtype)
@@ -63,10 +64,10 @@ class AttentionBlock(Block):
         self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
-    def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, None]:
-        u, h = self.norm.with_stream(h)
+    def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, None]:
+        u, h = self.norm.with_stream(*stream)
         u, h = self.mlp_norm.with_stream(h, self._attend(u, ctx, state))
-        return h + self.mlp(u), None
+        return Stream(h, self.mlp(u)), None
 
     def _attend(self, u: Tensor, ctx: Context, state: KeyValueStore | None) -> Tensor:
         """What attention adds to the stream, shaped as u."""
@@ -101,8 +102,8 @@ class SelectiveAttentionBlock(Block):
         self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
-    def forward(self, h: Tensor, ctx: Context, state: KeyValueStore | None = None) -> tuple[Tensor, Selection]:
-        u, h = self.norm.with_stream(h)  # [b, l, d] or a sequence shard
+    def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Selection]:
+        u, h = self.norm.with_stream(*stream)  # [b, l, d] or a sequence shard
         selection = self.gate(u, ctx)
         if ctx.single:
             return self._step(u, h, selection, ctx, state), selection
@@ -116,14 +117,14 @@ class SelectiveAttentionBlock(Block):
         outputs = self.attention(u, ctx, queries, state)
         o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
         u, h = self.mlp_norm.with_stream(self.ops.refine(h, o, refine, zero_is_unselected=not every))
-        return h + self.mlp(u), selection
+        return Stream(h, self.mlp(u)), selection
 
-    def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Tensor:
+    def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Stream:
         """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
         o = self.attention.step(u, ctx, state, selection.selected)
         refine = (selection.m * selection.alpha).to(h.dtype)
         h = h + refine[..., None] * (o - h)
-        return h + self.mlp(self.mlp_norm(h))
+        return Stream(h, self.mlp(self.mlp_norm(h)))
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""

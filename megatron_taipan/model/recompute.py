@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.gate import Selection
+from megatron_taipan.model.stream import Stream
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
 KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -47,10 +48,10 @@ def run_layers(layers: nn.ModuleList, h: Tensor, ctx: Context, mode: str, every:
 
 
 def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
-    selections = []
+    stream, selections = Stream(h), []
     for index in range(first, last):
         state = ctx.cache.layers[index] if ctx.cache is not None else None
-        h, selection = layers[index](h, ctx, state)
+        stream, selection = layers[index](stream, ctx, state)
         if selection is not None:
             selections.append(selection)
-    return h, selections
+    return stream.total(), selections

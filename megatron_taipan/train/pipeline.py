@@ -6,6 +6,8 @@ Between stages travels a tuple of three tensors:
     facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
     budget  [1]          budget losses of the S layers so far
 
+Within a stage a fourth tensor may follow, what the layer before left for the next norm to add to h (model/stream.py).
+
 The labels travel along, because head and loss are one operation that never holds the logits; `facts` is 48 bytes a
 token beside the 4 d of the stream.
 """
@@ -27,13 +29,14 @@ from megatron_taipan.model.flops import model_flops, model_params, pipeline_boun
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import make_layer
 from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.layout import describe
 
-Payload = tuple[Tensor, Tensor, Tensor]
+Payload = tuple[Tensor, ...]
 
 
 class TaipanPipeline(PipelineModule):
@@ -55,7 +58,8 @@ class TaipanPipeline(PipelineModule):
         if tied:
             embedding = TiedLayerSpec("embedding", EmbeddingAndHead, build, config)
             head = TiedLayerSpec("embedding", EmbeddingAndHead, build, config, forward_fn=EmbeddingAndHead.score)
-        layers = [LayerSpec(PipelineLayer, build, config, i) for i in range(config.model.n_layers)]
+        last = [i + 1 in self.bounds for i in range(config.model.n_layers)]
+        layers = [LayerSpec(PipelineLayer, build, config, i, ends) for i, ends in enumerate(last)]
         super().__init__(
             [embedding, *layers, LayerSpec(PipelineNorm, build), head],
             topology=PipeModelDataParallelTopology(
@@ -194,28 +198,36 @@ class PipelineEmbedding(Embedding):
 
 
 class PipelineLayer(nn.Module):
-    """One layer of the pattern."""
+    """One layer of the pattern.
 
-    def __init__(self, build: Build, config: Config, index: int):
+    Args:
+        ends: whether it is the last one of its stage.
+    """
+
+    def __init__(self, build: Build, config: Config, index: int, ends: bool):
         super().__init__()
+        self.ends = ends
         self.index, self.packed = index, config.data.mask_documents
         self.recompute = config.parallel.recompute
         self.layer: Block = make_layer(build, config.model.letters[index], index)
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
-        h, facts, budget = payload
+        h, facts, budget, *branch = payload
+        stream = Stream(h, *branch)
         ctx = make_context(
             facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], facts[0, 0, 5], None
         )
         if self.recompute == "none" or not torch.is_grad_enabled():
-            h, selection = self.layer(h, ctx)
-        else:
-            h, selection = recomputed(self.layer, self.recompute, h, ctx)
+            stream, selection = self.layer(stream, ctx)
+        else:  # what a recomputed layer is given is kept: one tensor, not two
+            stream, selection = recomputed(self.layer, self.recompute, Stream(stream.total()), ctx)
         if selection is not None:
             budget = budget + selection.budget_loss
             self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())
-        return h, facts, budget
+        if self.ends or stream.branch is None:
+            return stream.total(), facts, budget
+        return stream.h, facts, budget, stream.branch
 
 
 class PipelineNorm(RMSNorm):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.model.context import make_context
+from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
 from tests.model.small import close, documents, small_model, tokens
 
@@ -55,7 +56,7 @@ def test_window_and_full_attention(letter, window, kv_heads):
     turn = rotary(SEQ, 300.0) if letter == "A" else (lambda x: x)
     middle = h + attention(rms_norm(h, layer.norm.weight, EPS), layer.attention, mask, 4, kv_heads, turn)
     expected = middle + swiglu(rms_norm(middle, layer.mlp_norm.weight, EPS), layer.mlp)
-    ours, _ = layer(h, context())
+    ours = layer(Stream(h), context())[0].total()
     assert_same_with_gradients(ours, expected, [h, *layer.parameters()])
 
 
@@ -80,11 +81,12 @@ def test_selective_attention_in_evaluation(kv_heads, window, threshold):
     s = rms_norm(h, layer.norm.weight, EPS) @ layer.gate.weight.T + layer.gate.bias
     m = s[..., 1] - s[..., 0] > threshold
     assert m.any() == (threshold < 1e9) and m.all() == (threshold == -1e9)
-    ours, selection = layer(h, context())
+    out, selection = layer(Stream(h), context())
+    ours = out.total()
     assert torch.equal(selection.selected, m)
     assert_same_with_gradients(ours, selective(layer, h, m, kv_heads, window), [h, *layer.parameters()])
-    again, _ = layer(h, context(step=1))
-    assert torch.equal(ours, again)
+    again, _ = layer(Stream(h), context(step=1))
+    assert torch.equal(ours, again.total())
 
 
 def test_selective_attention_takes_no_positions():
@@ -92,7 +94,7 @@ def test_selective_attention_takes_no_positions():
     model = small_model("S").eval()
     layer = model.layers[0]
     h = torch.randn(1, 8, 24, dtype=torch.float64)
-    twice, _ = layer(torch.cat([h, h, h], 1), make_context(tokens(1, 24), None, None, 0, None))
+    twice = layer(Stream(torch.cat([h, h, h], 1)), make_context(tokens(1, 24), None, None, 0, None))[0].total()
     close(twice[:, 14:16], twice[:, 22:24])
 
 
@@ -108,7 +110,7 @@ def test_attention_is_computed_for_selected_queries_only():
     layer.attention.ops = replace(layer.attention.ops, interval_attention=watch)
     for train in (False, True):
         layer.train(train)
-        _, selection = layer(h, context())
+        _, selection = layer(Stream(h), context())
         assert seen.pop() == selection.selected.sum() and not seen
         assert 0 < selection.selected.sum() < 42
 

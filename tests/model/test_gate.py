@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_taipan.model import gate as gate_module
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.noise import gumbel_noise
+from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
 from tests.model.small import close, documents, small_model, tokens
 
@@ -156,7 +157,8 @@ def both_modes():
     for mode in ("selected", "all"):
         layer = small_model("S", gate={"gradient": mode}).layers[0]
         h_in = h.clone().requires_grad_()
-        out, selection = layer(h_in, make_context(tokens(2, 17), seq_idx, None, 0, None))
+        stream, selection = layer(Stream(h_in), make_context(tokens(2, 17), seq_idx, None, 0, None))
+        out = stream.total()
         grads = torch.autograd.grad(out, [selection.m, h_in, *layer.parameters()], upstream, allow_unused=True)
         results[mode] = layer, h_in, out, selection, grads
     return seq_idx, upstream, results

@@ -61,7 +61,7 @@ def test_stream_logits_loss_and_state_types_in_bf16(wide):
     model = small_model(PATTERN, torch.bfloat16, residual_fp32=wide)
     stream = []
     for layer in model.layers:
-        layer.register_forward_hook(lambda _, args, out: stream.append((args[0].dtype, out[0].dtype)))
+        layer.register_forward_hook(lambda _, args, out: stream.append((args[0].total().dtype, out[0].total().dtype)))
     out = model(tokens(2, 12), labels=tokens(2, 12, 1))
     assert {d for pair in stream for d in pair} == {torch.float32 if wide else torch.bfloat16}
     assert out.loss.dtype == out.ce_loss.dtype == out.budget_loss.dtype == torch.float32

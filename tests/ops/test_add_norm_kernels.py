@@ -1,6 +1,7 @@
 """RMSNorm with the residual stream's sum in Triton: on a GPU, or interpreted with TRITON_INTERPRET=1."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -27,18 +28,18 @@ def device(request):
     return request.param
 
 
-def contiguous(*shape: int, device: str) -> Tensor:
-    return torch.randn(*shape, device=device)
+def contiguous(*shape: int, **kind: Any) -> Tensor:
+    return torch.randn(*shape, **kind)
 
 
-def wide_rows(*shape: int, device: str) -> Tensor:
+def wide_rows(*shape: int, **kind: Any) -> Tensor:
     """Rows that lie further apart than they are long."""
-    return torch.randn(*shape[:-1], shape[-1] + 3, device=device)[..., : shape[-1]]
+    return torch.randn(*shape[:-1], shape[-1] + 3, **kind)[..., : shape[-1]]
 
 
-def across(*shape: int, device: str) -> Tensor:
+def across(*shape: int, **kind: Any) -> Tensor:
     """The last dimension is not the one whose elements adjoin."""
-    return torch.randn(*shape[:-2], shape[-1], shape[-2], device=device).transpose(-1, -2)
+    return torch.randn(*shape[:-2], shape[-1], shape[-2], **kind).transpose(-1, -2)
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
@@ -61,14 +62,13 @@ def test_sum_norm_and_gradients(device, width, stream, narrow, has_branch, laid)
     """The sum as torch rounds it, bit for bit; norm and gradients as float64 has them for that sum."""
     from megatron_taipan.ops.rms_norm_triton import add_rms_norm
 
-    def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-        made = laid(*shape, device=device) if len(shape) > 1 else contiguous(*shape, device=device)
-        return made.to(dtype).requires_grad_()  # a copy keeps the strides' order
+    def made(dtype: torch.dtype) -> Tensor:
+        return laid(3, 7, width, device=device, dtype=dtype)
 
-    h, weight = leaf(3, 7, width, dtype=stream), leaf(width, dtype=narrow)
-    branch = leaf(3, 7, width, dtype=narrow) if has_branch else None
+    h, branch = made(stream).requires_grad_(), made(narrow).requires_grad_() if has_branch else None
+    weight = torch.randn(width, device=device, dtype=narrow).requires_grad_()
     leaves = [t for t in (h, branch, weight) if t is not None]
-    upstream = [laid(3, 7, width, device=device).to(dtype) for dtype in (narrow, stream)]  # of the norm, of the sum
+    upstream = [made(narrow), made(stream)]  # of the norm, of the sum
 
     total = ((h + branch) if has_branch else h).detach()
     exact = [t.detach().double().requires_grad_() for t in (total, weight)]
