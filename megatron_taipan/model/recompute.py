@@ -48,6 +48,7 @@ def run_layers(layers: nn.ModuleList, h: Tensor, ctx: Context, mode: str, every:
 
 
 def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
+    """Layers first to last - 1, which run together: additions to h are outstanding between them, not behind them."""
     stream, selections = Stream(h), []
     for index in range(first, last):
         state = ctx.cache.layers[index] if ctx.cache is not None else None
