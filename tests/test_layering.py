@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.parallel": {"config", "ops"},
     "megatron_taipan.model": {"config", "pattern", "ops", "parallel"},
     "megatron_taipan.data": {"config"},
-    "megatron_taipan.checkpoint": {"config", "parallel", "data"},
+    "megatron_taipan.checkpoint": {"config", "pattern", "parallel", "data"},
     "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
     "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference"},
     "megatron_taipan.train": {"config", "pattern", "ops", "parallel", "model", "data", "checkpoint"},
