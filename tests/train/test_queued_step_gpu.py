@@ -13,9 +13,7 @@ from tests.distributed.launch import launch
 from tests.train.test_queued_step import BAD, check, trained
 
 pytestmark = pytest.mark.gpu
-SLEEP = (
-    200_000_000  # cycles of the GPU before each group's AdamW, about 0.1 s: far longer than what the host still does
-)
+SLEEP = 200_000_000  # cycles of the GPU before each group's AdamW, about 0.1 s: the host is done long before
 
 
 @contextmanager
