@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_taipan.model.taipan import TaipanOutput
 from tests.distributed.launch import launch
-from tests.train.toy import toy_config
+from tests.train.toy import Ones, toy_config
 
 STEPS, MICRO, CLIP = 6, 2, 2.0
 SHAPES = {"a": (7, 5), "b": (41,), "d": (13,), "e": (3, 5)}
@@ -24,14 +24,11 @@ BAD = {"none": (), "first": (0,), "middle": (2,), "twice": (2, 3), "first two an
 WEIGHT_DECAY = 0.1
 
 
-class Linear(nn.Module):
+class Linear(Ones):
     """A loss that is linear in every parameter, so that its gradients are the tokens."""
 
     def __init__(self):
-        super().__init__()
-        for name, shape in SHAPES.items():
-            dtype = torch.bfloat16 if name in LOW else torch.float32
-            self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=dtype)))
+        super().__init__(SHAPES, LOW)
 
     def forward(self, tokens: Tensor, *, ce_scale: Tensor, **_: Any) -> TaipanOutput:
         wanted = tokens.split([p.numel() for p in self.parameters()])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_taipan.train import reduction
 from tests.distributed.launch import launch
-from tests.train.toy import toy_config
+from tests.train.toy import Ones, toy_config
 
 STEPS, MICRO, RANKS = 5, 4, 2
 # Elements; slices of two ranks end within b and within d, and each group but the last has padding at its end.
@@ -17,14 +17,11 @@ LOW = {"a", "b", "c"}  # bf16; the others are float32 islands
 DECAYED = {"a", "b", "c", "f"}
 
 
-class Linear(nn.Module):
+class Linear(Ones):
     """A loss that is linear in every parameter, so that its gradients are what the caller wants."""
 
     def __init__(self):
-        super().__init__()
-        for name, shape in SHAPES.items():
-            dtype = torch.bfloat16 if name in LOW else torch.float32
-            self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=dtype)))
+        super().__init__(SHAPES, LOW)
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
         return sum((p.float() * wanted[name]).sum() for name, p in self.named_parameters() if name in wanted)

@@ -1,9 +1,11 @@
-"""A tiny run: made-up but learnable text, a network of every layer kind that trains in milliseconds."""
+"""A tiny run: made-up but learnable text, a network of every kind of layer that trains fast. Bare weights."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from megatron_taipan.config import Config, make_config
 from megatron_taipan.data.indexed import IndexedWriter
@@ -41,6 +43,16 @@ def toy_tree(prefix: str, directory: Path | str, **sections: dict[str, Any]) -> 
     for name, options in sections.items():
         tree[name] = tree.get(name, {}) | options
     return tree
+
+
+class Ones(nn.Module):
+    """Parameters of these shapes, all 1; those named in `low` are bf16, the others float32."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], low: set[str]):
+        super().__init__()
+        for name, shape in shapes.items():
+            dtype = torch.bfloat16 if name in low else torch.float32
+            self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=dtype)))
 
 
 def toy_config(prefix: str, directory: Path | str = "unused", **sections: dict[str, Any]) -> Config:
