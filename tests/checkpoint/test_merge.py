@@ -1,6 +1,5 @@
 """A checkpoint of any ZeRO stage and tensor size, merged, is the model that the trainer evaluated when it saved."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from megatron_taipan.inference.loading import load_model
 from megatron_taipan.parallel.layout import describe
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
-from tests.train.test_loop import runs
+from tests.train.runs import log, runs
 from tests.train.toy import toy_tree, write_data
 
 LAYOUTS = {
@@ -52,8 +51,7 @@ def trained(tmp_path_factory) -> Path:
 
 def measured(run: Path) -> list[float]:
     """The trainer's validation losses."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [record["ce"] for record in records if record["event"] == "valid"]
+    return [record["ce"] for record in log(run, "valid")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,8 +112,7 @@ def test_a_pipeline_in_bf16_goes_on_in_one_process(trained, tmp_path):
         tree = toy_tree(prefix, tmp_path / name, train=steps, parallel={"zero_stage": 1, "pipeline": pipeline})
         tree["model"] |= {"pattern": pattern}
         assert launch(pipeline, runs, [tree])[0] == [0]
-        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        losses.append([record["loss"] for record in records if record["event"] == "step"])
+        losses.append([record["loss"] for record in log(tmp_path / name)])
     assert len(losses[0]) == len(losses[1]) == 5
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 

@@ -17,7 +17,7 @@ from megatron_taipan.config import load_config, make_config
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
-from tests.train.test_loop import log, runs
+from tests.train.runs import log, records, runs, steps_so_far
 from tests.train.toy import toy_tree, write_data
 
 # processes, and the section `parallel`
@@ -246,16 +246,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
         trees.append(tree)
     assert launch(2, slow_writing, trees)[0] == [0, 0]
     first = tmp_path / "behind" / "step_00000002"
-    events = [(record["event"], record["step"]) for record in log_all(tmp_path / "behind")]
+    events = [(record["event"], record["step"]) for record in records(tmp_path / "behind")]
     assert events.index(("step", 4)) < events.index(("save", 2))  # it learned on before the first was complete
     assert log(tmp_path / "waiting", "save")[0]["stall_s"] >= 0.3
     ours, theirs = everything(first), everything(tmp_path / "waiting" / "step_00000002")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert find_newest(tmp_path / "behind").path.name == "step_00000012"
-
-
-def log_all(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
 def slow_writing(trees: list[dict]) -> list:
@@ -268,7 +264,7 @@ def slow_writing(trees: list[dict]) -> list:
         time.sleep(0.3)
         directory, until = path.parents[2], time.monotonic() + 60
         if directory.name == "behind" and "step_00000002" in str(path):
-            while max(record["step"] for record in log(directory)) < 4 and time.monotonic() < until:
+            while steps_so_far(directory) < 4 and time.monotonic() < until:
                 time.sleep(0.01)
         return write(path, tensors)
 

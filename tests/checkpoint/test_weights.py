@@ -16,6 +16,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.model.taipan import Taipan
 from tests.distributed.launch import run_program
+from tests.train.runs import log
 from tests.train.toy import toy_config, toy_tree, write_data
 
 
@@ -48,11 +49,9 @@ def test_a_run_starts_from_the_weights_in_another_layout_and_resumes_from_its_ow
     command = ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]
     run_program(2, [*command, "train.stop_at=1"]).succeeded()
     run_program(2, command).succeeded()
-    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    valid = [record["ce"] for record in records if record["event"] == "valid"]
+    valid = [record["ce"] for record in log(tmp_path / "run", "valid")]
     assert valid[0] == pytest.approx(wanted.ce, rel=2e-6)
-    steps = [record for record in records if record["event"] == "step"]
-    assert [record["step"] for record in steps] == [1, 2]
+    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2]
     assert valid[-1] < valid[0]  # the second start went on; from the weights again it would score as before step 2
 
 

@@ -14,7 +14,7 @@ from megatron_taipan.evaluation import calibrate, perplexity
 from megatron_taipan.inference import generate
 from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.series import Job, launch_series
-from tests.train.test_loop import runs
+from tests.train.runs import runs
 from tests.train.toy import toy_tree, write_data
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_taipan.train.distributed import free_port
 from tests.distributed.launch import ROOT
-from tests.train.test_loop import log
+from tests.train.runs import steps_so_far
 from tests.train.toy import toy_tree, write_data
 
 TIMEOUT = 30  # seconds, parallel.timeout_s
@@ -53,7 +53,7 @@ class Job:
 
     def wait_for_steps(self, steps: int, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not ((self.run / "log.jsonl").exists() and len(log(self.run)) >= steps):
+        while steps_so_far(self.run) < steps:
             assert self.process.poll() is None and time.monotonic() < end, self.output()
             time.sleep(0.1)
 

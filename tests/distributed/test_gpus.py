@@ -6,7 +6,7 @@ import yaml
 
 from tests.distributed.launch import run_program
 from tests.distributed.test_dead_rank import TIMEOUT, Job
-from tests.train.test_loop import log
+from tests.train.runs import log
 from tests.train.toy import toy_tree, write_data
 
 pytestmark = [

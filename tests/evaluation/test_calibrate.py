@@ -11,7 +11,7 @@ from megatron_taipan.evaluation.calibrate import calibrate, main
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
 from tests.distributed.launch import launch
-from tests.train.test_loop import runs
+from tests.train.runs import runs
 from tests.train.toy import toy_config, toy_tree, write_data
 
 

@@ -1,7 +1,6 @@
 """Where faults are tried: a training run that is always the same, disturbed, continued, and compared bit for bit."""
 
 import hashlib
-import json
 import random
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 
 from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_manifest, step_of
 from tests.faults.zygote import Job, Zygote
+from tests.train.runs import records
 from tests.train.toy import toy_tree, write_data
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 4
@@ -118,11 +118,9 @@ class Run:
     def records(self, event: str | None = None) -> list[dict[str, Any]]:
         """The log's whole lines so far."""
         try:
-            lines = (self.directory / "log.jsonl").read_bytes().split(b"\n")[:-1]
-        except OSError:
+            return [record for record in records(self.directory) if event in (None, record["event"])]
+        except OSError:  # some faults take the file away
             return []
-        records = [json.loads(line) for line in lines]
-        return [r for r in records if event in (None, r["event"])]
 
     def losses(self) -> dict[int, float]:
         return {r["step"]: r["ce"] for r in self.records("step")}

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_taipan.checkpoint.folder import find_newest
 from tests.distributed.launch import ROOT
-from tests.train.test_loop import log
+from tests.train.runs import log, steps_so_far
 from tests.train.toy import toy_tree, write_data
 
 SCRIPT = ROOT / "launch/slurm/pretrain.sbatch"
@@ -106,7 +106,7 @@ def test_time_limit_saves_requeues_and_the_second_job_finishes(tmp_path):
                 f"echo $$ > {tmp_path}/task\nexec \"$@\"\n")  # fmt: skip
     job = subprocess.Popen(["bash", SCRIPT, str(tmp_path / "config.yaml")], cwd=ROOT, env=env)
     end = time.monotonic() + 120
-    while not ((tmp_path / "run/log.jsonl").exists() and len(log(tmp_path / "run")) > 3):
+    while steps_so_far(tmp_path / "run") < 4:
         assert job.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)

@@ -1,53 +1,16 @@
 """Whole runs on two processes: stop, resume, refuse."""
 
-import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
-from megatron_taipan.config import load_config, make_config
-from megatron_taipan.errors import UserError
+from megatron_taipan.config import load_config
 from tests.distributed.launch import launch
+from tests.train.runs import log, runs, with_options
 from tests.train.toy import toy_tree, write_data
 
 SHORT = {"steps": 2, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
-# what is measured rather than computed
-TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s", "memory_gb", "checkpoint_stall_s")
-
-
-def runs(trees: list[dict]) -> list:
-    """Trains each configuration after the other in this process group; gives exit statuses or error messages."""
-    from megatron_taipan.train.distributed import find_place
-    from megatron_taipan.train.loop import train
-
-    results = []
-    for tree in trees:
-        try:
-            results.append(train(make_config(tree), find_place(os.environ), torch.device("cpu")))
-        except UserError as error:
-            results.append(str(error))
-    return results
-
-
-def log(directory: Path, event: str = "step") -> list[dict]:
-    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == event]
-
-
-def numbers(directory: Path) -> list[tuple]:
-    """What must be equal to the last bit: every step's losses, norm, rate and gate statistics."""
-    return [tuple((k, v) for k, v in record.items() if k not in TIMING) for record in log(directory)]
-
-
-def with_options(tree: dict, **sections: dict) -> dict:
-    return {
-        name: tree.get(name, {}) | sections.get(name, {}) if isinstance(tree[name], dict) else tree[name]
-        for name in tree
-    }
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from pathlib import Path
 from unittest import mock
 
 from tests.distributed.launch import launch
+from tests.train.runs import log, numbers, runs, with_options
 from tests.train.test_fp16 import fp16_on_a_cpu
-from tests.train.test_loop import log, numbers, runs, with_options
 from tests.train.toy import toy_tree, write_data
 
 FIRST_POWER = 18  # of the first scale: 2^18 times the gradient overflows within a few steps

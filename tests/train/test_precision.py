@@ -13,7 +13,7 @@ from megatron_taipan.config import dump_config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.train.distributed import find_place, free_port, start_processes, stop_processes
 from tests.distributed.launch import ROOT, launch, process_env
-from tests.train.test_loop import log, runs
+from tests.train.runs import log, runs
 
 # The quickstart's run on the bytes of its text, narrower and with shorter samples: two chunks and two windows in each.
 OVERRIDES = [

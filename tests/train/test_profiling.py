@@ -10,7 +10,7 @@ import torch
 from megatron_taipan.config import ConfigError, ProfileConfig
 from megatron_taipan.train.profiling import StepProfiler
 from tests.distributed.launch import launch
-from tests.train.test_loop import log, runs
+from tests.train.runs import log, runs
 from tests.train.toy import toy_config, toy_tree, write_data
 
 

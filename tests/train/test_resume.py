@@ -22,7 +22,7 @@ from megatron_taipan.train.signals import EXIT_REQUEUE
 from tests.checkpoint.test_state import everything
 from tests.distributed.launch import run_program
 from tests.distributed.series import Job, launch_series
-from tests.train.test_loop import log, numbers, runs
+from tests.train.runs import log, numbers, runs
 from tests.train.toy import VOCAB, toy_tree, write_data
 
 STEPS, CUT = 5, 3

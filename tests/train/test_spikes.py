@@ -13,7 +13,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
 from tests.distributed.launch import launch
-from tests.train.test_loop import log, numbers, runs, with_options
+from tests.train.runs import log, numbers, runs, with_options
 from tests.train.toy import toy_tree, write_data
 
 WATCH = TrainConfig(steps=9, global_batch=1, spike_z=4.0, spike_window=5, spike_rewind=True, spike_max_rewinds=2)

@@ -19,7 +19,7 @@ from megatron_taipan.train.distributed import free_port
 from megatron_taipan.train.signals import EXIT_REQUEUE
 from megatron_taipan.train.watchdog import EXIT_HANG, Watchdog
 from tests.distributed.launch import ROOT, launch, process_env, wait
-from tests.train.test_loop import log, numbers, runs, with_options
+from tests.train.runs import log, numbers, runs, steps_so_far, with_options
 from tests.train.toy import toy_tree, write_data
 
 SHORT = {"global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
@@ -45,7 +45,7 @@ class Running:
         """Until that step is in the log."""
         end = time.monotonic() + 180
         while time.monotonic() < end:
-            if (directory / "log.jsonl").exists() and any(r["step"] >= step for r in log(directory)):
+            if steps_so_far(directory) >= step:
                 return
             time.sleep(0.02)
         raise AssertionError(f"step {step} was never reached: {self.output()}")

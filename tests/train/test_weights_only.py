@@ -10,7 +10,7 @@ from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
 from megatron_taipan.checkpoint.merge import load_state, open_state
 from megatron_taipan.inference.loading import load_model
 from tests.distributed.series import Job, launch_series
-from tests.train.test_loop import log, runs, with_options
+from tests.train.runs import log, runs, with_options
 from tests.train.toy import toy_tree, write_data
 
 
