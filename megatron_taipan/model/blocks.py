@@ -73,9 +73,9 @@ class AttentionBlock(Block):
         """What attention adds to the stream, shaped as u."""
         if ctx.single:
             return self.attention.step(u, ctx, state)
-        u = enter_block(u, self.tp)  # [b, l, d]
-        (o,) = self.attention(u, ctx, store=state)
-        return leave_block(o.view(u.shape), self.tp)
+        whole = enter_block(u, self.tp).view(ctx.batch, ctx.length, -1)
+        (o,) = self.attention(whole, ctx, store=state)
+        return leave_block(o.view(whole.shape), self.tp)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)
@@ -103,11 +103,11 @@ class SelectiveAttentionBlock(Block):
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
     def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Selection]:
-        u, h = self.norm.with_stream(*stream)  # [b, l, d] or a sequence shard
+        u, h = self.norm.with_stream(*stream)  # [b, l, d] or a shard of its tokens
         selection = self.gate(u, ctx)
         if ctx.single:
             return self._step(u, h, selection, ctx, state), selection
-        u = enter_block(u, self.tp)  # [b, l, d]
+        u = enter_block(u, self.tp).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
         refine = (selection.m * selection.alpha).to(h.dtype)
         every = self.every_query and self.training

@@ -19,7 +19,7 @@ class Embedding(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[b, l] ids -> [b, l, d], or this rank's sequence shard of it."""
+        """[b, l] ids -> [b, l, d], or this rank's shard [n/tp, d] of it."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         rows = self.weight.shape[0]
@@ -40,16 +40,16 @@ class Head(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor, embedding: Tensor, labels: Tensor | None, token_weights: Tensor | None) -> Tensor:
-        """h: [b, l, d] normed, or a shard. With labels [b, l]: sum of token_weights * cross entropy, a scalar;
-        without: logits [b, l, vocab] in float32."""
+        """With labels [b, l] and h the normed stream, [b, l, d] or a shard: sum of token_weights * cross entropy, a
+        scalar. Without, h [b, l, d] on every rank: logits [b, l, vocab] in float32."""
         weight = self.weight if hasattr(self, "weight") else embedding
-        h = enter_block(h, self.tp)
         if labels is None:
             return self._logits(h, weight)
+        h = enter_block(h, self.tp)
         rows = weight.shape[0]
         start = self.tp.rank * rows
         return self.cross_entropy(
-            h.flatten(0, 1),
+            h.flatten(0, -2),
             weight,
             labels.flatten(),
             token_weights.flatten(),

@@ -13,6 +13,7 @@ from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.collectives import (
     all_reduce_sum,
     gather_tokens,
+    put_tokens,
     stream_parameters,
     sum_over_shards,
     take_tokens,
@@ -20,11 +21,11 @@ from megatron_taipan.parallel.collectives import (
 
 
 class Selection(NamedTuple):
-    """The gate's decision for tokens [b, l] (or this rank's sequence shard of them). A tuple for ZeRO-3's sake."""
+    """The gate's decision for tokens [b, l] (or this rank's shard of them, [n/tp]). A tuple for ZeRO-3's sake."""
 
     m: Tensor  # [b, l] 0 or 1; in training with the straight-through gradient of the selected class
     alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1
-    selected: Tensor  # [b, whole l] bool, of the whole sequence
+    selected: Tensor  # [b, l] bool, of all tokens on every rank
     margin: Tensor  # [b, l] s_1 - s_0, detached: what evaluation compares with the threshold
     budget_loss: Tensor  # scalar: mean over rows of (capacity - mean m)^2
     stats: Tensor  # [4] selected, selected_eval, alpha, entropy: means over the tokens, detached
@@ -52,10 +53,10 @@ class Gate(WithFloat32Islands):
         self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
 
     def forward(self, u: Tensor, ctx: Context) -> Selection:
-        """u: [b, l, d] normed hidden states (or this rank's sequence shard)."""
+        """u: [b, l, d] normed hidden states (or this rank's shard [n/tp, d])."""
         weight, bias = stream_parameters(self.tp, self.weight, self.bias)
         wide = at_least_float32(u)
-        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))  # [b, l, 2]
+        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))  # [b, l, 2] or [n/tp, 2]
         alpha = logits.softmax(-1)[..., 1]
         margin = (logits[..., 1] - logits[..., 0]).detach()
         above = margin > self.threshold
@@ -66,10 +67,12 @@ class Gate(WithFloat32Islands):
             m = hard + soft - soft.detach()
         else:
             m = hard = above.to(alpha.dtype)
-        share = sum_over_shards(m.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
+        rows = put_tokens(m, self.tp).view(ctx.batch, ctx.length)
+        share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
         budget_loss = (self.capacity - share).square().mean()
         stats = self._stats(hard, above, alpha)
-        return Selection(m, alpha, gather_tokens(hard > 0.5, self.tp), margin, budget_loss, stats)
+        selected = gather_tokens(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
+        return Selection(m, alpha, selected, margin, budget_loss, stats)
 
     @torch.no_grad()
     def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Group(nn.Module):
         return functional_call(self, dict(zip(self.names, tensors[:n], strict=True)), tensors[n:])
 
     def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """h: [b, l, d] or this rank's sequence shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
+        """h: [b, l, d] or this rank's shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
 
         Returns:
             h, and where the group has S layers their budget losses [n] and statistics [n, 4].
@@ -52,8 +52,7 @@ class GraphedLayers:
     Args:
         layers: in order, on the device, where they stay: their parameters may change in place only.
         shape: (b, l) of a micro-batch.
-        shards: ranks over which the stream's sequence is spread (sequence parallelism), else 1.
-        stream: an empty tensor of the residual stream's type, [0, d] on the device.
+        stream: an example of the residual stream as it enters the layers; its values do not matter.
         recompute: mode and layers a segment of activation checkpointing.
     """
 
@@ -63,7 +62,6 @@ class GraphedLayers:
         shape: tuple[int, int],
         stream: Tensor,
         recompute: tuple[str, int] = ("none", 1),
-        shards: int = 1,
     ):
         self.shape = shape
         self.parameters = [p for layer in layers for p in layer.parameters()]
@@ -76,13 +74,12 @@ class GraphedLayers:
             torch.arange(b, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
         )
-        rows = torch.ones(b, l // shards, stream.shape[-1], device=device, dtype=stream.dtype)
         # Recorded with leaves that share the parameters' memory, not with the parameters: hooks keep a parameter's
         # gradient node alive, and it belongs to the stream that it was made on, which must not be recorded.
         example = tuple(
             (
                 *(p.detach().requires_grad_() for p in group.own),
-                rows.clone().requires_grad_(),
+                stream.clone().requires_grad_(),
                 *(t.clone() for t in facts),
             )
             for group in groups

@@ -44,5 +44,5 @@ class SwiGLU(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor) -> Tensor:
-        gated = self.silu_mul(*enter_linear(u, self.tp, self.gate_proj, self.up_proj))  # [b, l, d_ff]
+        gated = self.silu_mul(*enter_linear(u, self.tp, self.gate_proj, self.up_proj))  # [b, l, d_ff] or [n, d_ff]
         return leave_block(F.linear(gated, self.down_proj), self.tp)

@@ -59,12 +59,13 @@ class Mamba2(WithFloat32Islands):
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
-        """u: [b, l, d] (or this rank's sequence shard); returns the same shape. `state` is read and updated."""
+        """u: [b, l, d] (or this rank's shard [n/tp, d]); returns the same shape. `state` is read and updated."""
         if ctx.single:
             return self._step(u, state)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
         (zxbcdt,) = enter_linear(u, self.tp, in_proj)
+        zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return leave_block(F.linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj), self.tp)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)

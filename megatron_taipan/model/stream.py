@@ -14,7 +14,7 @@ class Stream(NamedTuple):
     sake.
     """
 
-    h: Tensor  # [b, l, d] or this rank's sequence shard
+    h: Tensor  # [b, l, d] or this rank's shard of its tokens, [b l / tp, d]
     branch: Tensor | None = None  # shaped as h, in the type that layers compute in
 
     def total(self) -> Tensor:

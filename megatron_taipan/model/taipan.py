@@ -20,6 +20,7 @@ from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
+from megatron_taipan.parallel.collectives import gather_tokens
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import describe
 
@@ -113,12 +114,12 @@ class Taipan(nn.Module):
         h = self.embedding(tokens)
         h = at_least_float32(h) if self.config.residual_fp32 else h
         h, selections = self._run_layers(h, ctx)
-        if not all_logits and labels is None:
-            h = h[:, -1:]
-        h = self.final_norm(h)
         stats = [dict(zip(STATS, s.stats, strict=True), budget=s.budget_loss.detach().float()) for s in selections]
         if labels is None:
+            h = gather_tokens(h, self.tp).view(*tokens.shape, -1)
+            h = self.final_norm(h if all_logits else h[:, -1:])
             return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), gate_stats=stats)
+        h = self.final_norm(h)
         mask = torch.ones_like(tokens, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
         ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
@@ -165,10 +166,10 @@ class Taipan(nn.Module):
         """
         weight = self.embedding.weight
         wide = torch.float32 if self.config.residual_fp32 else weight.dtype
-        stream = torch.empty(0, self.config.d_model, device=weight.device, dtype=wide)
+        shape = self.tp.stream_shape(batch, length, self.config.d_model)
+        stream = torch.ones(shape, device=weight.device, dtype=wide)
         recompute = (self.recompute, self.recompute_every)
-        shards = self.tp.size if self.tp.sequence_parallel else 1
-        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, shards)
+        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute)
 
     def release_graphs(self) -> None:
         """Forgets what `capture` recorded. NCCL waits for ever to leave a communicator that a graph still holds."""

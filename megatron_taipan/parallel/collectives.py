@@ -1,11 +1,16 @@
 """Collectives of the tensor-parallel group as autograd functions.
 
-A block reads a replicated (or sequence-sharded) stream, works on this rank's slice of the heads, and gives back a
-partial sum. `enter_block` and `leave_block` are those two edges; with sequence parallelism they gather and scatter
-the sequence instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+A block reads a replicated (or sharded) stream, works on this rank's slice of the heads, and gives back a partial sum.
+`enter_block` and `leave_block` are those two edges; with sequence parallelism they gather and scatter the tokens
+instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
 
     enter_block    forward: identity   | all-gather          backward: all-reduce | reduce-scatter
     leave_block    forward: all-reduce | reduce-scatter      backward: identity   | all-gather
+
+The shards are runs of the tokens of all b rows, one row behind the other: rank r holds tokens r n / tp to
+(r + 1) n / tp - 1 of n = b l. So what the collectives give and take lies in order in memory, whatever b is; shards of
+each row would have to be copied into place on every edge. What works on single tokens does not care; who needs rows
+knows their number and length.
 
 `enter_linear` is the first of them with the products behind it, whose weights' gradients hide the backward collective.
 """
@@ -21,30 +26,30 @@ from megatron_taipan.parallel.groups import TensorParallel
 
 
 def enter_block(x: Tensor, tp: TensorParallel) -> Tensor:
-    """The stream [b, l or l/tp, d] as the whole sequence [b, l, d], before products with column-split weights."""
+    """The stream before products with column-split weights: [b, l, d] as it is, a shard [n/tp, d] as [n, d]."""
     if tp.size == 1:
         return x
-    return _GatherSequence.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
+    return _GatherTokens.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
 
 
 def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
-    """F.linear(enter_block(x), weight) for each column-split weight [e, d]: the stream to [b, l, e]."""
+    """F.linear(enter_block(x), weight) for each column-split weight [e, d]: [b, l, e], or [n, e] from a shard."""
     if tp.size == 1:
         return tuple(F.linear(x, weight) for weight in weights)
     return _EnterLinear.apply(tp, x, *weights)
 
 
 def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sums the ranks' partial results [b, l, d] into the stream, [b, l, d] or this rank's shard [b, l/tp, d]."""
+    """Sums the ranks' partial results [b, l, d] or [n, d] into the stream, of that shape or a shard [n/tp, d]."""
     if tp.size == 1:
         return x
-    return _ScatterSequence.apply(x, tp) if tp.sequence_parallel else _Sum.apply(x, tp)
+    return _ScatterTokens.apply(x, tp) if tp.sequence_parallel else _Sum.apply(x, tp)
 
 
 def sum_gradients(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors unchanged; their gradients are summed over the ranks, in one all-reduce.
 
-    For replicated parameters of which each rank's heads use a part, or that see a sequence shard only.
+    For replicated parameters of which each rank's heads use a part, or that see a shard of the tokens only.
     """
     if tp.size == 1:
         return tensors
@@ -63,18 +68,25 @@ def sum_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def sum_over_shards(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sums a statistic over sequence shards; all ranks compute the same from it, so the gradient passes as it is."""
+    """Sums a statistic over the shards; all ranks compute the same from it, so the gradient passes as it is."""
     return _Sum.apply(x, tp) if tp.sequence_parallel else x
 
 
 def gather_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Joins sequence shards [b, l/tp, ...] to [b, l, ...] without gradient; no-op without sequence parallelism."""
+    """Joins shards [n/tp, ...] to [n, ...] without gradient; no-op without sequence parallelism."""
     return _all_gather(x, tp) if tp.sequence_parallel else x
 
 
 def take_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
-    """This rank's shard [b, l/tp, ...] of per-token data [b, l, ...]; no-op without sequence parallelism."""
-    return x.chunk(tp.size, 1)[tp.rank] if tp.sequence_parallel else x
+    """This rank's shard [n/tp, ...] of per-token data [b, l, ...]; no-op without sequence parallelism."""
+    return x.flatten(0, 1).chunk(tp.size)[tp.rank] if tp.sequence_parallel else x
+
+
+def put_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+    """A shard [n/tp] at its place in zeros [n]; no-op without sequence parallelism."""
+    if not tp.sequence_parallel:
+        return x
+    return F.pad(x, (tp.rank * len(x), (tp.size - 1 - tp.rank) * len(x)))
 
 
 def all_reduce_max(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -95,27 +107,19 @@ def _all_reduce(x: Tensor, tp: TensorParallel, op=dist.ReduceOp.SUM) -> Tensor:
 
 
 def _all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    """[b, l/tp, ...] -> [b, l, ...]."""
-    b, shard, *rest = x.shape
-    parts = x.new_empty(tp.size * b, shard, *rest)  # rank by rank
-    tp.counter.add("all_gather", x.numel() * x.element_size() * tp.size)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=tp.group)
-    return parts.unflatten(0, (tp.size, b)).transpose(0, 1).reshape(b, tp.size * shard, *rest)
+    """[n/tp, ...] -> [n, ...]."""
+    whole = x.new_empty(tp.size * len(x), *x.shape[1:])
+    tp.counter.add("all_gather", whole.numel() * whole.element_size())
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group)
+    return whole
 
 
-def _reduce_scatter(x: Tensor, tp: TensorParallel) -> Tensor:
-    """[b, l, ...] -> this rank's [b, l/tp, ...] of the sum."""
-    out, _ = _start_reduce_scatter(x, tp, wait=True)
-    return out
-
-
-def _start_reduce_scatter(x: Tensor, tp: TensorParallel, wait: bool = False) -> tuple[Tensor, Any]:
-    """The result, once the work beside it has been waited for, and that work."""
-    b, l, *rest = x.shape
-    parts = x.reshape(b, tp.size, l // tp.size, *rest).transpose(0, 1).reshape(tp.size * b, l // tp.size, *rest)
-    out = x.new_empty(b, l // tp.size, *rest)
+def _reduce_scatter(x: Tensor, tp: TensorParallel, *, async_op: bool = False) -> tuple[Tensor, Any]:
+    """[..., d] -> this rank's [n/tp, d] of the sum; with async_op once the work beside it has been waited for."""
+    whole = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(len(whole) // tp.size, x.shape[-1])
     tp.counter.add("reduce_scatter", x.numel() * x.element_size())
-    return out, dist.reduce_scatter_tensor(out, parts, group=tp.group, async_op=not wait)
+    return out, dist.reduce_scatter_tensor(out, whole, group=tp.group, async_op=async_op)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -158,9 +162,9 @@ class _EnterLinear(torch.autograd.Function):
 
 
 def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:
-    """The ranks' sum of x [b, l, d], or this rank's shard of it, once the work is done; x may be overwritten."""
+    """The ranks' sum of x [..., d], or this rank's shard of it, once the work is done; x may be overwritten."""
     if tp.sequence_parallel:
-        return _start_reduce_scatter(x, tp)
+        return _reduce_scatter(x, tp, async_op=True)
     tp.counter.add("all_reduce", x.numel() * x.element_size())
     return x, dist.all_reduce(x, group=tp.group, async_op=True)
 
@@ -186,7 +190,7 @@ class _SumBoth(torch.autograd.Function):
         return _all_reduce(grad, ctx.tp), None
 
 
-class _GatherSequence(torch.autograd.Function):
+class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
@@ -194,18 +198,18 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduce_scatter(grad, ctx.tp), None
+        return _reduce_scatter(grad, ctx.tp)[0], None
 
 
-class _ScatterSequence(torch.autograd.Function):
+class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
-        ctx.tp = tp
-        return _reduce_scatter(x, tp)
+        ctx.tp, ctx.shape = tp, x.shape
+        return _reduce_scatter(x, tp)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_gather(grad, ctx.tp), None
+        return _all_gather(grad, ctx.tp).view(ctx.shape), None
 
 
 class _SumGradients(torch.autograd.Function):

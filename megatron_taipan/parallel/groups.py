@@ -24,6 +24,12 @@ class TensorParallel:
     sequence_parallel: bool = False
     counter: CommCounter = field(default_factory=CommCounter)
 
+    def stream_shape(self, batch: int, length: int, d_model: int) -> tuple[int, ...]:
+        """Of the residual stream on this rank: [b, l, d], or with sequence parallelism its run of the tokens."""
+        if self.sequence_parallel:
+            return batch * length // self.size, d_model
+        return batch, length, d_model
+
 
 @dataclass(frozen=True)
 class Groups:

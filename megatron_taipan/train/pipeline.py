@@ -2,7 +2,7 @@
 
 Between stages travels a tuple of three tensors:
 
-    h       [b, l, d]    the residual stream (a sequence shard of it under sequence parallelism)
+    h       [b, l, d]    the residual stream (a shard of its tokens under sequence parallelism)
     facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
     budget  [1]          budget losses of the S layers so far
 

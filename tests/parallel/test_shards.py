@@ -1,0 +1,74 @@
+"""The stream in shards of the tokens: wherever the cuts fall in the rows, the network gives what one process gives."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.collectives import gather_tokens, put_tokens, take_tokens
+from megatron_taipan.parallel.groups import TensorParallel, build_groups
+from tests.distributed.launch import launch
+from tests.model.small import small_config, tokens
+
+PATTERN = "M S W A M"
+# rows, tokens a row: cuts of two ranks between rows, within the middle one, within the only one
+SHAPES = [(2, 12), (3, 8), (1, 10)]
+
+
+def network(tp: TensorParallel | None = None) -> Taipan:
+    return Taipan(small_config(PATTERN), seed=3, tensor_parallel=tp).double()
+
+
+def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Losses, statistics of the gate, the norm's and the gate's gradients; logits of all tokens and of the last."""
+    batch = tokens(rows, length + 1)
+    seq_idx = (torch.arange(length) >= 5).int().expand(rows, length)  # two documents a row
+    out = model(batch[:, :-1], labels=batch[:, 1:], seq_idx=seq_idx, step=2)
+    model.zero_grad()
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "norm.weight" in name or "gate." in name}
+    model.eval()
+    with torch.no_grad():
+        every, last = (model(batch[:, :-1], seq_idx=seq_idx, all_logits=whole).logits for whole in (True, False))
+    model.train()
+    (stats,) = out.gate_stats
+    return {"loss": out.loss, "budget_loss": out.budget_loss, "all": every, "last": last, **stats, **gradients}
+
+
+def two_ranks() -> TensorParallel:
+    rank = dist.get_rank()
+    return build_groups(world_size=2, rank=rank, tensor=2, pipeline=1, timeout_s=60, sequence_parallel=True).tensor
+
+
+def outcomes() -> list[dict[str, torch.Tensor]]:
+    model = network(two_ranks())
+    return [{name: value.detach() for name, value in outcome(model, *shape).items()} for shape in SHAPES]
+
+
+def round_trip() -> list[bool]:
+    """Three rows of six tokens of two numbers, cut in two: in shards and whole again, and a shard at its place."""
+    tp = two_ranks()
+    whole = torch.arange(36.0).view(3, 6, 2)
+    mine = take_tokens(whole, tp)
+    places = put_tokens(mine[:, 0], tp).view(3, 6)
+    expected = torch.where((torch.arange(18) // 9 == tp.rank).view(3, 6), whole[..., 0], 0)
+    return [torch.equal(gather_tokens(mine, tp), whole.view(18, 2)), torch.equal(places, expected)]
+
+
+def test_taking_and_putting_tokens_are_inverse():
+    assert launch(2, round_trip) == [[True, True], [True, True]]
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return launch(2, outcomes)
+
+
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+def test_sharded_network_equals_the_whole_one(sharded, case):
+    expected = outcome(network(), *SHAPES[case])
+    for rank in sharded:
+        assert rank[case].keys() == expected.keys()
+        for name, value in expected.items():
+            tolerance = 1e-9 if value.dtype == torch.float64 else 1e-6  # the gate's statistics are float32
+            torch.testing.assert_close(rank[case][name], value.detach(), rtol=tolerance, atol=1e-11, msg=name)
