@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# launch/install.sh PYTHON VENV: makes the virtual environment from constraints.txt, torch first.
+# launch/install.sh PYTHON VENV: makes or updates the virtual environment from constraints.txt, torch first.
 #
 # Torch first, because which build is right depends on the machine: CUDA's where an NVIDIA GPU answers, else the CPU
 # build, which is gigabytes smaller. Everything that depends on torch then finds it installed.
@@ -14,16 +14,27 @@ command -v "$python" >/dev/null || fail "$python is not installed; Python 3.10 o
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$python" --version) is too old; Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12"
 
-say "virtual environment $venv ($("$python" --version))"
-"$python" -m venv --clear "$venv" ||
-    fail "$python cannot make virtual environments (Debian and Ubuntu: apt install python3-venv)"
+# One that is there is brought up to date, not made anew: what its owner built into it (flash-attn, apex) took an hour,
+# and a run may be using it.
+version='import sys; print(sys.version)'
+if [ "$("$venv/bin/python" -c "$version" 2>/dev/null)" == "$("$python" -c "$version")" ]; then
+    say "virtual environment $venv, brought up to date"
+else
+    say "virtual environment $venv ($("$python" --version))"
+    "$python" -m venv --clear "$venv" ||
+        fail "$python cannot make virtual environments (Debian and Ubuntu: apt install python3-venv)"
+fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 [ -n "$torch" ] || fail "constraints.txt pins no torch"
+have=$(pip show torch 2>/dev/null | sed -n 's/^Version: //p') || true # not there
 if [[ $(nvidia-smi --list-gpus 2>/dev/null) == *GPU* ]]; then
     say "torch $torch with CUDA: $(nvidia-smi --query-gpu=name --format=csv,noheader | sort | uniq -c | xargs)"
+    [[ $have != *+cpu ]] || pip uninstall --quiet --yes torch # it would satisfy the same pin
     pip install --quiet --constraint constraints.txt "torch==$torch"
+elif [ "${have%%+*}" == "$torch" ]; then
+    say "torch $have stays" # a CUDA build too: this may be a cluster's login node
 else
     say "torch $torch for the CPU (nvidia-smi finds no GPU)"
     # PyTorch's own index has CPU builds. Where it cannot be reached the configured index decides: a second is lost.
