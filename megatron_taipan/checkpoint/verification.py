@@ -20,19 +20,29 @@ MAX_THREADS = 4  # per rank: a host's ranks share its cores and its file system
 
 
 def newest_verified(directory: Path) -> Found | None:
-    """The newest checkpoint of a run's folder that is complete and unchanged; collective, the same on every rank.
+    """The newest checkpoint of a run's folder that is complete and unchanged; collective, the same on every rank."""
+    return first_undamaged(newest_first(directory))
 
-    Rank 0 says which there are, so that ranks whose view of a shared folder lags behind do not choose another.
+
+def newest_first(directory: Path) -> list[Path]:
+    """A run's checkpoints as rank 0 sees them; collective.
+
+    Ranks whose view of a shared folder lags behind would otherwise choose another, and verify others together.
     """
-    listed: list[list[str]] = [[path.name for path in reversed(checkpoints(directory))]]
+    names: list[list[str]] = [[path.name for path in reversed(checkpoints(directory))]]
     if _world() > 1:
-        dist.broadcast_object_list(listed, src=0)
+        dist.broadcast_object_list(names, src=0)
+    return [directory / name for name in names[0]]
+
+
+def first_undamaged(paths: list[Path]) -> Found | None:
+    """The first of these checkpoints, the same on every rank, that is complete and unchanged; collective."""
     passed_over: list[str] = []
-    for name in listed[0]:
-        fault = damage(directory / name)
+    for path in paths:
+        fault = damage(path)
         if fault is None:
-            return Found(directory / name, passed_over)
-        passed_over.append(f"{name}: {fault}")
+            return Found(path, passed_over)
+        passed_over.append(f"{path.name}: {fault}")
     return None
 
 

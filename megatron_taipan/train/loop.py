@@ -10,20 +10,12 @@ from typing import Any
 import torch
 
 from megatron_taipan.checkpoint import state
-from megatron_taipan.checkpoint.folder import (
-    WEIGHTS,
-    Found,
-    checkpoints,
-    is_checkpoint,
-    read_metadata,
-    remove_leftovers,
-    step_of,
-)
+from megatron_taipan.checkpoint.choice import find_checkpoint, rewind_target
+from megatron_taipan.checkpoint.folder import remove_leftovers
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
-from megatron_taipan.checkpoint.verification import damage, newest_verified, refuse_damaged
 from megatron_taipan.config import Config
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.errors import UserError
@@ -235,51 +227,6 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
     if config.data.valid is None and config.data.valid_fraction == 0:
         return train_data, None
     return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
-
-
-def find_checkpoint(config: Config) -> Found | None:
-    """The verified checkpoint to start from, by checkpoint.load; None to start anew. Collective, the same everywhere.
-
-    Raises:
-        UserError: a new run was asked for in a folder that holds one, or the wanted checkpoint is not there.
-    """
-    directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
-    there = checkpoints(directory)
-    if wanted is None:
-        if there:
-            raise UserError(
-                f"checkpoint.load=null starts a new run, but {directory} holds checkpoints up to {there[-1].name};"
-                " choose another checkpoint.dir, or checkpoint.load=auto to resume"
-            )
-        return None
-    found = newest_verified(directory)
-    if found is None and there:
-        names = ", ".join(path.name for path in there)
-        raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start anew")
-    if found is not None or wanted == "auto":
-        return found
-    if is_checkpoint(Path(wanted)):
-        if read_metadata(Path(wanted)).get("contents") == WEIGHTS:
-            raise UserError(
-                f"checkpoint.load={wanted} holds weights only; start a new run with checkpoint.init={wanted}"
-            )
-        refuse_damaged(Path(wanted))
-        return Found(Path(wanted), [])
-    found = newest_verified(Path(wanted))
-    if found is None:
-        raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
-    return found
-
-
-def rewind_target(directory: Path, save_every: int) -> Path | None:
-    """The newest verified checkpoint of the regular cadence, so that one written by a stop on the way changes nothing.
-
-    Where none of the cadence is left, the newest; None before the first. Collective, the same on every rank.
-    """
-    newest_first = checkpoints(directory)[::-1]
-    regular = [path for path in newest_first if save_every and (step_of(path) or 0) % save_every == 0]
-    others = [path for path in newest_first if path not in regular]
-    return next((path for path in [*regular, *others] if damage(path) is None), None)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_taipan.checkpoint.choice import rewind_target
 from megatron_taipan.checkpoint.folder import (
     LATEST,
     MANIFEST,
@@ -27,6 +29,7 @@ from megatron_taipan.checkpoint.folder import (
 )
 from megatron_taipan.checkpoint.verification import damage, newest_verified, share, wrong_hashes
 from megatron_taipan.errors import UserError
+from tests.distributed.launch import launch
 
 
 def make(directory: Path, step: int, text: str = "weights") -> Path:
@@ -101,6 +104,21 @@ def test_resume_passes_over_what_its_hash_condemns(tmp_path):
     assert "never completed" in found.passed_over[0] and "changed since" in found.passed_over[1]
     (good / "state" / "w.pt").write_text("x")
     assert newest_verified(tmp_path) is None and newest_verified(tmp_path / "nowhere") is None
+
+
+def choices(directory: Path) -> tuple:
+    """What a run resumes from and goes back to, where rank 1 does not see the newest checkpoint yet."""
+    from megatron_taipan.checkpoint import verification
+
+    if dist.get_rank() == 1:
+        verification.checkpoints = lambda directory: checkpoints(directory)[:-1]
+    return newest_verified(directory).path.name, rewind_target(directory, 4).name, rewind_target(directory, 5).name
+
+
+def test_ranks_choose_the_same_checkpoint_though_one_sees_an_older_folder(tmp_path):
+    for step in (4, 6, 8):
+        make(tmp_path, step)
+    assert launch(2, choices, tmp_path) == [("step_00000008", "step_00000008", "step_00000008")] * 2
 
 
 @given(st.lists(st.integers(0, 1000), max_size=20), st.integers(1, 6))
