@@ -39,6 +39,7 @@ class Fast(Tokenizer):
 
     def __init__(self, reference: Tokenizer, model):
         self.reference, self.model = reference, model
+        model.no_truncation()  # a tokenizer.json may ask for it, beyond the length of any text of the proof
         self.library = f"fastokens {_version()}, proved equal to {reference.library}"
         self.vocab_size, self.eod, self.bos = reference.vocab_size, reference.eod, reference.bos
         self.digest = reference.digest

@@ -4,7 +4,6 @@ A document of more than LONG bytes is never held as a whole (but where a table h
 """
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,9 +17,11 @@ from megatron_taipan.errors import UserError
 try:
     from isal import igzip as gzip  # reads gzip three times faster
     from isal.igzip import BadGzipFile
+    from isal.isal_zlib import error as BadDeflate
 except ImportError:
     import gzip  # type: ignore[no-redef]
     from gzip import BadGzipFile
+    from zlib import error as BadDeflate  # type: ignore[assignment]
 
 BUFFER = 1 << 20
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
@@ -59,14 +60,14 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator
         yield Record(piece.path, problem=_unreadable(error))
 
 
-UNREADABLE = (EOFError, zlib.error, OSError)
+UNREADABLE = (EOFError, BadDeflate, OSError)
 
 
 def _unreadable(error: Exception) -> str:
     """Why a file cannot be read (to its end)."""
     if isinstance(error, EOFError):
         return "file ends before its compressed data does"
-    if isinstance(error, (BadGzipFile, zlib.error)):
+    if isinstance(error, (BadGzipFile, BadDeflate)):
         return f"damaged compressed data: {error}"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 

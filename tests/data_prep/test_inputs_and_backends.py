@@ -1,5 +1,6 @@
 """Input formats beyond JSON lines and text; tokenizers and their fast twins."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -10,9 +11,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import cli, fast
-from data_prep.extract import template_extractor
-from data_prep.inputs import LARGEST_PIECE, cut, expand, natural
+from data_prep import cli, fast, readers
+from data_prep.extract import field_extractor, template_extractor
+from data_prep.inputs import LARGEST_PIECE, Slice, cut, expand, natural
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
 
@@ -64,6 +65,18 @@ def test_damaged_tables_and_zstandard(tmp_path, model, capsys):
     ):
         assert tokenize("--input", tmp_path / name, "--tokenizer", model, "--output", tmp_path / "o") == 2
         assert reason in capsys.readouterr().err
+
+
+def test_an_archive_with_a_damaged_byte_is_reported(tmp_path):
+    """Wherever the byte is: in the header, in compressed blocks, in the checksum."""
+    lines = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(500))
+    whole = gzip.compress(lines, mtime=0)
+    path = tmp_path / "a.jsonl.gz"
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        records = list(readers.read(Slice(str(path), 0, len(whole)), field_extractor("text")))
+        good = [record.text for record in records if not record.problem]
+        assert len(good) < len(records) or good == [str(i * i) for i in range(500)], at
 
 
 def test_stdin(tmp_path, model, monkeypatch):
@@ -169,6 +182,20 @@ def test_both_backends_write_the_same_bytes_and_say_who_ran(tmp_path, gpt2_like,
         assert said in capsys.readouterr().out
     for ending in (".bin", ".idx"):
         assert (tmp_path / f"auto{ending}").read_bytes() == (tmp_path / f"reference{ending}").read_bytes()
+
+
+def test_truncation_and_padding_in_a_tokenizer_file_are_not_for_a_corpus(tmp_path, gpt2_like):
+    """Beyond the length of the texts on which the fast library proves itself."""
+    import tokenizers
+
+    asking = tokenizers.Tokenizer.from_file(gpt2_like)
+    asking.enable_truncation(2048)
+    asking.enable_padding(length=4096)
+    asking.save(str(tmp_path / "asking.json"))
+    for tokenizer in (gpt2_like, tmp_path / "asking.json"):
+        args = ("--input", SAMPLE, "--tokenizer", tokenizer, "--output", tmp_path / f"o_{Path(tokenizer).stem}")
+        assert tokenize(*args) == 0
+    assert (tmp_path / "o_asking.bin").read_bytes() == (tmp_path / "o_tokenizer.bin").read_bytes()
 
 
 class Liar(Tokenizer):
