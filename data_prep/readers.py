@@ -6,6 +6,7 @@ A document of more than LONG bytes is never held as a whole (but where a table h
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import orjson
 
@@ -17,11 +18,13 @@ from megatron_taipan.errors import UserError
 try:
     from isal import igzip as gzip  # reads gzip three times faster
     from isal.igzip import BadGzipFile
-    from isal.isal_zlib import error as BadDeflate
+    from isal.isal_zlib import error as deflate_error
 except ImportError:
     import gzip  # type: ignore[no-redef]
     from gzip import BadGzipFile
-    from zlib import error as BadDeflate  # type: ignore[assignment]
+    from zlib import error as deflate_error  # type: ignore[assignment]
+
+BadDeflate = cast(type[Exception], deflate_error)  # isal's stubs call it an instance
 
 BUFFER = 1 << 20
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
@@ -216,15 +219,47 @@ def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
         row = 0
         for batch in batches:
             for start in range(0, batch.num_rows, TABLE_ROWS):
-                for record in batch.slice(start, TABLE_ROWS).to_pylist():
+                for record in _rows(batch.slice(start, TABLE_ROWS)):
                     where = f"{piece.path}:row {row}"
                     row += 1
                     try:
                         yield _document(where, extract(record), b"")
                     except ValueError as error:
-                        yield Record(where, problem=str(error), raw=orjson.dumps(record, default=str))
+                        problem = _fault(record) or str(error)
+                        yield Record(where, problem=problem, raw=orjson.dumps(record, default=_plain))
     except pyarrow.ArrowException as error:
         yield Record(piece.path, problem=f"damaged table: {' '.join(str(error).split())}")
+
+
+def _rows(batch) -> list[dict]:
+    """The rows as Python objects. A value that can be none (text that is no UTF-8, a date beyond the year 9999) becomes
+    the error, which matters only where the text is taken from it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [{n: _value(c[i]) for n, c in zip(batch.schema.names, batch, strict=True)} for i in range(len(batch))]
+
+
+def _value(cell) -> object:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        return error
+
+
+def _fault(row: dict) -> str:
+    """What is wrong with the first value of a row that is an error; empty where none is."""
+    for name, value in row.items():
+        if isinstance(value, UnicodeDecodeError):
+            return f"invalid UTF-8: field {name!r} at byte {value.start}"
+        if isinstance(value, Exception):
+            return f"field {name!r} cannot be read: {value}"
+    return ""
+
+
+def _plain(value: object) -> str:
+    """What JSON does not know, and what stood where a text is no UTF-8."""
+    return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
 
 
 def _row_batches(table):

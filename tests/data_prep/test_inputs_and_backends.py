@@ -67,6 +67,26 @@ def test_damaged_tables_and_zstandard(tmp_path, model, capsys):
         assert reason in capsys.readouterr().err
 
 
+def test_values_of_a_table_that_python_cannot_hold(tmp_path, model):
+    """They are a problem of their row, and only where the text is taken from them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    content = b"good", b"bad \xff\xfe", "ünï".encode(), b"last"
+    ends = pyarrow.array(np.cumsum([0, *map(len, content)]), pyarrow.int32()).buffers()[1]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 4, [None, ends, pyarrow.py_buffer(b"".join(content))])
+    when = pyarrow.array([0, 0, 2**62, 0], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": text, "when": when, "in": [{"n": 1}] * 4}), tmp_path / "a.parquet")
+    args = ("--input", tmp_path / "a.parquet", "--tokenizer", model, "--output", tmp_path / "o")
+    assert tokenize(*args) == 2
+    assert tokenize(*args, "--on-error", "quarantine") == 0
+    assert decoded(tmp_path / "o", model) == ["good", "ünï", "last"]
+    (entry,) = map(json.loads, (tmp_path / "o.skipped.jsonl").read_text().splitlines())
+    assert entry["where"].endswith("row 1") and entry["reason"] == "invalid UTF-8: field 'text' at byte 4"
+    assert json.loads(entry["raw"])["text"] == "bad \\xff\\xfe"
+    assert tokenize(*args, "--overwrite", "--on-error", "skip", "--text-field", "when") == 2
+
+
 def test_an_archive_with_a_damaged_byte_is_reported(tmp_path):
     """Wherever the byte is: in the header, in compressed blocks, in the checksum."""
     lines = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(500))
