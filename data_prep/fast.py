@@ -96,12 +96,12 @@ def difference(reference: Tokenizer, fast: Tokenizer, texts: list[str]) -> str:
     return ""
 
 
-def sample(pieces: list[Piece], extract: Extract) -> Iterator[str]:
+def sample(pieces: list[Piece], extract: Extract, scratch: str | None = None) -> Iterator[str]:
     """Documents, or their beginnings, from pieces spread over the corpus; then the hard texts."""
     step = max(1, len(pieces) // SAMPLE_PIECES)
     for piece in pieces[::step]:
         taken = 0
-        for record in read(piece[0], extract):
+        for record in read(piece[0], extract, scratch):
             try:
                 text = record.text or (next(record.chunks, "") if record.chunks else "")
             except BrokenText:

@@ -14,6 +14,8 @@ from typing import IO
 
 import orjson
 
+from megatron_taipan.errors import UserError
+
 BLOCK = 1 << 20
 LONG_STRING = 1 << 20  # bytes of a JSON string that goes to a file
 LONGEST_SKELETON = 64 << 20  # bytes of a line besides its long strings
@@ -60,6 +62,9 @@ class LongLine:
         size: bytes of the line.
         skeleton: the line with marks in place of long strings, or None where it cannot be JSON.
         problem: why it cannot.
+
+    Raises:
+        UserError: there is no room for its long strings.
     """
 
     def __init__(self, first: bytes, file, scratch: str | None):
@@ -124,16 +129,25 @@ class LongLine:
 
     def _decode(self, count: int) -> None:
         """Decodes the first `count` bytes of the content read so far into the spool."""
-        if self.spool is None:
-            self.spool = tempfile.TemporaryFile(dir=self.scratch)
-        if not self.spooling:
-            self.places.append((self.spool.tell(), self.spool.tell()))
-            self.spooling = True
         raw = bytes(self.held[:count])
+        text = b""
         try:
-            self.spool.write(orjson.loads(b'"' + raw + b'"').encode())
+            text = orjson.loads(b'"' + raw + b'"').encode()
         except orjson.JSONDecodeError as error:
             self.problem = broken_json(raw, error)
+        try:
+            if self.spool is None:
+                self.spool = tempfile.TemporaryFile(dir=self.scratch)
+            if not self.spooling:
+                self.places.append((self.spool.tell(), self.spool.tell()))
+                self.spooling = True
+            self.spool.write(text)
+            self.spool.flush()
+        except OSError as error:  # of our disk, and no fault of the input that could be left out
+            raise UserError(
+                f"no room for a long document in {self.scratch or tempfile.gettempdir()}: {error.strerror}; free some"
+                " space and run the same command again"
+            ) from error
         self.places[-1] = (self.places[-1][0], self.spool.tell())
         del self.held[:count]
 

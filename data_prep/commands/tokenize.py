@@ -182,7 +182,7 @@ class _Plan:
         """The workers; nothing that they inherit has encoded a text yet."""
         kinds: dict[str, Callable[[int], object]] = {"make": self._maker(self.job)}
         if self.twin is not None:
-            twin, texts = self.twin, list(fast.sample(self.job.pieces, self.job.extract))
+            twin, texts = self.twin, list(fast.sample(self.job.pieces, self.job.extract, self.job.work))
             kinds["compare"] = lambda share: fast.difference(self.job.tokenizer, twin, texts[share :: self.workers])
             kinds["make fast"] = self._maker(replace(self.job, tokenizer=twin))
         return Pool(self.workers, kinds)

@@ -1,6 +1,8 @@
 """Documents that are not held as a whole: the same ids, the same records, the same problems as those that are."""
 
+import errno
 import gzip
+import io
 import itertools
 import json
 import random
@@ -277,6 +279,26 @@ def test_a_long_line_takes_no_memory(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(sizes) == len(text) and peak < 4 << 20, peak
+
+
+def test_a_full_disk_leaves_no_long_document_out(tmp_path, model, monkeypatch, capsys):
+    """What a long line is decoded into finds no room: that is no fault of the input that may be skipped."""
+    small(monkeypatch, 50)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some words " * 20}) + '\n{"text": "short"}\n')
+    args = ["tokenize", "--input", str(tmp_path / "x.jsonl"), "--tokenizer", model, "--output", str(tmp_path / "o")]
+
+    class Full(io.BytesIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for backend in ("auto", "reference"):  # met by the proof, met by a worker
+        with monkeypatch.context() as patch:
+            patch.setattr("tempfile.TemporaryFile", lambda **_: Full())
+            assert cli.main([*args, "--on-error", "skip", "--backend", backend]) == 2
+        error = capsys.readouterr().err
+        assert "No space left on device; free some space and run the same command again" in error
+    assert cli.main([*args, "--on-error", "skip"]) == 0
+    assert IndexedReader(tmp_path / "o").n_documents == 2
 
 
 def test_too_much_beside_the_text_is_a_problem(tmp_path, monkeypatch):
