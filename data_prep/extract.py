@@ -35,6 +35,17 @@ def extractor(args: argparse.Namespace) -> Extract:
     return field_extractor(args.text_field or "text")
 
 
+def text_options(args: argparse.Namespace) -> dict[str, str]:
+    """The same for the manifest. A recipe may be a file that is changed later, so its content counts and not its name
+    alone."""
+    if args.recipe:
+        from data_prep.recipes import load_recipe
+
+        recipe = load_recipe(args.recipe)
+        return {"text": recipe.template or recipe.text_field or "", "recipe": args.recipe}
+    return {"text": args.template or args.text_field or "text"}
+
+
 def lookup(record: object, field: str) -> object:
     """The value at a dotted path; numbers go into lists.
 

@@ -16,7 +16,7 @@ import orjson
 
 from data_prep import fast, inputs, manifest
 from data_prep.ahead import Ahead
-from data_prep.extract import add_text_arguments, extractor
+from data_prep.extract import add_text_arguments, extractor, text_options
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         allow_special=args.allow_special,
     )
     options = {
-        "text": args.template or args.recipe or args.text_field or "text",
+        **text_options(args),
         "bos": job.bos,
         "eod": job.eod,
         "allow_special": args.allow_special,

@@ -10,7 +10,7 @@ from data_prep import cli
 from data_prep.extract import extractor
 from data_prep.inputs import Slice
 from data_prep.readers import read
-from data_prep.recipes import load_recipe, names
+from data_prep.recipes import FOLDER, load_recipe, names
 from megatron_taipan.errors import UserError
 
 
@@ -67,6 +67,22 @@ def test_recipe_on_the_command_line(tmp_path, capsys):
     assert cli.main(["tokenize", *args, "--tokenizer", str(model), "--output", str(tmp_path / "o")]) == 0
     assert cli.main(["inspect", str(tmp_path / "o"), "--tokenizer", str(model), "--full", "--documents", "1"]) == 0
     assert recipe.renders.replace("\n", "\\n") in capsys.readouterr().out
+
+
+def test_a_changed_recipe_file_is_another_corpus(tmp_path, capsys):
+    """Else a run that goes on after the file was repaired would mix texts of both, or call the old one complete."""
+    mine, shipped = tmp_path / "mine.yaml", FOLDER / "squad.yaml"
+    mine.write_text(shipped.read_text())
+    (tmp_path / "in.jsonl").write_text(json.dumps(load_recipe("squad").example) + "\n")
+    args = ["--input", str(tmp_path / "in.jsonl"), "--recipe", str(mine)]
+    model = tmp_path / "t.model"
+    assert cli.main(["train-tokenizer", *args, "--output", str(model), "--vocab-size", "360"]) == 0
+    args += ["--tokenizer", str(model), "--output", str(tmp_path / "o")]
+    assert cli.main(["tokenize", *args]) == 0
+    assert cli.main(["tokenize", *args]) == 0 and "complete already" in capsys.readouterr().out
+    mine.write_text(shipped.read_text().replace("Question", "Q"))
+    assert load_recipe(str(mine)).template != load_recipe("squad").template
+    assert cli.main(["tokenize", *args]) == 2 and "made from other inputs, options" in capsys.readouterr().err
 
 
 def test_bad_recipes(tmp_path):
