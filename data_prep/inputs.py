@@ -49,7 +49,7 @@ def expand(inputs: list[str]) -> list[str]:
     """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order.
 
     Raises:
-        UserError: something does not exist, is of no known kind, or is named twice; or nothing is left.
+        UserError: something does not exist, is of no known kind, cannot be read, or is named twice; or nothing is left.
     """
     files: list[str] = []
     for name in inputs:
@@ -58,23 +58,51 @@ def expand(inputs: list[str]) -> list[str]:
                 raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
             files.append(name)
         elif os.path.isdir(name):
-            # a link to nothing is taken too: it must be reported, not passed over
-            inside = [str(path) for path in Path(name).rglob("*") if not path.is_dir() and kind_of(str(path))]
+            inside = _inside(name)
             if not inside:
                 raise UserError(f"folder {name} holds no file of a known kind; known are {known_kinds()}")
             files += sorted(inside, key=natural)
-        elif found := [path for path in glob.glob(name, recursive=True) if not os.path.isdir(path) and kind_of(path)]:
+        elif found := _matching(name):
             files += sorted(found, key=natural)
         else:
             raise UserError(
                 f"{name} does not exist" if not glob.has_magic(name) else f"{name} matches no file of a known kind"
             )
-    doubles = [path for path in set(files) if files.count(path) > 1] if len(set(files)) < len(files) else []
+    same: dict[str, list[str]] = {}
+    for path in files:
+        same.setdefault(os.path.abspath(path), []).append(path)
+    doubles = sorted(paths[-1] for paths in same.values() if len(paths) > 1)
     if doubles:
-        raise UserError(
-            f"{sorted(doubles)[0]} is named twice among the inputs ({len(doubles)} such files); name it once"
-        )
+        raise UserError(f"{doubles[0]} is named twice among the inputs ({len(doubles)} such files); name it once")
     return files
+
+
+def _inside(folder: str) -> list[str]:
+    """Files of a known kind in a folder, to the bottom, through links to folders too. Nothing is passed over in
+    silence: a folder that cannot be read is refused, and a link to nothing is taken, to be reported by its reader."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    found: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(str(Path(folder)), onerror=refuse, followlinks=True):
+        folders.sort()  # of several ways to one folder always the same is taken
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for name in files if kind_of(path := os.path.join(place, name))]
+    return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """Files of a known kind that match a glob, or lie in folders that do, each once (`a/**` matches both)."""
+    found: list[str] = []
+    for path in glob.glob(pattern, recursive=True):
+        found += _inside(path) if os.path.isdir(path) else [path] if kind_of(path) else []
+    return list({os.path.abspath(path): path for path in found}.values())
 
 
 def known_kinds() -> str:

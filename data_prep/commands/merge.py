@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import os
 
 from data_prep.inputs import natural
 from data_prep.shards import ShardWriter, refuse_existing
@@ -48,8 +49,6 @@ def expand_prefixes(names: list[str]) -> list[str]:
     Raises:
         UserError: something gives no pair, or one is named twice.
     """
-    import os
-
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
@@ -61,7 +60,9 @@ def expand_prefixes(names: list[str]) -> list[str]:
         if not here:
             raise UserError(f"{name} gives no .bin/.idx pair")
         found += sorted(here, key=natural)
-    if len(set(found)) < len(found):
-        double = next(prefix for prefix in found if found.count(prefix) > 1)
-        raise UserError(f"{double} is named twice; name it once")
+    seen: set[str] = set()
+    for prefix in found:
+        if (path := os.path.abspath(prefix)) in seen:
+            raise UserError(f"{prefix} is named twice; name it once")
+        seen.add(path)
     return found

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_prep.extract import field_extractor, template_extractor
 from data_prep.inputs import LARGEST_PIECE, Slice, cut, expand, natural
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz"
 TEXTS = ["first text", "second\ntext", "the third, ünïcödé"]
@@ -133,6 +135,36 @@ def test_order_of_files_and_pieces(tmp_path):
     want = [str(tmp_path / name) for name in ("x_2.jsonl", "x_10.jsonl", "y.txt")]
     assert expand([str(tmp_path)]) == expand([str(tmp_path / "*")]) == want
     assert sorted(["a10b", "a9b"], key=natural) == ["a9b", "a10b"]
+
+
+def test_no_folder_is_passed_over_in_silence(tmp_path, monkeypatch):
+    for name in ("in/a.jsonl", "in/deep/b.jsonl", "elsewhere/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/round").symlink_to(tmp_path / "in")
+    want = [str(tmp_path / "in" / name) for name in ("a.jsonl", "deep/b.jsonl", "link/c.jsonl")]
+    assert expand([str(tmp_path / "in")]) == expand([str(tmp_path / "in/[adl]*")]) == want
+    (tmp_path / "in/round").unlink()
+    assert expand([str(tmp_path / "in/**")]) == want
+    real = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="deep cannot be read: Permission denied"):
+        expand([str(tmp_path / "in")])
+
+
+def test_one_file_spelled_in_two_ways_is_named_twice(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for names in (["a.jsonl", "./a.jsonl"], [str(tmp_path), "a.jsonl"], ["*.jsonl", str(tmp_path / "*")]):
+        with pytest.raises(UserError, match="named twice"):
+            expand(names)
 
 
 @settings(max_examples=50)

@@ -47,6 +47,7 @@ def test_merge_bad_input(tmp_path, capsys):
     for args, message in (
         ((a, b, "--output", tmp_path / "o"), "int32 and .* uint16"),
         ((a, a, "--output", tmp_path / "o"), "twice"),
+        ((a, tmp_path / "../" / tmp_path.name / "a", "--output", tmp_path / "o"), "twice"),
         ((a, "--output", b), "--overwrite"),
         ((tmp_path / "none", "--output", tmp_path / "o"), "does not exist"),
         ((tmp_path / "x*", "--output", tmp_path / "o"), "gives no"),
