@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything, prints what was found, raises UserError at the first fault."""
     said = manifest.read(args.prefix)
     vocab_size = args.vocab_size or (said["tokenizer"]["vocab_size"] if said else None)
-    eod = said["options"]["eod"] if said else None
+    options = said["options"] if said else {"eod": None}
+    eod = options["eod"]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if said and tokenizer and tokenizer.digest != said["tokenizer"]["sha256"]:
         raise UserError(
@@ -50,9 +51,15 @@ def run(args: argparse.Namespace) -> None:
                 )
         top = _ids(reader, vocab_size)
         if eod is not None:
-            _ends(reader, eod)
+            # text may spell the token with --allow-special, and some tokenizers have one token for both ends
+            _ends(reader, eod, inside=options["allow_special"], first=options["bos"] == eod)
         documents += reader.n_documents
         tokens += reader.n_tokens
+        if tokenizer and top >= tokenizer.vocab_size:
+            raise UserError(
+                f"{prefix}.bin holds id {top} and {args.tokenizer} has {tokenizer.vocab_size} tokens; the data was made"
+                " with another tokenizer"
+            )
         print(f"{prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}, largest id {top}")
         step = max(1, reader.n_documents // max(1, args.samples))
         for index in range(0, reader.n_documents, step)[: args.samples if tokenizer else 0]:
@@ -87,15 +94,15 @@ def _ids(reader: IndexedReader, vocab_size: int | None) -> int:
     return top
 
 
-def _ends(reader: IndexedReader, eod: int) -> None:
-    """Every document must end with EOD, and EOD must stand nowhere else."""
+def _ends(reader: IndexedReader, eod: int, inside: bool, first: bool) -> None:
+    """Every document must end with EOD, and EOD must stand nowhere else, unless it may be `inside` or `first`."""
     document = 0
     for lengths in reader.lengths():
         for length in lengths.tolist():
             ids = reader.document(document)
             if not length or ids[-1] != eod:
                 raise UserError(f"{reader.prefix}: document {document} does not end with the end-of-document id {eod}")
-            if (ids[:-1] == eod).any():
+            if not inside and (ids[int(first) : -1] == eod).any():
                 raise UserError(
                     f"{reader.prefix}: document {document} holds the end-of-document id {eod} before its end"
                 )

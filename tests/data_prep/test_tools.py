@@ -178,6 +178,27 @@ def test_verify_finds_missing_and_doubled_ends(made, tmp_path, capsys):
     assert run("verify", prefix) == 2 and "before its end" in capsys.readouterr().err
 
 
+def test_verify_passes_ends_that_were_asked_for(tmp_path, gpt2_like, capsys):
+    """One token for both ends, as GPT-2 has, and text that was allowed to spell it."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "one <|endoftext|> two"}) + "\n")
+    args = ("tokenize", "--input", source, "--tokenizer", gpt2_like, "--append-eod")
+    for name, more in (("both", ("--prepend-bos", "--bos-token", "<|endoftext|>")), ("inside", ("--allow-special",))):
+        assert run(*args, "--output", tmp_path / name, *more) == 0
+        assert documents(tmp_path / name)[0].count(0) == 2
+        assert run("verify", tmp_path / name) == 0
+        assert "is whole: structure, ids, checksums, counts, ends of documents" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_other_data_is_one_line(made, tmp_path, capsys):
+    _, model = made
+    prefix = write(tmp_path / "x", [[3, 5000]])
+    for command in ("verify", "stats", "inspect"):
+        assert run(command, prefix, "--tokenizer", model) == 2
+        error = capsys.readouterr().err
+        assert "5000" in error and "380" in error and "with another tokenizer" in error
+
+
 def test_stats(tmp_path, capsys):
     prefix = write(tmp_path / "x", [[5, 5, 5], [7], [5, 9, 9, 9, 9, 9]])
     assert run("stats", prefix, "--top", 2) == 0
