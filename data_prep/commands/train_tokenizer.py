@@ -13,7 +13,7 @@ from data_prep.readers import read, size_of
 from megatron_taipan.errors import UserError
 
 PRINTABLE = "".join(map(chr, range(33, 127)))  # always in the vocabulary: rare ones would cost a byte token each
-LONGEST = 2000  # characters given to the trainer at a time; it drops lines of more than 4192 bytes
+LONGEST = 2000  # characters given to the trainer at a time; without being told it drops lines of more than 4192 bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
             sentence_iterator=_lines(files, args, counts),
             model_writer=model,
             vocab_size=args.vocab_size,
+            max_sentence_length=4 * LONGEST,
             model_type=args.model_type,
             character_coverage=0.9995,
             required_chars=PRINTABLE,

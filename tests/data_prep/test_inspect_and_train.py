@@ -51,6 +51,17 @@ def test_too_large_a_vocabulary_is_one_line(tmp_path, capsys):
     assert "between 354" in capsys.readouterr().err
 
 
+def test_long_lines_of_any_script_are_learned_from(tmp_path):
+    """2,000 Chinese characters are 6,000 bytes."""
+    source, out = tmp_path / "a.jsonl", tmp_path / "t.model"
+    words = ["\u4e2d\u6587", "\u8bed\u8a00", "\u6a21\u578b", "\u8bad\u7ec3"]
+    text = "".join(words[i * i % 7 % 4] for i in range(2000))
+    source.write_text((json.dumps({"text": text}) + "\n") * 3)
+    assert cli.main(["train-tokenizer", "--input", str(source), "--output", str(out), "--vocab-size", "368"]) == 0
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(out))
+    assert len(processor.encode(text)) < len(text) / 1.9
+
+
 def test_broken_records_in_training(tmp_path, model, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text(json.dumps({"text": "some words to learn from " * 50}) + "\n{\n")
