@@ -43,6 +43,14 @@ def remove(prefix: str) -> None:
             Path(path + ending).unlink(missing_ok=True)
 
 
+def forget(prefix: str) -> None:
+    """Deletes the manifest of a pair whose content is about to be replaced by something that it does not describe; one
+    that names other shards stays."""
+    before = read(prefix) or {"shards": []}
+    if any(shard["prefix"] == os.path.basename(prefix) for shard in before["shards"]):
+        Path(prefix + ".json").unlink()
+
+
 def _paths(prefix: str, content: dict) -> list[str]:
     return [os.path.join(os.path.dirname(prefix), shard["prefix"]) for shard in content["shards"]]
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep import manifest
 from megatron_taipan.data.indexed import CHUNK, MAX_SEQUENCE, IndexedReader, commit, sync_and_close, write_index
 from megatron_taipan.errors import UserError
 
@@ -57,6 +58,7 @@ class ShardWriter:
     def finish(self) -> dict:
         """Closes and names the pair; returns `about`."""
         self.close()
+        manifest.forget(self.prefix)
         self.commit()
         return self.about()
 

@@ -199,6 +199,17 @@ def test_a_tokenizer_of_other_data_is_one_line(made, tmp_path, capsys):
         assert "5000" in error and "380" in error and "with another tokenizer" in error
 
 
+def test_no_manifest_stays_beside_other_content(made, tmp_path, capsys):
+    """`verify` would call the new pair damaged, and `tokenize` would call it complete."""
+    prefix, model = made
+    args = ("tokenize", "--input", tmp_path / "in.jsonl", "--tokenizer", model, "--output", tmp_path / "pair")
+    assert run(*args) == 0
+    assert run("merge", f"{prefix}-*", "--output", tmp_path / "pair", "--overwrite") == 0
+    assert run("verify", tmp_path / "pair") == 0 and "no manifest" in capsys.readouterr().out
+    assert run("merge", f"{prefix}-*", "--output", prefix) == 0  # its manifest is the shards'
+    assert run("verify", prefix) == 0 and "-00000: " in capsys.readouterr().out
+
+
 def test_stats(tmp_path, capsys):
     prefix = write(tmp_path / "x", [[5, 5, 5], [7], [5, 9, 9, 9, 9, 9]])
     assert run("stats", prefix, "--top", 2) == 0
