@@ -43,7 +43,7 @@ class Pool:
     def __exit__(self, *exception) -> None:
         for process, connection in self.processes:
             connection.close()
-            process.terminate()
+            process.kill()  # SIGTERM would wait for as long as a worker is stopped
         for process, _ in self.processes:
             process.join()
 

@@ -7,7 +7,8 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -80,6 +81,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers}: at least 1 is needed")
     if args.shard_tokens is not None and args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    work = args.output + ".work"
+    try:
+        with _lock(work):
+            _run(args, started)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of {args.output} is full ({error.filename or work}); free some space and run the same"
+                " command again: it continues where it stopped"
+            ) from error
+        raise
+
+
+def _run(args: argparse.Namespace, started: float) -> None:
+    """The run, alone on its output."""
     spooled = args.output + ".spool"
     files = inputs.expand([spool(name, spooled) if is_stream(name) else name for name in args.input])
     sizes = [(path, size_of(path)) for path in files]
@@ -117,7 +134,6 @@ def run(args: argparse.Namespace) -> None:
     if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
         for folder in (job.work, spooled):  # a run killed while it cleaned up
             shutil.rmtree(folder, ignore_errors=True)
-        Path(job.work + ".lock").unlink(missing_ok=True)
         print(f"{args.output} is complete already: {before['documents']} documents, {before['tokens']} tokens")
         return
     if before is None and os.path.exists(args.output + ".idx") and not os.path.exists(job.work):
@@ -127,29 +143,20 @@ def run(args: argparse.Namespace) -> None:
             f"{args.output} exists and was made from other inputs, options or another tokenizer; choose another"
             " --output, or give --overwrite"
         )
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    try:
-        with _claim(job.work, identity):
-            twin = _fast_twin(job, args.tokenizer, loaded) if wants_fast else None
-            plan = _Plan(job, twin, args.workers)
-            with plan.pool() as pool:
-                job = plan.with_fastest(pool)
-                ready = time.monotonic()
-                with Joiner(job, args.output, args.shard_tokens) as joiner:
-                    notes = plan.make_parts(pool, joiner)
-                    encoded = time.monotonic()
-                    _finish(job, notes, joiner, args, files, sizes, options, identity, started)
-            print(
-                f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
-                f" {time.monotonic() - encoded:.2f} s to end"
-            )
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk of {args.output} is full ({error.filename or job.work}); free some space and run the same"
-                " command again: it continues where it stopped"
-            ) from error
-        raise
+    _claim(job.work, identity)
+    twin = _fast_twin(job, args.tokenizer, loaded) if wants_fast else None
+    plan = _Plan(job, twin, args.workers)
+    with plan.pool() as pool:
+        job = plan.with_fastest(pool)
+        ready = time.monotonic()
+        with Joiner(job, args.output, args.shard_tokens) as joiner:
+            notes = plan.make_parts(pool, joiner)
+            encoded = time.monotonic()
+            _finish(job, notes, joiner, args, files, sizes, options, identity, started)
+    print(
+        f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
+        f" {time.monotonic() - encoded:.2f} s to end"
+    )
 
 
 def _fast_twin(job: Job, name: str, loaded) -> Tokenizer | None:
@@ -286,26 +293,29 @@ def _changed(path: str) -> int:
         return 0
 
 
-class _claim:
-    """The work folder for the length of one run: locked, and emptied if it belongs to another identity."""
-
-    def __init__(self, work: str, identity: str):
-        self.work, self.identity = work, identity
-
-    def __enter__(self) -> None:
-        os.makedirs(self.work, exist_ok=True)
-        self.lock = open(self.work + ".lock", "w")
+@contextmanager
+def _lock(work: str) -> Iterator[None]:
+    """No other run touches the output, its work folder or its spool meanwhile."""
+    if not os.access(os.path.dirname(os.path.abspath(work)), os.W_OK):
+        yield  # nobody can write there; an output that is complete is still told of
+        return
+    with open(work + ".lock", "w") as file:
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another run is writing to {self.work}; wait for it or end it") from error
-        note = Path(self.work, "identity")
-        if not note.exists() or note.read_text() != self.identity:
-            shutil.rmtree(self.work)
-            os.makedirs(self.work)
-            note.with_suffix(".partial").write_text(self.identity)
-            os.replace(note.with_suffix(".partial"), note)
+            raise UserError(f"another run is writing to {work}; wait for it or end it") from error
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
 
-    def __exit__(self, *exception) -> None:
-        os.unlink(self.work + ".lock")
-        self.lock.close()
+
+def _claim(work: str, identity: str) -> None:
+    """Makes the work folder, and empties one that belongs to another identity."""
+    os.makedirs(work, exist_ok=True)
+    note = Path(work, "identity")
+    if not note.exists() or note.read_text() != identity:
+        shutil.rmtree(work)
+        os.makedirs(work)
+        note.with_suffix(".partial").write_text(identity)
+        os.replace(note.with_suffix(".partial"), note)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import sentencepiece
 
 from data_prep import cli, readers
+from data_prep.pool import Pool
 from data_prep.tokenizers import SentencePiece
 from megatron_taipan.data.indexed import IndexedReader
 
@@ -418,6 +420,26 @@ def test_a_killed_worker_is_noticed(tmp_path, model, speeches):
     assert process.returncode == 2 and "killed by signal 9 (SIGKILL)" in error and error.count("\n") == 1
 
 
+def test_a_stopped_worker_is_not_waited_for():
+    import multiprocessing
+
+    with Pool(2, {"pid": lambda _: os.getpid()}) as pool:
+        pids = [pid for _, pid in pool.run("pid", [0, 1])]
+        os.kill(pids[0], signal.SIGSTOP)
+        watch = multiprocessing.get_context("fork").Process(target=_kill_later, args=(pids[0],))
+        watch.start()
+        started = time.monotonic()
+    took = time.monotonic() - started
+    watch.kill()
+    watch.join()
+    assert took < 5
+
+
+def _kill_later(pid):
+    time.sleep(10)
+    os.kill(pid, signal.SIGKILL)
+
+
 def test_workers_die_with_their_parent(tmp_path, model, speeches):
     source = jsonl(tmp_path / "in.jsonl", speeches * 8)
     process = subprocess.Popen(
@@ -444,11 +466,31 @@ def _state(pid):
         return "X"
 
 
-def test_two_runs_at_once_on_one_output(tmp_path, model, capsys):
+def test_two_runs_at_once_on_one_output(tmp_path, model, capsys, monkeypatch):
     import fcntl
 
     source = jsonl(tmp_path / "in.jsonl", ["x"])
+    spooled = tmp_path / "o.spool/stdin.jsonl"
+    spooled.parent.mkdir()
+    spooled.write_text("what the other run reads")
     with open(tmp_path / "o.work.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert tokenize("--input", source, "--tokenizer", model, "--output", tmp_path / "o") == 2
-    assert "another run" in capsys.readouterr().err
+        for given in (source, "-"):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "y"}')))
+            assert tokenize("--input", given, "--tokenizer", model, "--output", tmp_path / "o") == 2
+            assert "another run" in capsys.readouterr().err
+    assert spooled.read_text() == "what the other run reads"
+
+
+def test_a_full_disk_while_stdin_is_kept(tmp_path, model, capsys, monkeypatch):
+    class Full(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Full())))
+    assert tokenize("--input", "-", "--tokenizer", model, "--output", tmp_path / "o") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is full" in error and "same command" in error
