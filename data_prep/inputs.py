@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
+
 from megatron_taipan.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
@@ -49,7 +51,8 @@ def expand(inputs: list[str]) -> list[str]:
     """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order.
 
     Raises:
-        UserError: something does not exist, is of no known kind, cannot be read, or is named twice; or nothing is left.
+        UserError: something does not exist, is of no known kind, cannot be read, is named twice, or has a name that is
+            no UTF-8; or nothing is left.
     """
     files: list[str] = []
     for name in inputs:
@@ -68,6 +71,9 @@ def expand(inputs: list[str]) -> list[str]:
             raise UserError(
                 f"{name} does not exist" if not glob.has_magic(name) else f"{name} matches no file of a known kind"
             )
+    for path in files:
+        if path.encode(errors="replace").decode() != path:
+            raise UserError(f"the name of {os.fsencode(path)!r} is no UTF-8, and the manifest is; rename the file")
     same: dict[str, list[str]] = {}
     for path in files:
         same.setdefault(os.path.abspath(path), []).append(path)
@@ -93,8 +99,19 @@ def _inside(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
+        if "state.json" in files:
+            files = _saved(place) or files
         found += [path for name in files if kind_of(path := os.path.join(place, name))]
     return found
+
+
+def _saved(folder: str) -> list[str]:
+    """The files of a dataset that Hugging Face datasets saved: no others, since `map` leaves its results beside them,
+    and all of them, since a missing one must be reported. Empty for any other folder."""
+    try:
+        return [entry["filename"] for entry in orjson.loads(Path(folder, "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _matching(pattern: str) -> list[str]:

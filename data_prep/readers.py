@@ -78,6 +78,8 @@ def _unreadable(error: Exception) -> str:
 def _open(path: str):
     """The (decompressed) bytes of a file as a buffered stream."""
     if path.lower().endswith(".gz"):
+        if not os.path.getsize(path):
+            raise EOFError  # an archive of nothing has a header; this is one that never arrived
         return gzip.open(path, "rb")
     if path.lower().endswith(".zst"):
         return _zstd(path)
@@ -99,7 +101,7 @@ def _zstd(path: str):
             self.file = open(path, "rb")
             self.left, self.out = b"", b""
             self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.started = False
+            self.started = True  # a file without any frame is cut too
 
         def readable(self):
             return True

@@ -89,6 +89,39 @@ def test_values_of_a_table_that_python_cannot_hold(tmp_path, model):
     assert tokenize(*args, "--overwrite", "--on-error", "skip", "--text-field", "when") == 2
 
 
+def test_of_a_saved_dataset_its_own_files_are_read(tmp_path, model, capsys):
+    """Not what `map` has left beside them, and none too few."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"].upper()})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    args = ("--input", tmp_path / "saved", "--tokenizer", model, "--output", tmp_path / "o")
+    assert tokenize(*args) == 0
+    assert decoded(tmp_path / "o", model) == TEXTS
+    (tmp_path / "saved/data-00001-of-00002.arrow").unlink()
+    assert tokenize(*args, "--overwrite") == 2
+    assert "data-00001-of-00002.arrow: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "b.jsonl.zst", "b.txt.gz"])
+def test_an_archive_that_never_arrived(tmp_path, model, capsys, name):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    (tmp_path / name).touch()
+    inputs = (tmp_path / "a.jsonl", tmp_path / name)
+    assert tokenize("--input", *inputs, "--tokenizer", model, "--output", tmp_path / "o") == 2
+    assert f"{name}: file ends before its compressed data does" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_no_utf8_is_one_line(tmp_path, model, capsys):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    with open(path, "w") as file:
+        file.write('{"text": "x"}')
+    assert tokenize("--input", tmp_path, "--tokenizer", model, "--output", tmp_path / "o") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "caf\\xe9.jsonl" in error and "rename" in error
+
+
 def test_an_archive_with_a_damaged_byte_is_reported(tmp_path):
     """Wherever the byte is: in the header, in compressed blocks, in the checksum."""
     lines = b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(500))
