@@ -35,12 +35,12 @@ def present(prefix: str, content: dict) -> bool:
 
 
 def remove(prefix: str) -> None:
-    """Deletes the manifest, then the shards that it names."""
+    """Deletes the shards that the manifest names, then the manifest: killed in between, the next run knows them."""
     before = read(prefix) or {"shards": []}
-    Path(prefix + ".json").unlink(missing_ok=True)
     for path in _paths(prefix, before):
         for ending in (".idx", ".bin"):
             Path(path + ending).unlink(missing_ok=True)
+    Path(prefix + ".json").unlink(missing_ok=True)
 
 
 def forget(prefix: str) -> None:

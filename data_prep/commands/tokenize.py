@@ -234,7 +234,7 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, started) 
         shutil.rmtree(job.work)
         raise UserError(f"the input holds no document ({why}); nothing was written")
     shards = joiner.finish()
-    manifest.remove(args.output)  # with the shards it names: a manifest stands only beside what it describes
+    manifest.remove(args.output)  # and the shards it names: it never stands beside others
     joiner.commit()
     skipped = args.output + ".skipped.jsonl"
     if problems:

@@ -357,6 +357,29 @@ def test_finished_parts_are_taken_over_unless_they_are_damaged(tmp_path, model, 
     assert documents(tmp_path / "o") == expected(model, texts)
 
 
+@pytest.mark.parametrize("deleted", [0, 1, 4, 8])
+def test_no_old_shard_outlives_a_kill_while_they_are_replaced(tmp_path, model, monkeypatch, deleted):
+    source = jsonl(tmp_path / "in.jsonl", ["some words"] * 8)
+    args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--overwrite")
+    assert tokenize(*args, "--shard-tokens", 1 + len(expected(model, ["some words"])[0]) * 2) == 0
+    assert len(list(tmp_path.glob("o-*.bin"))) == 4
+    real, left = Path.unlink, [True] * deleted  # of 4 pairs and a manifest
+
+    def dying(path, missing_ok=False):
+        if path.suffix in (".bin", ".idx", ".json"):
+            if not left:
+                raise Stopped
+            left.pop()
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(Stopped):
+            tokenize(*args)
+    assert tokenize(*args) == 0
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "o.bin", "o.idx", "o.json"]
+
+
 def test_a_changed_input_is_not_mixed_with_old_parts(tmp_path, model, speeches, monkeypatch):
     source = jsonl(tmp_path / "in.jsonl", ["old"])
     args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o")
