@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -34,8 +35,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def program() -> None:
     """`main` as a process of its own; it ends at once, since taking tokenizers apart would cost 0.05 s."""
-    status = main()
-    sys.stdout.flush()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has enough, as `head` does
+        status = 128 + signal.SIGPIPE
     sys.stderr.flush()
     os._exit(status)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from data_prep import cli
 from megatron_taipan.data.indexed import IndexedWriter
 
-SAMPLE = str(Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz")
+ROOT = Path(__file__).parents[2]
+SAMPLE = str(ROOT / "data_prep/sample/state_of_the_union.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,18 @@ def test_broken_records_in_training(tmp_path, model, capsys):
     args = ["train-tokenizer", "--input", str(source), "--output", str(tmp_path / "t.model"), "--vocab-size", "360"]
     assert cli.main(args) == 2 and "broken JSON" in capsys.readouterr().err
     assert cli.main([*args, "--on-error", "skip"]) == 0 and "1 broken records left out" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    """`inspect ... | head` ends in silence."""
+    with IndexedWriter(tmp_path / "x", np.uint16) as writer:
+        for _ in range(5000):
+            writer.add_document(list(range(60)))
+    command = [sys.executable, "-m", "data_prep", "inspect", tmp_path / "x", "--documents", "5000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith(str(tmp_path / "x").encode())
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_inspect_shows_special_tokens_and_lengths(tmp_path, model, capsys):
