@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--stream-above-gb", type=float, default=STREAM_ABOVE / 1e9, metavar="GB",
         help="models larger than this in float32 are checked layer by layer instead of being loaded whole",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     state = open_state(options.checkpoint)
     tokenizer = None if options.no_tokenizer else find_tokenizer(state, options.tokenizer)
@@ -94,6 +94,9 @@ def export(
     """
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        # a run's own folder, given by mistake, would be lost with all its checkpoints
+        raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

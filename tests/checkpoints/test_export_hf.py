@@ -219,12 +219,26 @@ def test_a_folder_that_does_not_load_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_an_earlier_export_is_overwritten(tmp_path):
+    """`export_hf runs/x runs/x --overwrite` would else remove the run with all its checkpoints."""
+    (tmp_path / "run/step_00000001").mkdir(parents=True)
+    (tmp_path / "run/step_00000001/metadata.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+    for name in ("run", "run/step_00000001", "file"):
+        with pytest.raises(UserError, match="no exported folder"):
+            export(memory_state(), tmp_path / name, overwrite=True)
+        assert (tmp_path / name).exists()
+    (tmp_path / "empty").mkdir()
+    export(memory_state(), tmp_path / "empty", overwrite=True)
+
+
 def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/precious").write_text("x")
     with pytest.raises(UserError, match="--overwrite"):
         export(memory_state(), tmp_path / "hf")
     assert (tmp_path / "hf/precious").exists()
+    (tmp_path / "hf/config.json").write_text("{}")  # an earlier export
     export(memory_state(), tmp_path / "hf", overwrite=True)
     assert (tmp_path / "hf/config.json").exists() and not (tmp_path / "hf/precious").exists()
 
