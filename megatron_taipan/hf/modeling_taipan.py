@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -135,6 +136,9 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, IGNORED)
+            if seq_idx is not None:  # as in training: a document's first token is not predicted from another document
+                starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+                labels = labels.masked_fill(starts, IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output if return_dict else output.to_tuple()

@@ -106,6 +106,23 @@ def test_evaluation_loss_is_the_shifted_cross_entropy():
     assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
+def test_evaluation_loss_of_padded_and_packed_rows_is_that_of_each_text_alone():
+    """No label crosses a border: the first token of a text is predicted from nothing, here as in training."""
+    model, (first, second) = hf_model(), random_tokens(2, 12)
+    texts, total, count = [first[3:], second], 0.0, 0
+    for text in texts:
+        logits = model(text[None]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[:-1], text[1:], reduction="sum").item()
+        count += len(text) - 1
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :3] = 0
+    rows = torch.stack([first, second])
+    assert model(rows, attention_mask=mask, labels=rows).loss.item() == pytest.approx(total / count, rel=1e-6)
+    packed = torch.cat(texts)[None]
+    documents = torch.cat([torch.full_like(text, i) for i, text in enumerate(texts)])[None]
+    assert model(packed, seq_idx=documents, labels=packed).loss.item() == pytest.approx(total / count, rel=1e-6)
+
+
 def test_training_loss_is_cross_entropy_plus_budget():
     model, tokens = hf_model().train(), random_tokens(2, 15)
     labels = tokens.clone()
