@@ -92,6 +92,21 @@ def test_options_ask_slurm_for_the_warning_before_the_time_is_up():
     assert "requeue" in options and options["open-mode"] == "append"
 
 
+def test_the_log_lies_in_a_folder_that_a_checkout_has():
+    """SLURM makes no folder for it: a job whose log cannot be opened ends at once, without a word."""
+    output = re.search(r"^#SBATCH --output=(\S+)$", SCRIPT.read_text(), re.M).group(1)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {".", *(str(Path(file).parent) for file in tracked.splitlines())}
+    assert str(Path(output).parent) in folders
+
+
+def test_tasks_get_the_cores_that_the_job_asked_for(tmp_path):
+    """srun reads SRUN_CPUS_PER_TASK; since SLURM 22.05 it ignores what sbatch sets, SLURM_CPUS_PER_TASK."""
+    env = slurm(tmp_path, f'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS" > {tmp_path}/cores\n', SLURM_CPUS_PER_TASK="6")
+    subprocess.run(["bash", SCRIPT, "config.yaml"], cwd=ROOT, env=env, check=True, timeout=60)
+    assert (tmp_path / "cores").read_text() == "6 6\n"
+
+
 @pytest.mark.slow
 def test_time_limit_saves_requeues_and_the_second_job_finishes(tmp_path):
     """The real program: SIGUSR1 to the task, as `--signal` has it sent; the job's second run ends with status 0."""
