@@ -22,7 +22,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys are errors, values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
@@ -43,6 +43,14 @@ class MambaConfig(Section):
     a_init: tuple[float, float] = option((1.0, 16.0), "range of -A at initialisation, uniform")
     dt_init: tuple[float, float] = option((1e-3, 0.1), "range of dt at initialisation, log-uniform")
     dt_init_floor: float = option(1e-4, "least dt at initialisation", gt=0)
+
+    @field_validator("a_init", "dt_init")
+    @classmethod
+    def _logarithm_exists(cls, limits: tuple[float, float]) -> tuple[float, float]:
+        """What is drawn from the range is stored as its logarithm: NaN below 0, from the first step on."""
+        if not 0 < limits[0] <= limits[1]:
+            raise ValueError(f"{list(limits)} must be [low, high] with 0 < low <= high")
+        return limits
 
 
 class AttentionConfig(Section):
@@ -176,7 +184,9 @@ class DataConfig(Section):
     """What is read, and in which order."""
 
     train: list[DataSource] = option(..., "tokenized datasets to train on, with weights", min_length=1)
-    valid: list[DataSource] | None = option(None, "datasets to validate on; null takes valid_fraction of each of train")
+    valid: list[DataSource] | None = option(
+        None, "datasets to validate on; null takes valid_fraction of each of train", min_length=1
+    )
     valid_fraction: float = option(0.02, "documents held out for validation when data.valid is null", ge=0, lt=1)
     seq_len: int = option(4096, "tokens per sample", ge=1)
     seed: int = option(1234, "seed of the sample order", ge=0)
@@ -212,6 +222,13 @@ class OptimConfig(Section):
         "auto", "whose AdamW kernel runs; auto: NVIDIA's apex where it is installed, else torch's fused one"
     )
     grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)} must lie in [0, 1)")
+        return betas
 
     @model_validator(mode="after")
     def _min_below_peak(self) -> "OptimConfig":
@@ -387,6 +404,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is no text: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -96,6 +96,11 @@ def test_overrides_are_yaml_and_win_over_the_file(path):
         ("train.precision=fp8", ["train.precision", "bf16"]),
         ("optim.min_lr=1.0", ["min_lr=1.0", "lr=0.0005"]),
         ("model.pattern=M X", ["'X'", "^"]),
+        ("data.valid=[]", ["data.valid=[]", "at least 1"]),
+        ("optim.betas=[0.9, 1.5]", ["optim.betas", "1.5", "[0, 1)"]),
+        ("model.mamba.a_init=[-1, 16]", ["model.mamba.a_init", "-1.0", "0 < low"]),
+        ("model.mamba.dt_init=[0.1, 0.001]", ["model.mamba.dt_init", "low <= high"]),
+        ("parallel.timeout_s=.inf", ["parallel.timeout_s=inf", "finite"]),
     ],
 )
 def test_wrong_overrides_say_what_and_what_was_meant(path, override, words):
@@ -146,6 +151,9 @@ def test_missing_sections_and_files_are_named(tmp_path):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UserError, match=word):
             load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\x80\x02}")  # some other file, given by mistake
+    with pytest.raises(UserError, match="no text"):
+        load_config(tmp_path / "c.yaml")
 
 
 def leaves():
