@@ -31,7 +31,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.engine import check_layout
-from megatron_taipan.train.signals import EXIT_REQUEUE
+from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             if place.rank != 0:
                 status = 0
             else:
-                time.sleep(2)
+                with StopSignals():  # all is saved: an impatient second Ctrl-C must not replace the status
+                    time.sleep(2)
     except UserError as error:
         status = report(error)
     # Not after an error that nobody expected: its traceback may hold recorded graphs, for which NCCL would wait here.

@@ -85,6 +85,20 @@ def test_a_signal_to_any_rank_saves_and_the_same_command_continues_bit_equal(tmp
     assert sum(record["steps"] for record in ends) == 120 and len(ends) == 3
 
 
+def test_an_impatient_second_ctrl_c_leaves_the_exit_status(tmp_path, prefix):
+    """The first one has everything saved; the second one meets the program on its way out."""
+    running = Running(tmp_path, toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 500}), processes=1)
+    running.wait_for(tmp_path / "run", 3)
+    running.processes[0].send_signal(signal.SIGINT)
+    end = time.monotonic() + 60
+    while not log(tmp_path / "run", "end") and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    running.processes[0].send_signal(signal.SIGINT)
+    assert running.finish() == [EXIT_REQUEUE], running.output()
+    assert "Traceback" not in running.output()
+
+
 def test_killed_run_continues_from_its_last_save_and_leftovers_vanish(tmp_path, prefix):
     tree = toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 60}, checkpoint={"save_every": 4})
     running = Running(tmp_path, tree)
