@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import load_config
-from megatron_taipan.errors import exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly
 
 
 @exits_cleanly
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="configuration of the new run; default: the folder's own network")
     parser.add_argument("overrides", nargs="*", help="section.option=value")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --config
+    if options.overrides and not options.config:
+        raise UserError(f"{' '.join(options.overrides)}: options override a configuration; pass --config FILE")
     weights = open_weights(options.folder)
     config = load_config(options.config, options.overrides) if options.config else None
     source = Source(weights.network.letters, {name: weights.shape(name) for name in weights.names()}, weights.load)

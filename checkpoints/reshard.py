@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     config, before = load_config(source / folder.CONFIG), folder.read_metadata(source).get("layout", {})
     wanted = {"tensor": options.tensor, "pipeline": options.pipeline, "zero_stage": options.zero_stage}
     new = with_layout(config, {name: value for name, value in wanted.items() if value is not None})
-    processes = options.processes or before.get("processes") or new.parallel.tensor * new.parallel.pipeline
+    processes = options.processes
+    if processes is None:
+        processes = before.get("processes") or new.parallel.tensor * new.parallel.pipeline
     path = reshard(source, options.out, Target(new, processes))
     p = new.parallel
     print(f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, zero_stage {p.zero_stage}")

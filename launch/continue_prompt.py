@@ -26,4 +26,6 @@ def main(folder: str, prompt: str, new_tokens: int = 60) -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:4]))

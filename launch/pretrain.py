@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = find_place(os.environ)
         config = load_config(options.config, options.overrides)
-        processes = options.processes if options.dry_run and options.processes else place.world_size
+        processes = options.processes if options.dry_run and options.processes is not None else place.world_size
         check_layout(config, processes)
         if options.dry_run:
             for line in dry_run(config, processes):

@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="samples per forward pass")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    if options.samples < 1 or options.batch < 1:
+        raise UserError(f"--samples={options.samples} and --batch={options.batch} must be at least 1")
 
     path, device = locate(str(options.checkpoint)), pick_device(options.device)
     model, _, config = load_model(path)

@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    for name in ("seq_len", "samples", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1")
 
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     dataset: SampleDataset | None = None

@@ -25,7 +25,9 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        if device.type != "cuda":
+            torch.empty(0, device=device)  # torch knows names of devices that its build does not have
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")

@@ -82,8 +82,10 @@ def data_parallel_size(world_size: int, tensor: int, pipeline: int) -> int:
     """What is left of the world for data parallelism.
 
     Raises:
-        UserError: tensor * pipeline does not divide the number of processes.
+        UserError: there is no process, or tensor * pipeline does not divide their number.
     """
+    if world_size < 1:
+        raise UserError(f"{world_size} processes cannot train; give at least 1")
     if world_size % (tensor * pipeline):
         raise UserError(
             f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={pipeline}"

@@ -178,3 +178,7 @@ def test_import_hf_keeps_an_export_and_fits_it_into_another_pattern(tmp_path, ca
 
     with pytest.raises(UserError, match="has the layers MSM"):
         load_weights(Taipan(other.network), tmp_path / "first")
+
+    # without a configuration there is nothing that an option could override
+    assert import_hf.main([str(tmp_path / "first"), str(tmp_path / "third"), "model.pattern=M"]) == 2
+    assert "--config" in capsys.readouterr().err and not (tmp_path / "third").exists()

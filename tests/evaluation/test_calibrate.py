@@ -84,3 +84,8 @@ def test_damaged_thresholds_are_an_error(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         read_thresholds(tmp_path)
     assert main([str(tmp_path)]) == 2
+
+
+def test_batches_of_no_sample_are_refused(tmp_path, capsys):
+    assert main([str(tmp_path), "--batch", "0"]) == 2
+    assert "--batch=0" in capsys.readouterr().err

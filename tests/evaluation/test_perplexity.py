@@ -74,3 +74,11 @@ def test_an_exported_folder_needs_data_named(tmp_path, capsys):
     write_weights(tmp_path / "weights", Taipan(small_config("M")))
     assert main([str(tmp_path / "weights")]) == 2
     assert "--data PREFIX" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--samples", "--batch", "--seq-len"])
+def test_numbers_below_1_are_refused(tmp_path, prefix, capsys, option):
+    write_weights(tmp_path / "weights", Taipan(small_config("M")))
+    arguments = [str(tmp_path / "weights"), "--data", prefix, "--seq-len", "32", option, "0"]
+    assert main(arguments) == 2
+    assert f"error: {option}=0" in capsys.readouterr().err

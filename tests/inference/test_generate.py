@@ -57,6 +57,7 @@ def test_prompts_come_from_a_file_too_and_seeds_repeat(trained, tmp_path, capsys
         (["--prompt", "x", "--top-p", "2"], r"top_p=2.0 must lie in"),
         (["--prompt", "x", "--device", "cuda:99"], "is not there"),
         (["--prompt", "x", "--device", "abacus"], "is unknown"),
+        (["--prompt", "x", "--device", "vulkan"], "is unknown"),  # torch has the name, its wheels have no such device
     ],
 )
 def test_mistakes_are_one_line(trained, capsys, arguments, words):

@@ -65,6 +65,8 @@ def test_dry_run_says_parameters_layout_and_steps(config):
         (["parallel.tensor=2"], ["1 processes", "parallel.tensor=2"]),
         (["parallel.tensor=3", "--processes", "3"], ["parallel.tensor=3", "SSM heads=4"]),
         (["--processes", "3"], ["train.global_batch=8", "remainder 2"]),
+        (["--processes", "0"], ["0 processes"]),
+        (["--processes", "-2"], ["-2 processes"]),
         (["model.vocab_size=40"], ["vocab", "40"]),
         (["data.train=nowhere/x"], ["nowhere/x"]),
         (["parallel.offload_param=cpu"], ["zero_stage=3"]),
