@@ -3,8 +3,11 @@
 Between stages travels a tuple of three tensors:
 
     h       [b, l, d]    the residual stream (a shard of its tokens under sequence parallelism)
-    facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
     budget  [1]          budget losses of the S layers so far
+    facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
+
+What has no gradient comes last: a stage between two others receives the n-th gradient into the memory that it made for
+the n-th tensor, and DeepSpeed looks at the size of that alone, not at its type.
 
 Within a stage a fourth tensor may follow, what the layer before left for the next norm to add to h (model/stream.py).
 
@@ -184,7 +187,7 @@ def packed(batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> 
 
 
 class PipelineEmbedding(Embedding):
-    """First layer: facts -> (h, facts, budget)."""
+    """First layer: facts -> (h, budget, facts)."""
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "embedding")
@@ -194,7 +197,7 @@ class PipelineEmbedding(Embedding):
         h = super().forward(facts[..., 0])
         h = at_least_float32(h) if self.residual_fp32 else h
         # a leaf that wants a gradient: DeepSpeed sends one back for every floating-point tensor
-        return h, facts, torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled())
+        return h, torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled()), facts
 
 
 class PipelineLayer(nn.Module):
@@ -213,7 +216,7 @@ class PipelineLayer(nn.Module):
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
-        h, facts, budget, *branch = payload
+        h, budget, facts, *branch = payload
         stream = Stream(h, *branch)
         ctx = make_context(
             facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], facts[0, 0, 5], None
@@ -226,8 +229,8 @@ class PipelineLayer(nn.Module):
             budget = budget + selection.budget_loss
             self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())
         if self.ends or stream.branch is None:
-            return stream.total(), facts, budget
-        return stream.h, facts, budget, stream.branch
+            return stream.total(), budget, facts
+        return stream.h, budget, facts, stream.branch
 
 
 class PipelineNorm(RMSNorm):
@@ -237,12 +240,12 @@ class PipelineNorm(RMSNorm):
         super().__init__(build, "final_norm")
 
     def forward(self, payload: Payload) -> Payload:
-        h, facts, budget = payload
-        return super().forward(h), facts, budget
+        h, budget, facts = payload
+        return super().forward(h), budget, facts
 
 
 class PipelineHead(Head):
-    """Last layer: (h, facts, budget) -> loss, with a weight of its own or the tied embedding's."""
+    """Last layer: (h, budget, facts) -> loss, with a weight of its own or the tied embedding's."""
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "head")
@@ -250,7 +253,7 @@ class PipelineHead(Head):
         self.records: list[Tensor] = []  # [loss, ce, budget] of each micro-batch
 
     def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
-        h, facts, budget = payload
+        h, budget, facts = payload
         weights = facts[..., 3].int().view(torch.float32)
         ce_loss = super().forward(h, embedding, facts[..., 2], weights)
         loss = ce_loss + self.budget_lambda * budget[0]

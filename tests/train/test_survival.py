@@ -123,7 +123,7 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
     staged = PipelineLayer.forward
 
     def with_poison_in_stage(self, payload):
-        if not (int(payload[1][0, 0, 5]) in bad_steps and self.index == 2 and self.training):
+        if not (int(payload[2][0, 0, 5]) in bad_steps and self.index == 2 and self.training):
             return staged(self, payload)
         mixer = self.layer.mixer
         mixer.forward = lambda *arguments: type(mixer).forward(mixer, *arguments) * float("inf")

@@ -1,0 +1,30 @@
+"""Pipelines train as one process does, wherever the gates stand and whatever is computed again."""
+
+import pytest
+
+from tests.distributed.launch import launch
+from tests.train.runs import log, runs
+from tests.train.toy import toy_tree, write_data
+
+
+@pytest.mark.parametrize(
+    "pattern, parallel",
+    [
+        ("M S | A | M", {"pipeline": 3}),  # the gradient of the first stage's budget loss passes through the second
+        ("M | S M | S A", {"pipeline": 3, "recompute": "full"}),
+    ],
+    ids=["gate first", "gate in the middle"],
+)
+def test_pipelines_train_as_one_process(tmp_path, pattern, parallel):
+    prefix = write_data(tmp_path / "data")
+
+    def tree(name: str, parallel: dict) -> dict:
+        train = {"steps": 3, "micro_batch": 1, "global_batch": 4}
+        return toy_tree(prefix, tmp_path / name, model=model | {"pattern": pattern}, parallel=parallel, train=train)
+
+    model = toy_tree(prefix, "unused")["model"]
+    assert launch(1, runs, [tree("one", {"zero_stage": 0})]) == [[0]]
+    assert launch(parallel["pipeline"], runs, [tree("stages", parallel)])[0] == [0]
+    for ours, truth in zip(log(tmp_path / "stages"), log(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-4)
