@@ -2,20 +2,25 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from torch import Tensor
 
 
-def mend_pipeline(engine: Any) -> None:
-    """Replaces two of a pipeline engine's methods in place.
+def mend_pipeline(engine: Any, recompute: str) -> None:
+    """Replaces methods of a pipeline engine in place.
 
     - Gradients of tied weights were looked for in `.grad`. Where gradients are summed over micro-batches in float32
       they lie elsewhere, so nothing was added up and the stages' copies of the embedding drifted apart.
     - The norm of every parameter group was reduced over the stages by itself. Stages may have different groups (one
       without a gate has no float32 matrix), and then waited for each other for ever.
+    - A stage went backward once from each tensor that it had sent on, the stream and then the budget losses. Through a
+      gate both lead, and what selective recomputation keeps can be used once.
     """
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
+    if recompute == "selective":
+        engine._INSTRUCTION_MAP[BackwardPass] = backward_at_once
     reduce_norm_once(engine.optimizer)
 
 
@@ -26,6 +31,20 @@ def sum_tied_gradients(engine: Any) -> None:
         if gradient is None:
             raise RuntimeError(f"tied weight {getattr(weight, 'full_name', '')} got no gradient on this stage")
         dist.all_reduce(gradient, group=group)
+
+
+def backward_at_once(engine: Any, buffer_id: int) -> None:
+    """The backward pass of one micro-batch through this stage, from all that it sent on."""
+    if engine.is_last_stage():
+        return engine._exec_backward_pass(buffer_id)
+    buffers = engine.pipe_buffers
+    sent = [t for t in buffers["outputs"][buffer_id] if t.is_floating_point()]
+    engine._running_engine_backward = True  # else its hooks take it for a pass that the engine knows nothing of
+    try:
+        torch.autograd.backward(sent, list(engine.grad_layer))
+    finally:
+        engine._running_engine_backward = False
+    buffers["output_tensors"][buffer_id] = buffers["outputs"][buffer_id] = None
 
 
 def reduce_norm_once(optimizer: Any) -> None:

@@ -12,8 +12,9 @@ from tests.train.toy import toy_tree, write_data
     [
         ("M S | A | M", {"pipeline": 3}),  # the gradient of the first stage's budget loss passes through the second
         ("M | S M | S A", {"pipeline": 3, "recompute": "full"}),
+        ("M S | M A", {"pipeline": 2, "recompute": "selective"}),
     ],
-    ids=["gate first", "gate in the middle"],
+    ids=["gate first", "gate in the middle", "selective"],
 )
 def test_pipelines_train_as_one_process(tmp_path, pattern, parallel):
     prefix = write_data(tmp_path / "data")
