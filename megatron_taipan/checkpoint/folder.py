@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,23 +223,44 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_old(directory: Path, *, keep_last: int | None, keep_every: int | None, kind: str = FULL) -> list[str]:
+def remove_old(
+    directory: Path, *, keep_last: int | None, keep_every: int | None, kind: str = FULL, written: int | None = None
+) -> list[str]:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps.
 
-    Only complete ones count as kept, so that damaged ones never push out a good one. Returns the deleted names.
+    Only complete ones count as kept, so that damaged ones never push out a good one; and none of a step after
+    `written`, the checkpoint just written, which those would push out that a run passed over or took back. Returns the
+    deleted names.
     """
     if keep_last is None:
         return []
     finished = [p for p in checkpoints(directory, kind) if incomplete(p) is None]
-    gone = []
-    for path in finished[:-keep_last]:
-        if keep_every and (step_of(path, kind) or 0) % keep_every == 0:
-            continue
-        # the manifest goes first: a deletion that is cut short must not look like a checkpoint
-        try:
-            (path / MANIFEST).unlink()
-        except OSError:  # a disk that refuses now: the next checkpoint tries again
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        gone.append(path.name)
-    return gone
+    if written is not None:
+        finished = [p for p in finished if (step_of(p, kind) or 0) <= written]
+    return [
+        path.name
+        for path in finished[:-keep_last]
+        if not (keep_every and (step_of(path, kind) or 0) % keep_every == 0) and _delete(path)
+    ]
+
+
+def remove_taken_back(directory: Path, *, after: int, until: int) -> None:
+    """Deletes the checkpoints of steps that a run took back, `after` + 1 to `until`: a resume would take the newest."""
+    for kind in (FULL, WEIGHTS):
+        for path in checkpoints(directory, kind):
+            if after < (step_of(path, kind) or 0) <= until:
+                _delete(path)
+    with suppress(OSError):  # for people: the next checkpoint puts it right
+        if (directory / folder_name(after)).exists():
+            write_text(directory / LATEST, folder_name(after) + "\n")
+
+
+def _delete(path: Path) -> bool:
+    """Deletes a checkpoint; False if the disk refuses now."""
+    # the manifest goes first: a deletion that is cut short must not look like a checkpoint
+    try:
+        (path / MANIFEST).unlink()
+    except OSError:
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    return True

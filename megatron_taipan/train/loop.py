@@ -11,7 +11,7 @@ import torch
 
 from megatron_taipan.checkpoint import state
 from megatron_taipan.checkpoint.choice import find_checkpoint, rewind_target
-from megatron_taipan.checkpoint.folder import remove_leftovers
+from megatron_taipan.checkpoint.folder import remove_leftovers, remove_taken_back
 from megatron_taipan.checkpoint.identity import identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
@@ -168,6 +168,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if streak == t.max_skipped:
                 if before_streak.step > 0:
                     insist_on_saving(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
+                if writer:
+                    remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
                     f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
@@ -180,7 +182,10 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 saver.finish()
                 if t.spike_rewind and (good := agree(lambda: rewind_target(directory, c.save_every))):
                     saved = state.load(engine, good, config=config, identity=ours, groups=groups).progress
+                    spiked = progress.step
                     progress = after_rewind(saved, progress, z=spike, train=t)
+                    if writer:
+                        remove_taken_back(directory, after=saved.step, until=spiked)
                     loader = open_loader(progress.samples)
                     metrics.note("rewind", f"back to {good}, and on from sample {progress.samples:,}; samples from"
                                  f" {saved.samples:,} on are passed over", **progress.rewinds[-1])  # fmt: skip

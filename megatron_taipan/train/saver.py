@@ -71,17 +71,18 @@ class Saver:
                 if not must:
                     self._alarm(saving.progress, saving.kind, failure)
                 continue
-            keep = self.config.checkpoint
+            keep, step = self.config.checkpoint, saving.progress.step
             if saving.kind == FULL:
                 self.failed = False
             if self.metrics.writes and saving.kind == FULL:
-                remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every)
+                remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every, written=step)
             elif self.metrics.writes:
-                remove_old(self.directory, keep_last=keep.keep_last_weights, keep_every=None, kind=WEIGHTS)
+                last = keep.keep_last_weights
+                remove_old(self.directory, keep_last=last, keep_every=None, kind=WEIGHTS, written=step)
             waited = time.perf_counter() - began
             self.metrics.stalled(waited)
             stall, self.stall = self.stall + waited, 0.0
-            self.metrics.after_save(saving.progress.step, path, stall=stall, write=saving.seconds)
+            self.metrics.after_save(step, path, stall=stall, write=saving.seconds)
         if must and failures:
             raise failures[0]
 

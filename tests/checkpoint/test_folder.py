@@ -24,6 +24,7 @@ from megatron_taipan.checkpoint.folder import (
     read_metadata,
     remove_leftovers,
     remove_old,
+    remove_taken_back,
     step_of,
     write_manifest,
 )
@@ -191,6 +192,22 @@ def test_keeping(tmp_path):
     assert gone == ["step_00000010", "step_00000020"]
     assert [step_of(path) for path in checkpoints(tmp_path)] == [30, 40, 50, 60]
     assert remove_old(tmp_path, keep_last=None, keep_every=None) == []
+
+
+def test_a_checkpoint_just_written_is_never_pushed_out_by_newer_ones(tmp_path):
+    """A run that passed over damaged ones goes on from before them."""
+    for step in (10, 20, 30, 15):
+        make(tmp_path, step)
+    assert remove_old(tmp_path, keep_last=1, keep_every=None, written=15) == ["step_00000010"]
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [15, 20, 30]
+
+
+def test_what_was_taken_back_is_no_longer_the_newest(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+    remove_taken_back(tmp_path, after=10, until=35)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [10, 40]
+    assert (tmp_path / LATEST).read_text().strip() == "step_00000010"
 
 
 def test_foreign_format_is_refused(tmp_path):

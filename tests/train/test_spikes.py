@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import statistics
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.train.signals import EXIT_REQUEUE
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
 from tests.distributed.launch import launch
@@ -56,8 +58,12 @@ def test_rewinding_keeps_the_old_weights_count_and_the_new_place_in_the_data():
         after_rewind(saved, dataclasses.replace(now, rewinds=twice.rewinds), z=5.0, train=WATCH)
 
 
-def bad_samples(trees: list[dict], bad: list[int]) -> list:
-    """Runs like `runs`; a step that holds one of the samples reports a loss of 50 on every rank."""
+def bad_samples(trees: list[dict], bad: list[int], stop: bool = False) -> list:
+    """Runs like `runs`; a step that holds one of the samples reports a loss of 50 on every rank.
+
+    Args:
+        stop: whether a signal comes during such a step.
+    """
     import torch
     import torch.distributed as dist
 
@@ -70,6 +76,8 @@ def bad_samples(trees: list[dict], bad: list[int]) -> list:
         ours = any(int(sample) in bad for batch in batches for sample in batch["sample"])
         hit = torch.tensor([float(ours)])
         dist.all_reduce(hit)
+        if stop and hit.item():
+            signal.raise_signal(signal.SIGTERM)
         return dataclasses.replace(result, ce=50.0) if hit.item() else result
 
     loop.train_step = with_bad_data
@@ -121,3 +129,22 @@ def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
     folder.write_manifest(moved, files)
     assert launch(2, runs, [tree("moved", spike_z=None, spike_rewind=False)])[0] == [0]
     assert numbers(tmp_path / "moved") == numbers(tmp_path / "whole")[-6:]
+
+
+def test_run_stopped_after_it_went_back_does_not_resume_from_what_it_took_back(tmp_path):
+    """Step 8 spikes. A stop leaves a checkpoint of step 7; the rewind goes to step 4, another stop comes at step 5."""
+    prefix = write_data(tmp_path / "data")
+    train = {
+        "steps": 12, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
+        "spike_z": 8.0, "spike_window": 4, "spike_rewind": True,
+    }  # fmt: skip
+
+    def tree(name: str, **options) -> dict:
+        return toy_tree(prefix, tmp_path / name, train=train | options, checkpoint={"save_every": 4})
+
+    assert launch(2, bad_samples, [tree("whole"), tree("parts", stop_at=7)], [30])[0] == [0, 0]
+    assert launch(2, bad_samples, [tree("parts")], [30], True)[0] == [EXIT_REQUEUE]
+    assert [folder.step_of(path) for path in folder.checkpoints(tmp_path / "parts")] == [4, 5]
+    assert launch(2, bad_samples, [tree("parts")], [30])[0] == [0]
+    assert len(log(tmp_path / "parts", "rewind")) == len(log(tmp_path / "whole", "rewind")) == 1
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")

@@ -167,8 +167,10 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix,
     assert log(tmp_path / "run", "end")[0]["skipped"] == 1
 
 
-def test_too_many_in_a_row_end_the_run_with_a_checkpoint_of_before(tmp_path, prefix):
-    tree = toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 8, "max_skipped": 3})
+@pytest.mark.parametrize("cadence", [{"save_every": 0}, {"save_every": 1, "keep_last": 1}], ids=["none", "every step"])
+def test_too_many_in_a_row_end_the_run_with_a_checkpoint_of_before(tmp_path, prefix, cadence):
+    """Checkpoints that the cadence wrote during the skipped steps are none to continue from."""
+    tree = toy_tree(prefix, tmp_path / "run", train=SHORT | {"steps": 8, "max_skipped": 3}, checkpoint=cadence)
     whole = with_options(tree, checkpoint={"dir": str(tmp_path / "whole")})
     for results in launch(2, poisoned, [tree], [2, 3, 4, 5]):
         assert isinstance(results[0], str) and "3 steps in a row" in results[0] and "from step 3" in results[0]
