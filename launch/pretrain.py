@@ -24,8 +24,6 @@ try:
 except ModuleNotFoundError:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch.distributed as dist
-
 from megatron_taipan.config import describe_options, load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
@@ -95,13 +93,13 @@ def options_text() -> str:
 def report(error: UserError) -> int:
     """Prints the error once for the whole run, and gives the exit status.
 
-    What every rank finds wrong, rank 0 says. Before the processes are joined a rank cannot know whether it is alone
-    with its error; it waits for rank 0 to end the run, and speaks only if that does not happen.
+    What every rank finds wrong, rank 0 says. Another rank cannot know whether it is alone with its error, as with data
+    that it alone has read; it waits for rank 0 to end the run, and speaks only if that does not happen.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not dist.is_initialized():
+    else:
         time.sleep(3)
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return error.exit_status

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from megatron_taipan.config import describe_options, load_config
 from megatron_taipan.train.engine import check_layout
-from tests.distributed.launch import ROOT, process_env
+from tests.distributed.launch import ROOT, launch, process_env
 from tests.train.toy import toy_tree, write_data
 
 CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -97,6 +99,32 @@ def test_under_the_launcher_an_error_is_printed_once_and_the_job_fails(config, a
     assert finished.returncode == 2
     assert "Traceback" not in finished.stderr
     assert not (Path(config).parent / "run").exists()
+
+
+def bad_sample_on_rank_1(config: str) -> tuple[int | None, str]:
+    """The program in this process; on rank 1 the second step's data turn out to be bad. Exit status and stderr."""
+    from launch import pretrain
+    from megatron_taipan.data.loader import SampleDataset
+    from megatron_taipan.errors import UserError
+
+    def batch(dataset: SampleDataset, indices: list[int]) -> dict:
+        if os.environ["RANK"] == "1" and indices[0] >= 8:
+            raise UserError("id 70 is beyond the vocabulary")
+        return read(dataset, indices)
+
+    read, SampleDataset.batch = SampleDataset.batch, batch
+    status = None
+    with tempfile.TemporaryFile("w+") as said:
+        with redirect_stderr(said), suppress(RuntimeError):  # rank 0 loses its neighbour
+            status = pretrain.main(["--config", config])
+        said.seek(0)
+        return status, said.read()
+
+
+def test_an_error_that_one_rank_alone_finds_is_said_by_it(config):
+    _, (status, stderr) = launch(2, bad_sample_on_rank_1, config, join=False)
+    assert status == 2
+    assert "error on rank 1: id 70 is beyond the vocabulary" in stderr
 
 
 def test_trains_under_the_launcher(config):
