@@ -20,10 +20,16 @@ def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
     - At stage 1 each gradient went through a copy in float32, a bucket, an all-reduce even where it had one owner or
       nobody to share with, a partition and a flat tensor: see `FlatGradients`.
     - There, in bf16, the host read the norm before it launched AdamW; now after that: see `QueuedStep`.
+
+    With the optimizer's state offloaded only what is wrong is replaced: see `forget_skipped_gradients`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or not optimizer.compute_grad_norm:
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    if optimizer.cpu_offload:
+        forget_skipped_gradients(optimizer)
+    if optimizer.cpu_offload or not optimizer.compute_grad_norm:
         return
     optimizer.check_overflow = lambda partition_gradients=True: None
     optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: grad_norm(optimizer, gradients, params)
@@ -32,6 +38,20 @@ def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
     # one replica in float32 keeps its gradients where autograd adds them up
     if optimizer.use_grad_accum_attribute or dist.get_world_size(optimizer.dp_process_group) > 1:
         FlatGradients(optimizer)
+
+
+def forget_skipped_gradients(optimizer: Any) -> None:
+    """Lets an optimizer with offloaded state drop the gradients of a step that it skips.
+
+    It kept their float32 sums, added the next step's to what is not finite, and skipped every step from there on.
+    """
+    reset = optimizer.reset_cpu_buffers  # called at the end of every step, a skipped one too
+
+    def reset_cpu_buffers() -> None:
+        reset()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.reset_cpu_buffers = reset_cpu_buffers
 
 
 class FlatGradients:

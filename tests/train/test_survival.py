@@ -152,11 +152,16 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
 
 
 @pytest.mark.parametrize(
-    "precision, stage, pipeline", [("fp32", 0, 1), ("bf16", 1, 1), ("bf16", 2, 1), ("bf16", 3, 1), ("fp32", 1, 2)]
+    "precision, parallel",
+    [
+        ("fp32", {"zero_stage": 0}),
+        *(("bf16", {"zero_stage": stage}) for stage in (1, 2, 3)),
+        *(("bf16", {"zero_stage": stage, "offload_optimizer": "cpu"}) for stage in (1, 2, 3)),
+        ("fp32", {"zero_stage": 1, "pipeline": 2}),  # of two stages rank 1 holds the layers from 2 on
+    ],
 )
-def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix, precision, stage, pipeline):
+def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix, precision, parallel):
     train = SHORT | {"steps": 6, "precision": precision}
-    parallel = {"zero_stage": stage, "pipeline": pipeline}  # of two stages rank 1 holds the layers from 2 on
     tree = toy_tree(prefix, tmp_path / "run", parallel=parallel, train=train)
     assert launch(2, poisoned, [tree], [2])[0] == [0]
     steps = log(tmp_path / "run")
