@@ -29,8 +29,8 @@ def evaluate(
 ) -> Evaluation:
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
 
-    Every rank runs the same number of micro-batches, since ZeRO-3 gathers parameters along the way; samples beyond
-    the wanted ones, which fill up the last round, are masked out.
+    Every rank runs the same number of micro-batches, since ZeRO-3 gathers parameters along the way. In the last round
+    some hold fewer rows, the wanted ones, or one that does not count: filled up, they would change the gates' means.
     """
     samples = min(samples, len(dataset))
     together = micro_batch * groups.data_size
@@ -41,12 +41,13 @@ def evaluate(
     engine.eval()
     sums = None
     for _ in range(-(-samples // together)):
-        batch = {name: value.to(device) for name, value in next(loader).items()}
-        wanted = batch["sample"] < samples  # [b]
-        mask = batch["loss_mask"] * wanted[:, None]
-        rows = wanted.sum().double()
+        batch = next(loader)
+        rows = int((batch["sample"] < samples).sum())  # samples rise along a micro-batch
+        batch = {name: value[: max(rows, 1)].to(device) for name, value in batch.items()}
+        mask = batch["loss_mask"] * (rows > 0)
         _, ce, _, *gates = _score(engine, batch, mask, groups)
-        values = torch.stack([ce, mask.sum().double(), rows, *(g * rows for g in gates)])
+        count = torch.full((), rows, dtype=torch.float64, device=device)
+        values = torch.stack([ce, mask.sum().double(), count, *(g * rows for g in gates)])
         sums = values if sums is None else sums + values
     engine.train()
     dist.all_reduce(sums, group=groups.data_group)

@@ -144,9 +144,14 @@ def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> 
     """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]."""
     engine.module.take_records()
     one = torch.ones((), device=loss_mask.device)
+    whole = len(loss_mask) == engine.train_micro_batch_size_per_gpu()
+    if not whole:  # the stages have buffers of a whole micro-batch
+        engine.reset_activation_shape()
     engine.eval_batch(
         packed([batch | {"loss_mask": loss_mask}], step=0, ce_scale=one), num_micro_batches=1, bcast_loss=False
     )
+    if not whole:
+        engine.reset_activation_shape()
     return engine.module.take_records()
 
 

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: float32 islands, and losses that do not depend on how the batch is split."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,14 +35,15 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         data, start=0, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
         dp_rank=groups.data_rank, dp_size=groups.data_size,
     )  # fmt: skip
+    cpu = torch.device("cpu")
+    # five samples: the last round is not full where it has two rows or more
+    gates = evaluate(engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=cpu).gates
     results = []
     for step in range(STEPS):
         set_learning_rate(engine, 1e-2)
         batches = [next(loader) for _ in range(accumulation(config, groups.data_size))]
         results.append(train_step(engine, batches, step=step, groups=groups, grad_clip=config.optim.grad_clip))
-    evaluated = evaluate(
-        engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=torch.device("cpu")
-    )
+    evaluated = evaluate(engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=cpu)
     masters = {
         name: (deepspeed.utils.safe_get_full_fp32_param(p) if config.parallel.zero_stage else p).detach().clone()
         for name, p in model.named_parameters()
@@ -51,6 +53,7 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         "norm": [r.grad_norm for r in results],
         "gates": [r.gates for r in results],
         "valid": (evaluated.ce, evaluated.tokens),
+        "gates of the untrained": gates,
         "dtypes": {name: p.dtype for name, p in model.named_parameters()},
         "masters": masters,
         "before": before,
@@ -103,6 +106,7 @@ def test_loss_does_not_depend_on_processes_micro_batches_or_stage(tmp_path):
         torch.testing.assert_close(result["norm"], truth["norm"], rtol=1e-3, atol=0, msg=name)
         assert [g[0]["selected"] for g in result["gates"]] == [g[0]["selected"] for g in truth["gates"]], name
         assert result["valid"][1] == truth["valid"][1]
+        assert result["gates of the untrained"] == [pytest.approx(g, rel=1e-6) for g in truth["gates of the untrained"]]
         torch.testing.assert_close(result["valid"][0], truth["valid"][0], rtol=1e-4, atol=0)
 
 

@@ -20,7 +20,7 @@ def test_pipelines_train_as_one_process(tmp_path, pattern, parallel):
     prefix = write_data(tmp_path / "data")
 
     def tree(name: str, parallel: dict) -> dict:
-        train = {"steps": 3, "micro_batch": 1, "global_batch": 4}
+        train = {"steps": 3, "micro_batch": 2, "global_batch": 4, "eval_every": 1, "eval_samples": 5}
         return toy_tree(prefix, tmp_path / name, model=model | {"pattern": pattern}, parallel=parallel, train=train)
 
     model = toy_tree(prefix, "unused")["model"]
@@ -29,3 +29,7 @@ def test_pipelines_train_as_one_process(tmp_path, pattern, parallel):
     for ours, truth in zip(log(tmp_path / "stages"), log(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-4)
+    # of the untrained network, whose gates are equal: the last micro-batch is half full
+    ours, truth = (log(tmp_path / name, "valid")[0] for name in ("stages", "one"))
+    fields = [name for name in truth if name.startswith("gate")]
+    assert fields and [ours[name] for name in fields] == pytest.approx([truth[name] for name in fields], rel=1e-6)
