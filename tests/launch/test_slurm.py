@@ -3,6 +3,7 @@
 `srun` starts the real program on one task; `scontrol` notes what it was asked for.
 """
 
+import json
 import os
 import re
 import shlex
@@ -28,11 +29,24 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def slurm(tmp_path: Path, srun: str, **env: str) -> dict[str, str]:
-    """The environment of a job of one task, where `srun` does what the text says."""
+def slurm(tmp_path: Path, srun: str, state: object = ("RUNNING",), **env: str) -> dict[str, str]:
+    """The environment of a job of one task, where `srun` does what the text says.
+
+    Args:
+        state: the job's, as `scontrol --json` tells it; None: it does not know that option.
+    """
     (tmp_path / "bin").mkdir(exist_ok=True)
     script(tmp_path / "bin" / "srun", srun)
-    script(tmp_path / "bin" / "scontrol", f'echo "$@" >> {tmp_path}/scontrol\n')
+    (tmp_path / "job.json").write_text(json.dumps({"jobs": [{"job_state": state}]}) if state else "no such option")
+    script(
+        tmp_path / "bin" / "scontrol",
+        f"""if [[ $1 == --json ]]; then
+    [[ "$*" == "--json show job 4711" ]] && cat {tmp_path}/job.json
+else
+    echo "$@" >> {tmp_path}/scontrol
+fi
+""",
+    )
     (tmp_path / "venv/bin").mkdir(parents=True, exist_ok=True)
     (tmp_path / "venv/bin/activate").write_text("")
     return os.environ | {
@@ -64,6 +78,18 @@ def test_exit_status_decides_about_the_queue(tmp_path, status, restarts, ends_wi
     )
     assert done.returncode == ends_with, done.stderr
     assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
+
+
+@pytest.mark.parametrize(
+    "state, requeued",
+    [(["CANCELLED", "COMPLETING"], False), ("CANCELLED", False), (["TIMEOUT", "COMPLETING"], True), (None, True)],
+)
+def test_a_cancelled_job_does_not_come_back(tmp_path, state, requeued):
+    """States as newer and older versions of SLURM tell them."""
+    env = slurm(tmp_path, "exit 75\n", state)
+    done = subprocess.run(["bash", SCRIPT, "c"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
+    assert done.returncode == (0 if requeued else 75)
 
 
 def test_script_survives_the_signal_that_ends_its_step(tmp_path):
