@@ -50,7 +50,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
         # imports DeepSpeed, which comes late on purpose
         from megatron_taipan.train.pipeline_engine import mend_pipeline
 
-        mend_pipeline(engine, config.parallel.recompute)
+        mend_pipeline(engine)
     return engine
 
 

@@ -8,19 +8,19 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from torch import Tensor
 
 
-def mend_pipeline(engine: Any, recompute: str) -> None:
+def mend_pipeline(engine: Any) -> None:
     """Replaces methods of a pipeline engine in place.
 
     - Gradients of tied weights were looked for in `.grad`. Where gradients are summed over micro-batches in float32
       they lie elsewhere, so nothing was added up and the stages' copies of the embedding drifted apart.
     - The norm of every parameter group was reduced over the stages by itself. Stages may have different groups (one
       without a gate has no float32 matrix), and then waited for each other for ever.
-    - A stage went backward once from each tensor that it had sent on, the stream and then the budget losses. Through a
-      gate both lead, and what selective recomputation keeps can be used once.
+    - A stage went backward once from each tensor that it had sent on, the stream and then the budget losses. Both lead
+      through all layers before a gate, so these were gone through twice; and what selective recomputation keeps can be
+      used once.
     """
-    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
-    if recompute == "selective":
-        engine._INSTRUCTION_MAP[BackwardPass] = backward_at_once
+    mended = {ReduceTiedGrads: sum_tied_gradients, BackwardPass: backward_at_once}
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | mended
     reduce_norm_once(engine.optimizer)
 
 
