@@ -19,10 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-try:
-    import megatron_taipan  # noqa: F401
-except ModuleNotFoundError:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whichever one is installed
 
 from megatron_taipan.config import describe_options, load_config
 from megatron_taipan.errors import UserError

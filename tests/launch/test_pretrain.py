@@ -52,6 +52,15 @@ def test_help_lists_every_option_with_meaning_and_default():
         assert " ".join(meaning.split()) in text, name
 
 
+def test_the_program_runs_the_package_beside_it_though_another_checkout_is_installed(tmp_path):
+    (tmp_path / "megatron_taipan").mkdir()
+    (tmp_path / "megatron_taipan" / "__init__.py").write_text("raise SystemExit('the other one')")
+    command = [sys.executable, ROOT / "launch/pretrain.py", "--help"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_dry_run_says_parameters_layout_and_steps(config):
     finished = program("--config", config, "--dry-run", "--processes", "4")
     assert finished.returncode == 0, finished.stderr
