@@ -1,11 +1,13 @@
 """What a configuration would do, found out on the meta device: no GPU, no memory, no other process."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
 from megatron_taipan.config import Config
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
 from megatron_taipan.train.engine import accumulation, count_parameters
@@ -21,7 +23,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     data = data_parallel_size(processes, p.tensor, p.pipeline)
     with torch.device("meta"):
         model = Taipan(config.model, seed=t.seed, tensor_parallel=TensorParallel(p.tensor, 0, None, p.sequence))
-    here = count_parameters(model)
+    here = largest_stage(model, config)
     tokens = t.global_batch * config.data.seq_len
     flops = model.num_flops_per_token(config.data.seq_len)
     yield (
@@ -33,8 +35,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f" {p.zero_stage}, {t.precision}, recompute {p.recompute}"
     )
     yield (
-        f"per rank   {here:,} parameters; parameters, gradients and optimizer state"
-        f" {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted"
+        f"per rank   {'at most ' if p.pipeline > 1 else ''}{here:,} parameters; parameters, gradients and optimizer"
+        f" state {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted"
     )
     yield (
         f"batch      {t.global_batch} samples x {config.data.seq_len} tokens = {tokens:,} tokens a step:"
@@ -49,6 +51,19 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"data       {len(train_data):,} samples an epoch, so the run is"
         f" {t.steps * t.global_batch / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
     )
+
+
+def largest_stage(model: Taipan, config: Config) -> int:
+    """Parameters of the pipeline stage that holds most, of one tensor rank; without a pipeline, all of them."""
+    stages = config.parallel.pipeline
+    if stages == 1:
+        return count_parameters(model)
+    bounds = pipeline_bounds(config.model, config.data.seq_len, stages)
+    counts = [sum(map(count_parameters, model.layers[first:stop])) for first, stop in pairwise(bounds)]
+    head = model.embedding if config.model.tie_embeddings else model.head  # the last stage has a copy of a tied one
+    counts[0] += count_parameters(model.embedding)
+    counts[-1] += count_parameters(model.final_norm) + count_parameters(head)
+    return max(counts)
 
 
 def state_bytes(parameters: int, data: int, config: Config) -> float:

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from megatron_taipan.config import describe_options, load_config
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.engine import check_layout
 from tests.distributed.launch import ROOT, launch, process_env
 from tests.train.toy import toy_tree, write_data
@@ -67,6 +69,20 @@ def test_dry_run_says_parameters_layout_and_steps(config):
     assert "4 data x 1 tensor x 1 pipeline" in finished.stdout
     assert "6 steps = 1,536 tokens" in finished.stdout
     assert "1 micro-batches of 2 on each of 4 ranks" in finished.stdout
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pattern, first_of_last", [("M S | M A", 2), ("M | S M A", 1), ("M S M | A", 3)])
+def test_dry_run_counts_the_parameters_of_one_pipeline_stage(config, pattern, first_of_last, tied):
+    options = ["parallel.pipeline=2", f"model.pattern={pattern}", f"model.tie_embeddings={tied}"]
+    stages = [0, 0]
+    for name, parameter in Taipan(load_config(config, options).model).named_parameters():
+        part, number, *_ = name.split(".")
+        late = int(number) >= first_of_last if part == "layers" else part != "embedding"
+        stages[late] += parameter.numel()
+        stages[1] += parameter.numel() if part == "embedding" and tied else 0
+    line = next(line for line in dry_run(load_config(config, options), 2) if line.startswith("per rank"))
+    assert f"at most {max(stages):,} parameters" in line
 
 
 @pytest.mark.parametrize(
