@@ -336,7 +336,7 @@ class LogConfig(Section):
     text_files: int = option(3, "old text files that each rank keeps", ge=1)
     progress: bool = option(True, "progress bar on rank 0 when stderr is a terminal, plain lines elsewhere")
     peak_tflops: float | None = option(
-        None, "peak TFLOP/s of one device in the precision used, for MFU; null looks known GPUs up", gt=0
+        None, "peak TFLOP/s of one device in the precision used, for MFU; null looks up 16 bits of known GPUs", gt=0
     )
 
 

@@ -112,7 +112,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             cross entropy.
 
         Raises:
-            ValueError: no input_ids, a mask that is neither left nor right padding, a cache together with labels.
+            ValueError: no input_ids, or a mask that is neither left nor right padding.
         """
         if input_ids is None:
             raise ValueError("TaipanForCausalLM works on input_ids; inputs_embeds are not supported")

@@ -33,6 +33,6 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def known_peak(name: str | None) -> float | None:
-    """Peak TFLOP/s in bf16 of the GPU of that name; None for no GPU or one that the table does not know."""
-    return PEAK_TFLOPS.get(name) if name is not None else None
+def known_peak(name: str | None, precision: str = "bf16") -> float | None:
+    """Peak TFLOP/s of the GPU of that name; None for no GPU, one that the table does not know, or float32."""
+    return PEAK_TFLOPS.get(name) if name is not None and precision != "fp32" else None

@@ -36,6 +36,7 @@ def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch):
     assert peaks.known_peak("NVIDIA H100 80GB HBM3") == pytest.approx(989.4)
     assert peaks.known_peak("NVIDIA H100 PCIe") == pytest.approx(756)
     assert peaks.known_peak("NVIDIA H100 96GB Special") is None and peaks.known_peak(None) is None
+    assert peaks.known_peak("NVIDIA H100 80GB HBM3", "fp32") is None  # the table is of 16 bits
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H900")
     assert hardware()["bf16 peak"] == "unknown peak"
