@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from itertools import count
 
 import orjson
 
@@ -27,7 +28,16 @@ def spool(name: str, folder: str) -> str:
         if name == "-":
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
         else:
-            for record in _hub(name):
+            records = iter(_hub(name))
+            for number in count():
+                try:
+                    record = next(records)
+                except StopIteration:
+                    break
+                except Exception as error:  # whatever the network says
+                    raise UserError(
+                        f"{name} broke off after {number} records: {_line(error)}; the same command streams it again"
+                    ) from error
                 file.write(orjson.dumps(record, default=str) + b"\n")
     os.replace(path + ".partial", path)
     return path
@@ -45,4 +55,8 @@ def _hub(name: str):
     except ImportError as error:
         raise UserError(f"{name}: streaming from the hub takes the package datasets; `pip install datasets`") from error
     except Exception as error:  # whatever the network or the hub says
-        raise UserError(f"{name} cannot be streamed: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{name} cannot be streamed: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -162,6 +162,30 @@ def test_a_hub_dataset_is_streamed(tmp_path, model, monkeypatch, capsys):
     assert "cannot be streamed" in capsys.readouterr().err
 
 
+def test_a_hub_stream_that_breaks_off_is_not_the_end_of_the_corpus(tmp_path, model, monkeypatch, capsys):
+    import datasets
+
+    class PayloadError(Exception):
+        """As aiohttp's: no OSError."""
+
+    for error in (ConnectionError("reset by peer"), PayloadError("reset by peer"), TimeoutError("reset by peer")):
+
+        def broken(*_, error=error, **__):
+            yield {"text": TEXTS[0]}
+            raise error
+
+        args = ("--input", "hub:some/set", "--tokenizer", model, "--output", tmp_path / "o")
+        monkeypatch.setattr(datasets, "load_dataset", broken)
+        for _ in range(2):  # what arrived is not taken for the whole by the next run either
+            assert tokenize(*args) == 2
+            message = capsys.readouterr().err
+            assert "broke off after 1 records: reset by peer" in message and message.count("\n") == 1
+            assert not list(tmp_path.glob("o.*x"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"text": text} for text in TEXTS]))
+    assert tokenize(*args) == 0
+    assert decoded(tmp_path / "o", model) == TEXTS
+
+
 def test_order_of_files_and_pieces(tmp_path):
     for name in ("x_10.jsonl", "x_2.jsonl", "y.txt"):
         (tmp_path / name).write_text("x")
