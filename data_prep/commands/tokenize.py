@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -302,8 +303,13 @@ def _lock(work: str) -> Iterator[None]:
     with open(work + ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another run is writing to {work}; wait for it or end it") from error
+        except OSError as error:  # some network file systems have no locks
+            print(
+                f"{work}.lock cannot be locked ({error.strerror}); see to it that no other run writes to this output",
+                file=sys.stderr,
+            )
         try:
             yield
         finally:

@@ -517,3 +517,19 @@ def test_a_full_disk_while_stdin_is_kept(tmp_path, model, capsys, monkeypatch):
     assert tokenize("--input", "-", "--tokenizer", model, "--output", tmp_path / "o") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "is full" in error and "same command" in error
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, model, capsys, monkeypatch, code):
+    import errno
+    import fcntl
+
+    def flock(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    source = jsonl(tmp_path / "in.jsonl", ["x y"])
+    assert tokenize("--input", source, "--tokenizer", model, "--output", tmp_path / "o") == 0
+    error = capsys.readouterr().err
+    assert os.strerror(getattr(errno, code)) in error and "another run is" not in error and error.count("\n") == 1
+    assert documents(tmp_path / "o") == expected(model, ["x y"], eod=False)
