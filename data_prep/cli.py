@@ -1,13 +1,14 @@
 """The command line: one subcommand a file of data_prep/commands."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from importlib import import_module
 
 from data_prep.ahead import Ahead, guess
-from megatron_taipan.errors import exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
@@ -40,6 +41,10 @@ def program() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has enough, as `head` does
         status = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""
+        print(f"stopped by Ctrl-C{continues}", file=sys.stderr)
+        status = 128 + signal.SIGINT
     sys.stderr.flush()
     os._exit(status)
 
@@ -55,4 +60,20 @@ def _run(given: list[str], ahead: Ahead | None) -> int | None:
         command.set_defaults(run=module.run)
     args = parser.parse_args(given)
     args.ahead = ahead
-    return args.run(args)
+    output = getattr(args, "output", None)
+    if output is not None and not os.path.basename(output):
+        raise UserError(f"--output {output!r} ends without a name; add one")
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(_told(error, output)) from error
+
+
+def _told(error: OSError, output: str | None) -> str:
+    """What the system refused, most often to write, and what helps."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of {output} is full; free some space and run the same command again"
+    where = f" (--output {output})" if output is not None else ""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}{where}"

@@ -32,12 +32,17 @@ class Pool:
 
     def __enter__(self) -> "Pool":
         context = multiprocessing.get_context("fork")
-        for _ in range(self.workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(self.work, theirs, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append((process, ours))
+        # workers are born with Ctrl-C blocked, so that none can hit one before it ignores it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        try:
+            for _ in range(self.workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_worker, args=(self.work, theirs, os.getpid()), daemon=True)
+                process.start()
+                theirs.close()
+                self.processes.append((process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *exception) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,11 +16,15 @@ COPY_AT_ONCE = 1 << 30
 
 
 class ShardWriter:
-    """One pair in the making, under temporary names until `commit`; one sequence a document."""
+    """One pair in the making, under temporary names until `commit`; one sequence a document.
+
+    As a context manager it removes what was not committed.
+    """
 
     def __init__(self, prefix: str, dtype: np.dtype):
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         self.documents = self.tokens = 0
+        self.committed = False
         os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
         self.bin = open(prefix + ".bin.partial", "wb")
         self.lengths = open(prefix + ".len.partial", "wb")
@@ -49,6 +54,7 @@ class ShardWriter:
     def commit(self) -> None:
         """Names the pair."""
         commit(self.prefix)
+        self.committed = True
         os.unlink(self.prefix + ".len.partial")
 
     def about(self) -> dict:
@@ -64,10 +70,18 @@ class ShardWriter:
 
     def drop(self) -> None:
         """Removes what was written."""
-        self.bin.close()
-        self.lengths.close()
+        for file in (self.bin, self.lengths):
+            with suppress(OSError):  # a full disk refuses what is still in the buffer too
+                file.close()
         for ending in (".bin.partial", ".len.partial", ".idx.partial"):
             Path(self.prefix + ending).unlink(missing_ok=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if not self.committed:
+            self.drop()
 
 
 def copy_range(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:

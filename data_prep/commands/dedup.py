@@ -23,12 +23,11 @@ def run(args: argparse.Namespace) -> None:
     if args.output == args.prefix:
         raise UserError("--output must differ from the input")
     kept = np.flatnonzero(~repeated(reader))
-    writer = ShardWriter(args.output, reader.dtype)
-    with open(args.prefix + ".bin", "rb") as source:
+    with ShardWriter(args.output, reader.dtype) as writer, open(args.prefix + ".bin", "rb") as source:
         gaps = np.flatnonzero(np.diff(kept) != 1) + 1
         for run_ in np.split(kept, gaps) if len(kept) else []:
             writer.take_documents(reader, source, int(run_[0]), int(run_[-1]) + 1)
-    writer.finish()
+        writer.finish()
     print(
         f"{args.output}: {writer.documents} documents, {writer.tokens} tokens; dropped"
         f" {reader.n_documents - writer.documents} documents, {reader.n_tokens - writer.tokens} tokens"

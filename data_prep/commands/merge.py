@@ -31,15 +31,11 @@ def run(args: argparse.Namespace) -> None:
                 f"{reader.prefix} holds {reader.dtype} and {readers[0].prefix} {readers[0].dtype}; they were made with"
                 " tokenizers of different size and cannot stand in one file"
             )
-    writer = ShardWriter(args.output, readers[0].dtype)
-    try:
+    with ShardWriter(args.output, readers[0].dtype) as writer:
         for reader in readers:
             with open(reader.prefix + ".bin", "rb") as source:
                 writer.take_documents(reader, source, 0, reader.n_documents)
-    except BaseException:
-        writer.drop()
-        raise
-    writer.finish()
+        writer.finish()
     print(f"{args.output}: {writer.documents} documents, {writer.tokens} tokens from {len(readers)} pairs")
 
 

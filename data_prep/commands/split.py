@@ -1,9 +1,12 @@
 """Cut a .bin/.idx pair: into shards of so many tokens, or into a training and a validation set by document."""
 
 import argparse
+import os
+from contextlib import ExitStack
 
 import numpy as np
 
+from data_prep import manifest
 from data_prep.shards import ShardWriter, refuse_existing
 from megatron_taipan.data.indexed import CHUNK, IndexedReader
 from megatron_taipan.data.split import held_out_documents
@@ -24,21 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the parts and prints what each holds."""
     reader = IndexedReader(args.prefix)
-    with open(args.prefix + ".bin", "rb") as source:
-        made = _shards(reader, source, args) if args.shard_tokens is not None else _by_document(reader, source, args)
+    with open(args.prefix + ".bin", "rb") as source, ExitStack() as stack:
+        how = _shards if args.shard_tokens is not None else _by_document
+        made = how(reader, source, args, stack)
+        for shard in made:  # all are on the disk: they get their names together
+            manifest.forget(shard.prefix)
+            shard.commit()
     for shard in made:
-        print(f"{shard['prefix']}: {shard['documents']} documents, {shard['tokens']} tokens")
+        print(f"{shard.prefix}: {shard.documents} documents, {shard.tokens} tokens")
 
 
-def _shards(reader: IndexedReader, source, args: argparse.Namespace) -> list[dict]:
+def _shards(reader: IndexedReader, source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
     if args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
-    made: list[dict] = []
+    made: list[ShardWriter] = []
     first = 0
     while first < reader.n_documents or not made:
         prefix = f"{args.output}-{len(made):05d}"
         refuse_existing(prefix, args.overwrite)
-        writer = ShardWriter(prefix, reader.dtype)
+        writer = stack.enter_context(ShardWriter(prefix, reader.dtype))
         last, room = first, args.shard_tokens
         while last < reader.n_documents:  # in pieces, so that memory does not grow with the corpus
             ends = reader.starts(np.arange(last, min(last + CHUNK, reader.n_documents) + 1))
@@ -49,22 +56,32 @@ def _shards(reader: IndexedReader, source, args: argparse.Namespace) -> list[dic
                 break
         last = max(last, min(first + 1, reader.n_documents))  # a document longer than a shard stands alone
         writer.take_documents(reader, source, first, last)
-        made.append(writer.finish())
+        writer.close()
+        made.append(writer)
         first = last
+    after = f"{args.output}-{len(made):05d}"
+    if any(os.path.exists(after + ending) for ending in (".bin", ".idx")):
+        raise UserError(
+            f"{after} exists and would stand beside {len(made)} new shards as if it were theirs; move it away"
+        )
     return made
 
 
-def _by_document(reader: IndexedReader, source, args: argparse.Namespace) -> list[dict]:
+def _by_document(reader: IndexedReader, source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
     if not 0 < args.valid_fraction < 1:
         raise UserError(f"--valid-fraction {args.valid_fraction}: it must lie between 0 and 1")
     held = held_out_documents(reader, args.valid_fraction)
     for name in ("train", "valid"):
         refuse_existing(f"{args.output}-{name}", args.overwrite)
-    train, valid = (ShardWriter(f"{args.output}-{name}", reader.dtype) for name in ("train", "valid"))
+    train, valid = (
+        stack.enter_context(ShardWriter(f"{args.output}-{name}", reader.dtype)) for name in ("train", "valid")
+    )
     at = 0
     for document in held.tolist():
         train.take_documents(reader, source, at, document)
         valid.take_documents(reader, source, document, document + 1)
         at = document + 1
     train.take_documents(reader, source, at, reader.n_documents)
-    return [train.finish(), valid.finish()]
+    train.close()
+    valid.close()
+    return [train, valid]

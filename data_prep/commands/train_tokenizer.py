@@ -5,11 +5,14 @@ import argparse
 import io
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from data_prep import inputs
 from data_prep.extract import add_text_arguments, extractor
 from data_prep.long_text import BrokenText
 from data_prep.readers import read, size_of
+from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 
 PRINTABLE = "".join(map(chr, range(33, 127)))  # always in the vocabulary: rare ones would cost a byte token each
@@ -45,8 +48,11 @@ def run(args: argparse.Namespace) -> None:
     files = inputs.expand(args.input)
     counts = {"documents": 0, "bytes": 0, "skipped": 0}
     model = io.BytesIO()
+    # in a thread, since the library knows nothing of Ctrl-C; no `with`, which would wait for it to end
+    thread = ThreadPoolExecutor(1)
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        thread.submit(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=_lines(files, args, counts),
             model_writer=model,
             vocab_size=args.vocab_size,
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             num_threads=len(os.sched_getaffinity(0)),
             train_extremely_large_corpus=args.max_bytes > 4 << 30,
             minloglevel=2,
-        )
+        ).result()
     except RuntimeError as error:
         if not counts["documents"]:
             raise UserError(
@@ -78,11 +84,14 @@ def run(args: argparse.Namespace) -> None:
             f" ({counts['bytes']} bytes): {reason}"
         ) from error
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    with open(args.output + ".partial", "wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(args.output + ".partial", args.output)
+    partial = Path(args.output + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(model.getvalue())
+            sync_and_close(file)
+        os.replace(partial, args.output)
+    finally:
+        partial.unlink(missing_ok=True)
     print(
         f"{args.output}: {args.model_type}, {args.vocab_size} tokens, from {counts['documents']} documents,"
         f" {counts['bytes'] / 1e6:.1f} MB"

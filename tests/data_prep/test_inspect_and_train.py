@@ -1,9 +1,12 @@
 """`inspect` and `train-tokenizer`."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,21 @@ def test_inspect_bad_input(tmp_path, model, capsys):
     assert cli.main(["inspect", str(tmp_path / "x"), "--first", "9"]) == 2
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_library_trains(tmp_path):
+    """It would not hear of it before it ends."""
+    source = tmp_path / "a.jsonl"
+    lines = (" ".join(f"{i * j * 7919 % 100_003:x}" for j in range(60)) for i in range(9000))
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    args = ["--input", source, "--output", tmp_path / "t.model", "--vocab-size", "8000", "--model-type", "unigram"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", "train-tokenizer", *args], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(2)  # it has read the text and trains
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - started < 1
+    assert process.returncode == 130 and error == "stopped by Ctrl-C\n"
+    assert os.listdir(tmp_path) == ["a.jsonl"]

@@ -519,6 +519,28 @@ def test_a_full_disk_while_stdin_is_kept(tmp_path, model, capsys, monkeypatch):
     assert error.count("\n") == 1 and "is full" in error and "same command" in error
 
 
+def test_ctrl_c_is_one_line_and_the_same_command_continues(tmp_path, model, speeches):
+    """Ctrl-C reaches all processes of the terminal, at any moment; parent and workers."""
+    source = jsonl(tmp_path / "in.jsonl", speeches * 8)
+    command = [
+        sys.executable, "-m", "data_prep", "tokenize", "--input", source, "--tokenizer", model, "--output",
+        tmp_path / "o", "--workers", "2", "--backend", "reference",
+    ]  # fmt: skip
+    for wait in (0, 0.02, 0.3):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        children = []
+        while not children and process.poll() is None:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and error == "stopped by Ctrl-C; the same command continues\n"
+        assert all(_state(pid) in "ZX" for pid in children)
+        assert not list(tmp_path.glob("o.*x")) and not list(tmp_path.glob("o.*partial"))
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert documents(tmp_path / "o") == expected(model, speeches, eod=False) * 8
+
+
 @pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, model, capsys, monkeypatch, code):
     import errno

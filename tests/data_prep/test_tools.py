@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from data_prep import cli
 from data_prep.commands.dedup import repeated
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 
+ROOT = Path(__file__).parents[2]
 many_documents = st.lists(st.lists(st.integers(0, 5), max_size=6), max_size=15)
 
 
@@ -218,3 +222,81 @@ def test_stats(tmp_path, capsys):
     rows = [line.split()[:2] for line in out.splitlines() if "%" in line and "percentiles" not in line]
     assert rows == [["9", "5"], ["5", "4"]]
     assert "50%: 3" in out and "99%: 6" in out
+
+
+@pytest.mark.parametrize(
+    ("index", "command"),
+    [
+        (1, ("merge",)),
+        (1, ("dedup",)),
+        (1, ("split", "--shard-tokens", 99)),
+        (2, ("split", "--shard-tokens", 99)),
+        (2, ("split", "--valid-fraction", 0.5)),
+    ],
+)
+def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path, capsys, monkeypatch, index, command):
+    """All tokens fit, and so do the indexes before this one."""
+    from data_prep import shards
+
+    prefix, written = write(tmp_path / "x", [[i] * 9 for i in range(20)]), []
+
+    def write_until_full(path, *rest):
+        written.append(path)
+        if len(written) == index:
+            raise OSError(28, "No space left on device", path)
+        write_index(path, *rest)
+
+    write_index = shards.write_index
+    monkeypatch.setattr(shards, "write_index", write_until_full)
+    assert run(*command, prefix, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"the disk of {tmp_path / 'out'} is full" in error
+    assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.idx"]
+
+
+def test_a_full_disk_while_tokens_are_copied(tmp_path):
+    """A limit on the size of files stands for the full disk; what is still buffered does not fit either."""
+    prefix = write(tmp_path / "x", [[i] for i in range(9000)])
+    before = sorted(os.listdir(tmp_path))
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+import errno
+from data_prep import cli
+errno.ENOSPC = errno.EFBIG
+sys.exit(cli.main([*sys.argv[1:], {prefix!r}, "--output", {str(tmp_path / "out")!r}]))
+"""
+    for command in (("merge",), ("dedup",), ("split", "--shard-tokens", "8000"), ("split", "--valid-fraction", "0.5")):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "is full" in done.stderr and done.stderr.count("\n") == 1
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_shards_of_an_earlier_split_do_not_stay_beside_the_new_ones(tmp_path, capsys):
+    prefix = write(tmp_path / "x", [[i] * 9 for i in range(20)])
+    assert run("split", prefix, "--output", tmp_path / "y", "--shard-tokens", 40) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run("split", prefix, "--output", tmp_path / "y", "--shard-tokens", 90, "--overwrite") == 2
+    assert "y-00002 exists" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, model, capsys):
+    (tmp_path / "file").touch()
+    prefix, text = write(tmp_path / "x", [[1], [2]]), tmp_path / "a.jsonl"
+    text.write_text('{"text": "some words"}\n' * 50)
+    before = sorted(os.listdir(tmp_path))
+    for output in (tmp_path / "file/o", tmp_path / ("o" * 300), "/proc/o", "", f"{tmp_path}/"):
+        for command in (
+            ("tokenize", "--input", text, "--tokenizer", model),
+            ("train-tokenizer", "--input", text, "--vocab-size", 360),
+            ("merge", prefix),
+            ("dedup", prefix),
+            ("split", prefix, "--shard-tokens", 1),
+            ("split", prefix, "--valid-fraction", 0.5),
+        ):
+            assert run(*command, "--output", output) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "--output" in error
+    assert sorted(os.listdir(tmp_path)) == before
