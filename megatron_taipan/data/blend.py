@@ -20,23 +20,39 @@ MAX_PERIOD = 1 << 17
 def whole_weights(weights: list[float]) -> list[int]:
     """Whole numbers in the proportion of `weights`, as their decimal notation says it.
 
-    0.7 and 0.3 give 7 and 3. Where the exact numbers would have a sum above MAX_PERIOD they are rounded to that sum
-    (shares in steps of 1/131072, none below one step).
+    0.7 and 0.3 give 7 and 3. Where the exact numbers would have a sum above MAX_PERIOD they are rounded to that sum:
+    shares in steps of 1/131072, each within one step of what is exact, but for those below one step, which get one
+    at the cost of the others, in proportion.
     """
-    exact = [Fraction(str(weight)) for weight in weights]
-    scale = lcm(*(fraction.denominator for fraction in exact))
-    whole = [int(fraction * scale) for fraction in exact]
-    common = gcd(*whole)
-    whole = [number // common for number in whole]
+    whole = exact_weights(weights)
     if sum(whole) <= MAX_PERIOD:
         return whole
     if len(whole) > MAX_PERIOD // 2:
         raise UserError(f"a blend of {len(whole)} sources has too many; the limit is {MAX_PERIOD // 2}")
-    total = sum(whole)
-    rounded = [max(1, number * MAX_PERIOD // total) for number in whole]
-    # the largest source takes what rounding left over or took too much; relative to its share that is the least
-    rounded[max(range(len(whole)), key=whole.__getitem__)] += MAX_PERIOD - sum(rounded)
+    rounded = [1] * len(whole)
+    large = list(range(len(whole)))
+    while True:
+        room, total = MAX_PERIOD - (len(whole) - len(large)), sum(whole[k] for k in large)
+        left = [k for k in large if whole[k] * room >= total]
+        if len(left) == len(large):
+            break
+        large = left
+    for k in large:
+        rounded[k] = whole[k] * room // total
+    # the largest remainders are rounded up; of equal ones the larger source's, relative to which a step is less
+    by_remainder = sorted(large, key=lambda k: (whole[k] * room % total, whole[k]), reverse=True)
+    for k in by_remainder[: MAX_PERIOD - sum(rounded)]:
+        rounded[k] += 1
     return rounded
+
+
+def exact_weights(weights: list[float]) -> list[int]:
+    """The smallest whole numbers in exactly the proportion of `weights`."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(fraction.denominator for fraction in exact))
+    whole = [int(fraction * scale) for fraction in exact]
+    common = gcd(*whole)
+    return [number // common for number in whole]
 
 
 def chairman_assignment(weights: list[int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabulary, check_ids
-from megatron_taipan.data.blend import Blend
+from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.permutation import derive_key
 from megatron_taipan.data.places import Places
@@ -116,10 +116,13 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         train, valid = (whole(reader), None) if own else split_documents(reader, held_out)
         sources.append(_samples(valid if valid is not None and split == "valid" else train, data, split, held_out))
         identity += [reader.fingerprint, source.weight]
+    weights = [source.weight for source in chosen]
+    if sum(exact_weights(weights)) > MAX_PERIOD:  # how they are rounded decides the order too, and was another way once
+        identity += whole_weights(weights)
     identity += [split, data.seq_len, data.seed, held_out, data.one_document]
     return SampleDataset(
         sources,
-        [source.weight for source in chosen],
+        weights,
         seq_len=data.seq_len,
         vocab_size=vocab_size,
         mask_documents=data.mask_documents,

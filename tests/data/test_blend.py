@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,3 +38,39 @@ def test_extreme_weights():
     assert sum(whole) == MAX_PERIOD and min(whole) == 1
     blend = Blend(weights)
     assert np.bincount([blend(i)[0] for i in range(blend.period)]).tolist() == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(0.05, 1), min_size=2, max_size=200))
+def test_rounding_moves_no_share_by_a_step(weights):
+    whole = whole_weights(weights)
+    total, period = sum(Fraction(str(w)) for w in weights), sum(whole)
+    assert period <= MAX_PERIOD
+    steps = [Fraction(str(w)) * period / total for w in weights]
+    assert all(abs(w - step) < 1 for w, step in zip(whole, steps, strict=True))
+
+
+def test_sources_below_a_step_are_paid_by_all_others_in_proportion():
+    whole = whole_weights([1e-9] * 40_000 + [0.333333333, 0.666666667])
+    assert whole[:-2] == [1] * 40_000 and sum(whole) == MAX_PERIOD
+    assert abs(whole[-1] - 2 * whole[-2]) <= 2
+
+
+def test_a_blend_that_is_rounded_says_so_in_its_fingerprint(tmp_path):
+    """So that a run whose weights were rounded in another way is not resumed in another order."""
+    from megatron_taipan.config import DataConfig, DataSource
+    from megatron_taipan.data import loader
+    from megatron_taipan.data.indexed import IndexedWriter
+
+    for name in "ab":
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document(list(range(50)))
+
+    def fingerprint(*weights):
+        train = [DataSource(prefix=str(tmp_path / name), weight=w) for name, w in zip("ab", weights, strict=True)]
+        return loader.build_dataset(DataConfig(train=train, seq_len=8, valid_fraction=0), "train", 64).fingerprint
+
+    exact, rounded = fingerprint(0.7, 0.3), fingerprint(0.7, 0.3333333)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "whole_weights", lambda weights: [1] * len(weights))
+        assert fingerprint(0.7, 0.3) == exact and fingerprint(0.7, 0.3333333) != rounded
