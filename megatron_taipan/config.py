@@ -177,7 +177,7 @@ class DataSource(Section):
     """One tokenized dataset of a blend."""
 
     prefix: str = option(..., "path of the .bin/.idx pair without its ending")
-    weight: float = option(1.0, "share of the blend, relative to the others", gt=0)
+    weight: float = option(1.0, "share of the blend, relative to the others", gt=0, allow_inf_nan=False)
 
 
 class DataConfig(Section):

@@ -4,9 +4,11 @@ The order is one endless list of samples 0, 1, 2, ... that depends on (seed, epo
 the number of samples consumed; batch size, number of processes and number of steps only say how many are taken at once.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from itertools import count
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -63,9 +65,13 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.batch([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> Block:
-        """What a worker of DataLoader calls for a list of indices: it arrives at the trainer as `batch`."""
-        return self._read(self._places(indices), indices, self.vocab_size)
+    def __getitems__(self, indices: list[int]) -> Block | UserError:
+        """What a worker of DataLoader calls for a list of indices: it arrives at the trainer as `batch`, or as the
+        error that `batch` would raise, since DataLoader puts the worker's traceback into any that is raised there."""
+        try:
+            return self._read(self._places(indices), indices, self.vocab_size)
+        except UserError as error:
+            return error
 
     def batch(self, indices: list[int]) -> Batch:
         """Several samples stacked: every tensor gets a first dimension [b]."""
@@ -169,12 +175,19 @@ def make_loader(
     # workers are born with these signals blocked, so that none can hit one before it ignores them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     try:
-        return iter(loader)
+        return _or_raised(iter(loader))  # type: ignore[arg-type]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def _or_raised(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _as_is(batch: Any) -> Any:
@@ -184,12 +197,21 @@ def _as_is(batch: Any) -> Any:
 def _ignore_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; only the trainer may act on them.
 
-    A worker ends when its trainer does: DataLoader's workers watch for that.
+    A worker ends when its trainer does: DataLoader's workers watch for that. SIGTERM stays blocked, since a thread
+    waits for the trainer's: with it DataLoader and multiprocessing end a worker, and then wait for it without limit.
     """
     del worker
-    for name in FOR_THE_TRAINER:
+    others = set(FOR_THE_TRAINER) - {signal.SIGTERM}
+    for name in others:
         signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
+    Thread(target=_end_for_the_trainer, daemon=True).start()
+
+
+def _end_for_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> Samples:
@@ -208,9 +230,9 @@ def _refuse_doubles(sources: list[DataSource], where: str) -> None:
     """The same data twice would draw the same samples twice at the same time."""
     seen = set()
     for source in sources:
-        if source.prefix in seen:
+        if (path := os.path.realpath(source.prefix + ".bin")) in seen:
             raise UserError(f"{where} lists {source.prefix} twice; list it once with the sum of the weights")
-        seen.add(source.prefix)
+        seen.add(path)
 
 
 def _check_ids(reader: IndexedReader, vocab_size: int) -> None:

@@ -107,6 +107,8 @@ class TokenStream:
     def long_documents(self, least: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Documents of at least `least` tokens: stream positions [d], lengths [d]; and the longest of all."""
         found, longest = [], 0
+        if not self.n_tokens:  # ranges without tokens were left out, and here no other is
+            return np.empty(0, np.int64), np.empty(0, np.int64), 0
         for at in range(0, self.reader.n_documents, CHUNK):
             start = self.reader.starts(np.arange(at, min(at + CHUNK, self.reader.n_documents) + 1))
             start, length = start[:-1], np.diff(start)
@@ -116,8 +118,6 @@ class TokenStream:
             longest = max(longest, int(length[inside].max(initial=0)))
             kept = inside & (length >= least)
             found.append((self.position[range_[kept]] + offset[kept], length[kept]))
-        if not found:
-            return np.empty(0, np.int64), np.empty(0, np.int64), 0
         return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found]), longest
 
 

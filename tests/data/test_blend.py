@@ -74,3 +74,12 @@ def test_a_blend_that_is_rounded_says_so_in_its_fingerprint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "whole_weights", lambda weights: [1] * len(weights))
         assert fingerprint(0.7, 0.3) == exact and fingerprint(0.7, 0.3333333) != rounded
+
+
+def test_an_infinite_weight_is_one_line():
+    from megatron_taipan.config import make_config
+    from megatron_taipan.errors import UserError
+
+    data = {"train": [{"prefix": "a", "weight": float("inf")}, "b"]}
+    with pytest.raises(UserError, match="weight.*finite"):
+        make_config({"model": {"pattern": "M"}, "data": data, "train": {"steps": 1}, "checkpoint": {"dir": "x"}})

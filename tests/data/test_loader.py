@@ -1,8 +1,10 @@
 """Samples, splits, packing, order and the loader."""
 
-import os
+import multiprocessing
 import pickle
 import signal
+import subprocess
+import sys
 from hashlib import sha256
 
 import numpy as np
@@ -218,9 +220,11 @@ def test_workers_give_the_same_batches(tmp_path):
 def test_workers_ignore_signals_meant_for_the_trainer(tmp_path):
     loader = make_loader(blended(tmp_path), start=0, global_batch=2, micro_batch=2, dp_rank=0, dp_size=1, workers=2)
     next(loader)
-    for worker in loader._workers:
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            os.kill(worker.pid, name)
+            subprocess.run(["kill", f"-{name.value}", str(worker.pid)], check=True)  # by another than their parent
     assert [b["sample"].tolist() for b in take(loader, 20)] == [[2 * i, 2 * i + 1] for i in range(1, 21)]
 
 
@@ -352,6 +356,62 @@ def test_ids_beyond_the_vocabulary(tmp_path):
     data.vocab_size = 20
     with pytest.raises(UserError, match="vocabulary has 20"):
         epoch_inputs(data)
+
+
+def test_an_error_in_a_worker_is_the_same_error(tmp_path):
+    data = dataset(corpus(tmp_path / "x", [50]))
+    data.vocab_size = 20
+    said = []
+    for workers in (0, 2):
+        loader = make_loader(data, start=0, global_batch=6, micro_batch=6, dp_rank=0, dp_size=1, workers=workers)
+        try:  # `pytest.raises` would keep the loader alive
+            next(loader)
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == 2 and said[0] == said[1] and "\n" not in said[0]
+
+
+def test_a_program_with_workers_ends(tmp_path):
+    """Though its loader lives to the end, or is collected with a traceback when its queues are gone already."""
+    code = f"""
+from megatron_taipan.config import DataConfig
+from megatron_taipan.data.loader import build_dataset, make_loader
+data = build_dataset(DataConfig(train={corpus(tmp_path / "x", [50])!r}, seq_len=8, valid_fraction=0), "train", 99)
+loader = make_loader(data, start=0, global_batch=2, micro_batch=2, dp_rank=0, dp_size=1, workers=2)
+print(next(loader)["sample"].tolist())
+def fail():
+    data.vocab_size = 20
+    loader = make_loader(data, start=0, global_batch=2, micro_batch=2, dp_rank=0, dp_size=1, workers=1)
+    try:
+        for _ in range(9):
+            next(loader)
+    except Exception as error:
+        caught = error  # with the frame that holds it
+fail()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1]\n", "")
+
+
+def test_one_place_twice_under_two_names(tmp_path):
+    prefix = corpus(tmp_path / "x", [50])
+    (tmp_path / "link.bin").symlink_to(tmp_path / "x.bin")
+    (tmp_path / "link.idx").symlink_to(tmp_path / "x.idx")
+    for other in (f"{tmp_path}/./x", str(tmp_path / "link")):
+        with pytest.raises(UserError, match="twice"):
+            dataset([prefix, other])
+
+
+def test_long_samples_of_empty_documents_only(tmp_path):
+    """The one document with text is held out."""
+    for seed in range(20):
+        with IndexedWriter(tmp_path / "x", np.uint16) as writer:
+            for text in ([], [], [*range(1, 40 + seed)], []):
+                writer.add_document(text)
+        if held_out_documents(IndexedReader(tmp_path / "x"), 0.25).tolist() == [2]:
+            break
+    with pytest.raises(UserError, match="the longest has 0"):
+        dataset(str(tmp_path / "x"), valid_fraction=0.25, one_document=True)
 
 
 def test_bad_input(tmp_path):
