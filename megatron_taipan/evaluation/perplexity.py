@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.untrained:
                 seed = config.train.seed if config else 0
                 show("untrained", Taipan(model.config, seed=seed), dataset, options, device)
+        dataset.vocab_size = model.config.vocab_size  # the first model's may be larger
         show(str(path), model, dataset, options, device)
     return 0
 

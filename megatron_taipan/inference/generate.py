@@ -72,7 +72,8 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
-            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # not splitlines(), which also cuts at form feeds and other characters within a line
+            prompts += [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read prompts from {file}: {error}") from error
     if not prompts:

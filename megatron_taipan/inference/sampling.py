@@ -1,11 +1,14 @@
 """Choosing the next token from logits."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_taipan.errors import UserError
+
+LEAST_TEMPERATURE = 1e-30  # lower ones give infinite logits in float32, and choose no other token than this one
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class Sampling:
     seed: int = 0  # of the draws; row i of a batch draws from (seed, i), whatever the other rows do
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or above")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or above, and finite")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0, and finite")
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -43,7 +46,8 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generators: list[to
     logits = penalize(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+    logits = logits / max(sampling.temperature, LEAST_TEMPERATURE)
+    logits = keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p)
     # Drawn on the CPU, so that a seed gives the same text on every device.
     draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     cumulative = logits.double().softmax(-1).cumsum(-1)  # [b, v]
@@ -74,5 +78,5 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability  # what the more likely tokens hold together
-    drop = (before >= p).scatter(-1, order, before >= p)
-    return logits.masked_fill(drop, -torch.inf)
+    drop = (before >= p) & (before > 0)  # a p below float32's least number is 0 there
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)

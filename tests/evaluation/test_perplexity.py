@@ -76,9 +76,17 @@ def test_an_exported_folder_needs_data_named(tmp_path, capsys):
     assert "--data PREFIX" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--samples", "--batch", "--seq-len"])
-def test_numbers_below_1_are_refused(tmp_path, prefix, capsys, option):
+@pytest.mark.parametrize("option", ["--batch", "--samples", "--seq-len"])
+@pytest.mark.parametrize("value", ["0", "-2"])
+def test_numbers_below_one_are_refused(tmp_path, prefix, capsys, option, value):
     write_weights(tmp_path / "weights", Taipan(small_config("M")))
-    arguments = [str(tmp_path / "weights"), "--data", prefix, "--seq-len", "32", option, "0"]
-    assert main(arguments) == 2
-    assert f"error: {option}=0" in capsys.readouterr().err
+    assert main([str(tmp_path / "weights"), "--data", prefix, "--seq-len", "32", option, value]) == 2
+    assert f"{option}={value} must be at least 1" in capsys.readouterr().err
+
+
+def test_a_second_model_with_a_smaller_vocabulary_than_the_data_is_refused(tmp_path, prefix, capsys):
+    for name, size in (("large", 61), ("small", 9)):
+        write_weights(tmp_path / name, Taipan(small_config("M", vocab_size=size)))
+    assert main([str(tmp_path / "large"), str(tmp_path / "small"), "--data", prefix, "--seq-len", "32"]) == 2
+    printed = capsys.readouterr()
+    assert "the model's vocabulary has 9" in printed.err and printed.out.count("\n") == 2

@@ -76,7 +76,26 @@ def test_a_token_cut_off_is_never_drawn():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
+    "least", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 2, "top_p": 1e-320}]
+)
+def test_the_least_values_choose_the_most_likely(least):
+    logits, seen = torch.tensor([[-9.0, 5.0, 5.1, -30.0, 4.0]]), torch.zeros(1, 5, dtype=torch.bool)
+    assert int(choose(logits, seen, Sampling(**least), [torch.Generator().manual_seed(1)])) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
