@@ -65,11 +65,16 @@ def mamba2_source(folder: Path, target: ModelConfig) -> Source:
 
     ours: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
 
+    def shape_of(theirs: str) -> tuple[int, ...]:
+        if theirs not in shapes:
+            raise UserError(f"{folder} holds no {theirs}; its weights are incomplete")
+        return shapes[theirs]
+
     def whole(name: str, theirs: str) -> None:
-        ours[name] = (shapes[theirs], partial(read, theirs))
+        ours[name] = (shape_of(theirs), partial(read, theirs))
 
     def cut(pattern: str, theirs: str, parts: dict[str, int]) -> None:
-        rows, start = shapes[theirs][0], 0
+        rows, start = shape_of(theirs)[0], 0
         if rows != sum(parts.values()):
             sizes = " + ".join(f"{part} {size}" for part, size in parts.items())
             raise UserError(
@@ -77,7 +82,7 @@ def mamba2_source(folder: Path, target: ModelConfig) -> Source:
                 " mamba.expand, d_state, n_groups and headdim to the source's"
             )
         for part, size in parts.items():
-            rest = tuple(s for s in shapes[theirs][1:] if s != 1)  # conv1d has a dimension of one in the middle
+            rest = tuple(s for s in shape_of(theirs)[1:] if s != 1)  # conv1d has a dimension of one in the middle
             ours[pattern.format(part)] = ((size, *rest), partial(_rows, read, theirs, start, size, rest))
             start += size
 
@@ -93,7 +98,11 @@ def mamba2_source(folder: Path, target: ModelConfig) -> Source:
         n_layers += 1
     if not n_layers:
         raise UserError(f"{folder} holds no backbone.layers.0.norm.weight: these are no Mamba-2 weights")
-    embedding = next(n for n in ("backbone.embedding.weight", "backbone.embeddings.weight") if n in shapes)
+    said = settings.get("n_layer", settings.get("num_hidden_layers", n_layers))
+    if n_layers != said:  # a shard that was never copied: nobody wants its layers drawn anew
+        raise UserError(f"{folder} holds {n_layers} of the {said} layers that its config.json names; it is incomplete")
+    names = ("backbone.embedding.weight", "backbone.embeddings.weight")
+    embedding = next((name for name in names if name in shapes), names[0])
     whole("embedding.weight", embedding)
     whole("final_norm.weight", "backbone.norm_f.weight")
     if not target.tie_embeddings:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.layout import describe
 
 PREFIX = "model."  # of every tensor's name in the files, as transformers has it
 
@@ -46,7 +48,8 @@ class Weights:
     def stored(self, name: str) -> Stored:
         """How it lies in the file."""
         view = self._file(name).get_slice(PREFIX + name)
-        return Stored(self.shape(name), view.get_dtype(), math.prod(self.shape(name)) * int(view.get_dtype()[1:]) // 8)
+        bits = int(view.get_dtype().lstrip("BFIU"))
+        return Stored(self.shape(name), view.get_dtype(), math.prod(self.shape(name)) * bits // 8)
 
     def load(self, name: str) -> Tensor:
         """A tensor in float32.
@@ -66,14 +69,20 @@ def open_weights(path: Path) -> Weights:
     """Opens a folder; its code, if it has any, is not run.
 
     Raises:
-        UserError: it is not such a folder, or a file is damaged.
+        UserError: it is not such a folder, or a file is damaged or missing.
     """
     try:
-        network = json.loads((path / "config.json").read_text(encoding="utf-8")).get("network")
+        described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/config.json cannot be read: {error}") from error
-    if network is None:
+    if not isinstance(described, dict) or described.get("network") is None:
         raise UserError(f"{path}/config.json describes no Taipan (it has no `network`)")
+    try:
+        network = ModelConfig.model_validate(described["network"])
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise UserError(f"{path}/config.json: network: {place}: {fault['msg']}") from error
     where: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -83,4 +92,7 @@ def open_weights(path: Path) -> Weights:
         where |= dict.fromkeys(opened.keys(), opened)
     if not where:
         raise UserError(f"{path} holds no .safetensors file")
-    return Weights(path, ModelConfig.model_validate(network), where)
+    missing = [name for name in describe(network) if PREFIX + name not in where]
+    if missing:  # a shard that was never copied: nobody wants its layers drawn anew
+        raise UserError(f"{path} lacks {len(missing)} tensors of its network: {', '.join(missing[:5])}")
+    return Weights(path, network, where)

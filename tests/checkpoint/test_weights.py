@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from checkpoints import import_hf
 from megatron_taipan.checkpoint.opening import load_weights
 from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import make_config
@@ -81,6 +82,26 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="holds no .safetensors"):
         open_weights(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="describes no Taipan"):
+    for text, words in (
+        ('{"model_type": "llama"}', "describes no Taipan"),
+        ("[]", "describes no Taipan"),
+        ('{"network": {"pattern": "M", "d_model": -1}}', r"config.json: network: \w+: "),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words) as caught:
+            open_weights(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_was_never_copied_is_missed(tmp_path):
+    """Its layers would else be drawn anew by an import."""
+    folder = write_weights(tmp_path / "weights", Taipan(toy_config("none").model))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    late = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
+    save_file({n: t for n, t in tensors.items() if n not in late}, folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=f"lacks {len(late)} tensors of its network: layers.3.norm.weight"):
         open_weights(folder)
+    assert import_hf.main([str(folder), str(tmp_path / "imported")]) == 2
+    save_file(late, folder / "model-00002-of-00002.safetensors")
+    assert set(open_weights(folder).names()) == {name.removeprefix("model.") for name in tensors}

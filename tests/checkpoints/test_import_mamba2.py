@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from checkpoints import import_hf, import_mamba2
@@ -127,6 +128,22 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys, changes, model, words):
     error = capsys.readouterr().err
     assert re.search(words, error) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path, source, capsys):
+    """A shard that was never copied: its layers would else be drawn anew."""
+    file = source[1] / "model.safetensors"
+    whole = load_file(file)
+    arguments = [str(source[1]), str(tmp_path / "ours"), *write_config(tmp_path / "c.yaml")]
+    for missing, words in (
+        ("backbone.layers.2.", "2 of the 3 layers"),
+        ("backbone.layers.1.mixer.D", "holds no backbone.layers.1.mixer.D"),
+        ("backbone.norm_f", "holds no backbone.norm_f.weight"),
+        ("backbone.embeddings", "holds no backbone.embedding"),
+    ):
+        save_file({name: tensor for name, tensor in whole.items() if not name.startswith(missing)}, file)
+        assert import_mamba2.main(arguments) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
 
 
 def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):

@@ -115,6 +115,15 @@ def test_diff_measures(tmp_path, capsys):
     assert "by at most inf" in capsys.readouterr().out
 
 
+def test_inspect_tells_the_size_of_weights_in_16_bits(tmp_path, capsys):
+    folder = write_weights(tmp_path / "weights", Taipan(small_config("M S"), seed=1))
+    weights = load_file(folder / "model.safetensors")
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        save_file({key: value.to(dtype) for key, value in weights.items()}, folder / "model.safetensors")
+        assert inspect.main([str(folder), "--tensors"]) == 0
+        assert re.search(rf"final_norm.weight +\[24\] +{name} +48 B", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("program", [inspect, verify, diff])
 def test_what_is_no_checkpoint_is_one_line(program, tmp_path, capsys):
     arguments = [str(tmp_path / "none")] * (2 if program is diff else 1)
