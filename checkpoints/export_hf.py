@@ -32,7 +32,7 @@ from checkpoints.streamed import stream
 from checkpoints.tokenizer import hostile_texts, write_tokenizer
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.config import Config, ModelConfig
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.text import load_codec, sample_texts
 from megatron_taipan.model.flops import model_params
@@ -64,15 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     state = open_state(options.checkpoint)
     tokenizer = None if options.no_tokenizer else find_tokenizer(state, options.tokenizer)
-    difference = export(
-        state,
-        options.out,
-        dtype=DTYPES[options.dtype],
-        tokenizer=tokenizer,
-        max_shard_bytes=int(options.max_shard_gb * 1e9),
-        overwrite=options.overwrite,
-        stream_above=int(options.stream_above_gb * 1e9),
-    )
+    with writing(options.out):
+        difference = export(
+            state,
+            options.out,
+            dtype=DTYPES[options.dtype],
+            tokenizer=tokenizer,
+            max_shard_bytes=options.max_shard_gb * 1e9,
+            overwrite=options.overwrite,
+            stream_above=options.stream_above_gb * 1e9,
+        )
     print(f"wrote {options.out}: logits agree with the trainer's to {difference:.1e} (relative; limit {TOLERANCE:.0e})")
     return 0
 
@@ -83,9 +84,9 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    stream_above: int = STREAM_ABOVE,
+    stream_above: float = STREAM_ABOVE,
 ) -> float:
     """Writes the folder; returns the relative difference of the logits that the check found.
 
@@ -97,17 +98,20 @@ def export(
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         # a run's own folder, given by mistake, would be lost with all its checkpoints
         raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
+    out = out.resolve()  # a link stays one, and shows the new export
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    old = work.with_name(work.name + ".old")
     try:
         texts = sample_texts(state.config.data, tokenizer) if tokenizer else []
         write_folder(state, work, dtype, tokenizer, texts, max_shard_bytes)
         difference = check_folder(state, work, dtype, tokenizer, texts, stream_above)
         _sync(work)
-        if out.exists():
-            shutil.rmtree(out)
         work.chmod(0o755)
+        if out.exists():
+            out.rename(old)  # at once: a folder whose deletion is cut short must not look like an export
         work.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return difference
@@ -119,7 +123,7 @@ def write_folder(
     dtype: torch.dtype,
     tokenizer: Path | None,
     texts: list[str],
-    max_shard_bytes: int,
+    max_shard_bytes: float,
 ) -> None:
     """Fills `folder` with every file of the export. `texts`: on which a converted tokenizer must agree."""
     config = state.config
@@ -161,7 +165,7 @@ def check_folder(
     dtype: torch.dtype,
     tokenizer: Path | None,
     texts: list[str],
-    stream_above: int,
+    stream_above: float,
 ) -> float:
     """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens, and
     its AutoTokenizer with the tokenizer that the data was made with.

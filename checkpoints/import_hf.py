@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import load_config
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly, writing
 
 
 @exits_cleanly
@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(options.config, options.overrides) if options.config else None
     source = Source(weights.network.letters, {name: weights.shape(name) for name in weights.names()}, weights.load)
     target = config.model if config else weights.network
-    report = transplant(target, source, options.out, config.train.seed if config else 0)
+    with writing(options.out):
+        report = transplant(target, source, options.out, config.train.seed if config else 0)
     print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0

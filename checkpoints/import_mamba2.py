@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.config import ModelConfig, load_config
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly, writing
 
 PLAIN = {  # per layer: theirs to ours, unchanged
     "norm.weight": "norm.weight",
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --config
     config = load_config(options.config, options.overrides)
     source = mamba2_source(options.source, config.model)
-    report = transplant(config.model, source, options.out, config.train.seed)
+    with writing(options.out):
+        report = transplant(config.model, source, options.out, config.train.seed)
     print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0

@@ -29,7 +29,7 @@ from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.groups import data_parallel_size
 from megatron_taipan.parallel.layout import ParamSpec, describe
@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     processes = options.processes
     if processes is None:
         processes = before.get("processes") or new.parallel.tensor * new.parallel.pipeline
-    path = reshard(source, options.out, Target(new, processes))
+    with writing(options.out):
+        path = reshard(source, options.out, Target(new, processes))
     p = new.parallel
     print(f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, zero_stage {p.zero_stage}")
     return 0

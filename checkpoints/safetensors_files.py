@@ -14,7 +14,7 @@ def write_sharded(
     folder: Path,
     tensors: Specs,
     load: Callable[[str], Tensor],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: float = 5e9,
 ) -> list[Path]:
     """Writes model.safetensors, or numbered shards and model.safetensors.index.json.
 

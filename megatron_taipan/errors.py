@@ -1,8 +1,10 @@
 """The one exception type that a program shows to its user as a single line."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,6 +15,16 @@ class UserError(Exception):
     """
 
     exit_status = 2
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around what writes to `place`: a full disk, or a place where nothing can be made, is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{place} was not written: {error.strerror or error}{where}") from error
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

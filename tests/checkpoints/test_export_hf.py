@@ -1,9 +1,14 @@
 """An exported folder stands by itself, and a folder that disagrees with the trainer is never written."""
 
+import errno
+import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +16,13 @@ from safetensors import safe_open
 
 from checkpoints import export_hf, streamed
 from checkpoints.export_hf import export, main
+from checkpoints.transplant import Source, transplant
+from megatron_taipan.checkpoint.tensorfile import TensorFile
+from megatron_taipan.config import dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import build_model, load_model
-from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece
+from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY
 
 STRANGER = """
@@ -241,6 +249,56 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
     (tmp_path / "hf/config.json").write_text("{}")  # an earlier export
     export(memory_state(), tmp_path / "hf", overwrite=True)
     assert (tmp_path / "hf/config.json").exists() and not (tmp_path / "hf/precious").exists()
+
+
+def test_an_earlier_export_is_replaced_at_once_and_behind_a_link(tmp_path, monkeypatch):
+    """Nothing half deleted stands under the name, whenever the program is killed; a link stays a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/hf").mkdir()
+    (tmp_path / "disk/hf/config.json").write_text("earlier")
+    (tmp_path / "hf").symlink_to("disk/hf")
+    seen = []
+
+    def remove(path, ignore_errors=False):
+        seen.append((tmp_path / "hf/config.json").read_text())
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(export_hf, "shutil", SimpleNamespace(rmtree=remove))
+    export(memory_state(), tmp_path / "hf", overwrite=True)
+    assert seen and all(json.loads(text)["model_type"] == "taipan" for text in seen)
+    assert (tmp_path / "hf").is_symlink() and os.listdir(tmp_path / "disk") == ["hf"]
+
+
+@pytest.mark.parametrize("program", ["export_hf", "reshard", "import_hf", "import_mamba2"])
+def test_what_cannot_be_written_is_one_line(program, tmp_path, monkeypatch, capsys):
+    state = memory_state("M S")
+    source = tmp_path / "source"
+    if program == "import_hf":
+        transplant(state.config.model, Source("MS", shapes_of(state), state.load), source, 0)
+    elif program != "import_mamba2":
+        write_checkpoint(source, state.config, state.load)
+    options = {"export_hf": ["--no-tokenizer", "--max-shard-gb", "inf"]}.get(program, [])
+    if program == "import_mamba2":
+        (tmp_path / "c.yaml").write_text(dump_config(state.config))
+        options = ["--config", str(tmp_path / "c.yaml")]
+        tensors = Source("MS", shapes_of(state), state.load)
+        monkeypatch.setattr("checkpoints.import_mamba2.mamba2_source", lambda *_: tensors)
+    run = importlib.import_module(f"checkpoints.{program}").main
+    (tmp_path / "file").write_text("")
+    assert run([str(source), str(tmp_path / "file/out"), *options]) == 2
+    assert re.fullmatch(r"error: .*file/out was not written: [^\n]*\n", capsys.readouterr().err)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TensorFile, "put", full)
+    assert run([str(source), str(tmp_path / "out/x"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out/x was not written: No space left on device\n"
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def shapes_of(state: MemoryState) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path):
