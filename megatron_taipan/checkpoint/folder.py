@@ -256,9 +256,12 @@ def remove_taken_back(directory: Path, *, after: int, until: int) -> None:
 
 
 def _delete(path: Path) -> bool:
-    """Deletes a checkpoint; False if the disk refuses now."""
+    """Deletes a checkpoint, of a link the link alone; False if the disk refuses now."""
     # the manifest goes first: a deletion that is cut short must not look like a checkpoint
     try:
+        if path.is_symlink():  # to another run's checkpoint, with which this one began
+            path.unlink()
+            return True
         (path / MANIFEST).unlink()
     except OSError:
         return False

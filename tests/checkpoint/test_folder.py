@@ -202,6 +202,17 @@ def test_a_checkpoint_just_written_is_never_pushed_out_by_newer_ones(tmp_path):
     assert [step_of(path) for path in checkpoints(tmp_path)] == [15, 20, 30]
 
 
+def test_of_a_linked_checkpoint_the_link_is_deleted(tmp_path):
+    """Another run's, with which this one began."""
+    theirs = make(tmp_path / "theirs", 10)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / theirs.name).symlink_to(theirs)
+    make(tmp_path / "ours", 20)
+    assert remove_old(tmp_path / "ours", keep_last=1, keep_every=None) == [theirs.name]
+    assert [step_of(path) for path in checkpoints(tmp_path / "ours")] == [20]
+    assert incomplete(theirs) is None
+
+
 def test_what_was_taken_back_is_no_longer_the_newest(tmp_path):
     for step in (10, 20, 30, 40):
         make(tmp_path, step)
