@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from megatron_taipan.errors import UserError
 
@@ -24,6 +25,9 @@ class FolderLock:
 
     def __init__(self, directory: Path):
         self.path = directory / "lock"
+        self.file: IO[str] | None = None
+        # The loader's workers would hold it with us, and for seconds after we were killed.
+        os.register_at_fork(after_in_child=self._let_go)
 
     def __enter__(self) -> "FolderLock":
         try:
@@ -49,7 +53,12 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """In a forked child this closes its own handle alone."""
+        if self.file is not None:
+            self.file.close()
 
     def lost(self) -> bool:
         """Whether the locked file no longer stands in the folder, which somebody has moved or deleted."""
@@ -60,5 +69,5 @@ class FolderLock:
 
     def renew(self) -> None:
         """Makes the folder and the lock anew after `lost`; raises as entering does."""
-        self.file.close()
+        self._let_go()
         self.__enter__()

@@ -213,6 +213,24 @@ with FolderLock(Path({str(tmp_path)!r})):
         pass
 
 
+def test_children_of_the_holder_do_not_hold_the_folder(tmp_path):
+    """A loader's workers outlive a killed trainer by seconds."""
+    told, tell = os.pipe()
+    with FolderLock(tmp_path):
+        child = os.fork()
+        if not child:
+            os.write(tell, b"born")
+            time.sleep(60)
+            os._exit(0)
+        os.read(told, 4)
+    try:
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
