@@ -57,6 +57,8 @@ class TokenizersCodec:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is no tokenizer.json: {' '.join(str(error).split())}") from error
+        self.tokenizer.no_truncation()  # the file may ask for either; the data is tokenized without
+        self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
         names = ("</s>", "<|end_of_text|>", "<|endoftext|>")
         found = (self.tokenizer.token_to_id(name) for name in names)

@@ -106,6 +106,24 @@ def test_a_tokenizers_file_is_taken_as_it_is(tmp_path):
         assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
 
 
+def test_a_tokenizers_file_that_cuts_and_fills_up_is_used_without_either(tmp_path):
+    """As the data is tokenized; a prompt would else be cut, or be filled up with padding."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>"], show_progress=False)
+    tokenizer.train_from_iterator(lines_of_text()[:500], trainer)
+    text = " ".join(lines_of_text()[:40])
+    wanted = [tokenizer.encode(words).ids for words in ("def", text)]
+    tokenizer.enable_truncation(32)
+    tokenizer.enable_padding(length=8, pad_token="<pad>")
+    tokenizer.save(str(tmp_path / "source.json"))
+    codec = load_codec(tmp_path / "source.json")
+    assert [codec.encode(words) for words in ("def", text)] == wanted
+    write_tokenizer(tmp_path / "source.json", tmp_path / "out", [], 64)
+    exported = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert [exported.encode(words).ids for words in ("def", text)] == wanted
+
+
 def write_tiktoken(path, vocabulary: int = 700):
     """Ranks from a byte-level tokenizer trained on this repository's text, which joins in the order of its ids."""
     tokenizer = Tokenizer(models.BPE())
