@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE
@@ -54,14 +54,15 @@ class StateReader:
     def __post_init__(self) -> None:
         try:
             index = json.loads((self.path / INDEX).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / INDEX} cannot be read: {error}") from error
-        self.tensor: int = index["tensor"]
-        self.processes: int = index.get("processes", 0)
-        self.optimizer_step: int = index["optimizer_step"]
-        self.scaler: dict[str, float] | None = index["scaler"]
-        self.buffers: dict[str, str] = index["buffers"]
-        self.runs = {name: [Run(*run) for run in runs] for name, runs in index["parameters"].items()}
+            self.tensor: int = index["tensor"]
+            self.processes: int = index.get("processes", 0)
+            self.optimizer_step: int = index["optimizer_step"]
+            self.scaler: dict[str, float] | None = index["scaler"]
+            self.buffers: dict[str, str] = index["buffers"]
+            self.runs = {name: [Run(*run) for run in runs] for name, runs in index["parameters"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.path / INDEX} cannot be read ({what})") from error
         self.table = describe(self.model, self.tensor)
 
     def full(self, name: str, kind: str) -> Tensor:
@@ -120,7 +121,10 @@ class StateReader:
         for run in self.runs[name]:
             first, last = max(run.start, start), min(run.start + run.count, start + count)
             if run.tensor_rank == tensor_rank and first < last:
-                slices = self._file(run.file).get_slice(f"{name}|{kind}")
+                try:
+                    slices = self._file(run.file).get_slice(f"{name}|{kind}")
+                except SafetensorError as error:
+                    raise UserError(f"{self.path / STATE / run.file} is damaged: {error}") from error
                 for at in range(first, last, BLOCK):  # a slice is a copy
                     end = min(at + BLOCK, last)
                     out[at - start : end - start] = torch.from_numpy(slices[at - run.start : end - run.start])

@@ -74,6 +74,24 @@ def test_verify_finds_one_flipped_bit(run, tmp_path, capsys):
     assert f"{largest.name} is missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("state/index.json", b'"optimizer_step"', b'"optimizer_stop"'),
+        ("state/rank_00000.safetensors", b"final_norm.weight|master", b"final_norm.weight|mastes"),
+    ],
+)
+def test_damage_that_keeps_the_size_is_one_line(run, tmp_path, capsys, file, old, new):
+    """Programs that only look check sizes, and meet what a hash would have told."""
+    shutil.copytree(run / "step_00000002", tmp_path / "copy")
+    content = (tmp_path / "copy" / file).read_bytes()
+    assert old in content
+    (tmp_path / "copy" / file).write_bytes(content.replace(old, new))
+    assert diff.main([str(tmp_path / "copy"), str(run)]) == 2
+    error = capsys.readouterr().err
+    assert file in error and error.count("\n") == 1
+
+
 def test_diff_of_a_checkpoint_with_itself_and_with_the_next(run, capsys):
     assert diff.main([str(run / "step_00000001"), str(run / "step_00000001")]) == 0
     assert re.fullmatch(r"(\d+) of \1 common tensors are bit-equal\n", capsys.readouterr().out)
