@@ -62,12 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def with_layout(config: Config, layout: dict[str, int]) -> Config:
-    """The configuration with options of `parallel` replaced.
+    """The configuration with options of `parallel` replaced; another number of stages is cut by operations.
 
     Raises:
         ConfigError: they do not go together.
     """
     tree = config.model_dump(mode="json")
+    if layout.get("pipeline", config.parallel.pipeline) != config.parallel.pipeline:
+        tree["model"]["pattern"] = tree["model"]["pattern"].replace("|", " ")  # cuts for the number of before
     tree["parallel"] |= layout
     if tree["parallel"]["tensor"] == 1:
         tree["parallel"]["sequence"] = False

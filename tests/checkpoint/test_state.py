@@ -15,6 +15,7 @@ from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.config import load_config, make_config
 from megatron_taipan.errors import UserError
+from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, records, runs, steps_so_far
@@ -163,6 +164,19 @@ def test_a_layout_that_does_not_fit_or_a_damaged_source_is_refused(tmp_path, pre
     assert reshard.main([run, str(tmp_path / "out")]) == 2
     assert "changed since it was written" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_pattern_with_cuts_is_resharded_to_other_stages(tmp_path, stages):
+    state = memory_state("M S | W M")
+    tree = state.config.model_dump(mode="json")
+    source = write_checkpoint(tmp_path / "run", make_config(tree | {"parallel": {"pipeline": 2}}), state.load)
+    options = ["--pipeline", str(stages), "--processes", str(stages)]
+    assert reshard.main([str(source), str(tmp_path / "out"), *options]) == 0
+    path = tmp_path / "out" / source.name
+    after = StateReader(path, load_config(path / "config.yaml").model)
+    assert after.model.letters == "MSWM" and not after.model.cuts
+    assert all(torch.equal(after.full(name, "master"), state.load(name)) for name in after.table)
 
 
 def assert_holds(path: Path, before: dict[tuple[str, str], torch.Tensor]) -> None:
