@@ -134,7 +134,8 @@ def write_folder(
         (folder / name).write_text(text, encoding="utf-8")
     write_json(folder / "config.json", config_json(config, dtype, special))
     write_json(folder / "generation_config.json", special)
-    (folder / "README.md").write_text(model_card(config, state.step, str(dtype)[6:], tokenizer is not None))
+    card = model_card(config, state.step, state.tokens, str(dtype)[6:], tokenizer is not None)
+    (folder / "README.md").write_text(card)
     write_sharded(
         folder,
         {f"model.{name}": stored for name, stored in stored_tensors(config.model, dtype).items()},

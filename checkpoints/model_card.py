@@ -5,18 +5,18 @@ from megatron_taipan.parallel.layout import describe
 from megatron_taipan.pattern import LETTERS
 
 
-def model_card(config: Config, step: int | None, dtype: str, has_tokenizer: bool) -> str:
+def model_card(config: Config, step: int | None, tokens: int | None, dtype: str, has_tokenizer: bool) -> str:
     """What the model is, how to load it, how it was trained; in the Hub's format (YAML header, Markdown).
 
     Args:
-        step: optimizer steps of the weights, where known.
+        step: optimizer steps of the weights, where known; tokens: that were trained on in them. The batch may have
+            changed on the way.
     """
     model, train, data, optim = config.model, config.train, config.data, config.optim
     n_params = sum(_count(spec.shape) for spec in describe(model).values())
     layers = ", ".join(f"{model.letters.count(k)} x {name}" for k, name in LETTERS.items() if k in model.letters)
     growing = ", except for the keys and values of full attention layers" if "A" in model.letters else ""
-    per_step = train.global_batch * data.seq_len
-    trained = f"{step:,} steps of {per_step:,} tokens ({step * per_step:,} tokens)" if step else "not recorded"
+    trained = f"{step:,} steps, {tokens:,} tokens" if step and tokens else "not recorded"
     load_tokenizer = (
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if has_tokenizer else ""
     )

@@ -26,7 +26,8 @@ def open_state(place: Path | str) -> "TrainedState":
     metadata = read_metadata(path)
     config = load_config(path / CONFIG)
     moments = () if metadata.get("contents") == WEIGHTS else MOMENTS
-    return TrainedState(path, config, metadata["progress"]["step"], StateReader(path, config.model), moments)
+    progress = metadata["progress"]
+    return TrainedState(path, config, progress["step"], progress["tokens"], StateReader(path, config.model), moments)
 
 
 def load_state(place: Path | str) -> dict[str, Tensor]:
@@ -42,6 +43,7 @@ class TrainedState:
     path: Path
     config: Config
     step: int  # optimizer steps taken
+    tokens: int  # that were trained on in them
     reader: StateReader
     moments: tuple[str, ...] = ()  # of the optimizer; none in a weights-only checkpoint
 

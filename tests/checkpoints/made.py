@@ -28,6 +28,7 @@ class MemoryState:
     config: Config
     weights: dict[str, torch.Tensor]
     step: int = 7
+    tokens: int = 500  # not 7 batches of the configuration: an earlier start had others
 
     def names(self) -> list[str]:
         return list(self.weights)

@@ -95,7 +95,7 @@ def test_tokenizer_settings_and_card_are_there(tmp_path):
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_taipan.TaipanForCausalLM"
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
-    assert "7 steps of 64 tokens (448 tokens)" in card
+    assert "7 steps, 500 tokens; samples of 32 tokens" in card
     example = card.split("```python\n")[1].split("```")[0]
     (tmp_path / "example.py").write_text(example)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
