@@ -1,6 +1,7 @@
 """Loss on held-out text during training."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device
-) -> Evaluation:
+    engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
+    beat: Callable[[], None] = lambda: None,
+) -> Evaluation:  # fmt: skip
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
 
     Every rank runs the same number of micro-batches, since ZeRO-3 gathers parameters along the way. In the last round
     some hold fewer rows, the wanted ones, or one that does not count: filled up, they would change the gates' means.
+
+    Args:
+        beat: called after every micro-batch: however long it all takes, it does not hang.
     """
     samples = min(samples, len(dataset))
     together = micro_batch * groups.data_size
@@ -49,6 +54,7 @@ def evaluate(
         count = torch.full((), rows, dtype=torch.float64, device=device)
         values = torch.stack([ce, mask.sum().double(), count, *(g * rows for g in gates)])
         sums = values if sums is None else sums + values
+        beat()
     engine.train()
     dist.all_reduce(sums, group=groups.data_group)
     if groups.pipeline_size > 1:

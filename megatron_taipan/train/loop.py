@@ -106,8 +106,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if valid_data is not None:
                 began = time.perf_counter()
                 result = evaluate(
-                    engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device
-                )
+                    engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device,
+                    beat=watchdog.beat,
+                )  # fmt: skip
                 metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
                 watchdog.beat()
 

@@ -258,6 +258,26 @@ def test_watchdog_shows_the_stacks_and_ends_the_process():
     assert time.monotonic() - began < 30
 
 
+def slow_validation(tree: dict) -> list:
+    """A run whose validations take longer than train.hang_after_s, though each of their micro-batches does not."""
+    from megatron_taipan.train import evaluate
+
+    plain = evaluate._score
+
+    def score(*arguments):
+        time.sleep(tree["train"]["hang_after_s"] * 0.4)
+        return plain(*arguments)
+
+    evaluate._score = score
+    return runs([tree])
+
+
+def test_a_long_validation_does_not_hang(tmp_path, prefix):
+    train = SHORT | {"steps": 1, "micro_batch": 1, "eval_samples": 3, "hang_after_s": 6.0}
+    assert launch(1, slow_validation, [toy_tree(prefix, tmp_path / "run", train=train)][0]) == [[0]]
+    assert [record["step"] for record in log(tmp_path / "run", "valid")] == [0, 1]
+
+
 def test_log_is_strict_json_and_complete(tmp_path, prefix):
     train = SHORT | {"steps": 4, "eval_every": 2}
     tree = toy_tree(prefix, tmp_path / "run", log={"tensorboard": True, "every": 2}, train=train)
