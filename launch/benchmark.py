@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not torch.cuda.is_available():
         raise UserError(
-            f"benchmark {options.what} needs a CUDA device and torch sees none; `data` and `comm` run without one"
+            f"benchmark {options.what} needs a CUDA device and torch sees none; `data`, `comm` and `checkpoint` run"
+            " without one"
         )
     importlib.import_module(f"launch.benchmark_{options.what}").run(options)
     return 0

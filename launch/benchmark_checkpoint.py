@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_taipan.checkpoint.folder import find_newest, read_manifest
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.errors import UserError
 from megatron_taipan.train.distributed import Place, find_place, pick_device, start_processes, stop_processes
 
 
@@ -36,6 +37,8 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, help="folder on the file system to measure; default: the temporary one")
     parser.add_argument("overrides", nargs="*", help="a.b=c")
     args = parser.parse_intermixed_args(argv)
+    if args.saves < 1 or args.steps_between < 1:
+        raise UserError(f"--saves {args.saves} --steps-between {args.steps_between}: give at least 1 of each")
     place = find_place(os.environ)
     device = pick_device(place)
     start_processes(place, device, 1800)

@@ -21,6 +21,12 @@ def test_every_benchmark_has_a_program_and_says_without_a_gpu_that_it_needs_one(
     assert "CUDA" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--saves", "--steps-between"])
+def test_no_save_is_nothing_to_measure(option, capsys):
+    assert benchmark.main(["checkpoint", "--config", "launch/configs/quickstart.yaml", option, "0"]) == 2
+    assert f"{option} 0" in capsys.readouterr().err
+
+
 def test_rows_are_printed_and_kept_as_json_and_a_failure_is_a_row(tmp_path, capsys):
     table = Table("toy", tmp_path)
     table.attempt("fine", lambda: {"ms": 1.5})
