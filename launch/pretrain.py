@@ -75,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of an option
 
 
 def options_text() -> str:

@@ -85,6 +85,13 @@ def test_dry_run_counts_the_parameters_of_one_pipeline_stage(config, pattern, fi
     assert f"at most {max(stages):,} parameters" in line
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(config):
+    finished = program("train.steps=7", "--config", config, "--dry-run", "train.micro_batch=1", "--processes", "4",
+                       "train.global_batch=4")  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "7 steps = " in finished.stdout and "4 samples x " in finished.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
