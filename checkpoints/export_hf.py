@@ -31,6 +31,7 @@ from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
 from checkpoints.tokenizer import hostile_texts, write_tokenizer
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
+from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     state = open_state(options.checkpoint)
+    refuse_damaged(state.path)  # the check of the logits reads the same bytes twice, and would find them equal
     tokenizer = None if options.no_tokenizer else find_tokenizer(state, options.tokenizer)
     with writing(options.out):
         difference = export(

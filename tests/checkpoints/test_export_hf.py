@@ -306,6 +306,18 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path):
         export(memory_state(), tmp_path / "hf", tokenizer=train_sentencepiece(tmp_path))
 
 
+def test_a_checkpoint_with_a_changed_weight_is_not_exported(tmp_path, capsys):
+    state = memory_state("M S")
+    path = write_checkpoint(tmp_path / "run", state.config, state.load)
+    weights = path / "state/rank_00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert main([str(tmp_path / "run"), str(tmp_path / "hf"), "--no-tokenizer"]) == 2
+    assert "rank_00000.safetensors changed since it was written" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_program_reports_a_missing_checkpoint_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none"), str(tmp_path / "hf")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
