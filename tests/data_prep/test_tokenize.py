@@ -535,6 +535,9 @@ def test_ctrl_c_is_one_line_and_the_same_command_continues(tmp_path, model, spee
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and error == "stopped by Ctrl-C; the same command continues\n"
+        end = time.monotonic() + 10  # workers watch for their parent's end
+        while any(_state(pid) not in "ZX" for pid in children) and time.monotonic() < end:
+            time.sleep(0.02)
         assert all(_state(pid) in "ZX" for pid in children)
         assert not list(tmp_path.glob("o.*x")) and not list(tmp_path.glob("o.*partial"))
     assert subprocess.run(command, cwd=ROOT).returncode == 0
