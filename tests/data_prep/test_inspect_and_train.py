@@ -114,11 +114,11 @@ def test_inspect_bad_input(tmp_path, model, capsys):
 def test_ctrl_c_while_the_library_trains(tmp_path):
     """The library does not hear of it before it ends: here a computation in C that would take minutes."""
     code = """
-import hashlib, os, signal, sentencepiece
+import hashlib, os, signal, threading, sentencepiece
 from data_prep import cli
 def train(sentence_iterator, **options):
     assert list(sentence_iterator)
-    os.kill(os.getpid(), signal.SIGINT)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 sentencepiece.SentencePieceTrainer.train = train
 cli.program()
