@@ -35,7 +35,7 @@ class Metrics:
         self.config, self.writes = config, writes
         self.flops, self.devices = flops_per_token, devices
         self.peak = config.log.peak_tflops or known_peak(device_name(), config.train.precision)
-        self.mfu_unknown = "no GPU" if device_name() is None else "MFU unknown"
+        self.mfu_unknown = "no GPU" if device_name() is None else "unknown peak"
         self.step, self.end = start.step, min(config.train.stop_at or config.train.steps, config.train.steps)
         self.summary = Summary()
         self.step_seconds: float | None = None  # smoothed, for the time left
