@@ -87,16 +87,18 @@ def bad_samples(trees: list[dict], bad: list[int], stop: bool = False) -> list:
         loop.train_step = train_step
 
 
+TRAIN = {
+    "steps": 12, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
+    "spike_z": 8.0, "spike_window": 4, "spike_rewind": True,
+}  # fmt: skip
+
+
 def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
     """Global batches of 4: samples 28 to 31 are step 8. Saves at 3 and 6, so steps 7 and on are taken again."""
     prefix = write_data(tmp_path / "data")
-    train = {
-        "steps": 12, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
-        "spike_z": 8.0, "spike_window": 4, "spike_rewind": True,
-    }  # fmt: skip
 
     def tree(name: str, **options) -> dict:
-        base = toy_tree(prefix, tmp_path / name, train=train | options, checkpoint={"save_every": 3})
+        base = toy_tree(prefix, tmp_path / name, train=TRAIN | options, checkpoint={"save_every": 3})
         return with_options(base, checkpoint={"dir": str(tmp_path / name)})
 
     stages = [tree(f"stage{stage}") | {"parallel": {"zero_stage": stage, "timeout_s": 60}} for stage in (2, 3)]
@@ -134,13 +136,9 @@ def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
 def test_run_stopped_after_it_went_back_does_not_resume_from_what_it_took_back(tmp_path):
     """Step 8 spikes. A stop leaves a checkpoint of step 7; the rewind goes to step 4, another stop comes at step 5."""
     prefix = write_data(tmp_path / "data")
-    train = {
-        "steps": 12, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
-        "spike_z": 8.0, "spike_window": 4, "spike_rewind": True,
-    }  # fmt: skip
 
     def tree(name: str, **options) -> dict:
-        return toy_tree(prefix, tmp_path / name, train=train | options, checkpoint={"save_every": 4})
+        return toy_tree(prefix, tmp_path / name, train=TRAIN | options, checkpoint={"save_every": 4})
 
     assert launch(2, bad_samples, [tree("whole"), tree("parts", stop_at=7)], [30])[0] == [0, 0]
     assert launch(2, bad_samples, [tree("parts")], [30], True)[0] == [EXIT_REQUEUE]
