@@ -175,7 +175,7 @@ def make_loader(
     # workers are born with these signals blocked, so that none can hit one before it ignores them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
     try:
-        return _or_raised(iter(loader))  # type: ignore[arg-type]
+        return _or_raised(iter(loader))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -183,7 +183,7 @@ def make_loader(
 FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def _or_raised(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+def _or_raised(batches: Iterator[Any]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

@@ -134,11 +134,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, IGNORED)
-            if seq_idx is not None:  # as in training: a document's first token is not predicted from another document
-                starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-                labels = labels.masked_fill(starts, IGNORED)
+            labels = within_texts(labels, attention_mask, seq_idx)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output if return_dict else output.to_tuple()
@@ -147,12 +143,8 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None, n_items: Any
     ) -> Tensor:
         """The trainer's loss. `n_items`: labels in the whole accumulated batch (what transformers' Trainer passes)."""
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORED)
         following = torch.full_like(labels, IGNORED)
-        following[:, :-1] = labels[:, 1:]
-        if seq_idx is not None:  # the first token of a document is not predicted from the one before
-            following[:, :-1] = following[:, :-1].masked_fill(seq_idx[:, 1:] != seq_idx[:, :-1], IGNORED)
+        following[:, :-1] = within_texts(labels, mask, seq_idx)[:, 1:]
         counted = following != IGNORED
         self._train_step += 1
         output = self.model(
@@ -225,6 +217,16 @@ def float32_names(model: Taipan) -> list[str]:
     """Names, as this class's state_dict has them, of what stays float32 in a bf16 or fp16 model."""
     islands = [name for name, spec in describe(model.config).items() if spec.float32]
     return [f"model.{name}" for name in (*islands, *dict(model.named_buffers()))]
+
+
+def within_texts(labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """The labels [b, l], not shifted, without padding and without first tokens of documents, which are not predicted
+    from the document before."""
+    if mask is not None:
+        labels = labels.masked_fill(mask[:, -labels.shape[1] :] == 0, IGNORED)
+    if seq_idx is not None:
+        labels = labels.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)), IGNORED)
+    return labels
 
 
 def documents_from_mask(mask: Tensor | None, length: int) -> Tensor | None:

@@ -116,7 +116,7 @@ def _all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
 
 def _reduce_scatter(x: Tensor, tp: TensorParallel, *, async_op: bool = False) -> tuple[Tensor, Any]:
     """[..., d] -> this rank's [n/tp, d] of the sum; with async_op once the work beside it has been waited for."""
-    whole = x.reshape(-1, x.shape[-1])
+    whole = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(len(whole) // tp.size, x.shape[-1])
     tp.counter.add("reduce_scatter", x.numel() * x.element_size())
     return out, dist.reduce_scatter_tensor(out, whole, group=tp.group, async_op=async_op)
