@@ -68,12 +68,14 @@ def _run(given: list[str], ahead: Ahead | None) -> int | None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(_told(error, output)) from error
+        raise UserError(_told(error, output, args.command)) from error
 
 
-def _told(error: OSError, output: str | None) -> str:
+def _told(error: OSError, output: str | None, command: str) -> str:
     """What the system refused, most often to write, and what helps."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk of {output} is full; free some space and run the same command again"
+        place = f" ({error.filename})" if error.filename else ""
+        continues = ": it continues where it stopped" if command == "tokenize" else ""
+        return f"the disk of {output} is full{place}; free some space and run the same command again{continues}"
     where = f" (--output {output})" if output is not None else ""
     return f"{error.filename or 'input or output'}: {error.strerror or error}{where}"

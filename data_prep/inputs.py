@@ -74,13 +74,17 @@ def expand(inputs: list[str]) -> list[str]:
     for path in files:
         if path.encode(errors="replace").decode() != path:
             raise UserError(f"the name of {os.fsencode(path)!r} is no UTF-8, and the manifest is; rename the file")
-    same: dict[str, list[str]] = {}
-    for path in files:
-        same.setdefault(os.path.abspath(path), []).append(path)
-    doubles = sorted(paths[-1] for paths in same.values() if len(paths) > 1)
-    if doubles:
+    if doubles := named_twice(files):
         raise UserError(f"{doubles[0]} is named twice among the inputs ({len(doubles)} such files); name it once")
     return files
+
+
+def named_twice(paths: list[str]) -> list[str]:
+    """Those that stand there before, however they are spelled; each once, sorted."""
+    same: dict[str, list[str]] = {}
+    for path in paths:
+        same.setdefault(os.path.abspath(path), []).append(path)
+    return sorted(spelled[-1] for spelled in same.values() if len(spelled) > 1)
 
 
 def _inside(folder: str) -> list[str]:

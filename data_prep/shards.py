@@ -52,7 +52,8 @@ class ShardWriter:
         write_index(self.prefix + ".idx.partial", self.dtype, self.prefix + ".len.partial")
 
     def commit(self) -> None:
-        """Names the pair."""
+        """Names the pair; a manifest of what stood there describes it no longer."""
+        manifest.forget(self.prefix)
         commit(self.prefix)
         self.committed = True
         os.unlink(self.prefix + ".len.partial")
@@ -64,7 +65,6 @@ class ShardWriter:
     def finish(self) -> dict:
         """Closes and names the pair; returns `about`."""
         self.close()
-        manifest.forget(self.prefix)
         self.commit()
         return self.about()
 

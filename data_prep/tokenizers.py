@@ -186,6 +186,15 @@ class TikToken(Tokenizer):
         return self.model.decode(ids)
 
 
+def refuse_other_data(largest: int, tokenizer: Tokenizer, where: str = "") -> None:
+    """Raises UserError if the largest id of some data is beyond the tokenizer's vocabulary."""
+    if largest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{where}id {largest} is beyond this tokenizer's vocabulary of {tokenizer.vocab_size}; the data was made"
+            " with another tokenizer"
+        )
+
+
 def load_tokenizer(name: str, allow_special: bool = False) -> Tokenizer:
     """The reference tokenizer of a file, a folder, `tiktoken:NAME`, or a Hugging Face hub name.
 

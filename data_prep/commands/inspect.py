@@ -5,7 +5,7 @@ import argparse
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers import Tokenizer, load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 
@@ -44,11 +44,7 @@ def show(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
     """Ids as text on one line, or as numbers."""
     if tokenizer is None:
         return " ".join(map(str, ids.tolist()))
-    if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-        raise UserError(
-            f"id {int(ids.max())} is beyond this tokenizer's vocabulary of {tokenizer.vocab_size}; the data was made"
-            " with another tokenizer"
-        )
+    refuse_other_data(int(ids.max(initial=0)), tokenizer)
     return tokenizer.decode(ids.tolist()).replace("\n", "\\n")
 
 

@@ -4,7 +4,7 @@ import argparse
 import glob
 import os
 
-from data_prep.inputs import natural
+from data_prep.inputs import named_twice, natural
 from data_prep.shards import ShardWriter, refuse_existing
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
@@ -56,9 +56,6 @@ def expand_prefixes(names: list[str]) -> list[str]:
         if not here:
             raise UserError(f"{name} gives no .bin/.idx pair")
         found += sorted(here, key=natural)
-    seen: set[str] = set()
-    for prefix in found:
-        if (path := os.path.abspath(prefix)) in seen:
-            raise UserError(f"{prefix} is named twice; name it once")
-        seen.add(path)
+    if doubles := named_twice(found):
+        raise UserError(f"{doubles[0]} is named twice; name it once")
     return found

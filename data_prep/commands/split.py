@@ -6,7 +6,6 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from data_prep import manifest
 from data_prep.shards import ShardWriter, refuse_existing
 from megatron_taipan.data.indexed import CHUNK, IndexedReader
 from megatron_taipan.data.split import held_out_documents
@@ -31,7 +30,6 @@ def run(args: argparse.Namespace) -> None:
         how = _shards if args.shard_tokens is not None else _by_document
         made = how(reader, source, args, stack)
         for shard in made:  # all are on the disk: they get their names together
-            manifest.forget(shard.prefix)
             shard.commit()
     for shard in made:
         print(f"{shard.prefix}: {shard.documents} documents, {shard.tokens} tokens")

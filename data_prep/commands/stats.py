@@ -6,9 +6,8 @@ import numpy as np
 
 from data_prep import manifest
 from data_prep.commands.inspect import histogram
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers import load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
-from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 22
 
@@ -31,11 +30,8 @@ def run(args: argparse.Namespace) -> None:
         if len(more) > len(counts):
             counts = np.pad(counts, (0, len(more) - len(counts)))
         counts[: len(more)] += more
-    if tokenizer and len(counts) > tokenizer.vocab_size:
-        raise UserError(
-            f"id {len(counts) - 1} is beyond this tokenizer's vocabulary of {tokenizer.vocab_size}; the data was made"
-            " with another tokenizer"
-        )
+    if tokenizer:
+        refuse_other_data(len(counts) - 1, tokenizer)
     print(f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}")
     said = manifest.read(args.prefix)
     if said and reader.n_tokens:

@@ -2,7 +2,6 @@
 continued by the same command, and its output is the same byte for byte."""
 
 import argparse
-import errno
 import fcntl
 import os
 import shutil
@@ -83,17 +82,8 @@ def run(args: argparse.Namespace) -> None:
     if args.shard_tokens is not None and args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    work = args.output + ".work"
-    try:
-        with _lock(work):
-            _run(args, started)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk of {args.output} is full ({error.filename or work}); free some space and run the same"
-                " command again: it continues where it stopped"
-            ) from error
-        raise
+    with _lock(args.output + ".work"):
+        _run(args, started)
 
 
 def _run(args: argparse.Namespace, started: float) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep import manifest
 from data_prep.hashing import hash_file
-from data_prep.tokenizers import load_tokenizer
+from data_prep.tokenizers import load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 
@@ -55,11 +55,8 @@ def run(args: argparse.Namespace) -> None:
             _ends(reader, eod, inside=options["allow_special"], first=options["bos"] == eod)
         documents += reader.n_documents
         tokens += reader.n_tokens
-        if tokenizer and top >= tokenizer.vocab_size:
-            raise UserError(
-                f"{prefix}.bin holds id {top} and {args.tokenizer} has {tokenizer.vocab_size} tokens; the data was made"
-                " with another tokenizer"
-            )
+        if tokenizer:
+            refuse_other_data(top, tokenizer, f"{prefix}.bin: ")
         print(f"{prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}, largest id {top}")
         step = max(1, reader.n_documents // max(1, args.samples))
         for index in range(0, reader.n_documents, step)[: args.samples if tokenizer else 0]:
