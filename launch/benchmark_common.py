@@ -4,8 +4,10 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -110,23 +112,31 @@ def median_step_ms(step: Callable[[], Any], repeats: int = 7, warm: int = 3) -> 
 
 
 def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
-    """Milliseconds by kernel of one run, the longest first; before them their sum, and how long no kernel ran."""
+    """Milliseconds by kernel ("launches x name") of one run, the longest first; before them their sum, and how long no
+    kernel ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    times: dict[str, float] = {}
+    times, launches = Counter[str](), Counter[str]()
     spans = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name[:70]] = times.get(event.name[:70], 0.0) + event.time_range.elapsed_us() / 1e3
+            times[event.name] += event.time_range.elapsed_us() / 1e3  # type: ignore[assignment]
+            launches[event.name] += 1
             spans.append((event.time_range.start, event.time_range.end))
     idle, covered = 0.0, min(spans)[1]
     for start, end in sorted(spans):
         idle += max(0.0, start - covered)
         covered = max(covered, end)
-    longest = sorted(times.items(), key=lambda item: -item[1])[:top]
     about = {"all kernels": round(sum(times.values()), 2), "idle": round(idle / 1e3, 2), "launches": len(spans)}
-    return about | {name: round(ms, 3) for name, ms in longest}
+    return about | {f"{launches[name]:4d} x {shorten(name)}": round(ms, 3) for name, ms in times.most_common(top)}
+
+
+def shorten(kernel: str) -> str:
+    """A kernel's name without what all of torch's have in common."""
+    for common in ("void ", "at::native::", "(anonymous namespace)::", "std::"):
+        kernel = kernel.replace(common, "")
+    return kernel[:150]
 
 
 def preset(options: argparse.Namespace) -> Config:
@@ -140,15 +150,14 @@ def join_processes(config: Config) -> tuple[torch.device, Any]:
     """This process's GPU and its place in the groups of the configured layout; one process where no launcher ran."""
     import torch.distributed as dist
 
-    from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.connect import connect
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
 
     place = find_place(os.environ)
     device = pick_device(place)
     if not dist.is_initialized():
         start_processes(place, device, config.parallel.timeout_s)
-    p = config.parallel
-    return device, build_groups(
-        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=p.sequence, timeout_s=p.timeout_s,
-    )  # fmt: skip
+    groups, travel = connect(config.parallel, device)
+    if travel and dist.get_rank() == 0:
+        print(travel, file=sys.stderr)
+    return device, groups

@@ -162,6 +162,9 @@ class ParallelConfig(Section):
     tensor: int = option(1, "tensor-parallel size", ge=1)
     pipeline: int = option(1, "pipeline-parallel size", ge=1)
     sequence: bool = option(False, "sequence parallelism: norms and residuals on one share of the tokens a tensor rank")
+    overlap: bool = option(
+        True, "with sequence: tokens travel in pieces under the products, on GPUs of one host through their memory"
+    )
     zero_stage: Literal[0, 1, 2, 3] = option(1, "DeepSpeed ZeRO stage")
     offload_optimizer: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO keeps the optimizer state")
     offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters")

@@ -13,7 +13,7 @@ from megatron_taipan.model.layers import RMSNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.selected_rows import Rows
-from megatron_taipan.parallel.collectives import enter_block, leave_block, sum_over_ranks, take_tokens
+from megatron_taipan.parallel.collectives import enter_block, leave_block, take_tokens
 
 
 class Block(nn.Module):
@@ -115,7 +115,7 @@ class SelectiveAttentionBlock(Block):
             refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
         queries = [self.ops.select_rows(u, picked) for picked in ((chosen, ~chosen) if every else (chosen,))]
         outputs = self.attention(u, ctx, queries, state)
-        o = take_tokens(self._put_back(outputs, queries, u.shape), self.tp)
+        o = self._put_back(outputs, queries, u.shape)
         u, h = self.mlp_norm.with_stream(self.ops.refine(h, o, refine, zero_is_unselected=not every))
         return Stream(h, self.mlp(u)), selection
 
@@ -127,15 +127,14 @@ class SelectiveAttentionBlock(Block):
         return Stream(h, self.mlp(self.mlp_norm(h)))
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
-        """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d]; zeros where nothing was computed."""
-        whole = None
+        """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d] or this rank's shard; zeros elsewhere."""
+        sharded, whole = self.tp.sequence_parallel, None
         for rows, o in zip(queries, outputs, strict=True):
-            # Only computed rows travel: cheaper than a reduction of the whole sequence, shards or not. Where kernels
-            # pick them, the host does not know their number and the buffer travels, as large as the sequence.
-            o = sum_over_ranks(o, self.tp) if self.tp.sequence_parallel else leave_block(o, self.tp)
-            placed = self.ops.scatter_rows(o, rows, shape[0] * shape[1])
+            # Only computed rows travel where every rank gets all of them. Where kernels pick the rows, the host does
+            # not know their number and the buffer travels, as large as the sequence.
+            placed = self.ops.scatter_rows(o if sharded else leave_block(o, self.tp), rows, shape[0] * shape[1])
             whole = placed if whole is None else whole + placed
-        return whole.view(shape)
+        return leave_block(whole, self.tp) if sharded else whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -1,10 +1,9 @@
 """Small layers that every block uses: RMSNorm and SwiGLU."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
-from megatron_taipan.parallel.collectives import enter_linear, leave_block, stream_parameters
+from megatron_taipan.parallel.collectives import enter_linear, leave_linear, stream_parameters
 
 
 class RMSNorm(nn.Module):
@@ -45,4 +44,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         gated = self.silu_mul(*enter_linear(u, self.tp, self.gate_proj, self.up_proj))  # [b, l, d_ff] or [n, d_ff]
-        return leave_block(F.linear(gated, self.down_proj), self.tp)
+        return leave_linear(gated, self.down_proj, self.tp)

@@ -14,7 +14,7 @@ from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import enter_linear, leave_block, sum_gradients, sum_over_ranks
+from megatron_taipan.parallel.collectives import enter_linear, leave_linear, sum_gradients, sum_over_ranks
 
 
 class Mamba2(WithFloat32Islands):
@@ -67,7 +67,7 @@ class Mamba2(WithFloat32Islands):
         (zxbcdt,) = enter_linear(u, self.tp, in_proj)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
-            return leave_block(F.linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj), self.tp)
+            return leave_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj, self.tp)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
         initial_tail = state.conv_tail if state else None
@@ -94,7 +94,7 @@ class Mamba2(WithFloat32Islands):
                 initial_state=state.ssm, return_state=True,
             )  # fmt: skip
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
-        return leave_block(F.linear(y, self.out_proj), self.tp)
+        return leave_linear(y, self.out_proj, self.tp)
 
     def _step(self, u: Tensor, state: MambaState) -> Tensor:
         """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step.

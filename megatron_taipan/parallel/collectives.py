@@ -12,7 +12,9 @@ The shards are runs of the tokens of all b rows, one row behind the other: rank 
 each row would have to be copied into place on every edge. What works on single tokens does not care; who needs rows
 knows their number and length.
 
-`enter_linear` is the first of them with the products behind it, whose weights' gradients hide the backward collective.
+`enter_linear` and `leave_linear` are the edges with the products beside them. Where the tokens are sharded and the
+group has an exchange (exchange.py), the products go piece by piece and hide the way of the tokens; else the weights'
+gradients hide the backward collective. A shard is kept for the backward pass as it is, and gathered once more there.
 """
 
 from typing import Any
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_taipan.parallel.exchange import Fetch
 from megatron_taipan.parallel.groups import TensorParallel
 
 
@@ -37,6 +40,13 @@ def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tenso
     if tp.size == 1:
         return tuple(F.linear(x, weight) for weight in weights)
     return _EnterLinear.apply(tp, x, *weights)
+
+
+def leave_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """leave_block(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
+    if tp.size == 1 or not tp.sequence_parallel:
+        return leave_block(F.linear(x, weight), tp)
+    return _LeaveLinear.apply(tp, x, weight)
 
 
 def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -101,7 +111,7 @@ def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
 
 def _all_reduce(x: Tensor, tp: TensorParallel, op=dist.ReduceOp.SUM) -> Tensor:
     out = x.contiguous().clone()
-    tp.counter.add("all_reduce", out.numel() * out.element_size())
+    tp.count("all_reduce", out)
     dist.all_reduce(out, op, group=tp.group)
     return out
 
@@ -109,7 +119,7 @@ def _all_reduce(x: Tensor, tp: TensorParallel, op=dist.ReduceOp.SUM) -> Tensor:
 def _all_gather(x: Tensor, tp: TensorParallel) -> Tensor:
     """[n/tp, ...] -> [n, ...]."""
     whole = x.new_empty(tp.size * len(x), *x.shape[1:])
-    tp.counter.add("all_gather", whole.numel() * whole.element_size())
+    tp.count("all_gather", whole)
     dist.all_gather_into_tensor(whole, x.contiguous(), group=tp.group)
     return whole
 
@@ -118,7 +128,7 @@ def _reduce_scatter(x: Tensor, tp: TensorParallel, *, async_op: bool = False) ->
     """[..., d] -> this rank's [n/tp, d] of the sum; with async_op once the work beside it has been waited for."""
     whole = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(len(whole) // tp.size, x.shape[-1])
-    tp.counter.add("reduce_scatter", x.numel() * x.element_size())
+    tp.count("reduce_scatter", x)
     return out, dist.reduce_scatter_tensor(out, whole, group=tp.group, async_op=async_op)
 
 
@@ -139,33 +149,136 @@ class _EnterLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tp, x, *weights):
         ctx.tp = tp
-        whole = _all_gather(x, tp) if tp.sequence_parallel else x
-        ctx.save_for_backward(whole, *weights)
-        return tuple(F.linear(whole, weight) for weight in weights)
+        ctx.save_for_backward(x, *weights)
+        if not tp.sequence_parallel or tp.exchange is None or tp.exchange.whole_products:
+            whole = _gather(x, tp) if tp.sequence_parallel else x
+            return tuple(F.linear(whole, weight) for weight in weights)
+        outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
+
+        def products(rank: int, piece: Tensor) -> None:
+            for out, weight in zip(outputs, weights, strict=True):
+                torch.mm(piece, weight.t(), out=out.chunk(tp.size)[rank])
+
+        tp.count("all_gather", x, pieces=tp.size)
+        tp.exchange.gather(x, products)
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads):
-        whole, *weights = ctx.saved_tensors
-        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [b * l, e]
-        dx, work = None, None
-        if ctx.needs_input_grad[1]:
-            dx = rows[0] @ weights[0]
-            for grad, weight in zip(rows[1:], weights[1:], strict=True):
-                dx.addmm_(grad, weight)
-            dx, work = _start_sum(dx.view(whole.shape), ctx.tp)
-        flat = whole.reshape(-1, whole.shape[-1])
-        needed = ctx.needs_input_grad[2:]
-        dweights = [grad.t() @ flat if wanted else None for grad, wanted in zip(rows, needed, strict=True)]
-        if work is not None:
-            work.wait()
+        x, *weights = ctx.saved_tensors
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [n, e]
+        needs_x, *needed = ctx.needs_input_grad[1:]
+        run = _enter_in_pieces if ctx.tp.sequence_parallel and ctx.tp.exchange is not None else _enter_whole
+        dx, dweights = run(ctx.tp, x, weights, rows, needs_x, needed)
         return None, dx, *dweights
+
+
+def _enter_whole(tp, x, weights, rows, needs_x, needed):
+    """Gradients of x and of the weights where needed, from those of the outputs, rows [n, e] each."""
+    whole = _all_gather(x, tp) if tp.sequence_parallel and any(needed) else x
+    dx = work = None
+    if needs_x:
+        dx = _product_of_sum(rows, weights)
+        dx, work = _start_sum(dx if tp.sequence_parallel else dx.view(x.shape), tp)
+    flat = whole.reshape(-1, whole.shape[-1])
+    dweights = [grad.t() @ flat if wanted else None for grad, wanted in zip(rows, needed, strict=True)]
+    if work is not None:
+        work.wait()
+    return dx, dweights
+
+
+def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
+    """As `_enter_whole`; x [n/tp, d] comes from the other ranks under the products that make its gradient."""
+    fetch = whole = None
+    if any(needed):
+        tp.count("all_gather", x, pieces=tp.size)
+        fetch, whole = Fetch(tp.exchange, x), x.new_empty(tp.size * len(x), x.shape[1])
+    dweights: list[Tensor | None] = [None] * len(weights)
+
+    def part(rank: int) -> Tensor:
+        if fetch is not None and rank == tp.rank:
+            fetch.join(whole)
+        return _product_of_sum([grad.chunk(tp.size)[rank] for grad in rows], weights)
+
+    def of_weights() -> None:
+        if fetch is None:
+            return
+        fetch.end()
+        for i, wanted in enumerate(needed):
+            dweights[i] = rows[i].t() @ whole if wanted else None
+
+    if needs_x:
+        tp.count("reduce_scatter", x, pieces=tp.size)
+        return tp.exchange.scatter(part, of_weights), dweights
+    if fetch is not None:
+        fetch.join(whole)
+    of_weights()
+    return None, dweights
+
+
+def _product_of_sum(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The sum of rows[i] [n, e] @ weights[i] [e, d]."""
+    total = rows[0] @ weights[0]
+    for grad, weight in zip(rows[1:], weights[1:], strict=True):
+        total.addmm_(grad, weight)
+    return total
+
+
+class _LeaveLinear(torch.autograd.Function):
+    """With sequence parallelism: x [..., e], weight [d, e] -> this rank's shard [n/tp, d] of the ranks' sum."""
+
+    @staticmethod
+    def forward(ctx, tp, x, weight):
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        if tp.exchange is None or tp.exchange.whole_products:
+            return _scatter(F.linear(x, weight), tp)
+        pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
+        mine = tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t())
+        tp.count("reduce_scatter", mine, pieces=tp.size)
+        return mine
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        tp, grad = ctx.tp, grad.contiguous()
+        whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
+        dx = torch.empty_like(x)
+        flat = dx.view(-1, x.shape[-1])
+        if tp.exchange is None:
+            whole = _all_gather(grad, tp)
+            torch.mm(whole, weight, out=flat)
+        else:
+            tp.count("all_gather", grad, pieces=tp.size)
+            tp.exchange.gather(grad, lambda r, piece: torch.mm(piece, weight, out=flat.chunk(tp.size)[r]), whole)
+        return None, dx, whole.t() @ x.reshape(-1, x.shape[-1])
+
+
+def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
+    """[n/tp, ...] -> [n, ...], through the exchange where there is one."""
+    if tp.exchange is None:
+        return _all_gather(x, tp)
+    x = x.contiguous()
+    whole = x.new_empty(tp.size * len(x), *x.shape[1:])
+    tp.count("all_gather", whole)
+    tp.exchange.gather(x, lambda rank, piece: None, whole)
+    return whole
+
+
+def _scatter(x: Tensor, tp: TensorParallel) -> Tensor:
+    """[..., d] -> this rank's [n/tp, d] of the sum, through the exchange where there is one."""
+    if tp.exchange is None:
+        return _reduce_scatter(x, tp)[0]
+    tp.count("reduce_scatter", x)
+    pieces = x.reshape(-1, x.shape[-1]).contiguous().chunk(tp.size)
+    return tp.exchange.scatter(lambda rank: pieces[rank])
 
 
 def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:
     """The ranks' sum of x [..., d], or this rank's shard of it, once the work is done; x may be overwritten."""
     if tp.sequence_parallel:
         return _reduce_scatter(x, tp, async_op=True)
-    tp.counter.add("all_reduce", x.numel() * x.element_size())
+    tp.count("all_reduce", x)
     return x, dist.all_reduce(x, group=tp.group, async_op=True)
 
 
@@ -194,22 +307,22 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
-        return _all_gather(x, tp)
+        return _gather(x, tp)
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduce_scatter(grad, ctx.tp)[0], None
+        return _scatter(grad, ctx.tp), None
 
 
 class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp, ctx.shape = tp, x.shape
-        return _reduce_scatter(x, tp)[0]
+        return _scatter(x, tp)
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_gather(grad, ctx.tp).view(ctx.shape), None
+        return _gather(grad, ctx.tp).view(ctx.shape), None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -221,6 +334,11 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-        flat = _all_reduce(torch.cat([g.reshape(-1).to(wide) for g in grads]), ctx.tp)
-        parts = flat.split([g.numel() for g in grads])
-        return None, *(part.view_as(g).to(g.dtype) for part, g in zip(parts, grads, strict=True))
+        flat = grads[0].new_empty(sum(g.numel() for g in grads), dtype=wide)
+        parts = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+        torch._foreach_copy_(parts, grads)  # a launch for many
+        ctx.tp.count("all_reduce", flat)
+        dist.all_reduce(flat, group=ctx.tp.group)
+        sums = [torch.empty_like(g) for g in grads]
+        torch._foreach_copy_(sums, parts)
+        return None, *sums

@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.counter import CommCounter
+from megatron_taipan.parallel.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class TensorParallel:
     group: Any = None
     sequence_parallel: bool = False
     counter: CommCounter = field(default_factory=CommCounter)
+    exchange: Exchange | None = None  # of the shards, in pieces under the products; None: through collectives
+
+    def count(self, collective: str, tensor: Tensor, pieces: int = 1) -> None:
+        """Notes what is sent: a tensor as a whole, or as one of so many pieces of it."""
+        self.counter.add(collective, tensor.numel() * tensor.element_size() * pieces)
 
     def stream_shape(self, batch: int, length: int, d_model: int) -> tuple[int, ...]:
         """Of the residual stream on this rank: [b, l, d], or with sequence parallelism its run of the tokens."""

@@ -5,11 +5,13 @@ With T = b l d elements of the stream, per layer, micro-batch and training step 
     M           one all-reduce of T each way, as in the Mamba-2 paper (arXiv 2405.21060, section 8.1)
     W, A        two all-reduces of T each way, attention and MLP (Megatron-LM, arXiv 1909.08053, section 3)
     S           the same, but the attention's forward all-reduce carries the n selected rows only: n d elements
+                (all of T in shards)
     embedding   one forward;  head: one backward, and per chunk of tokens the maxima and two sums of its rows
 
 Where the groups of M (or the key-value heads) are fewer than the ranks, one small all-reduce of parameter gradients
 comes on top, and for M two of the norm's sums of squares. Sequence parallelism replaces each all-reduce of T by an
-all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate.
+all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate, and one more
+all-gather where a product's input is needed for the gradient of its weights (M and the MLP).
 """
 
 import math
@@ -55,6 +57,10 @@ def expected_traffic(
         else:
             t.add("all_reduce", stream)  # backward
 
+    def again() -> None:
+        if sequence:
+            t.add("all_gather", stream)
+
     def out_of_block() -> None:
         if sequence:
             t.add("reduce_scatter", stream)
@@ -78,6 +84,7 @@ def expected_traffic(
         if letter == "M":
             if config.mamba.n_groups < tensor:
                 t.add("all_reduce", 4 * batch * length * config.mamba.n_groups, calls=2)
+            again()
             out_of_block()
             continue
         if letter == "S":
@@ -87,11 +94,15 @@ def expected_traffic(
                 t.add("all_gather", batch * length)  # which tokens
                 t.add("all_reduce", 4 * 4)  # statistics
             rows = next(counts)
-            t.add("all_reduce", rows * d * width, calls=2 if sequence else 1)
+            if sequence:
+                out_of_block()
+            else:
+                t.add("all_reduce", rows * d * width)
         else:
             out_of_block()
         norm()
         into_block()
+        again()
         out_of_block()
     norm()
     into_block()  # the head

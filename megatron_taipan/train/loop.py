@@ -21,7 +21,8 @@ from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loade
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
-from megatron_taipan.parallel.groups import Groups, build_groups, set_timeouts
+from megatron_taipan.parallel.connect import connect
+from megatron_taipan.parallel.groups import Groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import Place, agree, any_rank
 from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
@@ -56,10 +57,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
         settle_numerics(config)
         seed_all(t.seed + place.rank)
-        groups = build_groups(
-            world_size=place.world_size, rank=place.rank, tensor=p.tensor, pipeline=p.pipeline,
-            sequence_parallel=p.sequence, timeout_s=p.timeout_s,
-        )  # fmt: skip
+        groups, travel = connect(p, device)
         train_data, valid_data = agree(lambda: open_data(config))
         lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         agree(lambda: remove_leftovers(directory) if writer else None)
@@ -99,7 +97,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             metrics.note("warning", f"passed over checkpoint {reason}")
         metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
-                     f" {describe_optimizer(engine.basic_optimizer)}"
+                     f" {describe_optimizer(engine.basic_optimizer)}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
 
         def validate() -> None:

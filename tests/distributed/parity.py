@@ -23,7 +23,8 @@ from megatron_taipan.config import Config, make_config
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
-from megatron_taipan.parallel.groups import Groups, build_groups
+from megatron_taipan.parallel.connect import connect
+from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.layout import describe, merge_shards
 from tests.ops.interpreted import interpreted_ops
 
@@ -43,10 +44,11 @@ CUTS = {
 }
 # relative; loss1, norm1 and grad at step 1, the others over all steps
 LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
-# longer rows and a wider network: the steps after the first amplify rounding more, on one process too
-GPU_LIMITS = LIMITS | {"norm": 1e-3, "weights": 1e-4}
+# longer rows and a wider network amplify rounding more, on one process too: there float32 differs from float64 by up
+# to 9e-6 in a gradient of step 1 (layers.3.mixer.dt_bias with four groups)
+GPU_LIMITS = LIMITS | {"grad": 3e-5, "norm": 1e-3, "weights": 1e-4}
 # of bf16, where one process happens to differ by less than a third of these
-LEAST = {"loss1": 2e-4, "norm1": 2e-3, "grad": 2e-2, "losses": 5e-4, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
+LEAST = {"loss1": 5e-4, "norm1": 2e-3, "grad": 2e-2, "losses": 5e-4, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def configure(case: Case, setting: Setting) -> Config:
             },
             "parallel": {
                 "tensor": case.tensor, "sequence": case.sequence, "pipeline": case.pipeline, "zero_stage": case.zero,
-                "recompute": case.recompute,
+                "recompute": case.recompute, "timeout_s": 120,
             },
             "data": {"train": "unused", "seq_len": setting.length, "mask_documents": case.packed},
             # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
@@ -317,12 +319,9 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
 
     config = configure(case, setting)
     check_layout(config, dist.get_world_size())
-    key = (case.tensor, case.sequence, case.pipeline)
+    key = (case.tensor, case.sequence, case.pipeline, case.recompute == "selective")
     if key not in made:
-        made[key] = build_groups(
-            world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=case.tensor, pipeline=case.pipeline,
-            sequence_parallel=case.sequence, timeout_s=120,
-        )  # fmt: skip
+        made[key] = connect(config.parallel, setting.device)[0]
     groups = made[key]
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     model = build_model(config, groups, setting.ops)

@@ -4,19 +4,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_taipan.config import ParallelConfig
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.collectives import gather_tokens, put_tokens, take_tokens
-from megatron_taipan.parallel.groups import TensorParallel, build_groups
+from megatron_taipan.parallel.connect import connect
+from megatron_taipan.parallel.groups import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 
 PATTERN = "M S W A M"
 # rows, tokens a row: cuts of two ranks between rows, within the middle one, within the only one
-SHAPES = [(2, 12), (3, 8), (1, 10)]
+SHAPES = [(2, 12), (3, 8), (1, 12)]
 
 
 def network(tp: TensorParallel | None = None) -> Taipan:
-    return Taipan(small_config(PATTERN), seed=3, tensor_parallel=tp).double()
+    return Taipan(small_config(PATTERN, mamba={"headdim": 4}), seed=3, tensor_parallel=tp).double()
 
 
 def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -35,19 +37,19 @@ def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"loss": out.loss, "budget_loss": out.budget_loss, "all": every, "last": last, **stats, **gradients}
 
 
-def two_ranks() -> TensorParallel:
-    rank = dist.get_rank()
-    return build_groups(world_size=2, rank=rank, tensor=2, pipeline=1, timeout_s=60, sequence_parallel=True).tensor
+def ranks(**parallel) -> TensorParallel:
+    config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60, **parallel)
+    return connect(config, torch.device("cpu"))[0].tensor
 
 
-def outcomes() -> list[dict[str, torch.Tensor]]:
-    model = network(two_ranks())
+def outcomes(parallel: dict) -> list[dict[str, torch.Tensor]]:
+    model = network(ranks(**parallel))
     return [{name: value.detach() for name, value in outcome(model, *shape).items()} for shape in SHAPES]
 
 
 def round_trip() -> list[bool]:
     """Three rows of six tokens of two numbers, cut in two: in shards and whole again, and a shard at its place."""
-    tp = two_ranks()
+    tp = ranks()
     whole = torch.arange(36.0).view(3, 6, 2)
     mine = take_tokens(whole, tp)
     places = put_tokens(mine[:, 0], tp).view(3, 6)
@@ -59,9 +61,14 @@ def test_taking_and_putting_tokens_are_inverse():
     assert launch(2, round_trip) == [[True, True], [True, True]]
 
 
-@pytest.fixture(scope="module")
-def sharded():
-    return launch(2, outcomes)
+# a collective and then the product; in pieces; pieces behind whole products in the forward pass
+WAYS = {"whole": {"overlap": False}, "pieces": {}, "mixed": {"recompute": "selective"}}
+
+
+@pytest.fixture(scope="module", params=[(2, way) for way in WAYS] + [(4, "pieces")], ids=lambda p: f"{p[1]}-{p[0]}")
+def sharded(request):
+    size, way = request.param
+    return launch(size, outcomes, WAYS[way])
 
 
 @pytest.mark.parametrize("case", range(len(SHAPES)))

@@ -1,0 +1,51 @@
+"""The groups of a run, as its configuration lays them out, and how the tensor ranks reach each other's memory."""
+
+import socket
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.config import ParallelConfig
+from megatron_taipan.parallel.exchange import Exchange, Messages, PeerMemory
+from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
+
+
+def connect(p: ParallelConfig, device: torch.device) -> tuple[Groups, str]:
+    """The groups, and for the log how shards of tokens travel ("" where there are none); collective.
+
+    Raises:
+        UserError: the layout does not fit the number of processes.
+    """
+    groups = build_groups(
+        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
+        sequence_parallel=p.sequence, timeout_s=p.timeout_s,
+    )  # fmt: skip
+    if not groups.tensor.sequence_parallel:
+        return groups, ""
+    exchange, report = find_exchange(groups.tensor, p, device)
+    return replace(groups, tensor=replace(groups.tensor, exchange=exchange)), report
+
+
+def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -> tuple[Exchange | None, str]:
+    """The group's exchange, or None and why collectives serve instead; the same on all its ranks."""
+    whole = p.recompute == "selective"
+    if not p.overlap:
+        return None, "tokens travel by collectives (parallel.overlap=false)"
+    if device.type == "cpu":
+        return Messages(tp.rank, tp.size, tp.group, whole_products=whole), "tokens travel in pieces"
+    hosts: list[str] = [""] * tp.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=tp.group)
+    if len(set(hosts)) > 1:
+        return None, f"tokens travel by collectives (a tensor group on hosts {', '.join(sorted(set(hosts)))})"
+    exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s, whole_products=whole)
+    reason = ""
+    try:
+        exchange.start((1,), torch.float32, device)  # makes memory that the others see
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+    reasons = [""] * tp.size
+    dist.all_gather_object(reasons, reason, group=tp.group)
+    if any(reasons):
+        return None, f"tokens travel by collectives (no GPU sees the others' memory: {next(filter(None, reasons))})"
+    return exchange, "tokens travel through the GPUs' memory"

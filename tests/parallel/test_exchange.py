@@ -1,0 +1,125 @@
+"""Pieces between ranks: every rank gets what the others sent, in whatever order exchanges are made and replayed."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_taipan.config import ParallelConfig
+from megatron_taipan.parallel.connect import connect
+from megatron_taipan.parallel.exchange import Exchange, PeerMemory
+from tests.distributed.launch import launch
+
+
+def exchange_of(device: torch.device) -> Exchange:
+    config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60)
+    groups, report = connect(config, device)
+    assert groups.tensor.exchange is not None, report
+    return groups.tensor.exchange
+
+
+def piece_of(
+    rank: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, salt: int = 0
+) -> torch.Tensor:
+    """What a rank holds; small whole numbers, so that sums are exact in every type."""
+    generator = torch.Generator().manual_seed(100 * salt + rank)
+    return torch.randint(-8, 9, shape, generator=generator).to(device, dtype)
+
+
+def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
+    """All pieces, by way of both things that `gather` offers, which must agree."""
+    size = len(exchange.peers) + 1
+    whole, used = mine.new_empty(size * len(mine), *mine.shape[1:]), mine.new_empty(size * len(mine), *mine.shape[1:])
+    exchange.gather(mine, lambda rank, piece: used.chunk(size)[rank].copy_(piece), whole)
+    return torch.stack([whole, used])
+
+
+def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
+    """The ranks' sum of parts[this rank]."""
+    return exchange.scatter(lambda rank: parts[rank] + 0)  # a tensor of its own, as a product is
+
+
+def check_all(exchange: Exchange, device: torch.device) -> None:
+    """Sizes that grow and shrink, types that change, in the same order on every rank."""
+    rank, size = exchange.rank, len(exchange.peers) + 1
+    for salt, (shape, dtype) in enumerate(
+        [((3, 5), torch.float32), ((7, 11), torch.float64), ((64, 33), torch.bfloat16), ((2, 2), torch.float32)] * 3
+    ):
+        pieces = [piece_of(r, shape, dtype, device, salt) for r in range(size)]
+        whole, used = gathered(exchange, pieces[rank])
+        assert torch.equal(whole, torch.cat(pieces)) and torch.equal(used, whole)
+        parts = [piece_of(r, (size * shape[0], shape[1]), dtype, device, 50 + salt) for r in range(size)]
+        total = scattered(exchange, parts[rank].view(size, *shape))
+        assert torch.equal(total, sum(part.view(size, *shape)[rank] for part in parts))
+
+
+def on_cpu() -> bool:
+    check_all(exchange_of(torch.device("cpu")), torch.device("cpu"))
+    return True
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_piece_arrives_through_messages(size):
+    assert launch(size, on_cpu) == [True] * size
+
+
+def on_gpu() -> bool:
+    """Eager exchanges, then recorded ones, replayed in orders in which they were not recorded, ranks out of step."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    exchange = exchange_of(device)
+    assert isinstance(exchange, PeerMemory)
+    check_all(exchange, device)
+    rank, size, shape = exchange.rank, len(exchange.peers) + 1, (256, 1024)
+    mine = torch.zeros(shape, device=device)
+    parts = torch.zeros(size, *shape, device=device)
+
+    def three() -> list[torch.Tensor]:  # an odd number: the next graph begins with the slot that this one ended with
+        return [gathered(exchange, mine), scattered(exchange, parts), gathered(exchange, mine * 2)]
+
+    def one() -> list[torch.Tensor]:
+        return [scattered(exchange, parts * 3)]
+
+    recorded = []
+    for work in (three, one):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = work()
+        recorded.append((graph, results))
+    order, delays = random.Random(0), random.Random(rank)
+    for turn in range(60):
+        everyone = [piece_of(r, shape, torch.float32, device, turn) for r in range(size)]
+        shares = [piece_of(r, (size * shape[0], shape[1]), torch.float32, device, 99 + turn) for r in range(size)]
+        shares = [share.view(size, *shape) for share in shares]
+        mine.copy_(everyone[rank])
+        parts.copy_(shares[rank])
+        expected, total = torch.cat(everyone), sum(share[rank] for share in shares)
+        which = order.randrange(3)
+        torch.cuda._sleep(delays.randrange(1, 3_000_000))  # up to 2 ms
+        if which == 2:
+            results = three()
+        else:
+            graph, results = recorded[which]
+            graph.replay()
+        if which == 1:
+            assert torch.equal(results[0], 3 * total), turn
+        else:
+            (whole, used), sums, (double, _) = results
+            assert torch.equal(whole, expected) and torch.equal(used, expected), turn
+            assert torch.equal(sums, total) and torch.equal(double, 2 * expected), turn
+    recorded.clear()
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_piece_arrives_through_the_gpus_memory(size):
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    assert launch(size, on_gpu, on_gpu=True, timeout=120) == [True] * size
