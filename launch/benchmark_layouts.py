@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> None:
         print(MARK + json.dumps(numbers), flush=True)
     if options.profile:
         if dist.get_rank() == 0:
-            print_profile(training.step, top=30, host=False)
+            print_profile(training.step, top=60, host=False)
         else:
             training.step()
     dist.barrier()

@@ -16,6 +16,8 @@ from torch.func import functional_call
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.parallel.collectives import sum_gradients_ahead
+from megatron_taipan.parallel.groups import TensorParallel
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
 
@@ -23,15 +25,16 @@ LONGEST = 7  # layers of a group; shorter groups let gradients leave for other r
 class Group(nn.Module):
     """Consecutive layers as a function of tensors alone, their parameters among them."""
 
-    def __init__(self, layers: list[nn.Module], recompute: tuple[str, int]):
+    def __init__(self, layers: list[nn.Module], recompute: tuple[str, int], tp: TensorParallel):
         super().__init__()
-        self.layers, self.recompute = nn.ModuleList(layers), recompute
+        self.layers, self.recompute, self.tp = nn.ModuleList(layers), recompute, tp
         self.names, self.own = zip(*self.named_parameters(), strict=True)
 
     def with_parameters(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`forward` on the tensors behind the first n with those first n as the parameters."""
         n = len(self.names)
-        return functional_call(self, dict(zip(self.names, tensors[:n], strict=True)), tensors[n:])
+        own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])  # type: ignore[misc]
+        return functional_call(self, dict(zip(self.names, own, strict=True)), tensors[n:])
 
     def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
         """h: [b, l, d] or this rank's shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
@@ -54,6 +57,7 @@ class GraphedLayers:
         shape: (b, l) of a micro-batch.
         stream: an example of the residual stream as it enters the layers; its values do not matter.
         recompute: mode and layers a segment of activation checkpointing.
+        tensor_parallel: this rank's place, as the layers know it.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class GraphedLayers:
         shape: tuple[int, int],
         stream: Tensor,
         recompute: tuple[str, int] = ("none", 1),
+        tensor_parallel: TensorParallel | None = None,
     ):
         self.shape = shape
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.places = self._places()
-        groups = [Group(part, recompute) for part in split(list(layers))]
+        tp = tensor_parallel or TensorParallel()
+        groups = [Group(part, recompute, tp) for part in split(list(layers))]
         b, l = shape
         device = stream.device
         facts = (

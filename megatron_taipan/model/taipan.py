@@ -169,7 +169,7 @@ class Taipan(nn.Module):
         shape = self.tp.stream_shape(batch, length, self.config.d_model)
         stream = torch.ones(shape, device=weight.device, dtype=wide)
         recompute = (self.recompute, self.recompute_every)
-        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute)
+        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp)
 
     def release_graphs(self) -> None:
         """Forgets what `capture` recorded. NCCL waits for ever to leave a communicator that a graph still holds."""

@@ -17,6 +17,7 @@ group has an exchange (exchange.py), the products go piece by piece and hide the
 gradients hide the backward collective. A shard is kept for the backward pass as it is, and gathered once more there.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from megatron_taipan.parallel.exchange import Fetch
 from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.layout import ParamSpec
 
 
 def enter_block(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -59,11 +61,30 @@ def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
 def sum_gradients(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors unchanged; their gradients are summed over the ranks, in one all-reduce.
 
-    For replicated parameters of which each rank's heads use a part, or that see a shard of the tokens only.
+    For replicated parameters of which each rank's heads use a part, or that see a shard of the tokens only. Those from
+    `sum_gradients_ahead` stay as they are.
     """
-    if tp.size == 1:
+    if tp.size == 1 or all(hasattr(t, AHEAD) for t in tensors):
         return tensors
     return _SumGradients.apply(tp, *tensors)
+
+
+AHEAD = "summed_ahead"  # attribute of tensors whose gradients are summed over the ranks elsewhere
+
+
+def sum_gradients_ahead(tp: TensorParallel, specs: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters for many layers, their gradients summed in one all-reduce where each layer would make its own.
+
+    Args:
+        specs: what the table says of each.
+    """
+    result = list(tensors)
+    which = [i for i, spec in enumerate(specs) if spec.summed or (spec.on_stream and tp.sequence_parallel)]
+    if tp.size > 1 and which:
+        for i, t in zip(which, _SumGradients.apply(tp, *(tensors[i] for i in which)), strict=True):
+            setattr(t, AHEAD, True)
+            result[i] = t
+    return result
 
 
 def stream_parameters(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +94,10 @@ def stream_parameters(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...
 
 
 def sum_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
-    """The sum over ranks of a value from which every rank computes on differently: both directions all-reduce."""
+    """The sum over ranks of a value from which every rank computes on differently: both directions all-reduce.
+
+    Ranks may add up in different orders, so the last bit may differ between more than two.
+    """
     return x if tp.size == 1 else _SumBoth.apply(x, tp)
 
 
@@ -296,11 +320,19 @@ class _SumBoth(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
-        return _all_reduce(x, tp)
+        return _sum_quickly(x, tp)
 
     @staticmethod
     def backward(ctx, grad):
-        return _all_reduce(grad, ctx.tp), None
+        return _sum_quickly(grad, ctx.tp), None
+
+
+def _sum_quickly(x: Tensor, tp: TensorParallel) -> Tensor:
+    total = tp.exchange.sum(x) if tp.exchange is not None else None
+    if total is None:
+        return _all_reduce(x, tp)
+    tp.count("all_reduce", x)
+    return total
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -336,9 +368,18 @@ class _SumGradients(torch.autograd.Function):
         wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
         flat = grads[0].new_empty(sum(g.numel() for g in grads), dtype=wide)
         parts = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
-        torch._foreach_copy_(parts, grads)  # a launch for many
+        _copy_all(parts, grads)
         ctx.tp.count("all_reduce", flat)
         dist.all_reduce(flat, group=ctx.tp.group)
         sums = [torch.empty_like(g) for g in grads]
-        torch._foreach_copy_(sums, parts)
+        _copy_all(sums, parts)
         return None, *sums
+
+
+def _copy_all(to: list[Tensor], tensors: Sequence[Tensor]) -> None:
+    """to[i] = tensors[i]; a launch for many, as long as each list has one type."""
+    by_types: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (a, b) in enumerate(zip(to, tensors, strict=True)):
+        by_types.setdefault((a.dtype, b.dtype), []).append(i)
+    for which in by_types.values():
+        torch._foreach_copy_([to[i] for i in which], [tensors[i] for i in which])

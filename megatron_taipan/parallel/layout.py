@@ -27,6 +27,7 @@ class ParamSpec:
     decay: bool = True  # takes weight decay
     float32: bool = False  # stays float32 under bf16 and fp16
     summed: bool = False  # replicated, but each rank's gradient covers only its own heads' use of it
+    on_stream: bool = False  # replicated; where tokens are sharded, each rank's gradient covers its own tokens only
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         """The shape on one of `size` tensor ranks."""
@@ -56,8 +57,8 @@ def describe(config: ModelConfig, tensor: int = 1) -> dict[str, ParamSpec]:
             layer |= _mamba(config, tensor)
         else:
             if letter == "S":
-                layer["gate.weight"] = ParamSpec((2, d), "normal", float32=True)
-                layer["gate.bias"] = ParamSpec((2,), "zeros", decay=False, float32=True)
+                layer["gate.weight"] = ParamSpec((2, d), "normal", float32=True, on_stream=True)
+                layer["gate.bias"] = ParamSpec((2,), "zeros", decay=False, float32=True, on_stream=True)
             layer |= _attention(config, tensor) | {"mlp_norm.weight": _norm(d)} | _mlp(config)
         table |= {f"layers.{index}.{name}": spec for name, spec in layer.items()}
     table["final_norm.weight"] = _norm(d)
@@ -67,7 +68,7 @@ def describe(config: ModelConfig, tensor: int = 1) -> dict[str, ParamSpec]:
 
 
 def _norm(size: int) -> ParamSpec:
-    return ParamSpec((size,), "ones", decay=False)
+    return ParamSpec((size,), "ones", decay=False, on_stream=True)
 
 
 def _mamba(config: ModelConfig, tensor: int) -> dict[str, ParamSpec]:

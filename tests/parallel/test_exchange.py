@@ -78,7 +78,9 @@ def on_gpu() -> bool:
         return [gathered(exchange, mine), scattered(exchange, parts), gathered(exchange, mine * 2)]
 
     def one() -> list[torch.Tensor]:
-        return [scattered(exchange, parts * 3)]
+        few = exchange.sum(mine[:3])
+        assert few is not None
+        return [scattered(exchange, parts * 3), few]
 
     recorded = []
     for work in (three, one):
@@ -109,6 +111,7 @@ def on_gpu() -> bool:
             graph.replay()
         if which == 1:
             assert torch.equal(results[0], 3 * total), turn
+            assert torch.equal(results[1], sum(piece[:3] for piece in everyone)), turn
         else:
             (whole, used), sums, (double, _) = results
             assert torch.equal(whole, expected) and torch.equal(used, expected), turn

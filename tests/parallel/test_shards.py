@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
+from megatron_taipan.model.graphs import Group
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.collectives import gather_tokens, put_tokens, take_tokens
 from megatron_taipan.parallel.connect import connect
@@ -79,3 +80,28 @@ def test_sharded_network_equals_the_whole_one(sharded, case):
         for name, value in expected.items():
             tolerance = 1e-9 if value.dtype == torch.float64 else 1e-6  # the gate's statistics are float32
             torch.testing.assert_close(rank[case][name], value.detach(), rtol=tolerance, atol=1e-11, msg=name)
+
+
+def gradients_of_a_group(ahead: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Every parameter's gradient of all layers as one group, and the all-reduces that they took."""
+    tp = ranks()
+    model = network(tp)
+    group = Group(list(model.layers), ("none", 1), tp)
+    rows, length = 2, 12
+    h = torch.randn(rows * length, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    facts = torch.zeros(rows, length, dtype=torch.int32), torch.arange(rows), torch.zeros((), dtype=torch.int64)
+    inputs = take_tokens(h.view(rows, length, 24), tp), *facts
+    tp.counter.reset()
+    out, budget, _ = group.with_parameters(*group.own, *inputs) if ahead else group(*inputs)
+    torch.autograd.backward((out, budget), (out.detach(), torch.ones_like(budget)))
+    return {name: p.grad for name, p in model.layers.named_parameters()}, tp.counter.calls["all_reduce"]
+
+
+def test_gradients_summed_ahead_are_those_summed_by_each_layer():
+    for (each, often), (ahead, seldom) in zip(
+        launch(2, gradients_of_a_group, False), launch(2, gradients_of_a_group, True), strict=True
+    ):
+        assert seldom < often - 5
+        assert each.keys() == ahead.keys()
+        for name, gradient in each.items():
+            torch.testing.assert_close(ahead[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
