@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 32768, 131072], help="decode")
     parser.add_argument("--chunk", type=int, default=8192, help="decode: prompt tokens per pass")
     parser.add_argument("--steps", type=int, default=64, help="decode: tokens that are timed")
-    parser.add_argument("--layouts", nargs="*", help="layouts: such as '2 tensor=2 sequence=true micro_batches=4'")
+    parser.add_argument("--layouts", nargs="*", help="layouts: such as '2 tensor=2 micro_batch=8 micro_batches=4'")
     parser.add_argument("--timeout", type=int, default=600, help="layouts: seconds that a row may take")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # a row's own processes
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON files")

@@ -1,7 +1,8 @@
 """`benchmark.py layouts`: the same training step on several GPUs of this host, laid out in several ways.
 
-Each row is a run of its own under torchrun: `2 tensor=2 sequence=true micro_batches=4` means two processes, these
-options of `parallel`, and four micro-batches a step for each data rank. The first row is what others are compared with.
+Each row is a run of its own under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these options
+of `parallel`, and four micro-batches a step for each data rank; with micro_batch=8 such of eight rows. The first row is
+what others are compared with.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from launch.benchmark_common import Table, median_step_ms, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "layout "
-USUAL = ["1", "2", "2 zero_stage=3", "2 tensor=2", "2 tensor=2 sequence=true"]
+USUAL = ["1", "2", "2 zero_stage=3", "2 tensor=2", "2 tensor=2 micro_batch=8", "2 tensor=2 sequence=false"]
 
 
 def run(options: argparse.Namespace) -> None:

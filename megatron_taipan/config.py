@@ -161,7 +161,11 @@ class ParallelConfig(Section):
 
     tensor: int = option(1, "tensor-parallel size", ge=1)
     pipeline: int = option(1, "pipeline-parallel size", ge=1)
-    sequence: bool = option(False, "sequence parallelism: norms and residuals on one share of the tokens a tensor rank")
+    sequence: bool | None = option(
+        None,
+        "sequence parallelism: norms and residuals on one share of the tokens a tensor rank; null: where tensor divides"
+        " data.seq_len, since it is faster and needs less memory",
+    )
     overlap: bool = option(
         True, "with sequence: tokens travel in pieces under the products, on GPUs of one host through their memory"
     )
@@ -367,6 +371,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         t, p = self.train, self.parallel
+        if p.sequence is None:
+            p.sequence = p.tensor > 1 and self.data.seq_len % p.tensor == 0
         if t.global_batch % t.micro_batch:
             raise ValueError(
                 f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}"

@@ -19,7 +19,7 @@ def connect(p: ParallelConfig, device: torch.device) -> tuple[Groups, str]:
     """
     groups = build_groups(
         world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=p.sequence, timeout_s=p.timeout_s,
+        sequence_parallel=bool(p.sequence), timeout_s=p.timeout_s,
     )  # fmt: skip
     if not groups.tensor.sequence_parallel:
         return groups, ""

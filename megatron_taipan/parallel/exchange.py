@@ -192,7 +192,8 @@ class PeerMemory(Exchange):
 
             self.sums = symmetric.empty(SMALL // 4, dtype=torch.float32, device=x.device)
             symmetric.rendezvous(self.sums, self.group)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(self.sums, x.contiguous(), "sum", self.group.group_name)
+        room = self.sums[: x.numel()].view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", self.group.group_name)
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
         n_bytes = dtype.itemsize

@@ -27,7 +27,7 @@ LAYOUTS = {
     "alone, stage 0": (1, {"zero_stage": 0}),
     "2 data, stage 1": (2, {"zero_stage": 1}),
     "2 data, stage 3": (2, {"zero_stage": 3}),
-    "2 tensor, stage 1": (2, {"zero_stage": 1, "tensor": 2}),
+    "2 tensor, stage 1": (2, {"zero_stage": 1, "tensor": 2, "sequence": False}),
     "2 tensor, stage 3": (2, {"zero_stage": 3, "tensor": 2}),
     "2 stages": (2, {"zero_stage": 1, "pipeline": 2}),
     "2 stages x 2 data": (4, {"zero_stage": 1, "pipeline": 2}),

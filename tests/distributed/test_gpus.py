@@ -15,7 +15,7 @@ pytestmark = [
 ]
 STEPS, CUT = 8, 4
 LAYOUTS = {
-    "tensor": {"tensor": 2}, "sequence": {"tensor": 2, "sequence": True}, "data": {"tensor": 1},
+    "tensor": {"tensor": 2, "sequence": False}, "sequence": {"tensor": 2}, "data": {"tensor": 1},
     "zero3": {"tensor": 1, "zero_stage": 3},
 }  # fmt: skip
 
