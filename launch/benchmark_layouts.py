@@ -1,8 +1,8 @@
 """`benchmark.py layouts`: the same training step on several GPUs of this host, laid out in several ways.
 
-Each row is a run of its own under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these options
-of `parallel`, and four micro-batches a step for each data rank; with micro_batch=8 such of eight rows. The first row is
-what others are compared with.
+Each row is a run of its own under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these
+options of `parallel`, and four micro-batches a step for each data rank; with micro_batch=8 such of eight rows. The
+first row is what others are compared with.
 """
 
 import argparse

@@ -40,7 +40,7 @@ def test_saved_in_one_layout_and_resumed_in_others(tmp_path, precision, toleranc
     assert all(abs(a - b) < tolerance * b for a, b in zip(moving, still, strict=True)), (moving, still)
 
 
-@pytest.mark.parametrize("layout", ["tensor", "data"])
+@pytest.mark.parametrize("layout", ["sequence", "data"])
 def test_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path, layout):
     prefix = write_data(tmp_path / "data")
     tree = toy_tree(
