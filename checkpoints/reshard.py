@@ -71,8 +71,6 @@ def with_layout(config: Config, layout: dict[str, int]) -> Config:
     if layout.get("pipeline", config.parallel.pipeline) != config.parallel.pipeline:
         tree["model"]["pattern"] = tree["model"]["pattern"].replace("|", " ")  # cuts for the number of before
     tree["parallel"] |= layout
-    if tree["parallel"]["tensor"] == 1:
-        tree["parallel"]["sequence"] = False
     return make_config(tree, "the new layout")
 
 

@@ -157,7 +157,7 @@ def join_processes(config: Config) -> tuple[torch.device, Any]:
     device = pick_device(place)
     if not dist.is_initialized():
         start_processes(place, device, config.parallel.timeout_s)
-    groups, travel = connect(config.parallel, device)
+    groups, travel = connect(config.parallel, device, config.data.seq_len)
     if travel and dist.get_rank() == 0:
         print(travel, file=sys.stderr)
     return device, groups

@@ -179,6 +179,12 @@ class ParallelConfig(Section):
     recompute_every: int = option(1, "with recompute=full: layers per checkpointed segment", ge=1)
     timeout_s: float = option(1800.0, "seconds after which a collective that does not finish ends the job", gt=0)
 
+    def shards_tokens(self, seq_len: int) -> bool:
+        """Whether tensor ranks keep a share of the tokens each, in rows of seq_len tokens."""
+        if self.sequence is None:
+            return self.tensor > 1 and seq_len % self.tensor == 0
+        return self.sequence and self.tensor > 1
+
 
 class DataSource(Section):
     """One tokenized dataset of a blend."""
@@ -371,8 +377,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         t, p = self.train, self.parallel
-        if p.sequence is None:
-            p.sequence = p.tensor > 1 and self.data.seq_len % p.tensor == 0
         if t.global_batch % t.micro_batch:
             raise ValueError(
                 f"train.micro_batch={t.micro_batch} does not divide train.global_batch={t.global_batch}"

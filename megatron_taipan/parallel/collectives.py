@@ -64,8 +64,10 @@ def sum_gradients(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...]:
     For replicated parameters of which each rank's heads use a part, or that see a shard of the tokens only. Those from
     `sum_gradients_ahead` stay as they are.
     """
-    if tp.size == 1 or all(hasattr(t, AHEAD) for t in tensors):
+    ahead = [hasattr(t, AHEAD) for t in tensors]
+    if tp.size == 1 or all(ahead):
         return tensors
+    assert not any(ahead), "the table (parallel/layout.py) says of some of these parameters only that they are summed"
     return _SumGradients.apply(tp, *tensors)
 
 
@@ -94,10 +96,7 @@ def stream_parameters(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...
 
 
 def sum_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
-    """The sum over ranks of a value from which every rank computes on differently: both directions all-reduce.
-
-    Ranks may add up in different orders, so the last bit may differ between more than two.
-    """
+    """The sum over ranks of a value from which every rank computes on differently: both directions all-reduce."""
     return x if tp.size == 1 else _SumBoth.apply(x, tp)
 
 
@@ -266,13 +265,13 @@ class _LeaveLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         tp, grad = ctx.tp, grad.contiguous()
-        whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
-        dx = torch.empty_like(x)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         flat = dx.view(-1, x.shape[-1])
         if tp.exchange is None:
             whole = _all_gather(grad, tp)
             torch.mm(whole, weight, out=flat)
         else:
+            whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
             tp.count("all_gather", grad, pieces=tp.size)
             tp.exchange.gather(grad, lambda r, piece: torch.mm(piece, weight, out=flat.chunk(tp.size)[r]), whole)
         return None, dx, whole.t() @ x.reshape(-1, x.shape[-1])
@@ -361,7 +360,8 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tp, *tensors):
         ctx.tp = tp
-        return tuple(t.view_as(t) for t in tensors)
+        # no view_as: selective recomputation counts views, and makes these where the forward pass had them made ahead
+        return tuple(t.detach() for t in tensors)
 
     @staticmethod
     def backward(ctx, *grads):

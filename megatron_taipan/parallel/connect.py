@@ -11,15 +11,18 @@ from megatron_taipan.parallel.exchange import Exchange, Messages, PeerMemory
 from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
 
 
-def connect(p: ParallelConfig, device: torch.device) -> tuple[Groups, str]:
+def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Groups, str]:
     """The groups, and for the log how shards of tokens travel ("" where there are none); collective.
+
+    Args:
+        seq_len: tokens of a row.
 
     Raises:
         UserError: the layout does not fit the number of processes.
     """
     groups = build_groups(
         world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=bool(p.sequence), timeout_s=p.timeout_s,
+        sequence_parallel=p.shards_tokens(seq_len), timeout_s=p.timeout_s,
     )  # fmt: skip
     if not groups.tensor.sequence_parallel:
         return groups, ""
@@ -41,9 +44,9 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
     exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s, whole_products=whole)
     reason = ""
     try:
-        exchange.start((1,), torch.float32, device)  # makes memory that the others see
+        exchange.make_room(1, device)
     except (RuntimeError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = repr(error)
     reasons = [""] * tp.size
     dist.all_gather_object(reasons, reason, group=tp.group)
     if any(reasons):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 SLOTS = 2  # pieces of two exchanges may be under way at once
 ALIGNMENT = 512  # bytes
-SMALL = 2**19  # bytes
+SMALL = 2**19  # bytes that `sum` takes
 
 
 class Trip(Protocol):
@@ -121,8 +121,8 @@ def add_up(mine: Tensor, others: list[Tensor]) -> Tensor:
     if len(others) == 1:
         return mine + others[0]
     wide = torch.float64 if mine.dtype == torch.float64 else torch.float32
-    total = mine.to(wide)
-    for part in others:
+    total = mine.to(wide) + others[0]  # a new tensor: `mine` may be part of the caller's
+    for part in others[1:]:
         total += part
     return total.to(mine.dtype)
 
@@ -184,7 +184,7 @@ class PeerMemory(Exchange):
         self.sums: Tensor | None = None  # symmetric memory of `sum`
 
     def sum(self, x: Tensor) -> Tensor | None:
-        """Up to SMALL bytes of float32: every rank reads all others' at once (torch's one-shot all-reduce)."""
+        """Up to SMALL bytes of float32: each rank reads all others' at once (torch's one-shot kernel; no timeout)."""
         if x.dtype != torch.float32 or x.numel() * 4 > SMALL or x.numel() % 4:
             return None
         if self.sums is None:
@@ -200,9 +200,22 @@ class PeerMemory(Exchange):
         for n in shape:
             n_bytes *= n
         if not self.rooms or self.rooms[-1].capacity < n_bytes:
-            self.rooms.append(_Room(self, n_bytes, device))
+            self.make_room(n_bytes, device)
         slot, self.next_slot = self.next_slot, (self.next_slot + 1) % SLOTS
         return _PeerTrip(self, self.rooms[-1], slot, shape, dtype)
+
+    def make_room(self, n_bytes: int, device: torch.device) -> None:
+        """Symmetric memory for pieces of that size; collective.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little.
+            RuntimeError: a GPU does not see the others' memory.
+        """
+        torch.cuda.empty_cache()  # this memory is none of the caching allocator's
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < SLOTS * self.size * n_bytes:
+            raise torch.OutOfMemoryError(f"{SLOTS * self.size * n_bytes} bytes for exchanged tokens, {free} are free.")
+        self.rooms.append(_Room(self, n_bytes, device))
 
 
 class _Room:
@@ -243,6 +256,8 @@ class _PeerTrip:
         self.done = e.side.record_event()
 
     def receive(self, peer: int) -> Tensor:
+        # not before our own pieces have left: a graph whose branches were run one by one could wait here for ever
+        self._await_side()
         self.room.handle.wait_signal(peer, self.slot, self.exchange.timeout_ms)
         return self._place(self.exchange.rank, peer)
 
@@ -254,9 +269,13 @@ class _PeerTrip:
                 part.copy_(piece)
         self.done = side.record_event()
 
-    def end(self) -> None:
+    def _await_side(self) -> None:
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
+            self.done = None
+
+    def end(self) -> None:
+        self._await_side()
         self.sent.clear()
         for peer in self.exchange.peers:
             self.room.handle.put_signal(peer, SLOTS + self.slot, self.exchange.timeout_ms)

@@ -22,7 +22,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     p, t = config.parallel, config.train
     data = data_parallel_size(processes, p.tensor, p.pipeline)
     with torch.device("meta"):
-        model = Taipan(config.model, seed=t.seed, tensor_parallel=TensorParallel(p.tensor, 0, None, bool(p.sequence)))
+        place = TensorParallel(p.tensor, 0, None, p.shards_tokens(config.data.seq_len))
+        model = Taipan(config.model, seed=t.seed, tensor_parallel=place)
     here = largest_stage(model, config)
     tokens = t.global_batch * config.data.seq_len
     flops = model.num_flops_per_token(config.data.seq_len)

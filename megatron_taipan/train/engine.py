@@ -172,7 +172,7 @@ def check_layout(config: Config, processes: int) -> None:
     check_tensor_size(config.model, p.tensor)
     if p.pipeline > 1:
         stage_bounds([1.0] * config.model.n_layers, config.model.cuts, p.pipeline)
-    if p.sequence and config.data.seq_len % p.tensor:
+    if p.shards_tokens(config.data.seq_len) and config.data.seq_len % p.tensor:
         raise UserError(
             f"parallel.sequence needs data.seq_len={config.data.seq_len} to be a multiple of parallel.tensor={p.tensor}"
             f" (remainder {config.data.seq_len % p.tensor})"

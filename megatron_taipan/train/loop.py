@@ -57,7 +57,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
         settle_numerics(config)
         seed_all(t.seed + place.rank)
-        groups, travel = connect(p, device)
+        groups, travel = connect(p, device, config.data.seq_len)
         train_data, valid_data = agree(lambda: open_data(config))
         lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         agree(lambda: remove_leftovers(directory) if writer else None)

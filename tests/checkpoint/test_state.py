@@ -61,22 +61,17 @@ def tree_of(prefix: str, directory: Path, layout: str, **train) -> dict:
 
 def convert(tree: dict, source: str) -> None:
     """Loads a checkpoint in this process group's layout and saves it again, untrained."""
-    import torch.distributed as dist
 
     from megatron_taipan.checkpoint import state
     from megatron_taipan.checkpoint.saving import Saving
     from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
     from megatron_taipan.ops.dispatch import pick_ops
-    from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.connect import connect
     from megatron_taipan.train.engine import build_engine
     from megatron_taipan.train.loop import build_model
 
     config = make_config(tree)
-    p = config.parallel
-    groups = build_groups(
-        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=p.sequence,
-    )  # fmt: skip
+    groups, _ = connect(config.parallel, torch.device("cpu"), config.data.seq_len)
     config.train.seed += 1  # other initial weights: what is not loaded shows
     engine = build_engine(build_model(config, groups, pick_ops()), config, groups, torch.device("cpu"))
     config.train.seed -= 1

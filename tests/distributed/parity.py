@@ -322,7 +322,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     check_layout(config, dist.get_world_size())
     key = (case.tensor, case.sequence, case.pipeline, case.recompute == "selective")
     if key not in made:
-        made[key] = connect(config.parallel, setting.device)[0]
+        made[key] = connect(config.parallel, setting.device, setting.length)[0]
     groups = made[key]
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     model = build_model(config, groups, setting.ops)

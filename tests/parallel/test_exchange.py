@@ -14,7 +14,7 @@ from tests.distributed.launch import launch
 
 def exchange_of(device: torch.device) -> Exchange:
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60)
-    groups, report = connect(config, device)
+    groups, report = connect(config, device, 64)
     assert groups.tensor.exchange is not None, report
     return groups.tensor.exchange
 
@@ -36,8 +36,11 @@ def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
 
 
 def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
-    """The ranks' sum of parts[this rank]."""
-    return exchange.scatter(lambda rank: parts[rank] + 0)  # a tensor of its own, as a product is
+    """The ranks' sum of parts[this rank], which stays as it is."""
+    before = parts.clone()
+    total = exchange.scatter(lambda rank: parts[rank])
+    assert torch.cuda.is_available() or torch.equal(parts, before)  # a comparison cannot be recorded
+    return total
 
 
 def check_all(exchange: Exchange, device: torch.device) -> None:

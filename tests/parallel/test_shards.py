@@ -40,7 +40,7 @@ def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 def ranks(**parallel) -> TensorParallel:
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60, **parallel)
-    return connect(config, torch.device("cpu"))[0].tensor
+    return connect(config, torch.device("cpu"), 12)[0].tensor
 
 
 def outcomes(parallel: dict) -> list[dict[str, torch.Tensor]]:
@@ -82,11 +82,11 @@ def test_sharded_network_equals_the_whole_one(sharded, case):
             torch.testing.assert_close(rank[case][name], value.detach(), rtol=tolerance, atol=1e-11, msg=name)
 
 
-def gradients_of_a_group(ahead: bool) -> tuple[dict[str, torch.Tensor], int]:
+def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.Tensor], int]:
     """Every parameter's gradient of all layers as one group, and the all-reduces that they took."""
-    tp = ranks()
+    tp = ranks(recompute=recompute)
     model = network(tp)
-    group = Group(list(model.layers), ("none", 1), tp)
+    group = Group(list(model.layers), (recompute, 1), tp)
     rows, length = 2, 12
     h = torch.randn(rows * length, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     facts = torch.zeros(rows, length, dtype=torch.int32), torch.arange(rows), torch.zeros((), dtype=torch.int64)
@@ -97,11 +97,12 @@ def gradients_of_a_group(ahead: bool) -> tuple[dict[str, torch.Tensor], int]:
     return {name: p.grad for name, p in model.layers.named_parameters()}, tp.counter.calls["all_reduce"]
 
 
-def test_gradients_summed_ahead_are_those_summed_by_each_layer():
-    for (each, often), (ahead, seldom) in zip(
-        launch(2, gradients_of_a_group, False), launch(2, gradients_of_a_group, True), strict=True
-    ):
-        assert seldom < often - 5
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_summed_ahead_are_those_summed_by_each_layer(size, recompute):
+    by_layer, summed_ahead = (launch(size, gradients_of_a_group, *way) for way in ((False, "none"), (True, recompute)))
+    for (each, often), (ahead, seldom) in zip(by_layer, summed_ahead, strict=True):
+        assert seldom < often - 5 or recompute != "none"
         assert each.keys() == ahead.keys()
         for name, gradient in each.items():
             torch.testing.assert_close(ahead[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
