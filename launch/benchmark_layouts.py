@@ -18,7 +18,12 @@ from launch.benchmark_common import Table, median_step_ms, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "layout "
-USUAL = ["1", "2", "2 zero_stage=3", "2 tensor=2", "2 tensor=2 micro_batch=8", "2 tensor=2 sequence=false"]
+USUAL = [
+    "1",
+    *("2", "2 zero_stage=3", "2 tensor=2", "2 tensor=2 micro_batch=8", "2 tensor=2 sequence=false"),
+    *("4", "4 zero_stage=3", "4 tensor=2 micro_batch=8", "4 tensor=4 micro_batch=16"),
+    *("8", "8 zero_stage=3", "8 tensor=2 micro_batch=8", "8 tensor=4 micro_batch=16"),
+]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,7 +31,9 @@ def run(options: argparse.Namespace) -> None:
         measure(options)
         return
     table = Table("layouts", options.out)
-    for layout in options.layouts or USUAL:
+    import torch
+
+    for layout in options.layouts or [words for words in USUAL if int(words.split()[0]) <= torch.cuda.device_count()]:
         table.attempt(layout, lambda layout=layout: in_processes(options, layout))  # type: ignore[misc]
     first = table.rows[0]
     for row in table.rows[1:]:

@@ -51,7 +51,7 @@ class Exchange:
         """Begins an exchange of pieces of that shape."""
         raise NotImplementedError
 
-    def gather(self, piece: Tensor, use: Callable[[int, Tensor], None], whole: Tensor | None = None) -> None:
+    def gather(self, piece: Tensor, use: Callable[[int, Tensor], object], whole: Tensor | None = None) -> None:
         """use(rank, that rank's piece) for every rank, this one's first, while the others are on their way.
 
         Args:

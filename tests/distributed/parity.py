@@ -200,6 +200,14 @@ CI_CASES = [
     Case("transformerpp", tensor=4, zero=0, sequence=True),
 ]
 
+# More processes than the others are drawn for.
+OF_EIGHT = [
+    Case("taipan", tensor=2, sequence=True, pipeline=2, data=2, zero=1),
+    Case("taipan", tensor=4, data=2, zero=1, n_groups=2),
+    Case("taipan", tensor=2, sequence=True, data=4, zero=3, recompute="selective"),
+    Case("jamba", tensor=4, sequence=True, data=2, zero=2, n_groups=4, n_kv_heads=4),
+]
+
 
 def configure(case: Case, setting: Setting) -> Config:
     sizes, pattern = setting.sizes, CUTS.get((case.pattern, case.pipeline), PATTERNS[case.pattern])

@@ -1,0 +1,131 @@
+"""One edge between two blocks over two tensor ranks: products alone, with collectives, and with copies under them.
+
+    torchrun --nproc_per_node 2 -m launch.experiments.peer_copies [--tokens 16384 --width 2048]
+
+Forward: the partial product that leaves a block, its sum over the ranks, and the product into the next block. Backward:
+the gradient of that input, its sum, the weight's gradient, and the product behind it. Each as a CUDA graph of four, in
+ms; what is shown for copies is `Exchange` (parallel/exchange.py) at work.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_taipan.config import ParallelConfig
+from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.parallel.connect import connect
+from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+
+
+def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
+    """By CUDA events, with the ranks set off together and launches queued ahead."""
+    times = []
+    for _ in range(repeats + 5):
+        dist.barrier()
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[5:])[repeats // 2]
+
+
+def recorded(run: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(times):
+            run()
+    return graph
+
+
+def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; n tokens, weights [width, inner] out of a block and [joint, width] into the next."""
+    config = ParallelConfig(tensor=dist.get_world_size(), sequence=True)
+    groups, report = connect(config, device, n)
+    tp, exchange = groups.tensor, groups.tensor.exchange
+    if exchange is None:
+        raise UserError(f"there is no exchange to measure: {report}")
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device=device)
+
+    y, w_out, w_in, x, dz = (
+        random(n, inner),
+        random(width, inner),
+        random(joint, width),
+        random(n, width),
+        random(n, joint),
+    )
+    shard = random(n // tp.size, width)
+
+    def part(t: Tensor, rank: int) -> Tensor:
+        return t.chunk(tp.size)[rank]
+
+    def reduced(t: Tensor) -> Tensor:
+        dist.all_reduce(t, group=tp.group)
+        return t
+
+    def scattered(t: Tensor) -> Tensor:
+        dist.reduce_scatter_tensor(shard, t, group=tp.group)
+        dist.all_gather_into_tensor(x, shard, group=tp.group)
+        return x
+
+    def pieces_forward() -> object:
+        out = y.new_empty(n, joint)
+        mine = exchange.scatter(lambda rank: part(y, rank) @ w_out.t())
+        exchange.gather(mine, lambda rank, piece: torch.mm(piece, w_in.t(), out=part(out, rank)))
+        return out
+
+    def pieces_backward() -> object:
+        kept: list[Tensor] = []
+        mine = exchange.scatter(lambda rank: part(dz, rank) @ w_in, lambda: kept.append(dz.t() @ x))
+        out = y.new_empty(n, inner)
+        exchange.gather(mine, lambda rank, piece: torch.mm(piece, w_out, out=part(out, rank)))
+        return kept, out
+
+    return {
+        "forward, no communication": lambda: F.linear(F.linear(y, w_out), w_in),
+        "forward, all-reduce": lambda: F.linear(reduced(F.linear(y, w_out)), w_in),
+        "forward, reduce-scatter and all-gather": lambda: F.linear(scattered(F.linear(y, w_out)), w_in),
+        "forward, in pieces": pieces_forward,
+        "backward, no communication": lambda: (dz.t() @ x, (dz @ w_in) @ w_out),
+        "backward, all-reduce": lambda: (dz.t() @ x, reduced(dz @ w_in) @ w_out),
+        "backward, in pieces": pieces_backward,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("tokens", 16384), ("width", 2048), ("inner", 2048), ("joint", 4384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("this measures GPUs and torch sees none")
+    place = find_place(os.environ)
+    device = pick_device(place)
+    start_processes(place, device, 600)
+    for name, run in edges(options.tokens, options.width, options.inner, options.joint, device).items():
+        graph = recorded(run, 4)
+        ms = median_ms(graph.replay) / 4
+        if place.rank == 0:
+            print(f"{name:40s} {ms:.3f} ms", flush=True)
+        del graph  # NCCL waits for ever to leave a communicator that a graph still holds
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(exits_cleanly(main)())
