@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
-from megatron_taipan.parallel.exchange import Exchange, Messages, PeerMemory
+from megatron_taipan.parallel.exchange import Exchange, Messages
 from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
 
 
@@ -41,9 +41,11 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
     dist.all_gather_object(hosts, socket.gethostname(), group=tp.group)
     if len(set(hosts)) > 1:
         return None, f"tokens travel by collectives (a tensor group on hosts {', '.join(sorted(set(hosts)))})"
-    exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s, whole_products=whole)
     reason = ""
     try:
+        from megatron_taipan.parallel.peer_memory import PeerMemory  # not every torch has symmetric memory
+
+        exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s, whole_products=whole)
         exchange.make_room(1, device)
     except (RuntimeError, ImportError) as error:
         reason = repr(error)

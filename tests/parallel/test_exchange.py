@@ -1,6 +1,8 @@
 """Pieces between ranks: every rank gets what the others sent, in whatever order exchanges are made and replayed."""
 
 import random
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.exchange import Exchange, PeerMemory
+from megatron_taipan.parallel.exchange import Exchange
+from megatron_taipan.parallel.peer_memory import PeerMemory
 from tests.distributed.launch import launch
+from tests.parallel.shared_file import pretended_gpus
 
 
 def exchange_of(device: torch.device) -> Exchange:
@@ -65,6 +69,23 @@ def on_cpu() -> bool:
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_piece_arrives_through_messages(size):
     assert launch(size, on_cpu) == [True] * size
+
+
+def in_shared_file(folder: str) -> bool:
+    """The GPUs' way of doing it, ranks out of step."""
+    rank, size, delays = dist.get_rank(), dist.get_world_size(), random.Random(dist.get_rank())
+    with pretended_gpus(Path(folder), rank, size):
+        exchange = PeerMemory(rank, size, None, timeout_s=20)
+        for _ in range(5):
+            time.sleep(delays.random() / 20)
+            check_all(exchange, torch.device("cpu"))
+    assert len(exchange.rooms) == 3  # for the first piece, and for each that was larger than all before
+    return True
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_piece_arrives_through_shared_memory(tmp_path, size):
+    assert launch(size, in_shared_file, str(tmp_path)) == [True] * size
 
 
 def on_gpu() -> bool:
