@@ -11,7 +11,7 @@ from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.rope import rotate
 from megatron_taipan.ops.selected_rows import Rows
-from megatron_taipan.parallel.collectives import sum_gradients
+from megatron_taipan.parallel.replicated import sum_gradients
 
 
 class Attention(nn.Module):

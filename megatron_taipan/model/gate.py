@@ -10,14 +10,8 @@ from megatron_taipan.model.build import Build, WithFloat32Islands
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise
 from megatron_taipan.ops.numerics import at_least_float32
-from megatron_taipan.parallel.collectives import (
-    all_reduce_sum,
-    gather_tokens,
-    put_tokens,
-    stream_parameters,
-    sum_over_shards,
-    take_tokens,
-)
+from megatron_taipan.parallel.collectives import all_reduce_sum, gather_tokens, put_tokens, sum_over_shards, take_tokens
+from megatron_taipan.parallel.replicated import stream_parameters
 
 
 class Selection(NamedTuple):

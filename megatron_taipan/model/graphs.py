@@ -16,8 +16,8 @@ from torch.func import functional_call
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.recompute import run_layers
-from megatron_taipan.parallel.collectives import sum_gradients_ahead
 from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.replicated import sum_gradients_ahead
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
 

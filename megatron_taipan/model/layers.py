@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
-from megatron_taipan.parallel.collectives import enter_linear, leave_linear, stream_parameters
+from megatron_taipan.parallel.linear import enter_linear, leave_linear
+from megatron_taipan.parallel.replicated import stream_parameters
 
 
 class RMSNorm(nn.Module):

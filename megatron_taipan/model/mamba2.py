@@ -14,7 +14,9 @@ from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import enter_linear, leave_linear, sum_gradients, sum_over_ranks
+from megatron_taipan.parallel.collectives import sum_over_ranks
+from megatron_taipan.parallel.linear import enter_linear, leave_linear
+from megatron_taipan.parallel.replicated import sum_gradients
 
 
 class Mamba2(WithFloat32Islands):

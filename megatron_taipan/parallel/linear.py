@@ -1,0 +1,150 @@
+"""The products on a block's two edges together with what travels there between tensor ranks.
+
+Where the tokens are sharded and the group has an exchange (exchange.py), the products go piece by piece and hide the
+way of the tokens; else the weights' gradients hide the backward collective. A shard is kept for the backward pass as
+it is, and gathered once more there.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_taipan.parallel.collectives import all_gather, gather_shards, leave_block, reduce_scatter, scatter_sum
+from megatron_taipan.parallel.exchange import Fetch
+from megatron_taipan.parallel.groups import TensorParallel
+
+
+def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+    """F.linear(enter_block(x), weight) for each column-split weight [e, d]: [b, l, e], or [n, e] from a shard."""
+    if tp.size == 1:
+        return tuple(F.linear(x, weight) for weight in weights)
+    return _EnterLinear.apply(tp, x, *weights)
+
+
+def leave_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """leave_block(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
+    if tp.size == 1 or not tp.sequence_parallel:
+        return leave_block(F.linear(x, weight), tp)
+    return _LeaveLinear.apply(tp, x, weight)
+
+
+class _EnterLinear(torch.autograd.Function):
+    """The input's gradient is on its way to the other ranks while the weights' gradients are computed."""
+
+    @staticmethod
+    def forward(ctx, tp, x, *weights):
+        ctx.tp = tp
+        ctx.save_for_backward(x, *weights)
+        if not tp.sequence_parallel or tp.exchange is None or tp.exchange.whole_products:
+            whole = gather_shards(x, tp) if tp.sequence_parallel else x
+            return tuple(F.linear(whole, weight) for weight in weights)
+        outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
+
+        def products(rank: int, piece: Tensor) -> None:
+            for out, weight in zip(outputs, weights, strict=True):
+                torch.mm(piece, weight.t(), out=out.chunk(tp.size)[rank])
+
+        tp.count("all_gather", x, pieces=tp.size)
+        tp.exchange.gather(x, products)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [n, e]
+        needs_x, *needed = ctx.needs_input_grad[1:]
+        run = _enter_in_pieces if ctx.tp.sequence_parallel and ctx.tp.exchange is not None else _enter_whole
+        dx, dweights = run(ctx.tp, x, weights, rows, needs_x, needed)
+        return None, dx, *dweights
+
+
+def _enter_whole(tp, x, weights, rows, needs_x, needed):
+    """Gradients of x and of the weights where needed, from those of the outputs, rows [n, e] each."""
+    whole = all_gather(x, tp) if tp.sequence_parallel and any(needed) else x
+    dx = work = None
+    if needs_x:
+        dx = _product_of_sum(rows, weights)
+        dx, work = _start_sum(dx if tp.sequence_parallel else dx.view(x.shape), tp)
+    flat = whole.reshape(-1, whole.shape[-1])
+    dweights = [grad.t() @ flat if wanted else None for grad, wanted in zip(rows, needed, strict=True)]
+    if work is not None:
+        work.wait()
+    return dx, dweights
+
+
+def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
+    """As `_enter_whole`; x [n/tp, d] comes from the other ranks under the products that make its gradient."""
+    fetch = whole = None
+    if any(needed):
+        tp.count("all_gather", x, pieces=tp.size)
+        fetch, whole = Fetch(tp.exchange, x), x.new_empty(tp.size * len(x), x.shape[1])
+    dweights: list[Tensor | None] = [None] * len(weights)
+
+    def part(rank: int) -> Tensor:
+        if fetch is not None and rank == tp.rank:
+            fetch.join(whole)
+        return _product_of_sum([grad.chunk(tp.size)[rank] for grad in rows], weights)
+
+    def of_weights() -> None:
+        if fetch is None:
+            return
+        fetch.end()
+        for i, wanted in enumerate(needed):
+            dweights[i] = rows[i].t() @ whole if wanted else None
+
+    if needs_x:
+        tp.count("reduce_scatter", x, pieces=tp.size)
+        return tp.exchange.scatter(part, of_weights), dweights
+    if fetch is not None:
+        fetch.join(whole)
+    of_weights()
+    return None, dweights
+
+
+def _product_of_sum(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The sum of rows[i] [n, e] @ weights[i] [e, d]."""
+    total = rows[0] @ weights[0]
+    for grad, weight in zip(rows[1:], weights[1:], strict=True):
+        total.addmm_(grad, weight)
+    return total
+
+
+class _LeaveLinear(torch.autograd.Function):
+    """With sequence parallelism: x [..., e], weight [d, e] -> this rank's shard [n/tp, d] of the ranks' sum."""
+
+    @staticmethod
+    def forward(ctx, tp, x, weight):
+        ctx.tp = tp
+        ctx.save_for_backward(x, weight)
+        if tp.exchange is None or tp.exchange.whole_products:
+            return scatter_sum(F.linear(x, weight), tp)
+        pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
+        mine = tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t())
+        tp.count("reduce_scatter", mine, pieces=tp.size)
+        return mine
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        tp, grad = ctx.tp, grad.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        flat = dx.view(-1, x.shape[-1])
+        if tp.exchange is None:
+            whole = all_gather(grad, tp)
+            torch.mm(whole, weight, out=flat)
+        else:
+            whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
+            tp.count("all_gather", grad, pieces=tp.size)
+            tp.exchange.gather(grad, lambda r, piece: torch.mm(piece, weight, out=flat.chunk(tp.size)[r]), whole)
+        return None, dx, whole.t() @ x.reshape(-1, x.shape[-1])
+
+
+def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:
+    """The ranks' sum of x [..., d], or this rank's shard of it, once the work is done; x may be overwritten."""
+    if tp.sequence_parallel:
+        return reduce_scatter(x, tp, async_op=True)
+    tp.count("all_reduce", x)
+    return x, dist.all_reduce(x, group=tp.group, async_op=True)
