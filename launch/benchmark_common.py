@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 import os
-import sys
 import time
 import traceback
 from collections import Counter
@@ -121,15 +120,15 @@ def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
     spans = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.time_range.elapsed_us() / 1e3  # type: ignore[assignment]
-            launches[event.name] += 1
+            times[shorten(event.name)] += event.time_range.elapsed_us() / 1e3  # type: ignore[assignment]
+            launches[shorten(event.name)] += 1
             spans.append((event.time_range.start, event.time_range.end))
     idle, covered = 0.0, min(spans)[1]
     for start, end in sorted(spans):
         idle += max(0.0, start - covered)
         covered = max(covered, end)
     about = {"all kernels": round(sum(times.values()), 2), "idle": round(idle / 1e3, 2), "launches": len(spans)}
-    return about | {f"{launches[name]:4d} x {shorten(name)}": round(ms, 3) for name, ms in times.most_common(top)}
+    return about | {f"{launches[name]:4d} x {name}": round(ms, 3) for name, ms in times.most_common(top)}
 
 
 def shorten(kernel: str) -> str:
@@ -157,7 +156,4 @@ def join_processes(config: Config) -> tuple[torch.device, Any]:
     device = pick_device(place)
     if not dist.is_initialized():
         start_processes(place, device, config.parallel.timeout_s)
-    groups, travel = connect(config.parallel, device, config.data.seq_len)
-    if travel and dist.get_rank() == 0:
-        print(travel, file=sys.stderr)
-    return device, groups
+    return device, connect(config.parallel, device, config.data.seq_len)[0]

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from launch.benchmark_common import Table, median_step_ms, preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +33,6 @@ def run(options: argparse.Namespace) -> None:
         measure(options)
         return
     table = Table("layouts", options.out)
-    import torch
-
     for layout in options.layouts or [words for words in USUAL if int(words.split()[0]) <= torch.cuda.device_count()]:
         table.attempt(layout, lambda layout=layout: in_processes(options, layout))  # type: ignore[misc]
     first = table.rows[0]
@@ -87,7 +87,6 @@ def settings(layout: str, batch: int) -> tuple[list[str], int, int]:
 
 def measure(options: argparse.Namespace) -> None:
     """One process of a run: the median step; rank 0 prints."""
-    import torch
     import torch.distributed as dist
 
     from launch.benchmark_step import ours, print_profile
@@ -106,6 +105,8 @@ def measure(options: argparse.Namespace) -> None:
             "loss": f"{training.results[0].loss:.3f} -> {training.results[-1].loss:.3f}",
             "selected": round(sum(gate["selected"] for gate in gates) / max(len(gates), 1), 3),
         }  # fmt: skip
+        if (tp := training.engine.module.tp).sequence_parallel:
+            numbers["tokens travel"] = "by collectives" if tp.exchange is None else "in pieces"
         print(MARK + json.dumps(numbers), flush=True)
     if options.profile:
         if dist.get_rank() == 0:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_taipan.config import (
     ConfigError,
     ModelConfig,
+    ParallelConfig,
     describe_options,
     divisors,
     dump_config,
@@ -209,3 +210,12 @@ def test_derived_sizes():
     config = ModelConfig.model_validate(tree(model__pattern="M | S", model__mamba={"headdim": 16})["model"])
     assert (config.letters, config.cuts, config.n_layers) == ("MS", (1,), 2)
     assert (config.d_inner, config.mamba_heads, config.n_kv_heads, config.head_dim) == (96, 6, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "seq_len", "sharded"),
+    [(2, None, 64, True), (2, None, 63, False), (1, None, 64, False), (1, True, 64, False), (2, False, 64, False),
+     (2, True, 63, True)],
+)  # fmt: skip
+def test_tokens_are_sharded_where_that_can_be_or_is_asked_for(tensor, sequence, seq_len, sharded):
+    assert ParallelConfig(tensor=tensor, sequence=sequence).shards_tokens(seq_len) == sharded

@@ -2,13 +2,17 @@
 
     torchrun --nproc_per_node 2 -m launch.experiments.peer_copies [--tokens 16384 --width 2048]
 
+    (the figures of docs/performance.md: with TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0 in the environment)
+
 Forward: the partial product that leaves a block, its sum over the ranks, and the product into the next block. Backward:
-the gradient of that input, its sum, the weight's gradient, and the product behind it. Each as a CUDA graph of four, in
+the gradient of that input, its sum, the weight's gradient, and the product behind it (a block's backward pass also
+gathers the input once more, and has the gradient of the weight before). Each as a CUDA graph of four, in
 ms; what is shown for copies is `Exchange` (parallel/exchange.py) at work.
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
@@ -39,6 +43,7 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def recorded(run: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
+    """A graph of so many runs, which have been warmed up."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -53,7 +58,13 @@ def recorded(run: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
 
 
 def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; n tokens, weights [width, inner] out of a block and [joint, width] into the next."""
+    """What is timed, by name; n tokens, weights [width, inner] out of a block and [joint, width] into the next.
+
+    Raises:
+        UserError: the ranks cannot share the tokens, or reach each other's memory.
+    """
+    if dist.get_world_size() < 2 or n % dist.get_world_size():
+        raise UserError(f"{dist.get_world_size()} processes cannot share {n} tokens; take 2, or another divisor")
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True)
     groups, report = connect(config, device, n)
     tp, exchange = groups.tensor, groups.tensor.exchange
@@ -108,7 +119,9 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
     }
 
 
+@exits_cleanly
 def main() -> int:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 16384), ("width", 2048), ("inner", 2048), ("joint", 4384)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -124,8 +137,11 @@ def main() -> int:
         if place.rank == 0:
             print(f"{name:40s} {ms:.3f} ms", flush=True)
         del graph  # NCCL waits for ever to leave a communicator that a graph still holds
-    return 0
+    dist.barrier()
+    stop_processes()
+    sys.stdout.flush()
+    os._exit(0)  # as launch/pretrain.py
 
 
 if __name__ == "__main__":
-    raise SystemExit(exits_cleanly(main)())
+    sys.exit(main())

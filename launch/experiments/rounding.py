@@ -30,7 +30,7 @@ def configure(tensor: int, precision: str) -> Config:
             "pattern": "(M*6 S)*5", "vocab_size": 8000, "d_model": 128, "d_ff": 256,
             "mamba": {"d_state": 16, "headdim": 16}, "attention": {"n_heads": 4, "window": 64},
         },
-        "parallel": {"tensor": tensor, "zero_stage": 1},
+        "parallel": {"tensor": tensor, "sequence": False, "zero_stage": 1},
         "data": {"train": "unused", "seq_len": 128},
         "optim": {"lr": 8e-3, "betas": [0.9, 0.95], "grad_clip": 1.0},
         "train": {"steps": STEPS, "global_batch": 2, "micro_batch": 2, "precision": precision},

@@ -29,14 +29,14 @@ def enter_block(x: Tensor, tp: TensorParallel) -> Tensor:
     """The stream before products with column-split weights: [b, l, d] as it is, a shard [n/tp, d] as [n, d]."""
     if tp.size == 1:
         return x
-    return _GatherTokens.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
+    return _GatherShards.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
 
 
 def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sums the ranks' partial results [b, l, d] or [n, d] into the stream, of that shape or a shard [n/tp, d]."""
     if tp.size == 1:
         return x
-    return _ScatterTokens.apply(x, tp) if tp.sequence_parallel else _Sum.apply(x, tp)
+    return _SumIntoShards.apply(x, tp) if tp.sequence_parallel else _Sum.apply(x, tp)
 
 
 def sum_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -50,7 +50,7 @@ def sum_over_shards(x: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def gather_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Joins shards [n/tp, ...] to [n, ...] without gradient; no-op without sequence parallelism."""
+    """Joins shards [n/tp, ...] to [n, ...] by a collective, without gradient; no-op without sequence parallelism."""
     return all_gather(x, tp) if tp.sequence_parallel else x
 
 
@@ -159,7 +159,7 @@ def _sum_quickly(x: Tensor, tp: TensorParallel) -> Tensor:
     return total
 
 
-class _GatherTokens(torch.autograd.Function):
+class _GatherShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
@@ -170,7 +170,7 @@ class _GatherTokens(torch.autograd.Function):
         return scatter_sum(grad, ctx.tp), None
 
 
-class _ScatterTokens(torch.autograd.Function):
+class _SumIntoShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp, ctx.shape = tp, x.shape

@@ -12,7 +12,7 @@ from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
 
 
 def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Groups, str]:
-    """The groups, and for the log how shards of tokens travel ("" where there are none); collective.
+    """The groups, and for the log how tokens travel between tensor ranks ("" where there is one); collective.
 
     Args:
         seq_len: tokens of a row.
@@ -25,7 +25,7 @@ def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Grou
         sequence_parallel=p.shards_tokens(seq_len), timeout_s=p.timeout_s,
     )  # fmt: skip
     if not groups.tensor.sequence_parallel:
-        return groups, ""
+        return groups, "every tensor rank has all tokens" if p.tensor > 1 else ""
     exchange, report = find_exchange(groups.tensor, p, device)
     return replace(groups, tensor=replace(groups.tensor, exchange=exchange)), report
 
@@ -52,5 +52,5 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
     reasons = [""] * tp.size
     dist.all_gather_object(reasons, reason, group=tp.group)
     if any(reasons):
-        return None, f"tokens travel by collectives (no GPU sees the others' memory: {next(filter(None, reasons))})"
+        return None, f"tokens travel by collectives (symmetric memory: {next(filter(None, reasons))})"
     return exchange, "tokens travel through the GPUs' memory"

@@ -39,7 +39,7 @@ class Exchange:
     """
 
     def __init__(self, rank: int, size: int, *, whole_products: bool = False):
-        self.rank, self.whole_products = rank, whole_products
+        self.rank, self.size, self.whole_products = rank, size, whole_products
         self.peers = [(rank + i) % size for i in range(1, size)]
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
@@ -50,7 +50,8 @@ class Exchange:
         """use(rank, that rank's piece) for every rank, this one's first, while the others are on their way.
 
         Args:
-            whole: takes all pieces in the order of the ranks.
+            piece: [n/size, ...], of the same shape on every rank.
+            whole: [n, ...], takes all pieces in the order of the ranks.
         """
         fetch = Fetch(self, piece)
         use(self.rank, piece)
@@ -69,8 +70,11 @@ class Exchange:
         """The ranks' sum of make(this rank).
 
         Args:
-            make: this rank's part of the sum for that rank; called for the others first.
+            make: this rank's part [n/size, ...] of the sum for that rank; called for the others first.
             meanwhile: work that hides the rest of the way.
+
+        Returns:
+            [n/size, ...], a new tensor.
         """
         trip = None
         for peer in self.peers:
@@ -103,7 +107,7 @@ class Fetch:
 
     def join(self, whole: Tensor) -> None:
         """Waits for all pieces and starts to copy them into `whole`, [ranks x piece, ...], complete at `end`."""
-        ranks = range(len(self.exchange.peers) + 1)
+        ranks = range(self.exchange.size)
         self.trip.join([self.receive(rank) for rank in ranks], whole)
 
     def end(self) -> None:

@@ -31,7 +31,7 @@ class PeerMemory(Exchange):
 
     def __init__(self, rank: int, size: int, group: Any, *, timeout_s: float, whole_products: bool = False):
         super().__init__(rank, size, whole_products=whole_products)
-        self.group, self.size, self.timeout_ms = group, size, int(timeout_s * 1000)
+        self.group, self.timeout_ms = group, int(timeout_s * 1000)
         self.side = torch.cuda.Stream()
         self.rooms: list[_Room] = []  # the last one is the largest; graphs may have recorded the others
         self.next_slot = 0

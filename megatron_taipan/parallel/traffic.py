@@ -11,7 +11,8 @@ With T = b l d elements of the stream, per layer, micro-batch and training step 
 Where the groups of M (or the key-value heads) are fewer than the ranks, one small all-reduce of parameter gradients
 comes on top, and for M two of the norm's sums of squares. Sequence parallelism replaces each all-reduce of T by an
 all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate, and one more
-all-gather where a product's input is needed for the gradient of its weights (M and the MLP).
+all-gather where a product's input is needed for the gradient of its weights (M and the MLP). Layers recorded as CUDA
+graphs send all gradients of replicated parameters of a graph at once.
 """
 
 import math

@@ -31,8 +31,9 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"model      {config.name}: {config.model.n_layers} layers {config.model.pattern}, d_model"
         f" {config.model.d_model}, {model.num_params():,} parameters, {flops / 1e9:.3g} GFLOP per token forward"
     )
+    sharded = " (tokens sharded)" if place.sequence_parallel else ""
     yield (
-        f"layout     {processes} processes = {data} data x {p.tensor} tensor x {p.pipeline} pipeline, ZeRO"
+        f"layout     {processes} processes = {data} data x {p.tensor} tensor{sharded} x {p.pipeline} pipeline, ZeRO"
         f" {p.zero_stage}, {t.precision}, recompute {p.recompute}"
     )
     yield (

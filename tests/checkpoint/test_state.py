@@ -61,7 +61,6 @@ def tree_of(prefix: str, directory: Path, layout: str, **train) -> dict:
 
 def convert(tree: dict, source: str) -> None:
     """Loads a checkpoint in this process group's layout and saves it again, untrained."""
-
     from megatron_taipan.checkpoint import state
     from megatron_taipan.checkpoint.saving import Saving
     from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot

@@ -180,6 +180,7 @@ def covering_cases(seed: int = 0) -> list[Case]:
 # What the test suite runs: each tensor trick, each ZeRO stage, both kinds of recomputation, the pipeline.
 CI_CASES = [
     Case("taipan", tensor=2, zero=1),
+    Case("taipan", tensor=2, sequence=True, zero=1),
     Case("taipan", tensor=2, sequence=True, zero=2, recompute="selective", n_groups=2),
     Case("taipan", data=2, zero=0, recompute="full"),
     Case("taipan", data=2, zero=1),
@@ -203,7 +204,7 @@ CI_CASES = [
 # More processes than the others are drawn for.
 OF_EIGHT = [
     Case("taipan", tensor=2, sequence=True, pipeline=2, data=2, zero=1),
-    Case("taipan", tensor=4, data=2, zero=1, n_groups=2),
+    Case("taipan", tensor=4, sequence=True, data=2, zero=1, n_groups=2),
     Case("taipan", tensor=2, sequence=True, data=4, zero=3, recompute="selective"),
     Case("jamba", tensor=4, sequence=True, data=2, zero=2, n_groups=4, n_kv_heads=4),
 ]

@@ -33,7 +33,7 @@ def piece_of(
 
 def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
     """All pieces, by way of both things that `gather` offers, which must agree."""
-    size = len(exchange.peers) + 1
+    size = exchange.size
     whole, used = mine.new_empty(size * len(mine), *mine.shape[1:]), mine.new_empty(size * len(mine), *mine.shape[1:])
     exchange.gather(mine, lambda rank, piece: used.chunk(size)[rank].copy_(piece), whole)
     return torch.stack([whole, used])
@@ -49,7 +49,7 @@ def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
 
 def check_all(exchange: Exchange, device: torch.device) -> None:
     """Sizes that grow and shrink, types that change, in the same order on every rank."""
-    rank, size = exchange.rank, len(exchange.peers) + 1
+    rank, size = exchange.rank, exchange.size
     for salt, (shape, dtype) in enumerate(
         [((3, 5), torch.float32), ((7, 11), torch.float64), ((64, 33), torch.bfloat16), ((2, 2), torch.float32)] * 3
     ):
@@ -69,6 +69,18 @@ def on_cpu() -> bool:
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_piece_arrives_through_messages(size):
     assert launch(size, on_cpu) == [True] * size
+
+
+def reports() -> list[str]:
+    """How tokens travel, for the log, in each way that a CPU knows."""
+    options = [{}, {"overlap": False}, {"sequence": False}, {"tensor": 1}]
+    return [connect(ParallelConfig(**{"tensor": 2} | more), torch.device("cpu"), 64)[1] for more in options]
+
+
+def test_log_says_how_tokens_travel():
+    pieces, collectives, whole, alone = launch(2, reports)[0]
+    assert pieces == "tokens travel in pieces" and "parallel.overlap=false" in collectives
+    assert whole == "every tensor rank has all tokens" and alone == ""
 
 
 def in_shared_file(folder: str) -> bool:
@@ -94,7 +106,7 @@ def on_gpu() -> bool:
     exchange = exchange_of(device)
     assert isinstance(exchange, PeerMemory)
     check_all(exchange, device)
-    rank, size, shape = exchange.rank, len(exchange.peers) + 1, (256, 1024)
+    rank, size, shape = exchange.rank, exchange.size, (256, 1024)
     mine = torch.zeros(shape, device=device)
     parts = torch.zeros(size, *shape, device=device)
 
