@@ -219,3 +219,10 @@ def test_derived_sizes():
 )  # fmt: skip
 def test_tokens_are_sharded_where_that_can_be_or_is_asked_for(tensor, sequence, seq_len, sharded):
     assert ParallelConfig(tensor=tensor, sequence=sequence).shards_tokens(seq_len) == sharded
+
+
+def test_a_saved_configuration_shards_tokens_in_its_next_layout_too():
+    saved = yaml.safe_load(dump_config(make_config(tree(model__d_model=96))))
+    saved["parallel"]["tensor"] = 2
+    config = make_config(saved)
+    assert config.parallel.shards_tokens(config.data.seq_len)
