@@ -6,7 +6,7 @@ import json
 import os
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -73,16 +73,22 @@ def hardware() -> dict[str, str]:
     return about
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3) -> float:
+def median_ms(
+    run: Callable[[], Any], repeats: int = 11, warm: int = 3, before: Callable[[], Any] = lambda: None
+) -> float:
     """Milliseconds of a short operation on the GPU, the median of `repeats` runs.
 
     The GPU first sleeps for a few milliseconds, so that all launches are queued before the operation starts and the
     time is the GPU's, not the CPU's.
+
+    Args:
+        before: called before that, such as a barrier that sets several GPUs off together.
     """
     for _ in range(warm):
         run()
     times = []
     for _ in range(repeats):
+        before()
         torch.cuda._sleep(20_000_000)  # cycles, about 11 ms
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -91,6 +97,20 @@ def median_ms(run: Callable[[], Any], repeats: int = 11, warm: int = 3) -> float
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def recorded(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of run() after one for warming up, and what the recorded one returned, which replays overwrite."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = run()
+    return graph, results
 
 
 def median_step_ms(step: Callable[[], Any], repeats: int = 7, warm: int = 3) -> float:
@@ -116,11 +136,11 @@ def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    times, launches = Counter[str](), Counter[str]()
+    times, launches = defaultdict[str, float](float), Counter[str]()
     spans = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[shorten(event.name)] += event.time_range.elapsed_us() / 1e3  # type: ignore[assignment]
+            times[shorten(event.name)] += event.time_range.elapsed_us() / 1e3
             launches[shorten(event.name)] += 1
             spans.append((event.time_range.start, event.time_range.end))
     idle, covered = 0.0, min(spans)[1]
@@ -128,7 +148,8 @@ def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
         idle += max(0.0, start - covered)
         covered = max(covered, end)
     about = {"all kernels": round(sum(times.values()), 2), "idle": round(idle / 1e3, 2), "launches": len(spans)}
-    return about | {f"{launches[name]:4d} x {name}": round(ms, 3) for name, ms in times.most_common(top)}
+    longest = sorted(times.items(), key=lambda item: -item[1])[:top]
+    return about | {f"{launches[name]:4d} x {name}": round(ms, 3) for name, ms in longest}
 
 
 def shorten(kernel: str) -> str:

@@ -20,41 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch.benchmark_common import median_ms, recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
-
-
-def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
-    """By CUDA events, with the ranks set off together and launches queued ahead."""
-    times = []
-    for _ in range(repeats + 5):
-        dist.barrier()
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[5:])[repeats // 2]
-
-
-def recorded(run: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
-    """A graph of so many runs, which have been warmed up."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(times):
-            run()
-    return graph
 
 
 def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -132,8 +102,8 @@ def main() -> int:
     device = pick_device(place)
     start_processes(place, device, 600)
     for name, run in edges(options.tokens, options.width, options.inner, options.joint, device).items():
-        graph = recorded(run, 4)
-        ms = median_ms(graph.replay) / 4
+        graph, _ = recorded(lambda run=run: [run() for _ in range(4)])  # type: ignore[misc]
+        ms = median_ms(graph.replay, before=dist.barrier) / 4
         if place.rank == 0:
             print(f"{name:40s} {ms:.3f} ms", flush=True)
         del graph  # NCCL waits for ever to leave a communicator that a graph still holds

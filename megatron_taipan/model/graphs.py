@@ -33,7 +33,7 @@ class Group(nn.Module):
     def with_parameters(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`forward` on the tensors behind the first n with those first n as the parameters."""
         n = len(self.names)
-        own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])  # type: ignore[misc]
+        own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])
         return functional_call(self, dict(zip(self.names, own, strict=True)), tensors[n:])
 
     def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:

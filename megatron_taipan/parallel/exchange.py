@@ -7,6 +7,7 @@ it computes its own part. How the pieces travel is for others: `Messages` here, 
 Ranks must make the same calls in the same order, as with collectives.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class Trip(Protocol):
         """Everything received has been used."""
 
 
-class Exchange:
+class Exchange(ABC):
     """Exchanges between the ranks of a tensor group.
 
     Attributes:
@@ -42,9 +43,9 @@ class Exchange:
         self.rank, self.size, self.whole_products = rank, size, whole_products
         self.peers = [(rank + i) % size for i in range(1, size)]
 
+    @abstractmethod
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
         """Begins an exchange of pieces of that shape."""
-        raise NotImplementedError
 
     def gather(self, piece: Tensor, use: Callable[[int, Tensor], object], whole: Tensor | None = None) -> None:
         """use(rank, that rank's piece) for every rank, this one's first, while the others are on their way.
@@ -139,7 +140,9 @@ class Messages(Exchange):
 
 class _MessageTrip:
     def __init__(self, exchange: Messages, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
-        self.group, self.sent, self.works = exchange.group, [], []  # type: ignore[var-annotated]
+        self.group = exchange.group
+        self.sent: list[Tensor] = []
+        self.works: list[Any] = []
         self.arriving = {}
         for peer in exchange.peers:
             piece = torch.empty(*shape, dtype=dtype, device=device)

@@ -25,7 +25,7 @@ class TensorParallel:
     group: Any = None
     sequence_parallel: bool = False
     counter: CommCounter = field(default_factory=CommCounter)
-    exchange: Exchange | None = None  # of the shards, in pieces under the products; None: through collectives
+    exchange: Exchange | None = None  # of shards, in pieces under the products; None: collectives, or no shards
 
     def count(self, collective: str, tensor: Tensor, pieces: int = 1) -> None:
         """Notes what is sent: a tensor as a whole, or as one of so many pieces of it."""

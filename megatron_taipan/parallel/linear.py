@@ -38,7 +38,7 @@ class _EnterLinear(torch.autograd.Function):
     def forward(ctx, tp, x, *weights):
         ctx.tp = tp
         ctx.save_for_backward(x, *weights)
-        if not tp.sequence_parallel or tp.exchange is None or tp.exchange.whole_products:
+        if tp.exchange is None or tp.exchange.whole_products:
             whole = gather_shards(x, tp) if tp.sequence_parallel else x
             return tuple(F.linear(whole, weight) for weight in weights)
         outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
@@ -56,7 +56,7 @@ class _EnterLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [n, e]
         needs_x, *needed = ctx.needs_input_grad[1:]
-        run = _enter_in_pieces if ctx.tp.sequence_parallel and ctx.tp.exchange is not None else _enter_whole
+        run = _enter_whole if ctx.tp.exchange is None else _enter_in_pieces
         dx, dweights = run(ctx.tp, x, weights, rows, needs_x, needed)
         return None, dx, *dweights
 

@@ -4,6 +4,7 @@ Those take no multiprocessor from the products beside them, as NCCL's kernels do
 fused_all_gather_matmul (torch/distributed/_symmetric_memory), without its copies into and out of a workspace.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,7 @@ class PeerMemory(Exchange):
         return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", self.group.group_name)
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
-        n_bytes = dtype.itemsize
-        for n in shape:
-            n_bytes *= n
+        n_bytes = dtype.itemsize * math.prod(shape)
         if not self.rooms or self.rooms[-1].capacity < n_bytes:
             self.make_room(n_bytes, device)
         slot, self.next_slot = self.next_slot, (self.next_slot + 1) % SLOTS

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.benchmark_common import recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.exchange import Exchange
@@ -118,18 +119,7 @@ def on_gpu() -> bool:
         assert few is not None
         return [scattered(exchange, parts * 3), few]
 
-    recorded = []
-    for work in (three, one):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            work()
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = work()
-        recorded.append((graph, results))
+    graphs = [recorded(work) for work in (three, one)]
     order, delays = random.Random(0), random.Random(rank)
     for turn in range(60):
         everyone = [piece_of(r, shape, torch.float32, device, turn) for r in range(size)]
@@ -143,7 +133,7 @@ def on_gpu() -> bool:
         if which == 2:
             results = three()
         else:
-            graph, results = recorded[which]
+            graph, results = graphs[which]
             graph.replay()
         if which == 1:
             assert torch.equal(results[0], 3 * total), turn
@@ -152,7 +142,7 @@ def on_gpu() -> bool:
             (whole, used), sums, (double, _) = results
             assert torch.equal(whole, expected) and torch.equal(used, expected), turn
             assert torch.equal(sums, total) and torch.equal(double, 2 * expected), turn
-    recorded.clear()
+    graphs.clear()
     return True
 
 
