@@ -45,10 +45,10 @@ CUTS = {
 # relative; loss1, norm1 and grad at step 1, the others over all steps
 LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
 # longer rows and a wider network amplify rounding more, on one process too: there float32 differs from float64 by up
-# to 9e-6 in a gradient of step 1 (layers.3.mixer.dt_bias with four groups)
+# to 9e-6 in a gradient of step 1 (floors.py)
 GPU_LIMITS = LIMITS | {"grad": 3e-5, "norm": 1e-3, "weights": 1e-4}
 # of bf16, where one process happens to differ by less than a third of these; the losses jump with each token that a
-# gate decides otherwise (by up to 2e-4 at the GPUs' sizes)
+# gate decides otherwise (by up to 2e-4 at the GPUs' sizes, floors.py)
 LEAST = {"loss1": 1e-3, "norm1": 2e-3, "grad": 2e-2, "losses": 1e-3, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
 
 
