@@ -43,7 +43,7 @@ class Group(nn.Module):
             h, and where the group has S layers their budget losses [n] and statistics [n, 4].
         """
         ctx = make_context(seq_idx, seq_idx, samples, step, None)
-        h, chosen = run_layers(self.layers, h, ctx, *self.recompute)
+        h, chosen = run_layers(self.layers, h, ctx, *self.recompute, self.tp)
         if not chosen:
             return (h,)
         return h, torch.stack([s.budget_loss for s in chosen]), torch.stack([s.stats for s in chosen])

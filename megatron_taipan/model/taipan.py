@@ -149,7 +149,7 @@ class Taipan(nn.Module):
         """The residual stream through all layers, and what the gates decided."""
         if self.graphs is not None and self.training and torch.is_grad_enabled() and self.graphs.fits(ctx):
             return self.graphs(h, ctx)
-        return run_layers(self.layers, h, ctx, self.recompute, self.recompute_every)
+        return run_layers(self.layers, h, ctx, self.recompute, self.recompute_every, self.tp)
 
     @property
     def graphable(self) -> bool:

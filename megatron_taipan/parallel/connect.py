@@ -32,11 +32,10 @@ def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Grou
 
 def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -> tuple[Exchange | None, str]:
     """The group's exchange, or None and why collectives serve instead; the same on all its ranks."""
-    whole = p.recompute == "selective"
     if not p.overlap:
         return None, "tokens travel by collectives (parallel.overlap=false)"
     if device.type == "cpu":
-        return Messages(tp.rank, tp.size, tp.group, whole_products=whole), "tokens travel in pieces"
+        return Messages(tp.rank, tp.size, tp.group), "tokens travel in pieces"
     hosts: list[str] = [""] * tp.size
     dist.all_gather_object(hosts, socket.gethostname(), group=tp.group)
     if len(set(hosts)) > 1:
@@ -45,7 +44,7 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
     try:
         from megatron_taipan.parallel.peer_memory import PeerMemory  # not every torch has symmetric memory
 
-        exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s, whole_products=whole)
+        exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s)
         exchange.make_room(1, device)
     except (RuntimeError, ImportError) as error:
         reason = repr(error)

@@ -33,14 +33,10 @@ class Trip(Protocol):
 
 
 class Exchange(ABC):
-    """Exchanges between the ranks of a tensor group.
+    """Exchanges between the ranks of a tensor group."""
 
-    Attributes:
-        whole_products: the forward pass leaves each product in one piece, so that selective recomputation can keep it.
-    """
-
-    def __init__(self, rank: int, size: int, *, whole_products: bool = False):
-        self.rank, self.size, self.whole_products = rank, size, whole_products
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
         self.peers = [(rank + i) % size for i in range(1, size)]
 
     @abstractmethod
@@ -130,8 +126,8 @@ def add_up(mine: Tensor, others: list[Tensor]) -> Tensor:
 class Messages(Exchange):
     """Through the group's own messages: gloo on CPUs."""
 
-    def __init__(self, rank: int, size: int, group: Any, *, whole_products: bool = False):
-        super().__init__(rank, size, whole_products=whole_products)
+    def __init__(self, rank: int, size: int, group: Any):
+        super().__init__(rank, size)
         self.group = group
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:

@@ -2,9 +2,10 @@
 
 Where the tokens are sharded and the group has an exchange (exchange.py), the products go piece by piece and hide the
 way of the tokens; else the weights' gradients hide the backward collective. A shard is kept for the backward pass as
-it is, and gathered once more there.
+it is, and gathered once more there. Selective recomputation keeps what a product gave together with its exchange.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.parallel.collectives import all_gather, gather_shards, leave_block, reduce_scatter, scatter_sum
+from megatron_taipan.parallel.collectives import all_gather, reduce_scatter
 from megatron_taipan.parallel.exchange import Fetch
 from megatron_taipan.parallel.groups import TensorParallel
 
@@ -26,9 +27,7 @@ def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tenso
 
 def leave_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     """leave_block(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
-    if tp.size == 1 or not tp.sequence_parallel:
-        return leave_block(F.linear(x, weight), tp)
-    return _LeaveLinear.apply(tp, x, weight)
+    return F.linear(x, weight) if tp.size == 1 else _LeaveLinear.apply(tp, x, weight)
 
 
 class _EnterLinear(torch.autograd.Function):
@@ -38,18 +37,7 @@ class _EnterLinear(torch.autograd.Function):
     def forward(ctx, tp, x, *weights):
         ctx.tp = tp
         ctx.save_for_backward(x, *weights)
-        if tp.exchange is None or tp.exchange.whole_products:
-            whole = gather_shards(x, tp) if tp.sequence_parallel else x
-            return tuple(F.linear(whole, weight) for weight in weights)
-        outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
-
-        def products(rank: int, piece: Tensor) -> None:
-            for out, weight in zip(outputs, weights, strict=True):
-                torch.mm(piece, weight.t(), out=out.chunk(tp.size)[rank])
-
-        tp.count("all_gather", x, pieces=tp.size)
-        tp.exchange.gather(x, products)
-        return outputs
+        return tp.kept(partial(_products, tp, x, weights))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -59,6 +47,22 @@ class _EnterLinear(torch.autograd.Function):
         run = _enter_whole if ctx.tp.exchange is None else _enter_in_pieces
         dx, dweights = run(ctx.tp, x, weights, rows, needs_x, needed)
         return None, dx, *dweights
+
+
+def _products(tp: TensorParallel, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """x [b, l, d], or [n, d] from its shards, times each of the weights."""
+    if tp.exchange is None:
+        whole = all_gather(x, tp) if tp.sequence_parallel else x
+        return tuple(F.linear(whole, weight) for weight in weights)
+    outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
+
+    def product(rank: int, piece: Tensor) -> None:
+        for out, weight in zip(outputs, weights, strict=True):
+            torch.mm(piece, weight.t(), out=out.chunk(tp.size)[rank])
+
+    tp.count("all_gather", x, pieces=tp.size)
+    tp.exchange.gather(x, product)
+    return outputs
 
 
 def _enter_whole(tp, x, weights, rows, needs_x, needed):
@@ -113,17 +117,14 @@ def _product_of_sum(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 
 class _LeaveLinear(torch.autograd.Function):
-    """With sequence parallelism: x [..., e], weight [d, e] -> this rank's shard [n/tp, d] of the ranks' sum."""
+    """x [..., e], weight [d, e] -> the ranks' sum [..., d], with sequence parallelism this rank's shard [n/tp, d]."""
 
     @staticmethod
     def forward(ctx, tp, x, weight):
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
-        if tp.exchange is None or tp.exchange.whole_products:
-            return scatter_sum(F.linear(x, weight), tp)
-        pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
-        tp.counter.add("reduce_scatter", x.numel() // x.shape[-1] * len(weight) * x.element_size())
-        return tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t())
+        (total,) = tp.kept(partial(_sum_of_products, tp, x, weight))
+        return total
 
     @staticmethod
     def backward(ctx, grad):
@@ -132,13 +133,24 @@ class _LeaveLinear(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         flat = dx.view(-1, x.shape[-1])
         if tp.exchange is None:
-            whole = all_gather(grad, tp)
+            whole = all_gather(grad, tp) if tp.sequence_parallel else grad.view(-1, grad.shape[-1])
             torch.mm(whole, weight, out=flat)
         else:
             whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
             tp.count("all_gather", grad, pieces=tp.size)
             tp.exchange.gather(grad, lambda r, piece: torch.mm(piece, weight, out=flat.chunk(tp.size)[r]), whole)
         return None, dx, whole.t() @ x.reshape(-1, x.shape[-1])
+
+
+def _sum_of_products(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    """The sum over the ranks of x [..., e] @ weight [d, e].t(), or this rank's shard of it."""
+    if tp.exchange is None:
+        total, work = _start_sum(F.linear(x, weight), tp)
+        work.wait()
+        return (total,)
+    pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
+    tp.counter.add("reduce_scatter", x.numel() // x.shape[-1] * len(weight) * x.element_size())
+    return (tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t()),)
 
 
 def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:

@@ -30,8 +30,8 @@ class PeerMemory(Exchange):
         timeout_s: a piece that does not arrive for so long ends the process.
     """
 
-    def __init__(self, rank: int, size: int, group: Any, *, timeout_s: float, whole_products: bool = False):
-        super().__init__(rank, size, whole_products=whole_products)
+    def __init__(self, rank: int, size: int, group: Any, *, timeout_s: float):
+        super().__init__(rank, size)
         self.group, self.timeout_ms = group, int(timeout_s * 1000)
         self.side = torch.cuda.Stream()
         self.rooms: list[_Room] = []  # the last one is the largest; graphs may have recorded the others

@@ -216,7 +216,7 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.ends = ends
         self.index, self.packed = index, config.data.mask_documents
-        self.recompute = config.parallel.recompute
+        self.recompute, self.tp = config.parallel.recompute, build.tp
         self.layer: Block = make_layer(build, config.model.letters[index], index)
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
@@ -229,7 +229,7 @@ class PipelineLayer(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             stream, selection = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
-            stream, selection = recomputed(self.layer, self.recompute, Stream(stream.total()), ctx)
+            stream, selection = recomputed(self.layer, self.recompute, self.tp, Stream(stream.total()), ctx)
         if selection is not None:
             budget = budget + selection.budget_loss
             self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())

@@ -36,7 +36,7 @@ def test_outstanding_additions_change_no_bit(dtype, wide):
     h = torch.randn(2, 20, 24).to(torch.float32 if wide else dtype).requires_grad_()
     upstream, leaves = torch.randn(2, 20, 24).to(h.dtype), [h, *model.layers.parameters()]
     results = []
-    for out in (run_layers(model.layers, h, context(), "none", 1)[0], added_one_by_one(model.layers, h)):
+    for out in (run_layers(model.layers, h, context(), "none", 1, model.tp)[0], added_one_by_one(model.layers, h)):
         results.append([out, *torch.autograd.grad(out, leaves, upstream)])
     assert results[0][0].dtype == h.dtype
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

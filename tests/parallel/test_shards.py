@@ -18,8 +18,9 @@ PATTERN = "M S W A M"
 SHAPES = [(2, 12), (3, 8), (1, 12)]
 
 
-def network(tp: TensorParallel | None = None) -> Taipan:
-    return Taipan(small_config(PATTERN, mamba={"headdim": 4}), seed=3, tensor_parallel=tp).double()
+def network(tp: TensorParallel | None = None, recompute: str = "none") -> Taipan:
+    config = small_config(PATTERN, mamba={"headdim": 4})
+    return Taipan(config, seed=3, tensor_parallel=tp, recompute=recompute).double()
 
 
 def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -43,8 +44,8 @@ def ranks(**parallel) -> TensorParallel:
     return connect(config, torch.device("cpu"), 12)[0].tensor
 
 
-def outcomes(parallel: dict) -> list[dict[str, torch.Tensor]]:
-    model = network(ranks(**parallel))
+def outcomes(recompute: str, parallel: dict) -> list[dict[str, torch.Tensor]]:
+    model = network(ranks(**parallel), recompute)
     return [{name: value.detach() for name, value in outcome(model, *shape).items()} for shape in SHAPES]
 
 
@@ -62,14 +63,20 @@ def test_taking_and_putting_tokens_are_inverse():
     assert launch(2, round_trip) == [[True, True], [True, True]]
 
 
-# a collective and then the product; in pieces; pieces behind whole products in the forward pass
-WAYS = {"whole": {"overlap": False}, "pieces": {}, "mixed": {"recompute": "selective"}}
+CASES = [  # processes; recomputation; products in pieces, or a collective and then the product
+    (2, "none", {}),
+    (4, "none", {}),
+    (2, "none", {"overlap": False}),
+    (2, "selective", {}),
+    (2, "selective", {"overlap": False}),
+    (2, "full", {}),
+]
 
 
-@pytest.fixture(scope="module", params=[(2, way) for way in WAYS] + [(4, "pieces")], ids=lambda p: f"{p[1]}-{p[0]}")
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def sharded(request):
-    size, way = request.param
-    return launch(size, outcomes, WAYS[way])
+    size, recompute, parallel = request.param
+    return launch(size, outcomes, recompute, parallel)
 
 
 @pytest.mark.parametrize("case", range(len(SHAPES)))
@@ -84,7 +91,7 @@ def test_sharded_network_equals_the_whole_one(sharded, case):
 
 def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.Tensor], int]:
     """Every parameter's gradient of all layers as one group, and the all-reduces that they took."""
-    tp = ranks(recompute=recompute)
+    tp = ranks()
     model = network(tp)
     group = Group(list(model.layers), (recompute, 1), tp)
     rows, length = 2, 12
