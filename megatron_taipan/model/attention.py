@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
+from megatron_taipan.model.joined import take_rows
 from megatron_taipan.model.rope import rotate
 from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.replicated import sum_gradients
@@ -98,8 +99,8 @@ class Attention(nn.Module):
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
         k_proj, v_proj = self.k_proj, self.v_proj
         if self.shared_kv:
-            ours = slice(self.kv_head * self.head_dim, (self.kv_head + 1) * self.head_dim)
-            k_proj, v_proj = (t[ours] for t in sum_gradients(self.tp, k_proj, v_proj))
+            first = self.kv_head * self.head_dim
+            k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in sum_gradients(self.tp, k_proj, v_proj))
         k, v = (F.linear(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
         if self.theta is not None:
             k = rotate(k.flatten(0, 1), within, self.theta).view_as(k)

@@ -1,4 +1,4 @@
-"""Parameters joined along their rows, without a copy where they already lie one behind the other.
+"""Parameters joined along their rows, or some rows of one, without a copy where they already lie one behind the other.
 
 DeepSpeed's ZeRO stages 1 and 2 keep all parameters of a group in one flat buffer, in the order in which the model
 registers them. So the parts of a projection that are registered in sequence form one matrix there already.
@@ -47,3 +47,8 @@ def join_rows(*parts: Tensor) -> Tensor:
         return torch.cat(parts)
     joined: Tensor = _JoinRows.apply(*parts)
     return joined
+
+
+def take_rows(t: Tensor, first: int, n: int) -> Tensor:
+    """t[first : first + n]; t itself where these are all: a slice's gradient is put into zeros, at two launches."""
+    return t if n == len(t) else t[first : first + n]

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_taipan.model.build import Build, WithFloat32Islands
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.joined import join_rows
+from megatron_taipan.model.joined import join_rows, take_rows
 from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
@@ -134,8 +134,8 @@ class Mamba2(WithFloat32Islands):
         names += ["conv_B_bias", "conv_C_bias"] if self.conv_bias else []
         shared = tuple(getattr(self, name) for name in names)
         if self.shared_groups:
-            rows = slice(self.group * self.d_state, (self.group + 1) * self.d_state)
-            shared = tuple(t[rows] for t in sum_gradients(self.tp, *shared))
+            first = self.group * self.d_state
+            shared = tuple(take_rows(t, first, self.d_state) for t in sum_gradients(self.tp, *shared))
         in_B, in_C, conv_B, conv_C, *biases = shared
         in_proj = join_rows(self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt)
         conv_weight = join_rows(self.conv_x_weight, conv_B, conv_C)
