@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taipan.ops.copies import copy_all
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import ParamSpec
 
@@ -58,18 +59,9 @@ class _SumGradients(torch.autograd.Function):
         wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
         flat = grads[0].new_empty(sum(g.numel() for g in grads), dtype=wide)
         parts = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
-        _copy_all(parts, grads)
+        copy_all(parts, grads)
         ctx.tp.count("all_reduce", flat)
         dist.all_reduce(flat, group=ctx.tp.group)
         sums = [torch.empty_like(g) for g in grads]
-        _copy_all(sums, parts)
+        copy_all(sums, parts)
         return None, *sums
-
-
-def _copy_all(to: list[Tensor], tensors: Sequence[Tensor]) -> None:
-    """to[i] = tensors[i]; a launch for many, as long as each list has one type."""
-    by_types: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for i, (a, b) in enumerate(zip(to, tensors, strict=True)):
-        by_types.setdefault((a.dtype, b.dtype), []).append(i)
-    for which in by_types.values():
-        torch._foreach_copy_([to[i] for i in which], [tensors[i] for i in which])

@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.ops.copies import copy_all
 from megatron_taipan.train.readback import Readback
 from megatron_taipan.train.reduction import OverlappedReduction
+
+TOGETHER = 2**24  # elements: the gradients of so many wait for each other (32 MiB in 16 bits) and are added up at once
 
 
 def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
@@ -57,10 +60,11 @@ def forget_skipped_gradients(optimizer: Any) -> None:
 class FlatGradients:
     """float32 gradients, added up right where they are sent and where the optimizer will read them.
 
-    One flat tensor a parameter group has the layout of the group's flat weights. A parameter's hook adds its gradient
-    there. With several data ranks its ranges are averaged from there while the backward pass of the last micro-batch
-    runs (`OverlappedReduction`), and the step takes this rank's slice: one pass over the gradients where there were
-    seven. The factor of clipping and loss scaling is given to torch's fused AdamW, which applies it as it reads.
+    One flat tensor a parameter group has the layout of the group's flat weights. A parameter's hook takes its gradient,
+    and those of many parameters are added there in a few launches. With several data ranks its ranges are averaged from
+    there while the backward pass of the last micro-batch runs (`OverlappedReduction`), and the step takes this rank's
+    slice: one pass over the gradients where there were seven. The factor of clipping and loss scaling is given to
+    torch's fused AdamW, which applies it as it reads.
 
     Args:
         optimizer: DeepSpeed's, of stage 1; its methods that move gradients are replaced.
@@ -69,6 +73,8 @@ class FlatGradients:
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
         self.taken: set[nn.Parameter] = set()  # parameters that have a gradient of this step
+        self.waiting: dict[nn.Parameter, Tensor] = {}  # gradients that are not added up yet
+        self.n_waiting = 0  # elements of these
         self.views: dict[nn.Parameter, Tensor] = {}
         self.flat: list[Tensor] = []
         for weights, group in zip(optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True):
@@ -89,6 +95,7 @@ class FlatGradients:
             for partition, group in zip(self.partitions, optimizer.params_in_partition, strict=True)
         ]
         optimizer.process_gradients = self.take
+        self.end_backward, optimizer.backward_epilogue = optimizer.backward_epilogue, self.end_micro_batch
         optimizer.reduce_gradients = self.hand_over
         if isinstance(optimizer.optimizer, torch.optim.AdamW) and optimizer.optimizer.defaults.get("fused"):
             optimizer.unscale_and_clip_grads = self.leave_factor
@@ -96,28 +103,45 @@ class FlatGradients:
                 QueuedStep(optimizer)
 
     def take(self, param: nn.Parameter, group: int) -> None:
-        """Adds the gradient that a backward pass left on a parameter."""
+        """Takes the gradient that a backward pass left on a parameter, to be added with others."""
         if param.grad is None:
             return
+        if param in self.waiting:
+            self.add_up()
         if self.reduction is not None and self.reduction.has_begun(param):
             raise RuntimeError(
                 f"parameter {self.optimizer.param_names[param]} got another gradient after its sum was sent to other"
                 " ranks: it must have one a micro-batch (checkpointing with use_reentrant=True gives it several), and"
                 " engine.is_gradient_accumulation_boundary() must be true in a step's last micro-batch only"
             )
-        if param in self.taken:
-            self.views[param].add_(param.grad)
-        else:
-            self.views[param].copy_(param.grad)
-            self.taken.add(param)
-        param.grad = None
+        self.waiting[param], param.grad = param.grad, None
+        self.n_waiting += param.numel()
+        if self.n_waiting >= TOGETHER:
+            self.add_up()
+
+    def add_up(self) -> None:
+        """Adds the gradients that wait to the sums of their parameters."""
+        new = [p for p in self.waiting if p not in self.taken]
+        copy_all([self.views[p] for p in new], [self.waiting[p] for p in new])
+        for p in self.waiting.keys() & self.taken:
+            self.views[p].add_(self.waiting[p])
+        self.taken.update(new)
         if self.reduction is not None and self.optimizer.is_gradient_accumulation_boundary():
-            self.reduction.complete(param)
+            for p in self.waiting:
+                self.reduction.complete(p)
+        self.waiting.clear()
+        self.n_waiting = 0
+
+    def end_micro_batch(self, **options: Any) -> None:
+        """What still waits may lie where a CUDA graph writes the next gradients."""
+        self.add_up()
+        self.end_backward(**options)
 
     def hand_over(self, pipeline_parallel: bool = False) -> None:
         """The last micro-batch of a step is done: the sums become what the optimizer calls averaged gradients."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
+        self.add_up()
         for p, view in self.views.items():
             if p not in self.taken:
                 view.zero_()

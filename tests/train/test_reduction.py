@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_taipan.train import reduction
+from megatron_taipan.train import zero as train_zero
 from tests.distributed.launch import launch
 from tests.train.toy import Ones, toy_config
 
@@ -102,6 +103,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
                 before_last += sums.reduction.started
                 time.sleep(0.3 * (rank == 1))  # whoever does not wait for this rank reads too early
             engine.backward(loss)
+            assert not ours or not sums.waiting, "the next micro-batch's gradients may lie in the same memory"
             engine.step()
         norms.append(float(engine.get_global_grad_norm()))
     result = {
@@ -131,13 +133,14 @@ def second_gradient(model: nn.Module, sums) -> str:
 
 
 def all_ways() -> dict[str, dict]:
-    return {
-        "to owners": reduced(True, 0, list(range(STEPS))),
-        "to all": reduced(True, 2**22, list(range(STEPS))),
-        # DeepSpeed's own way needs every gradient on every rank
-        "ours": reduced(True, 0, [0, 4]),
-        "theirs": reduced(False, 0, [0, 4]),
-    }
+    steps = list(range(STEPS))
+    with mock.patch.object(train_zero, "TOGETHER", 1):
+        one_by_one = reduced(True, 0, steps)
+    with mock.patch.object(train_zero, "TOGETHER", 60):  # f to b, then a
+        some_at_once = reduced(True, 2**22, steps)
+    # DeepSpeed's own way needs every gradient on every rank
+    few = {"ours": reduced(True, 0, [0, 4]), "theirs": reduced(False, 0, [0, 4])}
+    return {"to owners": one_by_one, "to all": some_at_once, **few}
 
 
 def test_gradients_are_averages_wherever_they_came_from():
