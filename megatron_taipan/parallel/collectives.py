@@ -106,7 +106,7 @@ def gather_shards(x: Tensor, tp: TensorParallel) -> Tensor:
     x = x.contiguous()
     whole = x.new_empty(tp.size * len(x), *x.shape[1:])
     tp.count("all_gather", whole)
-    tp.exchange.gather(x, lambda rank, piece: None, whole)
+    tp.exchange.gather(x, lambda rank, piece: whole.chunk(tp.size)[rank].copy_(piece))
     return whole
 
 

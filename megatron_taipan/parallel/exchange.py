@@ -25,8 +25,11 @@ class Trip(Protocol):
     def receive(self, peer: int) -> Tensor:
         """The piece from there, valid until `end`."""
 
-    def join(self, pieces: list[Tensor], whole: Tensor) -> None:
-        """Starts to copy the pieces, one behind the other, into `whole`, which is complete at `end`."""
+    def place(self, piece: Tensor) -> None:
+        """Starts to put this rank's own piece where `whole` needs it; the piece must not change before `whole`."""
+
+    def whole(self) -> Tensor:
+        """All pieces, one behind the other in the order of the ranks, once all are placed or received; until `end`."""
 
     def end(self) -> None:
         """Everything received has been used."""
@@ -43,21 +46,25 @@ class Exchange(ABC):
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
         """Begins an exchange of pieces of that shape."""
 
-    def gather(self, piece: Tensor, use: Callable[[int, Tensor], object], whole: Tensor | None = None) -> None:
+    def gather(
+        self, piece: Tensor, use: Callable[[int, Tensor], object], use_whole: Callable[[Tensor], Any] | None = None
+    ) -> Any:
         """use(rank, that rank's piece) for every rank, this one's first, while the others are on their way.
 
         Args:
             piece: [n/size, ...], of the same shape on every rank.
-            whole: [n, ...], takes all pieces in the order of the ranks.
+            use_whole: is given [n, ...], all pieces in the order of the ranks, last; gone when it returns.
+
+        Returns:
+            What use_whole returns.
         """
-        fetch = Fetch(self, piece)
+        fetch = Fetch(self, piece, whole=use_whole is not None)
         use(self.rank, piece)
         for peer in self.peers:
-            received = fetch.receive(peer)
-            if whole is not None and peer == self.peers[-1]:
-                fetch.join(whole)
-            use(peer, received)
+            use(peer, fetch.receive(peer))
+        result = use_whole(fetch.whole()) if use_whole is not None else None
         fetch.end()
+        return result
 
     def sum(self, x: Tensor) -> Tensor | None:
         """The ranks' sum of a small tensor, in less time than a collective starts; None where that cannot be."""
@@ -88,24 +95,31 @@ class Exchange(ABC):
 
 
 class Fetch:
-    """The pieces of all ranks on their way to this one, and this one's to them."""
+    """The pieces of all ranks on their way to this one, and this one's to them.
 
-    def __init__(self, exchange: Exchange, piece: Tensor):
-        self.exchange, self.pieces = exchange, {exchange.rank: piece}
+    Args:
+        whole: whether `whole` will be asked for.
+    """
+
+    def __init__(self, exchange: Exchange, piece: Tensor, *, whole: bool = True):
+        self.peers, self.received = exchange.peers, dict[int, Tensor]()
         self.trip = exchange.start(piece.shape, piece.dtype, piece.device)
-        for peer in exchange.peers:
+        for peer in self.peers:
             self.trip.send(peer, piece)
+        if whole:
+            self.trip.place(piece)
 
     def receive(self, peer: int) -> Tensor:
         """The piece from there, valid until `end`."""
-        if peer not in self.pieces:
-            self.pieces[peer] = self.trip.receive(peer)
-        return self.pieces[peer]
+        if peer not in self.received:
+            self.received[peer] = self.trip.receive(peer)
+        return self.received[peer]
 
-    def join(self, whole: Tensor) -> None:
-        """Waits for all pieces and starts to copy them into `whole`, [ranks x piece, ...], complete at `end`."""
-        ranks = range(self.exchange.size)
-        self.trip.join([self.receive(rank) for rank in ranks], whole)
+    def whole(self) -> Tensor:
+        """All pieces in the order of the ranks, [ranks x piece, ...], valid until `end`."""
+        for peer in self.peers:
+            self.receive(peer)
+        return self.trip.whole()
 
     def end(self) -> None:
         """The pieces have been used."""
@@ -136,7 +150,8 @@ class Messages(Exchange):
 
 class _MessageTrip:
     def __init__(self, exchange: Messages, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
-        self.group = exchange.group
+        self.group, self.rank, self.size = exchange.group, exchange.rank, exchange.size
+        self.own: Tensor | None = None
         self.sent: list[Tensor] = []
         self.works: list[Any] = []
         self.arriving = {}
@@ -154,8 +169,12 @@ class _MessageTrip:
         work.wait()
         return piece
 
-    def join(self, pieces: list[Tensor], whole: Tensor) -> None:
-        torch.cat(pieces, out=whole)
+    def place(self, piece: Tensor) -> None:
+        self.own = piece
+
+    def whole(self) -> Tensor:
+        assert self.own is not None
+        return torch.cat([self.own if rank == self.rank else self.arriving[rank][0] for rank in range(self.size)])
 
     def end(self) -> None:
         for work in self.works:

@@ -81,29 +81,25 @@ def _enter_whole(tp, x, weights, rows, needs_x, needed):
 
 def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
     """As `_enter_whole`; x [n/tp, d] comes from the other ranks under the products that make its gradient."""
-    fetch = whole = None
+    fetch = None
     if any(needed):
         tp.count("all_gather", x, pieces=tp.size)
-        fetch, whole = Fetch(tp.exchange, x), x.new_empty(tp.size * len(x), x.shape[1])
+        fetch = Fetch(tp.exchange, x)
     dweights: list[Tensor | None] = [None] * len(weights)
-
-    def part(rank: int) -> Tensor:
-        if fetch is not None and rank == tp.rank:
-            fetch.join(whole)
-        return _product_of_sum([grad.chunk(tp.size)[rank] for grad in rows], weights)
 
     def of_weights() -> None:
         if fetch is None:
             return
-        fetch.end()
+        whole = fetch.whole()
         for i, wanted in enumerate(needed):
             dweights[i] = rows[i].t() @ whole if wanted else None
+        fetch.end()
 
     if needs_x:
         tp.count("reduce_scatter", x, pieces=tp.size)
-        return tp.exchange.scatter(part, of_weights), dweights
-    if fetch is not None:
-        fetch.join(whole)
+        pieces = [grad.chunk(tp.size) for grad in rows]
+        dx = tp.exchange.scatter(lambda rank: _product_of_sum([p[rank] for p in pieces], weights), of_weights)
+        return dx, dweights
     of_weights()
     return None, dweights
 
@@ -131,15 +127,17 @@ class _LeaveLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         tp, grad = ctx.tp, grad.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        flat = dx.view(-1, x.shape[-1])
+        flat, rows = dx.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
         if tp.exchange is None:
             whole = all_gather(grad, tp) if tp.sequence_parallel else grad.view(-1, grad.shape[-1])
             torch.mm(whole, weight, out=flat)
-        else:
-            whole = grad.new_empty(tp.size * len(grad), grad.shape[1])
-            tp.count("all_gather", grad, pieces=tp.size)
-            tp.exchange.gather(grad, lambda r, piece: torch.mm(piece, weight, out=flat.chunk(tp.size)[r]), whole)
-        return None, dx, whole.t() @ x.reshape(-1, x.shape[-1])
+            return None, dx, whole.t() @ rows
+        tp.count("all_gather", grad, pieces=tp.size)
+        pieces = flat.chunk(tp.size)
+        dweight = tp.exchange.gather(
+            grad, lambda rank, piece: torch.mm(piece, weight, out=pieces[rank]), lambda whole: whole.t() @ rows
+        )
+        return None, dx, dweight
 
 
 def _sum_of_products(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:

@@ -22,9 +22,10 @@ SMALL = 2**19  # bytes that `sum` takes
 class PeerMemory(Exchange):
     """Through memory that all GPUs of the group see (torch's symmetric memory, NVLink or PCIe peer access).
 
-    For each slot a rank has room for one piece of every other rank. A piece is copied there and then announced by a
-    signal; the receiver gives another one back when it has used it, and until then nobody writes there again. So
-    exchanges may be recorded in CUDA graphs, and these replayed in whatever order, if it is the same on all ranks.
+    For each slot a rank has room for one piece of every rank, in their order, so that together they are one tensor. A
+    piece is copied there and then announced by a signal; the receiver gives another one back when it has used it, and
+    until then nobody writes there again. So exchanges may be recorded in CUDA graphs, and these replayed in whatever
+    order, if it is the same on all ranks.
 
     Args:
         timeout_s: a piece that does not arrive for so long ends the process.
@@ -64,17 +65,21 @@ class PeerMemory(Exchange):
         """
         torch.cuda.empty_cache()  # this memory is none of the caching allocator's
         free, _ = torch.cuda.mem_get_info(device)
-        if free < (needed := SLOTS * len(self.peers) * n_bytes):
+        if free < (needed := SLOTS * self.size * n_bytes):
             raise torch.OutOfMemoryError(f"{needed:,} bytes for exchanged tokens, {free:,} are free.")
         self.rooms.append(_Room(self, n_bytes, device))
 
 
 class _Room:
-    """Symmetric memory for pieces of up to `capacity` bytes. Making one is a collective call."""
+    """Symmetric memory for pieces of up to n_bytes; making one is a collective call.
+
+    Attributes:
+        capacity: bytes of the largest piece; size * capacity are a slot's.
+    """
 
     def __init__(self, exchange: PeerMemory, n_bytes: int, device: torch.device):
         self.capacity = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        self.memory = symmetric.empty(SLOTS * len(exchange.peers) * self.capacity, dtype=torch.uint8, device=device)
+        self.memory = symmetric.empty(SLOTS * exchange.size * self.capacity, dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self.memory, exchange.group)
         for slot in range(SLOTS):
             for peer in exchange.peers:  # all is free
@@ -89,11 +94,11 @@ class _PeerTrip:
         self.sent: list[Tensor] = []
         self.done: torch.cuda.Event | None = None  # what this trip has on the side stream
 
-    def _place(self, holder: int, sender: int) -> Tensor:
-        """Where in the memory of `holder` the sender's piece lies: behind those of the ranks between the two."""
-        place = self.slot * len(self.exchange.peers) + (sender - holder - 1) % self.exchange.size
-        offset = place * self.room.capacity // self.dtype.itemsize
-        return self.room.handle.get_buffer(holder, self.shape, self.dtype, offset)
+    def _pieces(self, holder: int, first: int, n: int = 1) -> Tensor:
+        """The pieces of n ranks from the first on, in the memory of `holder`: [n x piece, ...]."""
+        slot = self.slot * self.exchange.size * self.room.capacity // self.dtype.itemsize
+        shape = n * self.shape[0], *self.shape[1:]
+        return self.room.handle.get_buffer(holder, shape, self.dtype, slot + first * math.prod(self.shape))
 
     def send(self, peer: int, piece: Tensor) -> None:
         e, handle = self.exchange, self.room.handle
@@ -101,7 +106,7 @@ class _PeerTrip:
         e.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(e.side):
             handle.wait_signal(peer, SLOTS + self.slot, e.timeout_ms)
-            self._place(peer, e.rank).copy_(piece)
+            self._pieces(peer, e.rank).copy_(piece)
             handle.put_signal(peer, self.slot, e.timeout_ms)
         self.done = e.side.record_event()
 
@@ -109,15 +114,19 @@ class _PeerTrip:
         # not before our own pieces have left: a graph whose branches were run one by one could wait here for ever
         self._await_side()
         self.room.handle.wait_signal(peer, self.slot, self.exchange.timeout_ms)
-        return self._place(self.exchange.rank, peer)
+        return self._pieces(self.exchange.rank, peer)
 
-    def join(self, pieces: list[Tensor], whole: Tensor) -> None:
-        side = self.exchange.side
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for part, piece in zip(whole.chunk(len(pieces)), pieces, strict=True):
-                part.copy_(piece)
-        self.done = side.record_event()
+    def place(self, piece: Tensor) -> None:
+        e = self.exchange
+        self.sent.append(piece)
+        e.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(e.side):
+            self._pieces(e.rank, e.rank).copy_(piece)
+        self.done = e.side.record_event()
+
+    def whole(self) -> Tensor:
+        self._await_side()
+        return self._pieces(self.exchange.rank, 0, self.exchange.size)
 
     def _await_side(self) -> None:
         if self.done is not None:

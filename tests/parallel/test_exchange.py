@@ -34,9 +34,9 @@ def piece_of(
 
 def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
     """All pieces, by way of both things that `gather` offers, which must agree."""
-    size = exchange.size
-    whole, used = mine.new_empty(size * len(mine), *mine.shape[1:]), mine.new_empty(size * len(mine), *mine.shape[1:])
-    exchange.gather(mine, lambda rank, piece: used.chunk(size)[rank].copy_(piece), whole)
+    used = mine.new_empty(exchange.size * len(mine), *mine.shape[1:])
+    pieces = used.chunk(exchange.size)
+    whole = exchange.gather(mine, lambda rank, piece: pieces[rank].copy_(piece), torch.clone)
     return torch.stack([whole, used])
 
 
