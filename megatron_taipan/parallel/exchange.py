@@ -25,6 +25,9 @@ class Trip(Protocol):
     def receive(self, peer: int) -> Tensor:
         """The piece from there, valid until `end`."""
 
+    def take(self, peer: int) -> Tensor:
+        """The piece from there as a new tensor, complete at `end`; in place of `receive`."""
+
     def place(self, piece: Tensor) -> None:
         """Starts to put this rank's own piece where `whole` needs it; the piece must not change before `whole`."""
 
@@ -70,12 +73,18 @@ class Exchange(ABC):
         """The ranks' sum of a small tensor, in less time than a collective starts; None where that cannot be."""
         return None
 
-    def scatter(self, make: Callable[[int], Tensor], meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+    def scatter(
+        self,
+        make: Callable[[int], Tensor],
+        meanwhile: Callable[[], None] | None = None,
+        add: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
         """The ranks' sum of make(this rank).
 
         Args:
             make: this rank's part [n/size, ...] of the sum for that rank; called for the others first.
-            meanwhile: work that hides the rest of the way.
+            meanwhile: work that hides the way.
+            add: adds make(this rank) to a tensor; where all of the way is hidden, two ranks need no other addition.
 
         Returns:
             [n/size, ...], a new tensor.
@@ -85,11 +94,17 @@ class Exchange(ABC):
             part = make(peer)
             trip = trip or self.start(part.shape, part.dtype, part.device)
             trip.send(peer, part)
-        mine = make(self.rank)
         assert trip is not None
-        meanwhile()
-        parts = [trip.receive(peer) for peer in self.peers]
-        total = add_up(mine, parts)
+        if meanwhile is not None and add is not None and self.size == 2:
+            total = trip.take(self.peers[0])
+            meanwhile()
+            trip.end()
+            add(total)
+            return total
+        mine = make(self.rank)
+        if meanwhile is not None:
+            meanwhile()
+        total = add_up(mine, [trip.receive(peer) for peer in self.peers])
         trip.end()
         return total
 
@@ -167,6 +182,11 @@ class _MessageTrip:
     def receive(self, peer: int) -> Tensor:
         piece, work = self.arriving[peer]
         work.wait()
+        return piece
+
+    def take(self, peer: int) -> Tensor:
+        piece, work = self.arriving[peer]
+        self.works.append(work)
         return piece
 
     def place(self, piece: Tensor) -> None:

@@ -98,17 +98,20 @@ def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
     if needs_x:
         tp.count("reduce_scatter", x, pieces=tp.size)
         pieces = [grad.chunk(tp.size) for grad in rows]
-        dx = tp.exchange.scatter(lambda rank: _product_of_sum([p[rank] for p in pieces], weights), of_weights)
-        return dx, dweights
+
+        def part(rank: int, total: Tensor | None = None) -> Tensor:
+            return _product_of_sum([p[rank] for p in pieces], weights, total)
+
+        return tp.exchange.scatter(part, of_weights, partial(part, tp.rank)), dweights
     of_weights()
     return None, dweights
 
 
-def _product_of_sum(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """The sum of rows[i] [n, e] @ weights[i] [e, d]."""
-    total = rows[0] @ weights[0]
-    for grad, weight in zip(rows[1:], weights[1:], strict=True):
-        total.addmm_(grad, weight)
+def _product_of_sum(rows: list[Tensor], weights: list[Tensor], total: Tensor | None = None) -> Tensor:
+    """The sum of rows[i] [n, e] @ weights[i] [e, d], added to `total` where there is one."""
+    for grad, weight in zip(rows, weights, strict=True):
+        total = grad @ weight if total is None else total.addmm_(grad, weight)
+    assert total is not None
     return total
 
 

@@ -92,6 +92,7 @@ class _PeerTrip:
     def __init__(self, exchange: PeerMemory, room: _Room, slot: int, shape: Sequence[int], dtype: torch.dtype):
         self.exchange, self.room, self.slot, self.shape, self.dtype = exchange, room, slot, tuple(shape), dtype
         self.sent: list[Tensor] = []
+        self.unused = list(exchange.peers)  # whose pieces have not been used
         self.done: torch.cuda.Event | None = None  # what this trip has on the side stream
 
     def _pieces(self, holder: int, first: int, n: int = 1) -> Tensor:
@@ -116,6 +117,18 @@ class _PeerTrip:
         self.room.handle.wait_signal(peer, self.slot, self.exchange.timeout_ms)
         return self._pieces(self.exchange.rank, peer)
 
+    def take(self, peer: int) -> Tensor:
+        e, handle = self.exchange, self.room.handle
+        piece = torch.empty(self.shape, dtype=self.dtype, device=self.room.memory.device)
+        e.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(e.side):  # behind what we send, as in `receive`
+            handle.wait_signal(peer, self.slot, e.timeout_ms)
+            piece.copy_(self._pieces(e.rank, peer))
+            handle.put_signal(peer, SLOTS + self.slot, e.timeout_ms)
+        self.unused.remove(peer)
+        self.done = e.side.record_event()
+        return piece
+
     def place(self, piece: Tensor) -> None:
         e = self.exchange
         self.sent.append(piece)
@@ -136,5 +149,5 @@ class _PeerTrip:
     def end(self) -> None:
         self._await_side()
         self.sent.clear()
-        for peer in self.exchange.peers:
+        for peer in self.unused:
             self.room.handle.put_signal(peer, SLOTS + self.slot, self.exchange.timeout_ms)

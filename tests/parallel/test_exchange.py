@@ -41,11 +41,17 @@ def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
 
 
 def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
-    """The ranks' sum of parts[this rank], which stays as it is."""
+    """The ranks' sum of parts[this rank], which stays as it is; twice, the second time with work that hides the way."""
     before = parts.clone()
     total = exchange.scatter(lambda rank: parts[rank])
+    doubled = parts * 2
+
+    def meanwhile() -> None:
+        doubled.sub_(parts)
+
+    hidden = exchange.scatter(lambda rank: parts[rank], meanwhile, lambda total: total.add_(doubled[exchange.rank]))
     assert torch.cuda.is_available() or torch.equal(parts, before)  # a comparison cannot be recorded
-    return total
+    return torch.stack([total, hidden])
 
 
 def check_all(exchange: Exchange, device: torch.device) -> None:
@@ -58,8 +64,8 @@ def check_all(exchange: Exchange, device: torch.device) -> None:
         whole, used = gathered(exchange, pieces[rank])
         assert torch.equal(whole, torch.cat(pieces)) and torch.equal(used, whole)
         parts = [piece_of(r, (size * shape[0], shape[1]), dtype, device, 50 + salt) for r in range(size)]
-        total = scattered(exchange, parts[rank].view(size, *shape))
-        assert torch.equal(total, sum(part.view(size, *shape)[rank] for part in parts))
+        total, hidden = scattered(exchange, parts[rank].view(size, *shape))
+        assert torch.equal(total, sum(part.view(size, *shape)[rank] for part in parts)) and torch.equal(hidden, total)
 
 
 def on_cpu() -> bool:
@@ -111,15 +117,16 @@ def on_gpu() -> bool:
     mine = torch.zeros(shape, device=device)
     parts = torch.zeros(size, *shape, device=device)
 
-    def three() -> list[torch.Tensor]:  # an odd number: the next graph begins with the slot that this one ended with
-        return [gathered(exchange, mine), scattered(exchange, parts), gathered(exchange, mine * 2)]
+    def several() -> list[torch.Tensor]:  # five exchanges: the next graph begins with the slot that this one ended with
+        sums = scattered(exchange, parts)
+        return [gathered(exchange, mine), sums, gathered(exchange, mine * 2), gathered(exchange, mine * 3)]
 
-    def one() -> list[torch.Tensor]:
+    def two() -> list[torch.Tensor]:
         few = exchange.sum(mine[:3])
         assert few is not None
         return [scattered(exchange, parts * 3), few]
 
-    graphs = [recorded(work) for work in (three, one)]
+    graphs = [recorded(work) for work in (several, two)]
     order, delays = random.Random(0), random.Random(rank)
     for turn in range(60):
         everyone = [piece_of(r, shape, torch.float32, device, turn) for r in range(size)]
@@ -131,17 +138,18 @@ def on_gpu() -> bool:
         which = order.randrange(3)
         torch.cuda._sleep(delays.randrange(1, 3_000_000))  # up to 2 ms
         if which == 2:
-            results = three()
+            results = several()
         else:
             graph, results = graphs[which]
             graph.replay()
         if which == 1:
-            assert torch.equal(results[0], 3 * total), turn
+            assert torch.equal(results[0], torch.stack([3 * total] * 2)), turn
             assert torch.equal(results[1], sum(piece[:3] for piece in everyone)), turn
         else:
-            (whole, used), sums, (double, _) = results
+            (whole, used), sums, (double, _), (_, triple) = results
             assert torch.equal(whole, expected) and torch.equal(used, expected), turn
-            assert torch.equal(sums, total) and torch.equal(double, 2 * expected), turn
+            assert torch.equal(sums, torch.stack([total] * 2)) and torch.equal(double, 2 * expected), turn
+            assert torch.equal(triple, 3 * expected), turn
     graphs.clear()
     return True
 
