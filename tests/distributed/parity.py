@@ -181,6 +181,7 @@ def covering_cases(seed: int = 0) -> list[Case]:
 CI_CASES = [
     Case("taipan", tensor=2, zero=1),
     Case("taipan", tensor=2, sequence=True, zero=1),
+    Case("taipan", tensor=2, sequence=True, zero=1, recompute="selective"),  # the presets' recomputation
     Case("taipan", tensor=2, sequence=True, zero=2, recompute="selective", n_groups=2),
     Case("taipan", data=2, zero=0, recompute="full"),
     Case("taipan", data=2, zero=1),
