@@ -73,7 +73,11 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
 
     def pieces_backward() -> object:
         kept: list[Tensor] = []
-        mine = exchange.scatter(lambda rank: part(dz, rank) @ w_in, lambda: kept.append(dz.t() @ x))
+        mine = exchange.scatter(
+            lambda rank: part(dz, rank) @ w_in,
+            lambda: kept.append(dz.t() @ x),
+            lambda total: total.addmm_(part(dz, tp.rank), w_in),
+        )
         out = y.new_empty(n, inner)
         exchange.gather(mine, lambda rank, piece: torch.mm(piece, w_out, out=part(out, rank)))
         return kept, out

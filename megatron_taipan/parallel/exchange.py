@@ -26,7 +26,7 @@ class Trip(Protocol):
         """The piece from there, valid until `end`."""
 
     def take(self, peer: int) -> Tensor:
-        """The piece from there as a new tensor, complete at `end`; in place of `receive`."""
+        """The only piece that comes, as a new tensor, complete at `end`; in place of `receive`, between two ranks."""
 
     def place(self, piece: Tensor) -> None:
         """Starts to put this rank's own piece where `whole` needs it; the piece must not change before `whole`."""
@@ -84,7 +84,8 @@ class Exchange(ABC):
         Args:
             make: this rank's part [n/size, ...] of the sum for that rank; called for the others first.
             meanwhile: work that hides the way.
-            add: adds make(this rank) to a tensor; where all of the way is hidden, two ranks need no other addition.
+            add: adds make(this rank) to a tensor in place; with `meanwhile`, and two ranks, called instead of
+                make(this rank), so that nothing is left to add up.
 
         Returns:
             [n/size, ...], a new tensor.
@@ -117,7 +118,7 @@ class Fetch:
     """
 
     def __init__(self, exchange: Exchange, piece: Tensor, *, whole: bool = True):
-        self.peers, self.received = exchange.peers, dict[int, Tensor]()
+        self.peers, self.received, self.placed = exchange.peers, dict[int, Tensor](), whole
         self.trip = exchange.start(piece.shape, piece.dtype, piece.device)
         for peer in self.peers:
             self.trip.send(peer, piece)
@@ -132,6 +133,7 @@ class Fetch:
 
     def whole(self) -> Tensor:
         """All pieces in the order of the ranks, [ranks x piece, ...], valid until `end`."""
+        assert self.placed, "this rank's own piece is not among the others'"
         for peer in self.peers:
             self.receive(peer)
         return self.trip.whole()

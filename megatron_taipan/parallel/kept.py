@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Kept:
@@ -27,34 +26,48 @@ class Kept:
         segment = Segment()
 
         def segment_run(*args: Any) -> Any:
+            segment.begin()
             before, self.segment = self.segment, segment
             try:
                 return run(*args)
             finally:  # torch ends the second run by an exception
                 self.segment = before
-                segment.again = True
 
         return segment_run
 
 
 class Segment:
-    """The results of one segment."""
+    """The results of one segment, each with the number of changes in place that its tensor had seen."""
 
     def __init__(self) -> None:
-        self.again = False
-        self.results: deque[tuple[Tensor, ...]] = deque()
+        self.runs = 0
+        self.results: deque[list[tuple[Tensor, int]]] = deque()
+
+    def begin(self) -> None:
+        """The segment runs: the first time to keep results, the second time to take them out.
+
+        Raises:
+            RuntimeError: it runs a third time.
+        """
+        if self.runs == 2:
+            raise RuntimeError("a second backward pass through layers under selective recomputation")
+        self.runs += 1
 
     def result(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What is kept when it is first asked for, and taken out when it is asked for again.
 
         Raises:
-            RuntimeError: it has been taken before: by a second backward pass.
+            RuntimeError: it has been changed in place meanwhile.
         """
-        if not self.again:
-            with _disable_current_modes():  # torch's checkpointing would count operators that do not come again
+        if self.runs == 1:
+            from torch.utils._python_dispatch import _disable_current_modes  # torch's own, so only where it is needed
+
+            with _disable_current_modes():  # the checkpoint's mode would count operators that do not come again
                 results = compute()
-            self.results.append(tuple(t.detach() for t in results))  # autograd makes these here part of its graph
+            # aliases: autograd makes the results part of a graph that holds this segment
+            self.results.append([(t.detach(), t._version) for t in results])
             return results
-        if not self.results:
-            raise RuntimeError("a second backward pass through layers under selective recomputation")
-        return self.results.popleft()
+        kept = self.results.popleft()
+        if any(t._version != version for t, version in kept):
+            raise RuntimeError("a product that selective recomputation keeps has been changed in place")
+        return tuple(t for t, _ in kept)

@@ -119,6 +119,8 @@ class _PeerTrip:
 
     def take(self, peer: int) -> Tensor:
         e, handle = self.exchange, self.room.handle
+        # A slot's acknowledgement says that all of it has been used: the next pieces may be larger and lie elsewhere.
+        assert e.size == 2, "one of several pieces cannot be given back alone"
         piece = torch.empty(self.shape, dtype=self.dtype, device=self.room.memory.device)
         e.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(e.side):  # behind what we send, as in `receive`

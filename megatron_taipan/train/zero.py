@@ -61,10 +61,11 @@ class FlatGradients:
     """float32 gradients, added up right where they are sent and where the optimizer will read them.
 
     One flat tensor a parameter group has the layout of the group's flat weights. A parameter's hook takes its gradient,
-    and those of many parameters are added there in a few launches. With several data ranks its ranges are averaged from
-    there while the backward pass of the last micro-batch runs (`OverlappedReduction`), and the step takes this rank's
-    slice: one pass over the gradients where there were seven. The factor of clipping and loss scaling is given to
-    torch's fused AdamW, which applies it as it reads.
+    and those of many parameters are put there together: a step's first ones in a few launches, those of later
+    micro-batches in one each. With several data ranks its ranges are averaged from there while the backward pass of the
+    last micro-batch runs (`OverlappedReduction`), and the step takes this rank's slice: one pass over the gradients
+    where there were seven. The factor of clipping and loss scaling is given to torch's fused AdamW, which applies it as
+    it reads.
 
     Args:
         optimizer: DeepSpeed's, of stage 1; its methods that move gradients are replaced.
@@ -123,8 +124,9 @@ class FlatGradients:
         """Adds the gradients that wait to the sums of their parameters."""
         new = [p for p in self.waiting if p not in self.taken]
         copy_all([self.views[p] for p in new], [self.waiting[p] for p in new])
-        for p in self.waiting.keys() & self.taken:
-            self.views[p].add_(self.waiting[p])
+        for p, grad in self.waiting.items():
+            if p in self.taken:
+                self.views[p].add_(grad)
         self.taken.update(new)
         if self.reduction is not None and self.optimizer.is_gradient_accumulation_boundary():
             for p in self.waiting:

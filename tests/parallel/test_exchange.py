@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from launch.benchmark_common import recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.exchange import Exchange
+from megatron_taipan.parallel.exchange import Exchange, Fetch
 from megatron_taipan.parallel.peer_memory import PeerMemory
 from tests.distributed.launch import launch
 from tests.parallel.shared_file import pretended_gpus
@@ -41,31 +42,45 @@ def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
 
 
 def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
-    """The ranks' sum of parts[this rank], which stays as it is; twice, the second time with work that hides the way."""
+    """The ranks' sum of parts[this rank], which stays as it is."""
     before = parts.clone()
     total = exchange.scatter(lambda rank: parts[rank])
-    doubled = parts * 2
+    assert torch.cuda.is_available() or torch.equal(parts, before)  # a comparison cannot be recorded
+    return total
+
+
+def overlapping(
+    exchange: Exchange, mine: torch.Tensor, parts: torch.Tensor, pause: Callable[[], object] = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pieces, and the ranks' sum of parts[this rank]: two exchanges at once, as where a block is entered."""
+    fetch, whole = Fetch(exchange, mine), []
 
     def meanwhile() -> None:
-        doubled.sub_(parts)
+        pause()
+        pieces = fetch.whole()
+        pause()  # used later than others may want to write there again
+        whole.append(pieces.clone())
+        fetch.end()
 
-    hidden = exchange.scatter(lambda rank: parts[rank], meanwhile, lambda total: total.add_(doubled[exchange.rank]))
-    assert torch.cuda.is_available() or torch.equal(parts, before)  # a comparison cannot be recorded
-    return torch.stack([total, hidden])
+    total = exchange.scatter(lambda rank: parts[rank], meanwhile, lambda total: total.add_(parts[exchange.rank]))
+    return whole[0], total
 
 
-def check_all(exchange: Exchange, device: torch.device) -> None:
+def check_all(exchange: Exchange, device: torch.device, pause: Callable[[], object] = lambda: None) -> None:
     """Sizes that grow and shrink, types that change, in the same order on every rank."""
     rank, size = exchange.rank, exchange.size
     for salt, (shape, dtype) in enumerate(
         [((3, 5), torch.float32), ((7, 11), torch.float64), ((64, 33), torch.bfloat16), ((2, 2), torch.float32)] * 3
     ):
         pieces = [piece_of(r, shape, dtype, device, salt) for r in range(size)]
-        whole, used = gathered(exchange, pieces[rank])
-        assert torch.equal(whole, torch.cat(pieces)) and torch.equal(used, whole)
         parts = [piece_of(r, (size * shape[0], shape[1]), dtype, device, 50 + salt) for r in range(size)]
-        total, hidden = scattered(exchange, parts[rank].view(size, *shape))
-        assert torch.equal(total, sum(part.view(size, *shape)[rank] for part in parts)) and torch.equal(hidden, total)
+        parts = [part.view(size, *shape) for part in parts]
+        expected = torch.cat(pieces), sum(part[rank] for part in parts)
+        whole, used = gathered(exchange, pieces[rank])
+        both = overlapping(exchange, pieces[rank], parts[rank], pause)
+        assert torch.equal(whole, expected[0]) and torch.equal(used, whole)
+        assert torch.equal(scattered(exchange, parts[rank]), expected[1])
+        assert torch.equal(both[0], expected[0]) and torch.equal(both[1], expected[1])
 
 
 def on_cpu() -> bool:
@@ -97,7 +112,7 @@ def in_shared_file(folder: str) -> bool:
         exchange = PeerMemory(rank, size, None, timeout_s=20)
         for _ in range(5):
             time.sleep(delays.random() / 20)
-            check_all(exchange, torch.device("cpu"))
+            check_all(exchange, torch.device("cpu"), lambda: time.sleep(delays.random() / 500))
     assert len(exchange.rooms) == 3  # for the first piece, and for each that was larger than all before
     return True
 
@@ -112,14 +127,15 @@ def on_gpu() -> bool:
     device = torch.device("cuda", torch.cuda.current_device())
     exchange = exchange_of(device)
     assert isinstance(exchange, PeerMemory)
-    check_all(exchange, device)
+    check_all(exchange, device, lambda: torch.cuda._sleep(random.randrange(1, 300_000)))
     rank, size, shape = exchange.rank, exchange.size, (256, 1024)
     mine = torch.zeros(shape, device=device)
     parts = torch.zeros(size, *shape, device=device)
 
     def several() -> list[torch.Tensor]:  # five exchanges: the next graph begins with the slot that this one ended with
-        sums = scattered(exchange, parts)
-        return [gathered(exchange, mine), sums, gathered(exchange, mine * 2), gathered(exchange, mine * 3)]
+        first = gathered(exchange, mine)
+        both = overlapping(exchange, mine * 3, parts * 2)
+        return [first, scattered(exchange, parts), *both, gathered(exchange, mine * 2)]
 
     def two() -> list[torch.Tensor]:
         few = exchange.sum(mine[:3])
@@ -143,13 +159,13 @@ def on_gpu() -> bool:
             graph, results = graphs[which]
             graph.replay()
         if which == 1:
-            assert torch.equal(results[0], torch.stack([3 * total] * 2)), turn
+            assert torch.equal(results[0], 3 * total), turn
             assert torch.equal(results[1], sum(piece[:3] for piece in everyone)), turn
         else:
-            (whole, used), sums, (double, _), (_, triple) = results
+            (whole, used), sums, triple, twice, (double, _) = results
             assert torch.equal(whole, expected) and torch.equal(used, expected), turn
-            assert torch.equal(sums, torch.stack([total] * 2)) and torch.equal(double, 2 * expected), turn
-            assert torch.equal(triple, 3 * expected), turn
+            assert torch.equal(sums, total) and torch.equal(double, 2 * expected), turn
+            assert torch.equal(triple, 3 * expected) and torch.equal(twice, 2 * total), turn
     graphs.clear()
     return True
 

@@ -1,5 +1,6 @@
 """Products between tensor ranks under selective recomputation: sent once, and the same results."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from tests.model.small import small_config, tokens
 
 WAYS = {"in pieces": {"sequence": True}, "collectives": {"sequence": True, "overlap": False}, "all-reduces": {}}
 PATTERN = "M W M"
+TP = TensorParallel()
 
 
 def network(recompute: str, sequence: bool = False, **parallel) -> Taipan:
@@ -60,15 +62,39 @@ class Product(torch.autograd.Function):
 
 def test_operators_within_are_not_taken_for_those_behind():
     """torch's checkpointing counts operators: one inside, seen once, would stand for one outside the second time."""
-    tp = TensorParallel()
     x, first, second = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def run(x: Tensor) -> Tensor:
-        return (Product.apply(tp, x, first).sin() @ second).sin()
+        return (Product.apply(TP, x, first).sin() @ second).sin()
 
     expected = torch.autograd.grad(run(x).sum(), (x, first, second))
-    gradients = torch.autograd.grad(recomputed(run, "selective", tp, x).sum(), (x, first, second))
+    gradients = torch.autograd.grad(recomputed(run, "selective", TP, x).sum(), (x, first, second))
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+def doubled_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    return Product.apply(TP, x, weight).mul_(2).sin()
+
+
+def test_a_change_in_place_is_refused():
+    x, weight = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    loss = recomputed(doubled_in_place, "selective", TP, x, weight).sum()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_a_forward_pass_alone_leaves_nothing():
+    x, weight = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    results = []
+
+    def run(x: Tensor) -> Tensor:
+        product = Product.apply(TP, x, weight)
+        results.append(weakref.ref(product))
+        return product.sin()
+
+    loss = recomputed(run, "selective", TP, x).sum()
+    del loss
+    assert results[0]() is None
 
 
 def passes_in_turn() -> list[bool]:
@@ -107,4 +133,4 @@ def twice() -> str:
 
 
 def test_a_second_backward_pass_is_refused():
-    assert all("backward" in said for said in launch(2, twice))
+    assert all("a second backward pass through layers under selective" in said for said in launch(2, twice))
