@@ -174,7 +174,8 @@ class ParallelConfig(Section):
     offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters")
     nvme_path: str | None = option(None, "folder for nvme offload")
     recompute: Literal["none", "selective", "full"] = option(
-        "none", "activation checkpointing: selective recomputes norms, conv and scan; full recomputes whole layers"
+        "none",
+        "activation checkpointing: selective recomputes norms, conv, scan and attention; full recomputes whole layers",
     )
     recompute_every: int = option(1, "with recompute=full: layers per checkpointed segment", ge=1)
     timeout_s: float = option(1800.0, "seconds after which a collective that does not finish ends the job", gt=0)

@@ -1,4 +1,4 @@
-"""Parameters joined along their rows, or some rows of one, without a copy where they already lie one behind the other.
+"""Parameters joined along their rows, without a copy where they already lie one behind the other; or some rows of one.
 
 DeepSpeed's ZeRO stages 1 and 2 keep all parameters of a group in one flat buffer, in the order in which the model
 registers them. So the parts of a projection that are registered in sequence form one matrix there already.

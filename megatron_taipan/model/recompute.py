@@ -14,21 +14,22 @@ from megatron_taipan.model.stream import Stream
 from megatron_taipan.parallel.groups import TensorParallel
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
-KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+KEPT_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def recomputed(run: Callable[..., Any], mode: str, tp: TensorParallel, *args: Any) -> Any:
     """run(*args), storing less for the backward pass.
 
     Args:
-        mode: "full" stores the arguments only; "selective" also the outputs of matrix products with weights, so that
-            norms, convolution, scan and attention are computed again. Both re-enter nothing (use_reentrant=False);
-            the gate's noise is a hash and comes out the same.
-        tp: keeps the products that are joined with what travels between its ranks.
+        mode: "full" stores the arguments only; "selective" also the outputs of matrix products with weights, together
+            with what travels for them between tensor ranks, so that norms, convolution, scan and attention are
+            computed again. Both re-enter nothing (use_reentrant=False); the gate's noise is a hash and comes out the
+            same.
+        tp: this rank's place; holds what is kept of products that are joined with what travels.
     """
     if mode == "full":
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-    contexts = partial(create_selective_checkpoint_contexts, list(KEPT))
+    contexts = partial(create_selective_checkpoint_contexts, list(KEPT_OPERATORS))
     run = tp.kept.checkpointed(run)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """to[i] = tensors[i]; a launch for many, as long as each list has one type."""
+    """to[i] = tensors[i], of equal shapes; one launch for many of one pair of types.
+
+    Raises:
+        ValueError: the lists have different lengths.
+    """
     by_types: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (a, b) in enumerate(zip(to, tensors, strict=True)):
         by_types.setdefault((a.dtype, b.dtype), []).append(i)

@@ -56,7 +56,7 @@ class Exchange(ABC):
 
         Args:
             piece: [n/size, ...], of the same shape on every rank.
-            use_whole: is given [n, ...], all pieces in the order of the ranks, last; gone when it returns.
+            use_whole: is given [n, ...], all pieces in the order of the ranks, last; valid until it returns.
 
         Returns:
             What use_whole returns.
@@ -96,6 +96,7 @@ class Exchange(ABC):
             trip = trip or self.start(part.shape, part.dtype, part.device)
             trip.send(peer, part)
         assert trip is not None
+        # without other work making this rank's part is what hides the way, so it cannot wait for what comes
         if meanwhile is not None and add is not None and self.size == 2:
             total = trip.take(self.peers[0])
             meanwhile()
@@ -127,7 +128,7 @@ class Fetch:
 
     def receive(self, peer: int) -> Tensor:
         """The piece from there, valid until `end`."""
-        if peer not in self.received:
+        if peer not in self.received:  # what comes can be waited for once only
             self.received[peer] = self.trip.receive(peer)
         return self.received[peer]
 

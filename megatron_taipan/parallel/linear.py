@@ -70,7 +70,7 @@ def _enter_whole(tp, x, weights, rows, needs_x, needed):
     whole = all_gather(x, tp) if tp.sequence_parallel and any(needed) else x
     dx = work = None
     if needs_x:
-        dx = _product_of_sum(rows, weights)
+        dx = _sum_over_weights(rows, weights)
         dx, work = _start_sum(dx if tp.sequence_parallel else dx.view(x.shape), tp)
     flat = whole.reshape(-1, whole.shape[-1])
     dweights = [grad.t() @ flat if wanted else None for grad, wanted in zip(rows, needed, strict=True)]
@@ -100,14 +100,14 @@ def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
         pieces = [grad.chunk(tp.size) for grad in rows]
 
         def part(rank: int, total: Tensor | None = None) -> Tensor:
-            return _product_of_sum([p[rank] for p in pieces], weights, total)
+            return _sum_over_weights([p[rank] for p in pieces], weights, total)
 
         return tp.exchange.scatter(part, of_weights, partial(part, tp.rank)), dweights
     of_weights()
     return None, dweights
 
 
-def _product_of_sum(rows: list[Tensor], weights: list[Tensor], total: Tensor | None = None) -> Tensor:
+def _sum_over_weights(rows: list[Tensor], weights: list[Tensor], total: Tensor | None = None) -> Tensor:
     """The sum of rows[i] [n, e] @ weights[i] [e, d], added to `total` where there is one."""
     for grad, weight in zip(rows, weights, strict=True):
         total = grad @ weight if total is None else total.addmm_(grad, weight)
@@ -122,7 +122,7 @@ class _LeaveLinear(torch.autograd.Function):
     def forward(ctx, tp, x, weight):
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
-        (total,) = tp.kept(partial(_sum_of_products, tp, x, weight))
+        (total,) = tp.kept(partial(_sum_over_ranks, tp, x, weight))
         return total
 
     @staticmethod
@@ -143,15 +143,16 @@ class _LeaveLinear(torch.autograd.Function):
         return None, dx, dweight
 
 
-def _sum_of_products(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+def _sum_over_ranks(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
     """The sum over the ranks of x [..., e] @ weight [d, e].t(), or this rank's shard of it."""
     if tp.exchange is None:
         total, work = _start_sum(F.linear(x, weight), tp)
         work.wait()
         return (total,)
     pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
-    tp.counter.add("reduce_scatter", x.numel() // x.shape[-1] * len(weight) * x.element_size())
-    return (tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t()),)
+    shard = tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t())
+    tp.count("reduce_scatter", shard, pieces=tp.size)
+    return (shard,)
 
 
 def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:

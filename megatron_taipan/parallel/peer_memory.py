@@ -1,7 +1,8 @@
 """Exchanges through the GPUs' memory: pieces are written where the other rank reads them, by copy engines.
 
 Those take no multiprocessor from the products beside them, as NCCL's kernels do. The scheme is that of torch's
-fused_all_gather_matmul (torch/distributed/_symmetric_memory), without its copies into and out of a workspace.
+fused_all_gather_matmul (torch/distributed/_symmetric_memory), but pieces are read where they land. Copies within one
+GPU remain where all pieces must form one tensor (`place`) and where a sum outlives its room (`take`).
 """
 
 import math
@@ -92,7 +93,7 @@ class _PeerTrip:
     def __init__(self, exchange: PeerMemory, room: _Room, slot: int, shape: Sequence[int], dtype: torch.dtype):
         self.exchange, self.room, self.slot, self.shape, self.dtype = exchange, room, slot, tuple(shape), dtype
         self.sent: list[Tensor] = []
-        self.unused = list(exchange.peers)  # whose pieces have not been used
+        self.unacknowledged = list(exchange.peers)  # who have not been told that their piece was used
         self.done: torch.cuda.Event | None = None  # what this trip has on the side stream
 
     def _pieces(self, holder: int, first: int, n: int = 1) -> Tensor:
@@ -127,7 +128,7 @@ class _PeerTrip:
             handle.wait_signal(peer, self.slot, e.timeout_ms)
             piece.copy_(self._pieces(e.rank, peer))
             handle.put_signal(peer, SLOTS + self.slot, e.timeout_ms)
-        self.unused.remove(peer)
+        self.unacknowledged.remove(peer)
         self.done = e.side.record_event()
         return piece
 
@@ -151,5 +152,5 @@ class _PeerTrip:
     def end(self) -> None:
         self._await_side()
         self.sent.clear()
-        for peer in self.unused:
+        for peer in self.unacknowledged:
             self.room.handle.put_signal(peer, SLOTS + self.slot, self.exchange.timeout_ms)

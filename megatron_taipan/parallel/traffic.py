@@ -13,6 +13,9 @@ comes on top, and for M two of the norm's sums of squares. Sequence parallelism 
 all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate, and one more
 all-gather where a product's input is needed for the gradient of its weights (M and the MLP). Layers recorded as CUDA
 graphs send all gradients of replicated parameters of a graph at once.
+
+Recomputation sends more, which is not counted here: full all of the forward pass once more, selective what has no
+product with it, the edges of attention, the gate's numbers and the norm's sums.
 """
 
 import math

@@ -73,7 +73,7 @@ class FlatGradients:
 
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
-        self.taken: set[nn.Parameter] = set()  # parameters that have a gradient of this step
+        self.summed: set[nn.Parameter] = set()  # parameters whose sums hold a gradient of this step
         self.waiting: dict[nn.Parameter, Tensor] = {}  # gradients that are not added up yet
         self.n_waiting = 0  # elements of these
         self.views: dict[nn.Parameter, Tensor] = {}
@@ -122,12 +122,12 @@ class FlatGradients:
 
     def add_up(self) -> None:
         """Adds the gradients that wait to the sums of their parameters."""
-        new = [p for p in self.waiting if p not in self.taken]
+        new = [p for p in self.waiting if p not in self.summed]
         copy_all([self.views[p] for p in new], [self.waiting[p] for p in new])
         for p, grad in self.waiting.items():
-            if p in self.taken:
+            if p in self.summed:
                 self.views[p].add_(grad)
-        self.taken.update(new)
+        self.summed.update(new)
         if self.reduction is not None and self.optimizer.is_gradient_accumulation_boundary():
             for p in self.waiting:
                 self.reduction.complete(p)
@@ -135,7 +135,7 @@ class FlatGradients:
         self.n_waiting = 0
 
     def end_micro_batch(self, **options: Any) -> None:
-        """What still waits may lie where a CUDA graph writes the next gradients."""
+        """Adds up what still waits, which may lie where a CUDA graph writes the next micro-batch's gradients."""
         self.add_up()
         self.end_backward(**options)
 
@@ -145,13 +145,13 @@ class FlatGradients:
 
         self.add_up()
         for p, view in self.views.items():
-            if p not in self.taken:
+            if p not in self.summed:
                 view.zero_()
         if self.reduction is not None:
             self.reduction.finish()
         for i, (owned, partition) in enumerate(zip(self.owned, self.partitions, strict=True)):
             self.optimizer.averaged_gradients[i] = GradPartitionBufferGroup(owned, partition)
-        self.taken.clear()
+        self.summed.clear()
         self.optimizer._epilogue_ran_this_backward = True
 
     def leave_factor(self, gradients: list[Tensor], total_norm: Tensor) -> None:

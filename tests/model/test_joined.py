@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_taipan.model.joined import adjoin, join_rows
+from megatron_taipan.model.joined import adjoin, join_rows, take_rows
 
 SHAPES = [(8, 6), (4, 6), (4, 6), (2, 6)]
 
@@ -31,6 +31,17 @@ def test_joined_rows_are_the_concatenation(flat):
     assert joined.is_contiguous()
     expected = gradients(lambda *t: torch.cat(t), parts)
     assert all(torch.equal(a, b) for a, b in zip(gradients(join_rows, parts), expected, strict=True))
+
+
+@pytest.mark.parametrize(("first", "n"), [(0, 6), (2, 3), (0, 4)])
+def test_rows_are_the_slice_and_all_of_them_the_tensor(first, n):
+    t = torch.randn(6, 4, requires_grad=True)
+    rows = take_rows(t, first, n)
+    assert torch.equal(rows, t[first : first + n]) and (rows is t) == (n == 6)
+    (gradient,) = torch.autograd.grad(rows.square().sum(), t)
+    expected = torch.zeros(6, 4)
+    expected[first : first + n] = 2 * t.detach()[first : first + n]
+    assert torch.equal(gradient, expected)
 
 
 def test_parts_out_of_order_with_a_gap_or_of_another_type_do_not_adjoin():
