@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         return
     table = Table("layouts", options.out)
     for layout in options.layouts or [words for words in USUAL if int(words.split()[0]) <= torch.cuda.device_count()]:
-        table.attempt(layout, lambda layout=layout: in_processes(options, layout))  # type: ignore[misc]
+        table.attempt(layout, partial(in_processes, options, layout))
     first = table.rows[0]
     for row in table.rows[1:]:
         if "tokens/s/GPU" in row and "tokens/s/GPU" in first:

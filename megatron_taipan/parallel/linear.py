@@ -122,7 +122,7 @@ class _LeaveLinear(torch.autograd.Function):
     def forward(ctx, tp, x, weight):
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
-        (total,) = tp.kept(partial(_sum_over_ranks, tp, x, weight))
+        (total,) = tp.kept(partial(_summed_product, tp, x, weight))
         return total
 
     @staticmethod
@@ -143,7 +143,7 @@ class _LeaveLinear(torch.autograd.Function):
         return None, dx, dweight
 
 
-def _sum_over_ranks(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+def _summed_product(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
     """The sum over the ranks of x [..., e] @ weight [d, e].t(), or this rank's shard of it."""
     if tp.exchange is None:
         total, work = _start_sum(F.linear(x, weight), tp)

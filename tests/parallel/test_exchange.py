@@ -137,12 +137,12 @@ def on_gpu() -> bool:
         both = overlapping(exchange, mine * 3, parts * 2)
         return [first, scattered(exchange, parts), *both, gathered(exchange, mine * 2)]
 
-    def two() -> list[torch.Tensor]:
+    def one() -> list[torch.Tensor]:
         few = exchange.sum(mine[:3])
         assert few is not None
         return [scattered(exchange, parts * 3), few]
 
-    graphs = [recorded(work) for work in (several, two)]
+    graphs = [recorded(work) for work in (several, one)]
     order, delays = random.Random(0), random.Random(rank)
     for turn in range(60):
         everyone = [piece_of(r, shape, torch.float32, device, turn) for r in range(size)]

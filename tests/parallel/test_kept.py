@@ -5,25 +5,21 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
+from tests.parallel.test_shards import ranks
 
-WAYS = {"in pieces": {"sequence": True}, "collectives": {"sequence": True, "overlap": False}, "all-reduces": {}}
+WAYS = {"in pieces": {}, "collectives": {"overlap": False}, "all-reduces": {"sequence": False}}
 PATTERN = "M W M"
 
 
-def network(recompute: str, sequence: bool = False, **parallel) -> Taipan:
-    config = ParallelConfig(tensor=dist.get_world_size(), sequence=sequence, timeout_s=60, **parallel)
-    tp = connect(config, torch.device("cpu"), 12)[0].tensor
-    return Taipan(small_config(PATTERN), seed=3, tensor_parallel=tp, recompute=recompute).double()
+def network(recompute: str, **parallel) -> Taipan:
+    return Taipan(small_config(PATTERN), seed=3, tensor_parallel=ranks(**parallel), recompute=recompute).double()
 
 
 def trained(way: str, recompute: str) -> tuple[Counter[str], dict[str, Tensor]]:
@@ -98,7 +94,7 @@ def test_a_forward_pass_alone_leaves_nothing():
 
 def passes_in_turn() -> list[bool]:
     """Whether gradients stay the same where two forward passes come before their backward passes, as in a pipeline."""
-    model = network("selective", sequence=True)
+    model = network("selective")
     batches = [tokens(2, 13, seed) for seed in (1, 2)]
     gradients = []
     for order in ([0, 1], [1, 0]):
@@ -120,7 +116,7 @@ def test_forward_passes_before_their_backward_passes():
 
 
 def twice() -> str:
-    model = network("selective", sequence=True)
+    model = network("selective")
     batch = tokens(2, 13)
     loss = model(batch[:, :-1], labels=batch[:, 1:]).loss
     loss.backward(retain_graph=True)

@@ -40,7 +40,7 @@ def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def ranks(**parallel) -> TensorParallel:
-    config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60, **parallel)
+    config = ParallelConfig(**{"tensor": dist.get_world_size(), "sequence": True, "timeout_s": 60} | parallel)
     return connect(config, torch.device("cpu"), 12)[0].tensor
 
 
