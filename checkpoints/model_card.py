@@ -27,7 +27,8 @@ def model_card(config: Config, step: int | None, tokens: int | None, dtype: str,
     )
     show = "tokenizer.decode(output[0], skip_special_tokens=True)" if has_tokenizer else "output[0].tolist()"
     selective = (
-        f"- selective attention: window {model.attention.window}, capacity {model.gate.capacity:g} of the tokens\n"
+        f"- selective attention: window {model.attention.window}, capacity {model.gate.final_capacity:g}"
+        " of the tokens\n"
         if "S" in model.letters
         else ""
     )

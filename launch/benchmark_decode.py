@@ -120,7 +120,7 @@ def settle_gates(model: Taipan, prefilled: Cache, batch: int = 32, steps: int = 
         for token in torch.randint(0, model.config.vocab_size, (steps, batch, 1), device="cuda"):
             model.step(token, cache)
         hook.remove()
-        gate.threshold.copy_(torch.cat(margins).float().quantile(1 - model.config.gate.capacity))
+        gate.threshold.copy_(torch.cat(margins).float().quantile(1 - model.config.gate.final_capacity))
 
 
 def selected_share(model: Taipan, stepper: Stepper, tokens: torch.Tensor) -> float:

@@ -36,14 +36,16 @@ def layer_times(layer: Callable, x: torch.Tensor, grad: torch.Tensor, profiled: 
 def our_mamba_layer() -> Callable:
     """The mixer of the 1.3B preset, alone."""
     from megatron_taipan.config import ModelConfig
+    from megatron_taipan.gate_config import GateConfig
     from megatron_taipan.model.context import make_context
+    from megatron_taipan.model.gate_settings import settled
 
     config = ModelConfig(pattern="M", vocab_size=64, d_model=2048, d_ff=64)
     with torch.device("cuda"):
         mixer = Taipan(config, ops=pick_ops("fast")).bfloat16().layers[0].mixer
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return mixer(x, make_context(x[..., 0], None, None, 0, None))
+        return mixer(x, make_context(x[..., 0], None, None, 0, settled(GateConfig())))
 
     return run
 

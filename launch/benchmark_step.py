@@ -97,7 +97,7 @@ def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor
 
 def select_capacity(model: torch.nn.Module, config: Config) -> None:
     """Makes every gate choose about C of the tokens, as a trained one does: weight 0, bias at log(C / (1 - C))."""
-    capacity = min(max(config.model.gate.capacity, 1e-6), 1 - 1e-6)
+    capacity = min(max(config.model.gate.final_capacity, 1e-6), 1 - 1e-6)
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
             torch.nn.init.zeros_(parameter)

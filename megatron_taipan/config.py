@@ -9,25 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.gate_config import SCHEDULED_TAGS, GateConfig
 from megatron_taipan.pattern import parse_pattern
+from megatron_taipan.section import Section, option
 
 
 class ConfigError(UserError):
     """The configuration is wrong; the message names the key and the numbers."""
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors, values are checked on assignment too."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-def option(default: Any, help: str, **bounds: Any) -> Any:
-    """A field with its meaning. `...` as default makes it required."""
-    return Field(default, description=help, **bounds)
 
 
 class MambaConfig(Section):
@@ -61,18 +52,6 @@ class AttentionConfig(Section):
     head_dim: int | None = option(None, "size of a head; null means d_model / n_heads", ge=1)
     window: int = option(2048, "tokens that a query of S or W sees, itself included", ge=1)
     rope_theta: float = option(500_000.0, "base of the rotary embedding (A only)", gt=0)
-
-
-class GateConfig(Section):
-    """The gate of selective attention (`S`); arXiv 2410.18572."""
-
-    capacity: float = option(0.15, "C: fraction of tokens that should be selected", ge=0, le=1)
-    tau: float = option(1.0, "temperature of the Gumbel-softmax", gt=0)
-    budget_lambda: float = option(1.0, "weight of the budget loss", ge=0)
-    gradient: Literal["selected", "all"] = option(
-        "selected", "selected: only selected queries are computed; all: every query, exact gate gradient"
-    )
-    threshold: float = option(0.0, "evaluation selects a token where s1 - s0 exceeds this (calibration overrides it)")
 
 
 class ModelConfig(Section):
@@ -492,9 +471,10 @@ def _explain(error: ValidationError) -> str:
     """All faults on one line, each with its dotted key, unknown keys with the nearest known one."""
     faults = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        location = tuple(part for part in fault["loc"] if part not in SCHEDULED_TAGS)
+        where = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {where!r}{_nearest(fault['loc'])}")
+            faults.append(f"unknown key {where!r}{_nearest(location)}")
         elif fault["type"] == "missing":
             faults.append(f"{where} is required")
         elif fault["type"] == "value_error":
@@ -505,8 +485,9 @@ def _explain(error: ValidationError) -> str:
 
 
 def _section_of(annotation: Any) -> Any:
-    """The section in `Section | None`; anything else as it is."""
-    return next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), annotation)
+    """The section in `Section | None` or in a number that may be a schedule; anything else as it is."""
+    inner = [a for arg in get_args(annotation) for a in (arg, *get_args(arg))]
+    return next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), annotation)
 
 
 def _nearest(location: tuple) -> str:

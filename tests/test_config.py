@@ -93,7 +93,7 @@ def test_overrides_are_yaml_and_win_over_the_file(path):
         ("data.train=[{prefix: a, wait: 2}]", ["wait", "weight"]),
         ("train.steps=0", ["train.steps=0"]),
         ("train.steps=many", ["train.steps='many'"]),
-        ("model.gate.capacity=1.5", ["model.gate.capacity=1.5"]),
+        ("model.gate.capacity=1.5", ["model.gate.capacity: 1.5", "between 0 and 1"]),
         ("train.precision=fp8", ["train.precision", "bf16"]),
         ("optim.min_lr=1.0", ["min_lr=1.0", "lr=0.0005"]),
         ("model.pattern=M X", ["'X'", "^"]),

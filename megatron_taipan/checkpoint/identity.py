@@ -2,13 +2,18 @@
 
 from typing import Any
 
-from megatron_taipan.config import Config
+from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.pattern import parse_pattern
+from megatron_taipan.section import Section
 
-# Options that may change on a resume although they stand in a compared section: none of them changes a parameter, and
-# the gate's threshold is an evaluation setting.
-FREE = {"model.gate.threshold", "model.mamba.chunk_size"}
+# Options that may change on a resume although they stand in a compared section: none of them changes a parameter or
+# what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
+# trained, and a change of them is said (`changed_settings`).
+TRAINING = tuple(
+    f"model.gate.{name}" for name in ("capacity", "tau", "budget_lambda", "budget", "gradient", "gradient_share")
+)
+FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 
 
 def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
@@ -21,7 +26,18 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "seed": config.data.seed,
         "mask_documents": config.data.mask_documents,
     }
-    return {name: value for name, value in flatten(tree).items() if name not in FREE}
+    return {name: value for name, value in flatten(tree).items() if not is_free(name)}
+
+
+def is_free(name: str) -> bool:
+    """Whether an option, or a part of its schedule, may change on a resume."""
+    return any(name == free or name.startswith(free + ".") for free in FREE)
+
+
+def changed_settings(saved: Config, ours: Config) -> list[str]:
+    """Every setting of the gates' training that differs, as `name: checkpoint has X, this run Y`."""
+    before, now = ({name: getattr(c.model.gate, name.split(".")[-1]) for name in TRAINING} for c in (saved, ours))
+    return [f"{n}: checkpoint has {before[n]}, this run {now[n]}" for n in TRAINING if before[n] != now[n]]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,9 +49,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Every name whose value differs, as `name: checkpoint has X, this run Y`."""
+    """Every name whose value differs, as `name: checkpoint has X, this run Y`.
+
+    A checkpoint from before an option of the network existed was made with what is its default now.
+    """
     found = []
+    fields = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    plain = {name: d.model_dump(mode="json") if isinstance(d, Section) else d for name, d in fields.items()}
+    saved = {name: d for name, d in flatten({"model": plain}).items() if name in ours} | saved
     for name in [*saved, *(n for n in ours if n not in saved)]:
+        if is_free(name):  # an older checkpoint names them
+            continue
         before, now = saved.get(name, "nothing"), ours.get(name, "nothing")
         if before != now and not (name == "model.pattern" and same_layers(before, now)):
             found.append(f"{name}: checkpoint has {before}, this run {now}")

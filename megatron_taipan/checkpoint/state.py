@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.identity import refuse_other_run
+from megatron_taipan.checkpoint.identity import changed_settings, refuse_other_run
 from megatron_taipan.checkpoint.pieces import (
     KINDS,
     buffers,
@@ -36,6 +36,8 @@ class Progress:
     tokens: int = 0  # tokens consumed, masked ones included
     skipped: int = 0  # steps skipped because of a non-finite loss or gradient
     recent: list[float] = field(default_factory=list)  # the last losses, where spikes are looked for (train/spikes.py)
+    run_steps: int = 0  # train.steps when the run began: what the fractions in schedules are of
+    shares: list[float] = field(default_factory=list)  # selected by each gate in the last step, for budget=batch
     rewinds: list[dict[str, Any]] = field(default_factory=list)  # each: from which step to which, samples passed over
 
 
@@ -45,6 +47,7 @@ class Loaded:
 
     progress: Progress
     random: dict[str, Tensor]  # states of this rank's random number generators, see randomness.py
+    changes: list[str] = field(default_factory=list)  # settings of training that differ from the checkpoint's
 
 
 def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Loaded:
@@ -58,7 +61,8 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     """
     metadata = folder.read_metadata(path)
     refuse_other_run(str(path), metadata["identity"], identity)
-    reader = StateReader(path, load_config(path / folder.CONFIG).model)
+    saved = load_config(path / folder.CONFIG)
+    reader = StateReader(path, saved.model)
     table = describe(config.model, config.parallel.tensor)
     pieces = held_pieces(engine, groups.data_rank)
     tp = groups.tensor
@@ -72,4 +76,5 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     for name, value in buffers(engine.module):
         value.copy_(reader.buffer(name))
     spread_masters(engine)
-    return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()))
+    changes = changed_settings(saved, config)
+    return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()), changes)

@@ -40,7 +40,7 @@ def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: flo
     Raises:
         UserError: no batches, the model has no S layer, or the capacity is no fraction.
     """
-    wanted = model.config.gate.capacity if capacity is None else capacity
+    wanted = model.config.gate.final_capacity if capacity is None else capacity
     gates = [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
     if not gates or not batches:
         what = (
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [list(range(first, min(first + options.batch, count))) for first in range(0, count, options.batch)]
     batches = [{name: value.to(device) for name, value in dataset.batch(part).items()} for part in rows]
     thresholds = calibrate(model, batches, options.capacity)
-    capacity = model.config.gate.capacity if options.capacity is None else options.capacity
+    capacity = model.config.gate.final_capacity if options.capacity is None else options.capacity
     names = [name for name, _ in model.named_buffers() if name.endswith("gate.threshold")]
     stored = write_thresholds(
         path, dict(zip(names, thresholds, strict=True)), capacity=capacity, tokens=count * data.seq_len

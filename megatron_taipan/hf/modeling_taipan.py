@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from megatron_taipan.gate_config import at_the_end
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
 from megatron_taipan.model.cache import Cache as TaipanState
 from megatron_taipan.model.init import initial_value
@@ -158,7 +159,10 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         if n_items is None:
             return output.loss
         # The Trainer adds up the losses of accumulated batches: each brings its share of the mean budget loss.
-        return output.ce_loss + self.model.config.gate.budget_lambda * output.budget_loss * counted.sum() / n_items
+        return (
+            output.ce_loss
+            + at_the_end(self.model.config.gate.budget_lambda) * output.budget_loss * counted.sum() / n_items
+        )
 
     def _state_of(self, cache: TaipanCache, batch: int) -> TaipanState:
         """The memory inside `cache`, made on first use.

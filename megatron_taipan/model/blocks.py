@@ -84,18 +84,22 @@ class AttentionBlock(Block):
 class SelectiveAttentionBlock(Block):
     """`S`: the gate picks tokens; those take alpha of a window attention's output; then SwiGLU for all.
 
-        h_i <- h_i + m_i alpha_i (o_i - h_i)
+        h_i <- h_i + m_i alpha_i (o_i - h_i)    with refinement "add": h_i + m_i alpha_i o_i
+                                                with weight "one": 1 in place of alpha_i
 
     With gate gradient "selected" only the picked queries are computed. The cross-entropy gradient that would reach
-    m_i of an unselected token is lost; with "all" every query is computed and that gradient is exact. The values
-    are the same bit for bit, since "all" computes the unselected queries in a call of their own.
+    m_i of an unselected token is lost; with "all" every query is computed and that gradient is exact; with "sampled"
+    some steps do the one, some the other. The values are the same bit for bit, since unselected queries are computed in
+    a call of their own.
     """
 
     letter = "S"
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__(build, layer)
-        self.tp, self.ops, self.every_query = build.tp, build.ops, build.config.gate.gradient == "all"
+        gate = build.config.gate
+        self.tp, self.ops, self.gradient = build.tp, build.ops, gate.gradient
+        self.adds, self.weighs = gate.refinement == "add", gate.weight == "alpha"
         self.norm = RMSNorm(build, f"{prefix}.norm")
         self.gate = Gate(build, f"{prefix}.gate", layer)
         self.attention = Attention(build, f"{prefix}.attention", window=build.config.attention.window, rope=False)
@@ -109,21 +113,33 @@ class SelectiveAttentionBlock(Block):
             return self._step(u, h, selection, ctx, state), selection
         u = enter_block(u, self.tp).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
-        refine = (selection.m * selection.alpha).to(h.dtype)
-        every = self.every_query and self.training
-        if not every:
-            refine = torch.where(take_tokens(selection.selected, self.tp), refine, 0)
-        queries = [self.ops.select_rows(u, picked) for picked in ((chosen, ~chosen) if every else (chosen,))]
+        refine = self._weight(selection).to(h.dtype)
+        every = self._every_query(ctx)
+        computed = [chosen] if every is False else [chosen, ~chosen & every]
+        if every is not True:  # what is not computed has no gradient
+            refine = torch.where(take_tokens(selection.selected, self.tp) | every, refine, 0)
+        queries = [self.ops.select_rows(u, picked) for picked in computed]
         outputs = self.attention(u, ctx, queries, state)
         o = self._put_back(outputs, queries, u.shape)
-        u, h = self.mlp_norm.with_stream(self.ops.refine(h, o, refine, zero_is_unselected=not every))
+        h = self.ops.refine(h, o, refine, zero_is_unselected=every is False, add=self.adds)
+        u, h = self.mlp_norm.with_stream(h)
         return Stream(h, self.mlp(u)), selection
+
+    def _weight(self, selection: Selection) -> Tensor:
+        """What a token takes of its attention output, 0 where it is not selected; shaped as m."""
+        return selection.m * selection.alpha if self.weighs else selection.m
+
+    def _every_query(self, ctx: Context) -> bool | Tensor:
+        """Whether unselected queries are computed as well; only training has a use for them."""
+        if not self.training or self.gradient != "sampled":
+            return self.training and self.gradient == "all"
+        return ctx.gate.every_query
 
     def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Stream:
         """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
         o = self.attention.step(u, ctx, state, selection.selected)
-        refine = (selection.m * selection.alpha).to(h.dtype)
-        h = h + refine[..., None] * (o - h)
+        weight = self._weight(selection).to(h.dtype)[..., None]
+        h = h + weight * (o if self.adds else o - h)
         return Stream(h, self.mlp(self.mlp_norm(h)))
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:

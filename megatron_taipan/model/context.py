@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.model.cache import Cache
+from megatron_taipan.model.gate_settings import GateSettings
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Context:
     document_start: Tensor  # [b, l] absolute position at which each token's document begins
     samples: Tensor  # [b] index of each row's sample in the run, for the gate's noise
     step: int | Tensor  # optimizer step, for the gate's noise
+    gate: GateSettings
     cache: Cache | None = None
     single: bool = False  # one more token a row; its layers change the cache in place, see Taipan.step
 
@@ -35,18 +37,23 @@ class Context:
         return (row + lowest).int(), (row + self.position).int()
 
 
-def step_context(tokens: Tensor, cache: Cache) -> Context:
+def step_context(tokens: Tensor, cache: Cache, gate: GateSettings) -> Context:
     """The facts of one more token a row [b, 1] of the cached documents, after `cache.advance()`.
 
     Everything lies on the device, nothing depends on how many tokens went before.
     """
     b = tokens.shape[0]
     samples = torch.arange(b, device=tokens.device)  # of the noise, which only training has
-    return Context(b, 1, None, cache.position, cache.document_start[:, None], samples, 0, cache, single=True)
+    return Context(b, 1, None, cache.position, cache.document_start[:, None], samples, 0, gate, cache, single=True)
 
 
 def make_context(
-    tokens: Tensor, seq_idx: Tensor | None, samples: Tensor | None, step: int | Tensor, cache: Cache | None
+    tokens: Tensor,
+    seq_idx: Tensor | None,
+    samples: Tensor | None,
+    step: int | Tensor,
+    gate: GateSettings,
+    cache: Cache | None = None,
 ) -> Context:
     """Works out positions and document starts; makes the cache forget rows whose document ended.
 
@@ -76,4 +83,4 @@ def make_context(
             cache.last_seq_idx = seq_idx[:, -1]
         elif not past:
             cache.last_seq_idx = torch.zeros(b, dtype=torch.int32, device=device)
-    return Context(b, l, seq_idx, position, start, samples, step, cache)
+    return Context(b, l, seq_idx, position, start, samples, step, gate, cache)

@@ -55,7 +55,7 @@ def _mamba(config: ModelConfig) -> float:
 def _attention(config: ModelConfig, letter: str, seq_len: int) -> float:
     d = config.d_model
     queries, keys = config.attention.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    share = config.gate.capacity if letter == "S" else 1.0  # tokens whose queries are computed
+    share = config.gate.final_capacity if letter == "S" else 1.0  # tokens whose queries are computed
     window = seq_len if letter == "A" else min(config.attention.window, seq_len)
     # Token i sees min(i + 1, window) keys; the mean over the sequence:
     visible = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_taipan.model.build import Build, WithFloat32Islands
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.noise import gumbel_noise
+from megatron_taipan.model.noise import gumbel_noise, uniform_noise
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.collectives import all_reduce_sum, gather_tokens, put_tokens, sum_over_shards, take_tokens
 from megatron_taipan.parallel.replicated import stream_parameters
@@ -21,7 +21,7 @@ class Selection(NamedTuple):
     alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1
     selected: Tensor  # [b, l] bool, of all tokens on every rank
     margin: Tensor  # [b, l] s_1 - s_0, detached: what evaluation compares with the threshold
-    budget_loss: Tensor  # scalar: mean over rows of (capacity - mean m)^2
+    budget_loss: Tensor  # scalar: (capacity - mean m)^2 of the batch, or its mean over rows
     stats: Tensor  # [4] selected, selected_eval, alpha, entropy: means over the tokens, detached
 
 
@@ -32,7 +32,7 @@ class Gate(WithFloat32Islands):
     """One linear layer d_model -> 2 in float32, and what follows from its logits.
 
     In training m is the selected-class entry of a hard Gumbel-softmax sample with straight-through gradient. In
-    evaluation m = 1 where s_1 - s_0 exceeds `threshold`, without noise.
+    evaluation m = 1 where s_1 - s_0 exceeds `threshold`, without noise. Other kinds of noise: see GateConfig.
     """
 
     weight: Tensor
@@ -42,7 +42,8 @@ class Gate(WithFloat32Islands):
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
         self.tp, self.layer, self.seed = build.tp, layer, build.seed
-        self.capacity, self.tau = build.config.gate.capacity, build.config.gate.tau
+        self.index = build.config.letters[:layer].count("S")  # among the gates
+        self.noise, self.budget = build.config.gate.noise, build.config.gate.budget
         build.parameters(self, prefix)
         self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
 
@@ -54,19 +55,38 @@ class Gate(WithFloat32Islands):
         alpha = logits.softmax(-1)[..., 1]
         margin = (logits[..., 1] - logits[..., 0]).detach()
         above = margin > self.threshold
-        if self.training:
-            noise = take_tokens(gumbel_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer), self.tp)
-            soft = ((logits + noise) / self.tau).softmax(-1)[..., 1]
+        counters = (self.seed, ctx.step, ctx.samples, ctx.position, self.layer)
+        if self.noise == "random":
+            m = hard = take_tokens(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
+        elif self.training:
+            noisy = logits + take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else logits
+            soft = (noisy / ctx.gate.tau).softmax(-1)[..., 1]
             hard = (soft > 0.5).to(soft.dtype)
             m = hard + soft - soft.detach()
         else:
             m = hard = above.to(alpha.dtype)
         rows = put_tokens(m, self.tp).view(ctx.batch, ctx.length)
         share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
-        budget_loss = (self.capacity - share).square().mean()
+        budget_loss = self._budget_loss(share, ctx)
         stats = self._stats(hard, above, alpha)
         selected = gather_tokens(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
         return Selection(m, alpha, selected, margin, budget_loss, stats)
+
+    def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
+        """(C - share)^2 of each row, or of the whole batch; share [b].
+
+        The batch of a step is spread over ranks and micro-batches, and its share is known when all have run. So a
+        trainer gives the share of the step before, and the gradient is 2 (share before - C) times the gradient of this
+        part's share: averaged over the parts, that of the batch's, however it was split.
+        """
+        capacity, before = ctx.gate.capacity, ctx.gate.shares
+        if self.budget == "row":
+            return (capacity - share).square().mean()
+        share = share.mean()
+        if before is None:
+            return (capacity - share).square()
+        slope = 2 * (before[self.index] - capacity)
+        return (capacity - share.detach()).square() + slope * (share - share.detach())
 
     @torch.no_grad()
     def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Selection
+from megatron_taipan.model.gate_settings import GateSettings
 from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.replicated import sum_gradients_ahead
@@ -36,13 +37,14 @@ class Group(nn.Module):
         own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])
         return functional_call(self, dict(zip(self.names, own, strict=True)), tensors[n:])
 
-    def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """h: [b, l, d] or this rank's shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64.
+    def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        """h: [b, l, d] or this rank's shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64; gate:
+        float32 [4 + S layers], see GateSettings.unpack.
 
         Returns:
             h, and where the group has S layers their budget losses [n] and statistics [n, 4].
         """
-        ctx = make_context(seq_idx, seq_idx, samples, step, None)
+        ctx = make_context(seq_idx, seq_idx, samples, step, GateSettings.unpack(gate))
         h, chosen = run_layers(self.layers, h, ctx, *self.recompute, self.tp)
         if not chosen:
             return (h,)
@@ -75,10 +77,12 @@ class GraphedLayers:
         groups = [Group(part, recompute, tp) for part in split(list(layers))]
         b, l = shape
         device = stream.device
+        self.gates = sum(layer.letter == "S" for layer in layers)
         facts = (
             torch.zeros(b, l, dtype=torch.int32, device=device),
             torch.arange(b, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
+            torch.ones(4 + self.gates, device=device),
         )
         # Recorded with leaves that share the parameters' memory, not with the parameters: hooks keep a parameter's
         # gradient node alive, and it belongs to the stream that it was made on, which must not be recorded.
@@ -109,7 +113,7 @@ class GraphedLayers:
     def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
         """As running the layers; of each selection only the budget loss and the statistics are known."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
-        facts = ctx.seq_idx.int(), ctx.samples.long(), step.long()
+        facts = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
         selections = []
         for group in self.groups:
             h, *gates = group(h, *facts)  # type: ignore[misc]

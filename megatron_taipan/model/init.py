@@ -30,6 +30,8 @@ def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) ->
     match spec.init:
         case "zeros":
             return torch.zeros(spec.shape)
+        case "gate_bias":  # s_0 = 0, s_1 = init_bias
+            return torch.tensor([0.0, config.gate.init_bias])
         case "ones":
             return torch.ones(spec.shape)
         case "normal":

@@ -13,7 +13,12 @@ _DRAWS = 2  # one Gumbel variable a class
 
 
 def gumbel_noise(seed: int, step: int | Tensor, samples: Tensor, position: Tensor, layer: int) -> Tensor:
-    """Standard Gumbel variables -log(-log(u)) for both classes of the gate.
+    """Standard Gumbel variables -log(-log(u)) for both classes of the gate, u as in `uniform_noise`."""
+    return -torch.log(-torch.log(uniform_noise(seed, step, samples, position, layer))).float()
+
+
+def uniform_noise(seed: int, step: int | Tensor, samples: Tensor, position: Tensor, layer: int) -> Tensor:
+    """Uniform variables in (0, 1), two for each token.
 
     Args:
         seed: of the run; step: optimizer step, an int or a 0-dim int64 tensor; layer: index of the layer.
@@ -21,7 +26,7 @@ def gumbel_noise(seed: int, step: int | Tensor, samples: Tensor, position: Tenso
         position: [l] or [b, l] int64 place of each token in its row.
 
     Returns:
-        [b, l, 2] float32.
+        [b, l, 2] float64, never 0 or 1.
     """
     key = _mix(torch.full((), seed, dtype=torch.int64, device=samples.device))
     if not isinstance(step, Tensor):  # filled there; as_tensor would copy it from the host, and wait
@@ -31,8 +36,7 @@ def gumbel_noise(seed: int, step: int | Tensor, samples: Tensor, position: Tenso
     key = _mix(key ^ samples.long())[:, None]  # [b, 1]
     counter = position.long()[..., None] * _DRAWS + torch.arange(_DRAWS, device=samples.device)  # [.., l, 2]
     bits = _mix(key[..., None] ^ counter)
-    uniform = ((bits >> 40 & 0xFFFFFF).double() + 0.5) / 2**24  # 24 bits, never 0 or 1
-    return -torch.log(-torch.log(uniform)).float()
+    return ((bits >> 40 & 0xFFFFFF).double() + 0.5) / 2**24  # 24 bits
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from megatron_taipan.model.context import Context, make_context, step_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params
 from megatron_taipan.model.gate import STATS, Selection
+from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.graphs import GraphedLayers
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import run_layers
@@ -31,7 +32,7 @@ class TaipanOutput(NamedTuple):
     logits: Tensor | None = None  # [b, l, vocab] float32, without labels
     loss: Tensor | None = None  # ce_loss + budget_lambda * budget_loss
     ce_loss: Tensor | None = None  # sum of masked cross entropies times ce_scale
-    budget_loss: Tensor | None = None  # sum over S layers of the mean over rows of (capacity - selected fraction)^2
+    budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
     gate_stats: list[dict[str, Tensor]] | None = None  # one for each S layer: 0-dim float32, detached
 
 
@@ -93,6 +94,7 @@ class Taipan(nn.Module):
         samples: Tensor | None = None,
         step: int | Tensor = 0,
         ce_scale: Tensor | float | None = None,
+        gate: Tensor | None = None,
         cache: Cache | None = None,
         all_logits: bool = True,
     ) -> TaipanOutput:
@@ -107,10 +109,13 @@ class Taipan(nn.Module):
             samples: [b] each row's index in the run, and step, the optimizer step: counters of the gate's noise.
             ce_scale: factor of the summed cross entropy; None: 1 / sum(loss_mask). A trainer passes the factor of
                 its whole global batch, so that the loss does not depend on how the batch is split.
+            gate: float32 [4 + S layers], the gates' settings of a training step (GateSettings.unpack); None: what the
+                configuration's schedules lead to.
             cache: memory of earlier tokens, extended in place.
             all_logits: False: logits of the last position only, [b, 1, vocab].
         """
-        ctx = make_context(tokens, seq_idx, samples, step, cache)
+        settings = settled(self.config.gate, step) if gate is None else GateSettings.unpack(gate)
+        ctx = make_context(tokens, seq_idx, samples, step, settings, cache)
         h = self.embedding(tokens)
         h = at_least_float32(h) if self.config.residual_fp32 else h
         h, selections = self._run_layers(h, ctx)
@@ -124,7 +129,7 @@ class Taipan(nn.Module):
         scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
         ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
         budget_loss = sum((s.budget_loss for s in selections), torch.zeros_like(ce_loss))
-        loss = ce_loss + self.config.gate.budget_lambda * budget_loss
+        loss = ce_loss + settings.budget_lambda * budget_loss
         return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, gate_stats=stats)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -142,7 +147,7 @@ class Taipan(nn.Module):
             raise ValueError("Taipan.step decodes on one tensor rank, in evaluation mode")
         h = self.embedding(tokens)
         h = at_least_float32(h) if self.config.residual_fp32 else h
-        h, _ = self._run_layers(h, step_context(tokens, cache))
+        h, _ = self._run_layers(h, step_context(tokens, cache, settled(self.config.gate)))
         return self.head(self.final_norm(h), self.embedding.weight, None, None)[:, 0]
 
     def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:

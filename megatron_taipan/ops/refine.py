@@ -3,8 +3,10 @@
 from torch import Tensor
 
 
-def refine_reference(h: Tensor, o: Tensor, weight: Tensor, *, zero_is_unselected: bool = False) -> Tensor:
-    """h + weight (o - h), token by token (arXiv 2410.18572, section 3.2).
+def refine_reference(
+    h: Tensor, o: Tensor, weight: Tensor, *, zero_is_unselected: bool = False, add: bool = False
+) -> Tensor:
+    """h + weight (o - h), token by token (arXiv 2410.18572, section 3.2); with `add` h + weight o.
 
     Args:
         h: [..., d] the residual stream; o: [..., d] attention output, of any floating type.
@@ -14,4 +16,4 @@ def refine_reference(h: Tensor, o: Tensor, weight: Tensor, *, zero_is_unselected
     Returns:
         [..., d] in h's dtype.
     """
-    return h + weight[..., None] * (o - h)
+    return h + weight[..., None] * (o if add else o - h)

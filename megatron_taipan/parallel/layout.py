@@ -58,7 +58,7 @@ def describe(config: ModelConfig, tensor: int = 1) -> dict[str, ParamSpec]:
         else:
             if letter == "S":
                 layer["gate.weight"] = ParamSpec((2, d), "normal", float32=True, on_stream=True)
-                layer["gate.bias"] = ParamSpec((2,), "zeros", decay=False, float32=True, on_stream=True)
+                layer["gate.bias"] = ParamSpec((2,), "gate_bias", decay=False, float32=True, on_stream=True)
             layer |= _attention(config, tensor) | {"mlp_norm.weight": _norm(d)} | _mlp(config)
         table |= {f"layers.{index}.{name}": spec for name, spec in layer.items()}
     table["final_norm.weight"] = _norm(d)

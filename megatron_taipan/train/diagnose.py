@@ -6,18 +6,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.train.readback import send
+from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import Batch
 
 
-def first_not_finite(engine: Any, batches: list[Batch], *, step: int) -> str:
+def first_not_finite(engine: Any, batches: list[Batch], *, step: int, gate: GateStep | None = None) -> str:
     """Repeats a skipped step's forward passes and names the first module whose output is not finite; collective.
 
     The gate's noise depends on counters alone, so the passes are the same ones. Returns a sentence, the same on every
     rank.
     """
     ours = None
+    settings = None if gate is None else send(gate.vector(), batches[0]["tokens"].device).float()
     for number, batch in enumerate(batches):
-        name = _first_module(engine, batch, step)
+        name = _first_module(engine, batch, step, settings)
         if name is not None and ours is None:
             samples = batch["sample"].tolist()
             ours = f"{name} (micro-batch {number}, samples {samples[0]} to {samples[-1]})"
@@ -30,7 +33,7 @@ def first_not_finite(engine: Any, batches: list[Batch], *, step: int) -> str:
 
 
 @torch.no_grad()
-def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
+def _first_module(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> str | None:
     """The innermost module that first gave a value that is not finite; None if all are."""
     found: list[str] = []
     handles = []
@@ -44,7 +47,7 @@ def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
 
             handles.append(module.register_forward_hook(look))
     try:
-        loss = _pass_again(engine, batch, step)
+        loss = _pass_again(engine, batch, step, gate)
     finally:
         for handle in handles:
             handle.remove()
@@ -53,15 +56,15 @@ def _first_module(engine: Any, batch: Batch, step: int) -> str | None:
     return found[0] if found else None
 
 
-def _pass_again(engine: Any, batch: Batch, step: int) -> Tensor:
+def _pass_again(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> Tensor:
     """One micro-batch's forward pass; its loss, 0 on a stage without the head."""
     if hasattr(engine.module, "modules_by_full_name"):
         from megatron_taipan.train.pipeline import repeat_forward
 
-        return repeat_forward(engine, batch, step=step)[0]
+        return repeat_forward(engine, batch, step=step, gate=gate)[0]
     return engine(
         batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
-        samples=batch["sample"], step=step, ce_scale=1.0,
+        samples=batch["sample"], step=step, ce_scale=1.0, gate=gate,
     ).loss  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.data.loader import SampleDataset, make_loader
+from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.train.step import Batch, collect, name_gates
+from megatron_taipan.train.step import Batch, collect, name_gates, with_batch_budget
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
-    beat: Callable[[], None] = lambda: None,
+    gate: GateConfig, beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:  # fmt: skip
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
 
@@ -35,6 +36,7 @@ def evaluate(
     some hold fewer rows, the wanted ones, or one that does not count: filled up, they would change the gates' means.
 
     Args:
+        gate: with budget=batch all samples count as one batch; C is where its schedule leads to.
         beat: called after every micro-batch: however long it all takes, it does not hang.
     """
     samples = min(samples, len(dataset))
@@ -62,11 +64,12 @@ def evaluate(
     ce_sum, tokens, rows, *gates = sums.tolist()
     gates = [value / max(rows, 1) for value in gates]
     ce = ce_sum / max(tokens, 1)
+    named = name_gates(gates)
     return Evaluation(
         ce=ce,
         perplexity=math.exp(min(ce, 700.0)),
         tokens=int(tokens),
-        gates=name_gates(gates),
+        gates=with_batch_budget(named, gate.final_capacity) if gate.budget == "batch" else named,
     )
 
 

@@ -1,9 +1,11 @@
 """The training run, top to bottom: build, load, loop, save."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
 from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
-from megatron_taipan.train.schedule import learning_rate
+from megatron_taipan.train.schedule import describe_gate, gate_step, learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
@@ -79,6 +81,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         if found:
             loaded = state.load(engine, found.path, config=config, identity=ours, groups=groups)
         progress = loaded.progress
+        if not progress.run_steps:
+            progress = replace(progress, run_steps=t.steps)
         # before the loader's threads: recording tolerates no other calls
         graphs = agree(lambda: capture_graphs(model, config, device, stack))
 
@@ -99,13 +103,18 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
                      f" {describe_optimizer(engine.basic_optimizer)}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
+        if plan := describe_gate(config.model.gate, progress.run_steps):
+            kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
+            metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
+        for change in loaded.changes:
+            metrics.note("changed", f"from here on {change}")
 
         def validate() -> None:
             if valid_data is not None:
                 began = time.perf_counter()
                 result = evaluate(
                     engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device,
-                    beat=watchdog.beat,
+                    gate=config.model.gate, beat=watchdog.beat,
                 )  # fmt: skip
                 metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
                 watchdog.beat()
@@ -119,6 +128,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
         micro_batches = accumulation(config, groups.data_size)
+        n_gates = config.model.letters.count("S")
         tokens_per_step = t.global_batch * config.data.seq_len
         streak, before_streak = 0, progress
         watchdog.beat()  # the start is done
@@ -131,9 +141,10 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             batches = [to_device(next(loader), device) for _ in range(micro_batches)]
             waited = metrics.seconds()
             lr = learning_rate(progress.step, config.optim, t.steps)
+            gate = gate_step(config.model.gate, progress.step, progress.run_steps, progress.shares, n_gates)
             set_learning_rate(engine, lr)
             result = train_step(
-                engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip,
+                engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip, gate=gate,
                 requests=[signals.reason() is not None, writer and saver.overdue(), saver.writing()],
             )  # fmt: skip
             profiler.end(progress.step + 1)
@@ -148,21 +159,23 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 before_streak = before_streak if streak else progress
                 streak += 1
                 if streak == 1:
-                    metrics.note("skipped", first_not_finite(engine, batches, step=progress.step))
+                    metrics.note("skipped", first_not_finite(engine, batches, step=progress.step, gate=gate))
             else:
                 streak = 0
             spike = z_score(progress.recent, result, t)
-            progress = state.Progress(
+            shares = [g["selected"] for g in result.gates]
+            progress = replace(
+                progress,
                 step=progress.step + 1,
                 samples=progress.samples + t.global_batch,
                 tokens=progress.tokens + tokens_per_step,
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
-                rewinds=progress.rewinds,
+                shares=shares if all(map(math.isfinite, shares)) else progress.shares,
             )
             metrics.after_step(
-                progress.step, result, lr=lr, tokens=tokens_per_step, data_wait_s=waited, loss_scale=loss_scale(engine),
-                epochs=train_data.epochs(progress.samples),
+                progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=tokens_per_step,
+                data_wait_s=waited, loss_scale=loss_scale(engine), epochs=train_data.epochs(progress.samples),
             )  # fmt: skip
             if streak == t.max_skipped:
                 if before_streak.step > 0:

@@ -15,6 +15,7 @@ from megatron_taipan.config import Config
 from megatron_taipan.train.evaluate import Evaluation
 from megatron_taipan.train.logs import LOG, JsonLines, TextLog, open_boards, say
 from megatron_taipan.train.peaks import device_name, known_peak
+from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import StepResult
 from megatron_taipan.train.summary import Summary, duration, unfinished_run
 
@@ -94,6 +95,7 @@ class Metrics:
         result: StepResult,
         *,
         lr: float,
+        gate: GateStep | None = None,
         tokens: int,
         data_wait_s: float,
         loss_scale: float | None = None,
@@ -103,6 +105,7 @@ class Metrics:
 
         Args:
             step: steps taken, this one included.
+            gate: what the gates were told, where there are any.
             tokens: of this step, over all ranks.
             data_wait_s: seconds that this rank waited for its batches.
             loss_scale: after this step, where fp16 has one.
@@ -122,14 +125,19 @@ class Metrics:
             values["loss_scale"] = loss_scale
         self.stall_s = 0.0
         values |= {f"epochs/{source}": passes for source, passes in (epochs or {}).items()}
-        for index, gate in enumerate(result.gates):
-            values |= {f"gate{index}/{name}": value for name, value in gate.items()}
+        if gate is not None:
+            values |= {
+                "gate/capacity": gate.capacity, "gate/tau": gate.tau, "gate/budget_lambda": gate.budget_lambda,
+                "gate/every_query": int(gate.every_query),
+            }  # fmt: skip
+        for index, numbers in enumerate(result.gates):
+            values |= {f"gate{index}/{name}": value for name, value in numbers.items()}
         self._write({"event": "step", "step": step, **values})
         if step % self.config.log.every == 0 or step == self.end:
             self._chart("train/", values, step)
             skipped = "  SKIPPED: not finite" if result.skipped else ""
             self._line(
-                f"step {step}/{self.end}  loss {result.ce:.4f}  budget {result.budget:.4f}  norm"
+                f"step {step}/{self.end}  loss {result.ce:.4f}{_selected(result, gate)}  norm"
                 f" {result.grad_norm:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s  MFU"
                 f" {self.mfu_unknown if mfu is None else f'{mfu:.1%}'}  {self._left()} left{skipped}",
                 more=f"  this rank: {seconds:.3f} s, data {data_wait_s:.3f} s, {values['memory_gb']:.2f} GB",
@@ -199,6 +207,14 @@ class Metrics:
             self.bar.write(text, file=sys.stderr)
         else:
             say(text)
+
+
+def _selected(result: StepResult, gate: GateStep | None) -> str:
+    """What the gates took of what they may, for the line of a step: the mean over the S layers."""
+    if gate is None:
+        return ""
+    share = sum(g["selected"] for g in result.gates) / len(result.gates)
+    return f"  selected {share:.3f} of {gate.capacity:.3f}"
 
 
 def peak_memory_gb() -> float:

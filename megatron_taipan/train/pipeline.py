@@ -16,6 +16,7 @@ token beside the 4 d of the stream.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params, pipeline_bounds
 from megatron_taipan.model.gate import STATS
+from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.model.stream import Stream
@@ -123,6 +125,18 @@ class TaipanPipeline(PipelineModule):
         """The layers of this stage that keep records."""
         return [m for m in self.modules() if isinstance(m, PipelineHead | PipelineLayer)]
 
+    @contextmanager
+    def gates_set_to(self, gate: Tensor | None) -> Iterator[None]:
+        """What this stage's layers take for the gates' settings (see Taipan.forward) meanwhile; every stage is told the
+        same, so that nothing of it travels."""
+        for owner in self.recorders():
+            owner.gate = gate
+        try:
+            yield
+        finally:
+            for owner in self.recorders():
+                owner.gate = None
+
     def num_params(self) -> int:
         """Parameters of the whole network."""
         return model_params(self.config.model)
@@ -132,10 +146,13 @@ class TaipanPipeline(PipelineModule):
         return model_flops(self.config.model, seq_len)
 
 
-def run_pipeline(engine: Any, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> Tensor:
+def run_pipeline(
+    engine: Any, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor, gate: Tensor | None
+) -> Tensor:
     """One optimizer step over micro-batches; this stage's records (see `take_records`)."""
     engine.module.take_records()
-    engine.train_batch(packed(batches, step=step, ce_scale=ce_scale))
+    with engine.module.gates_set_to(gate):
+        engine.train_batch(packed(batches, step=step, ce_scale=ce_scale))
     return engine.module.take_records()
 
 
@@ -156,13 +173,14 @@ def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> 
 
 
 @torch.no_grad()
-def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int) -> Tensor:
+def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
     """The forward passes of one micro-batch of a training step once more, the gate's noise included; the records."""
     engine.module.take_records()
     one = torch.ones((), device=batch["loss_mask"].device)
     engine.module.eval = lambda: engine.module  # eval_batch would leave the training mode, and with it the noise
     try:
-        engine.eval_batch(packed([batch], step=step, ce_scale=one), num_micro_batches=1, bcast_loss=False)
+        with engine.module.gates_set_to(gate):
+            engine.eval_batch(packed([batch], step=step, ce_scale=one), num_micro_batches=1, bcast_loss=False)
     finally:
         del engine.module.eval
     return engine.module.take_records()
@@ -218,14 +236,16 @@ class PipelineLayer(nn.Module):
         self.index, self.packed = index, config.data.mask_documents
         self.recompute, self.tp = config.parallel.recompute, build.tp
         self.layer: Block = make_layer(build, config.model.letters[index], index)
+        self.gate_config = config.model.gate
+        self.gate: Tensor | None = None  # set by `gates_set_to`
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
         h, budget, facts, *branch = payload
         stream = Stream(h, *branch)
-        ctx = make_context(
-            facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], facts[0, 0, 5], None
-        )
+        step = facts[0, 0, 5]
+        settings = settled(self.gate_config, step) if self.gate is None else GateSettings.unpack(self.gate)
+        ctx = make_context(facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], step, settings)
         if self.recompute == "none" or not torch.is_grad_enabled():
             stream, selection = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
@@ -254,14 +274,16 @@ class PipelineHead(Head):
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "head")
-        self.budget_lambda = config.model.gate.budget_lambda
+        self.gate_config = config.model.gate
+        self.gate: Tensor | None = None  # set by `gates_set_to`
         self.records: list[Tensor] = []  # [loss, ce, budget] of each micro-batch
 
     def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
         h, budget, facts = payload
         weights = facts[..., 3].int().view(torch.float32)
         ce_loss = super().forward(h, embedding, facts[..., 2], weights)
-        loss = ce_loss + self.budget_lambda * budget[0]
+        settings = settled(self.gate_config) if self.gate is None else GateSettings.unpack(self.gate)
+        loss = ce_loss + settings.budget_lambda * budget[0]
         self.records.append(torch.stack([t.detach().double() for t in (loss, ce_loss, budget[0])]))
         return loss
 

@@ -1,12 +1,15 @@
-"""The learning rate: linear warm-up, then a cosine down to min_lr."""
+"""What changes over training, each a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
+from dataclasses import dataclass
 
 from megatron_taipan.config import OptimConfig
+from megatron_taipan.gate_config import GateConfig, Schedule
+from megatron_taipan.model.gate_settings import computes_every_query
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """The learning rate of one optimizer step; a pure function, so that a resumed run needs no scheduler state.
+    """The learning rate of one optimizer step: linear warm-up, then a cosine down to min_lr.
 
     Args:
         step: steps already taken, so the first step is 0 and gets 1/warmup_steps of the peak.
@@ -20,3 +23,63 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
         return optim.min_lr
     progress = (taken - optim.warmup_steps) / (end - optim.warmup_steps)
     return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:
+    """What a constant or a schedule is at one optimizer step.
+
+    Args:
+        step: steps already taken, so the first step is 0.
+        run_steps: what the schedule's fractions are of: train.steps as it was when the run began.
+    """
+    if not isinstance(value, Schedule):
+        return value
+    first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
+    if step <= first or step >= last:
+        return value.start if step < last else value.end
+    gone = (step - first) / (last - first)
+    if value.shape == "cosine":
+        gone = 0.5 * (1 - math.cos(math.pi * gone))
+    return value.start + (value.end - value.start) * gone
+
+
+@dataclass(frozen=True)
+class GateStep:
+    """What the gates are told for one optimizer step; the same on every rank."""
+
+    capacity: float
+    tau: float
+    budget_lambda: float
+    every_query: bool
+    shares: list[float]  # share that each gate selected in the step before; C where there was none
+    of_batch: bool  # whether the budget is the batch's
+
+    def vector(self) -> list[float]:
+        """As GateSettings.unpack takes it."""
+        return [self.capacity, self.tau, self.budget_lambda, float(self.every_query), *self.shares]
+
+
+def gate_step(gate: GateConfig, step: int, run_steps: int, shares: list[float], gates: int) -> GateStep:
+    """The gates' settings of one optimizer step.
+
+    Args:
+        step, run_steps: as for `scheduled`.
+        shares: measured in the step before; empty before the first.
+        gates: number of S layers.
+    """
+    capacity, tau, weight = (scheduled(v, step, run_steps) for v in (gate.capacity, gate.tau, gate.budget_lambda))
+    every = bool(computes_every_query(gate, step))
+    return GateStep(capacity, tau, weight, every, shares or [capacity] * gates, gate.budget == "batch")
+
+
+def describe_gate(gate: GateConfig, run_steps: int) -> str:
+    """The schedules with their steps, for the log; empty where all is constant."""
+    parts = []
+    for name in ("capacity", "tau", "budget_lambda"):
+        value = getattr(gate, name)
+        if isinstance(value, Schedule):
+            first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
+            parts.append(
+                f"{name} {value.start:g} until step {first:g}, {value.shape} to {value.end:g} at step {last:g}"
+            )
+    return ", ".join(parts)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.parallel.groups import Groups, TensorParallel
 from megatron_taipan.train.readback import Readback, send
+from megatron_taipan.train.schedule import GateStep
 
 Batch = dict[str, Tensor]
 
@@ -35,6 +36,7 @@ def train_step(
     step: int,
     groups: Groups,
     grad_clip: float,
+    gate: GateStep | None = None,
     requests: list[bool] | None = None,
 ) -> StepResult:
     """Trains on one global batch.
@@ -43,37 +45,49 @@ def train_step(
         batches: this rank's micro-batches, each a dict of [b, l] tensors on its device.
         step: steps taken before this one; a counter of the gate's noise.
         grad_clip: largest gradient norm, 0 for no limit; applied here at ZeRO 0, by DeepSpeed at the other stages.
+        gate: settings of the gates; None: what the configuration's schedules lead to.
         requests: flags that a rank may raise (stop, save now, ...). Each comes back true where any rank raised it, so
             that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
     """
     scale = cross_entropy_scale(batches, groups)
     flags = send(requests or [], scale.device)
+    settings = None if gate is None else send(gate.vector(), scale.device).float()
     if groups.pipeline_size > 1:
-        numbers, norm, skipped = _run_stages(engine, batches, step, scale, flags)
+        numbers, norm, skipped = _run_stages(engine, batches, step, scale, settings, flags)
     else:
-        numbers, norm, skipped = _run_whole(engine, batches, step, scale, flags, groups, grad_clip)
+        numbers, norm, skipped = _run_whole(engine, batches, step, scale, settings, flags, groups, grad_clip)
 
     values = numbers.read()
     means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
-    loss, ce, budget, *gates = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
-    return StepResult(
-        loss, ce, budget, gates=name_gates(gates), grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist()
-    )
+    loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
+    gates = name_gates(values)
+    if gate is not None and gate.of_batch:  # a part's own budget says little: the batch's, by the shares of all
+        gates = with_batch_budget(gates, gate.capacity)
+        budget = sum(g["budget"] for g in gates)
+        loss = ce + gate.budget_lambda * budget
+    return StepResult(loss, ce, budget, gates=gates, grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist())
 
 
 def _run_stages(
-    engine: Any, batches: list[Batch], step: int, scale: Tensor, flags: Tensor
+    engine: Any, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
 ) -> tuple[Readback, float, bool]:
     """The step through pipeline stages: `_share` of this stage's means, gradient norm, skipped."""
     from megatron_taipan.train.pipeline import run_pipeline
 
-    means = run_pipeline(engine, batches, step=step, ce_scale=scale)
+    means = run_pipeline(engine, batches, step=step, ce_scale=scale, gate=gate)
     return _share(means, flags), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
 
 
 def _run_whole(
-    engine: Any, batches: list[Batch], step: int, scale: Tensor, flags: Tensor, groups: Groups, grad_clip: float
+    engine: Any,
+    batches: list[Batch],
+    step: int,
+    scale: Tensor,
+    gate: Tensor | None,
+    flags: Tensor,
+    groups: Groups,
+    grad_clip: float,
 ) -> tuple[Readback, float, bool]:
     """The step where every rank holds all layers: `_share` of the means, gradient norm, skipped."""
     sums = None
@@ -86,6 +100,7 @@ def _run_whole(
             samples=batch["sample"],
             step=step,
             ce_scale=scale,
+            gate=gate,
         )
         engine.backward(out.loss)
         values = collect(out)
@@ -112,6 +127,11 @@ def name_gates(values: list[float]) -> list[dict[str, float]]:
     """The statistics of all gates, one after the other, as one dictionary for each."""
     names = (*STATS, "budget")
     return [dict(zip(names, values[i : i + len(names)], strict=True)) for i in range(0, len(values), len(names))]
+
+
+def with_batch_budget(gates: list[dict[str, float]], capacity: float) -> list[dict[str, float]]:
+    """The gates with the budget loss of the batch that `selected` was measured on."""
+    return [gate | {"budget": (capacity - gate["selected"]) ** 2} for gate in gates]
 
 
 def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:

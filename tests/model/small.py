@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.taipan import Taipan
 
 VOCABULARY = 37
@@ -24,6 +25,11 @@ def small_config(pattern: str, **changes) -> ModelConfig:
     for key, value in changes.items():
         tree = tree | {key: {**tree[key], **value} if isinstance(value, dict) else value}
     return ModelConfig.model_validate(tree)
+
+
+def told(**gate) -> GateSettings:
+    """What the gates of a small network with these options are told where no trainer speaks."""
+    return settled(small_config("S", gate=gate).gate)
 
 
 def small_model(pattern: str, dtype: torch.dtype = torch.float64, *, seed: int = 1, **changes) -> Taipan:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
-from tests.model.small import close, documents, small_model, tokens
+from tests.model.small import close, documents, small_model, tokens, told
 
 EPS = 1e-5
 SEQ = torch.cat([documents(4, 9, 2, 6), documents(10, 1, 10)])  # two rows of 21 tokens
@@ -21,7 +21,7 @@ def stream(model) -> Tensor:
 
 
 def context(seq_idx: Tensor | None = SEQ, step: int = 0):
-    return make_context(tokens(2, 21), seq_idx, torch.tensor([5, 9]), step, None)
+    return make_context(tokens(2, 21), seq_idx, torch.tensor([5, 9]), step, told())
 
 
 def assert_same_with_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
@@ -94,7 +94,7 @@ def test_selective_attention_takes_no_positions():
     model = small_model("S").eval()
     layer = model.layers[0]
     h = torch.randn(1, 8, 24, dtype=torch.float64)
-    twice = layer(Stream(torch.cat([h, h, h], 1)), make_context(tokens(1, 24), None, None, 0, None))[0].total()
+    twice = layer(Stream(torch.cat([h, h, h], 1)), make_context(tokens(1, 24), None, None, 0, told()))[0].total()
     close(twice[:, 14:16], twice[:, 22:24])
 
 

@@ -12,7 +12,7 @@ from megatron_taipan.model.context import make_context
 from megatron_taipan.model.noise import gumbel_noise
 from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
-from tests.model.small import close, documents, small_model, tokens
+from tests.model.small import close, documents, small_model, tokens, told
 
 
 def gate_of(n: int, logits: Tensor, **options):
@@ -25,10 +25,10 @@ def gate_of(n: int, logits: Tensor, **options):
     return gate
 
 
-def draws(gate, n: int, rows: int, step: int = 0):
+def draws(gate, n: int, rows: int, step: int = 0, **options):
     """`rows` independent selections of n tokens, and the tokens, a leaf [rows, n, n]."""
     u = torch.eye(n, dtype=torch.float64).expand(rows, n, n).clone().requires_grad_()
-    return u, gate(u, make_context(torch.zeros(rows, n, dtype=torch.int64), None, None, step, None))
+    return u, gate(u, make_context(torch.zeros(rows, n, dtype=torch.int64), None, None, step, told(**options)))
 
 
 def by_logit(gate, grad_u: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def test_equals_torchs_hard_gumbel_softmax_in_value_and_gradient(monkeypatch, ta
     gate = model.layers[0].gate
     u = torch.randn(3, 15, 24, dtype=torch.float64, requires_grad=True)
     samples = torch.tensor([4, 0, 7])
-    m = gate(u, make_context(tokens(3, 15), None, samples, 6, None)).m
+    m = gate(u, make_context(tokens(3, 15), None, samples, 6, told(tau=tau))).m
     noise = gumbel_noise(1, 6, samples, torch.arange(15), 0).double()
     # torch draws its Gumbel noise as -log of an exponential variable.
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_((-noise).exp()))
@@ -101,7 +101,7 @@ def test_a_token_is_selected_as_often_as_alpha_says(tau):
     alpha = torch.tensor([0.02, 0.15, 0.5, 0.9], dtype=torch.float64)
     logits = torch.stack([(1 - alpha).log(), alpha.log()], 1)
     rows = 20_000
-    _, selection = draws(gate_of(4, logits, tau=tau), 4, rows)
+    _, selection = draws(gate_of(4, logits), 4, rows, tau=tau)
     close(selection.alpha[0], alpha, 1e-12)
     error = (selection.m.mean(0) - alpha).abs() / (alpha * (1 - alpha) / rows).sqrt()
     assert (error < 4).all(), error
@@ -126,7 +126,7 @@ def test_training_draws_anew_by_step_sample_and_layer():
     second.load_state_dict(first.state_dict())
 
     def picks(gate, step: int, offset: int = 0) -> Tensor:
-        ctx = make_context(torch.zeros(64, 4, dtype=torch.int64), None, torch.arange(64) + offset, step, None)
+        ctx = make_context(torch.zeros(64, 4, dtype=torch.int64), None, torch.arange(64) + offset, step, told())
         return gate(h, ctx).selected
 
     assert torch.equal(picks(first, 3), picks(first, 3))
@@ -157,7 +157,7 @@ def both_modes():
     for mode in ("selected", "all"):
         layer = small_model("S", gate={"gradient": mode}).layers[0]
         h_in = h.clone().requires_grad_()
-        stream, selection = layer(Stream(h_in), make_context(tokens(2, 17), seq_idx, None, 0, None))
+        stream, selection = layer(Stream(h_in), make_context(tokens(2, 17), seq_idx, None, 0, told()))
         out = stream.total()
         grads = torch.autograd.grad(out, [selection.m, h_in, *layer.parameters()], upstream, allow_unused=True)
         results[mode] = layer, h_in, out, selection, grads
@@ -201,10 +201,8 @@ def test_mode_selected_has_that_gradient_for_selected_tokens_and_none_for_the_ot
 
 
 def test_mode_selected_keeps_the_budget_gradient_of_unselected_tokens():
-    gate = gate_of(
-        4, torch.tensor([[0.0, -1.0], [0.3, 0.1], [0.0, 0.5], [-0.2, 1.0]], dtype=torch.float64), capacity=1.0
-    )
-    u, selection = draws(gate, 4, 30)
+    gate = gate_of(4, torch.tensor([[0.0, -1.0], [0.3, 0.1], [0.0, 0.5], [-0.2, 1.0]], dtype=torch.float64))
+    u, selection = draws(gate, 4, 30, capacity=1.0)
     slope = by_logit(gate, torch.autograd.grad(selection.budget_loss, u)[0])
     full = selection.selected.all(1, keepdim=True)  # rows whose budget is met have no gradient
     assert ((slope < 0) | full).all() and not full.all()

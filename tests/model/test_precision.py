@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_taipan.model.taipan import Taipan
-from tests.model.small import close, small_config, small_model, tokens
+from tests.model.small import close, small_config, small_model, tokens, told
 
 ISLANDS = ("A_log", "dt_bias", "mixer.D", "gate.weight", "gate.bias", "gate.threshold")
 PATTERN = "M S W A"
@@ -91,7 +91,7 @@ def test_one_layers_gate_sees_the_same_logits_as_in_float32():
     gate, u = low.layers[0].gate, torch.randn(1, 9, 24).bfloat16()
     from megatron_taipan.model.context import make_context
 
-    selection = gate(u, make_context(tokens(1, 9), None, None, 0, None))
+    selection = gate(u, make_context(tokens(1, 9), None, None, 0, told()))
     s = u.double() @ gate.weight.double().T + gate.bias.double()
     assert selection.alpha.dtype == torch.float32
     close(selection.alpha.double(), s.softmax(-1)[..., 1], 1e-6)

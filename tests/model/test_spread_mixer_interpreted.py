@@ -20,7 +20,7 @@ from megatron_taipan.parallel.counter import CommCounter
 from megatron_taipan.parallel.groups import TensorParallel, build_groups
 from megatron_taipan.parallel.layout import describe, take_shard
 from tests.distributed.launch import ROOT, launch
-from tests.model.small import small_config
+from tests.model.small import small_config, told
 from tests.ops.kernel_checks import error
 
 pytestmark = [
@@ -60,7 +60,7 @@ def compare_with_the_whole(n_groups: int) -> tuple[dict[str, float], list[bool],
             part.get_parameter(name).data.copy_(shard(name, parameter.data))
     u, upstream = torch.randn(2, BATCH, LENGTH, WIDTH)
     seq_idx = (torch.rand(BATCH, LENGTH) < 0.05).cumsum(1).int()
-    ctx = make_context(torch.zeros(BATCH, LENGTH), seq_idx, None, 0, None)
+    ctx = make_context(torch.zeros(BATCH, LENGTH), seq_idx, None, 0, told())
 
     results = []
     for part in (whole, fused, plain):

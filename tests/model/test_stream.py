@@ -11,14 +11,14 @@ from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
-from tests.model.small import documents, small_config, small_model, tokens
+from tests.model.small import documents, small_config, small_model, tokens, told
 
 PATTERN = "M S W A M S"
 SEQ = documents(6, 14).expand(2, -1)
 
 
 def context():
-    return make_context(tokens(2, 20), SEQ, torch.tensor([7, 3]), 4, None)
+    return make_context(tokens(2, 20), SEQ, torch.tensor([7, 3]), 4, told())
 
 
 def added_one_by_one(layers: torch.nn.ModuleList, h: Tensor) -> Tensor:

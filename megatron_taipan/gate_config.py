@@ -1,0 +1,96 @@
+"""The options of the gate, and values that change over training. The defaults are the paper's (arXiv 2410.18572)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag, field_validator, model_validator
+
+from megatron_taipan.section import Section, option
+
+
+class Schedule(Section):
+    """A value that changes over training: `start` until the step `after`, from there to `end`, which stands from
+    `until` on. What it is at a step says train/schedule.py."""
+
+    start: float = option(..., "value until `after`")
+    end: float = option(..., "value from `until` on, in evaluation and in exports")
+    after: float = option(0.0, "where the change begins: a step, or up to 1 a fraction of the run", ge=0)
+    until: float = option(1.0, "where it ends: a step, or up to 1 a fraction of the run", gt=0)
+    shape: Literal["linear", "cosine"] = option("linear", "how the value changes in between")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Schedule":
+        for name, place in (("after", self.after), ("until", self.until)):
+            if place > 1 and place != int(place):
+                raise ValueError(f"{name}={place:g} is neither a whole step nor a fraction up to 1")
+        if (self.after > 1) == (self.until > 1) and self.until < self.after:
+            raise ValueError(f"until={self.until:g} lies before after={self.after:g}")
+        return self
+
+    def step_of(self, place: float, run_steps: int) -> float:
+        """`after` or `until` as a step of a run of that many."""
+        return place if place > 1 else place * run_steps
+
+
+SCHEDULED_TAGS = ("constant", "schedule")  # stand in the place of an error, not in the file
+
+
+def _kind(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | Schedule) else "constant"
+
+
+# Tells a mapping from a number, so that an error is about the one that was meant.
+Scheduled = Annotated[Annotated[float, Tag("constant")] | Annotated[Schedule, Tag("schedule")], Discriminator(_kind)]
+
+
+def at_the_end(value: float | Schedule) -> float:
+    """What a constant or a schedule leads to: what evaluation, exports and estimates of cost go by."""
+    return value.end if isinstance(value, Schedule) else value
+
+
+class GateConfig(Section):
+    """The gate of selective attention (`S`); arXiv 2410.18572.
+
+    capacity, tau and budget_lambda are numbers or schedules: {start: 0.5, end: 0.15, after: 0.3, until: 0.7}.
+    """
+
+    capacity: Scheduled = option(0.15, "C: fraction of tokens that should be selected; a number or a schedule")
+    tau: Scheduled = option(1.0, "temperature of the selection in training; a number or a schedule")
+    budget_lambda: Scheduled = option(1.0, "weight of the budget loss; a number or a schedule")
+    budget: Literal["row", "batch"] = option(
+        "row", "what has to keep to C: every row, or the global batch of a step (by the share of the step before)"
+    )
+    gradient: Literal["selected", "all", "sampled"] = option(
+        "selected",
+        "selected: only selected queries are computed; all: every query, exact gate gradient; sampled: all in a share"
+        " of the steps",
+    )
+    gradient_share: float = option(0.1, "share of the steps with gradient=sampled that compute every query", gt=0, le=1)
+    refinement: Literal["replace", "add"] = option(
+        "replace", "selected tokens become h + weight (o - h), or with add h + weight o"
+    )
+    weight: Literal["alpha", "one"] = option("alpha", "weight of a selected token's attention: the gate's alpha, or 1")
+    noise: Literal["gumbel", "none", "random"] = option(
+        "gumbel",
+        "of the selection in training; none: by the logits alone; random: a control, tokens are drawn with probability"
+        " C in training and evaluation, whatever the gate says",
+    )
+    init_bias: float = option(0.0, "s1 - s0 at initialisation: 2 selects 88 % of the tokens at first")
+    threshold: float = option(0.0, "evaluation selects a token where s1 - s0 exceeds this (calibration overrides it)")
+
+    @field_validator("capacity", "tau", "budget_lambda")
+    @classmethod
+    def _values_fit(cls, value: float | Schedule, field: Any) -> float | Schedule:
+        for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
+            match field.field_name:
+                case "capacity" if not 0 <= number <= 1:
+                    raise ValueError(f"{number:g} is no fraction between 0 and 1")
+                case "tau" if number <= 0:
+                    raise ValueError(f"{number:g} must be greater than 0")
+                case "budget_lambda" if number < 0:
+                    raise ValueError(f"{number:g} must be at least 0")
+        return value
+
+    @property
+    def final_capacity(self) -> float:
+        """C at the end of training."""
+        return at_the_end(self.capacity)

@@ -1,0 +1,50 @@
+"""What the gates are told for one pass: where their schedules stand, and what the step before measured."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.gate_config import GateConfig, at_the_end
+
+
+class GateSettings(NamedTuple):
+    """The same for every gate of the network. From a trainer they are float32 on the device, so that recorded CUDA
+    graphs see each step's own (a tuple for ZeRO-3's sake)."""
+
+    capacity: Tensor | float  # C
+    tau: Tensor | float
+    budget_lambda: Tensor | float
+    every_query: Tensor | bool  # with gradient=sampled: whether this step computes every query
+    shares: Tensor | None = None  # [S layers] share that each gate selected over the whole step before: budget=batch
+    vector: Tensor | None = None  # what it was unpacked from
+
+    @staticmethod
+    def unpack(vector: Tensor) -> "GateSettings":
+        """From float32 [4 + S layers]: capacity, tau, lambda, every_query, shares; see train/schedule.py."""
+        capacity, tau, budget_lambda, every = vector[:4].unbind()
+        return GateSettings(capacity, tau, budget_lambda, every > 0.5, vector[4:], vector)
+
+    def pack(self, gates: int, device: torch.device) -> Tensor:
+        """The vector; where no trainer gave one and the shares are not known, C stands for each of them."""
+        if self.vector is not None:
+            return self.vector
+        numbers = [self.capacity, self.tau, self.budget_lambda, self.every_query, *[self.capacity] * gates]
+        return torch.stack([n.float() if isinstance(n, Tensor) else torch.full((), n, device=device) for n in numbers])
+
+
+def settled(gate: GateConfig, step: int | Tensor = 0) -> GateSettings:
+    """Where no trainer gives any: what the schedules lead to; the batch at hand stands for the step's."""
+    capacity, tau, budget_lambda = (at_the_end(v) for v in (gate.capacity, gate.tau, gate.budget_lambda))
+    return GateSettings(capacity, tau, budget_lambda, computes_every_query(gate, step))
+
+
+def computes_every_query(gate: GateConfig, step: int | Tensor) -> bool | Tensor:
+    """Whether a step computes the queries of unselected tokens too; sampled: evenly spread, by the step alone."""
+    if gate.gradient != "sampled":
+        return gate.gradient == "all"
+    share = gate.gradient_share
+    if isinstance(step, Tensor):
+        return torch.floor((step + 1).double() * share) > torch.floor(step.double() * share)
+    return math.floor((step + 1) * share) > math.floor(step * share)
