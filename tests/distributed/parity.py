@@ -42,6 +42,22 @@ CUTS = {
     # the first stage's gate has its gradient by way of a stage without one
     ("taipan", 3): "M*2 S | M | S",
 }
+# Options of the gate, and what they are at each step, written down: C, tau, lambda, whether every query is computed.
+# A fraction is of 5 steps, so that a change from 0.2 to 0.8 goes from step 1 to step 4.
+GATES: dict[str, tuple[dict[str, Any], list[tuple[float, float, float, bool]]]] = {
+    "paper": ({}, [(0.15, 1.0, 1.0, False)] * 5),
+    "anneal": (
+        {
+            "capacity": {"start": 0.7, "end": 0.1, "after": 0.2, "until": 0.8},
+            "tau": {"start": 1.5, "end": 0.5, "after": 0.2, "until": 0.6, "shape": "cosine"},
+            "budget_lambda": {"start": 0.0, "end": 8.0, "after": 0.0, "until": 4}, "budget": "batch",
+            "gradient": "sampled", "gradient_share": 0.5, "refinement": "add", "init_bias": 0.5,
+        },
+        [(0.7, 1.5, 0.0, False), (0.7, 1.5, 2.0, True), (0.5, 1.0, 4.0, False), (0.3, 0.5, 6.0, True),
+         (0.1, 0.5, 8.0, False)],
+    ),
+    "batch-all": ({"budget": "batch", "gradient": "all", "budget_lambda": 5.0, "init_bias": 1.0}, [(0.15, 1.0, 5.0, True)] * 5),
+}  # fmt: skip
 # relative; loss1, norm1 and grad at step 1, the others over all steps
 LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
 # longer rows and a wider network amplify rounding more, on one process too: there float32 differs from float64 by up
@@ -111,6 +127,8 @@ class Case:
     packed: bool = True
     n_groups: int = 1
     n_kv_heads: int = 1
+    micro_batch: int = 1
+    gate: str = "paper"  # which of GATES
 
     @property
     def processes(self) -> int:
@@ -123,13 +141,15 @@ class Case:
 
     def alone(self) -> "Case":
         """The same network on one process."""
-        return Case(self.pattern, packed=self.packed, n_groups=self.n_groups, n_kv_heads=self.n_kv_heads)
+        return Case(
+            self.pattern, packed=self.packed, n_groups=self.n_groups, n_kv_heads=self.n_kv_heads, gate=self.gate
+        )
 
     def __str__(self) -> str:
         return (
             f"{self.pattern:13s} TP{self.tensor}{'+SP' if self.sequence else '   '} PP{self.pipeline} DP{self.data}"
             f" ZeRO{self.zero} {self.recompute:9s} {'packed' if self.packed else 'plain '} groups={self.n_groups}"
-            f" kv={self.n_kv_heads}"
+            f" kv={self.n_kv_heads} micro={self.micro_batch} {self.gate}"
         )
 
 
@@ -144,12 +164,18 @@ CHOICES: dict[str, list[Any]] = {
     "packed": [True, False],
     "n_groups": [1, 2, 4],
     "n_kv_heads": [1, 4],
+    "micro_batch": [1, 2, 4],
+    "gate": list(GATES),
 }
 
 
 def possible(case: Case) -> bool:
     """Whether the project runs it (else it is refused at start), and on at most 4 processes."""
     if case.sequence and case.tensor == 1:
+        return False
+    if case.micro_batch * case.data > 4:  # of 4 rows
+        return False
+    if case.gate != "paper" and case.pattern != "taipan":
         return False
     return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
 
@@ -200,6 +226,14 @@ CI_CASES = [
     Case("jamba", tensor=2, data=2, zero=2, recompute="full", n_groups=2),
     Case("taipan", tensor=2, data=2, zero=1, sequence=True, recompute="selective"),
     Case("transformerpp", tensor=4, zero=0, sequence=True),
+    # schedules, a budget of the batch and sampled gradients: however the batch is split
+    Case("taipan", data=2, zero=1, gate="anneal"),
+    Case("taipan", data=2, zero=2, micro_batch=2, gate="anneal"),
+    Case("taipan", tensor=2, sequence=True, zero=1, micro_batch=4, recompute="selective", gate="anneal"),
+    Case("taipan", pipeline=2, zero=1, gate="anneal"),
+    Case("taipan", pipeline=2, zero=1, micro_batch=2, recompute="selective", gate="batch-all"),
+    Case("taipan", tensor=2, pipeline=2, zero=1, gate="anneal"),
+    Case("taipan", tensor=2, data=2, zero=3, micro_batch=2, gate="anneal"),
 ]
 
 # More processes than the others are drawn for.
@@ -219,6 +253,7 @@ def configure(case: Case, setting: Setting) -> Config:
                 "pattern": pattern, "vocab_size": VOCAB, "d_model": sizes["d_model"],
                 "d_ff": sizes["d_ff"], "mamba": sizes["mamba"] | {"n_groups": case.n_groups},
                 "attention": {"n_heads": 4, "n_kv_heads": case.n_kv_heads, "window": sizes["window"]},
+                "gate": GATES[case.gate][0],
             },
             "parallel": {
                 "tensor": case.tensor, "sequence": case.sequence, "pipeline": case.pipeline, "zero_stage": case.zero,
@@ -228,7 +263,7 @@ def configure(case: Case, setting: Setting) -> Config:
             # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
             "optim": {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.5, "weight_decay": 0.1},
             "train": {
-                "steps": setting.steps, "global_batch": setting.batch, "micro_batch": 1, "seed": 3,
+                "steps": setting.steps, "global_batch": setting.batch, "micro_batch": case.micro_batch, "seed": 3,
                 "precision": setting.precision, "cuda_graphs": setting.graphs,
             },
             "checkpoint": {"dir": "unused"},
@@ -266,6 +301,7 @@ def watch_gates(model: torch.nn.Module, into: dict, now: dict[str, Any]) -> None
 
     def note(gate: Gate, arguments: tuple, selection: Any) -> None:
         if gate.training:
+            now.setdefault("m", []).append(selection.m)
             for row, sample in enumerate(arguments[1].samples.tolist()):
                 into[now["step"], sample, gate.layer] = bytes(selection.selected[row].tolist())
 
@@ -291,21 +327,32 @@ def reference(case: Case, setting: Setting) -> Trace:
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     watch_gates(model, trace.selections, now)
+    of_batch = config.model.gate.budget == "batch"
+    shares = [0.0] * config.model.letters.count("S")
     for step in range(setting.steps):
-        now["step"] = step
+        capacity, tau, weight, every = GATES[case.gate][1][step]
+        now |= {"step": step, "m": []}
         batch = make_batch(step, packed, setting)
         seq_idx = batch["seq_idx"] if packed else None
         out = model(
             batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=seq_idx,
             samples=batch["sample"], step=step,
+            gate=torch.tensor([capacity, tau, weight, every, *shares], device=setting.device),
         )  # fmt: skip
+        loss, shown = out.loss, out.loss.item()
+        if of_batch:  # (C - share)^2 of the whole batch, its derivative with the share of the step before (C at first)
+            now_selected = [m.mean() for m in now["m"]]
+            before = shares if step else [capacity] * len(shares)
+            loss = out.ce_loss + weight * sum(2 * (b - capacity) * m for b, m in zip(before, now_selected, strict=True))
+            shares = [m.item() for m in now_selected]
+            shown = out.ce_loss.item() + weight * sum((capacity - s) ** 2 for s in shares)
         optimizer.zero_grad()
-        out.loss.backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         if step == 0:
             trace.grads = {n: p.grad.cpu().clone() for n, p in model.named_parameters()}
         optimizer.step()
-        trace.losses.append(out.loss.item())
+        trace.losses.append(shown)
         trace.norms.append(norm.item())
     trace.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
     return trace
@@ -326,11 +373,12 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     """Trains the case and compares; {} on ranks other than 0."""
     from megatron_taipan.train.engine import build_engine, capture_graphs, check_layout
     from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.schedule import gate_step
     from megatron_taipan.train.step import train_step
 
     config = configure(case, setting)
     check_layout(config, dist.get_world_size())
-    key = (case.tensor, case.sequence, case.pipeline)
+    key, size = (case.tensor, case.sequence, case.pipeline), case.micro_batch
     if key not in made:
         made[key] = connect(config.parallel, setting.device, setting.length)[0]
     groups = made[key]
@@ -343,13 +391,17 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     if setting.graphs:
         report = capture_graphs(model, config, setting.device, graphs)
         assert "CUDA graphs" in report, report
-    per_rank = setting.batch // groups.data_size
+    per_rank = setting.batch // groups.data_size // size
+    shares: list[float] = []
+    gates = config.model.letters.count("S")
     for step in range(setting.steps):
-        now["step"] = step
+        now |= {"step": step, "m": []}
         batch = make_batch(step, case.packed, setting)
-        rows = [k * groups.data_size + groups.data_rank for k in range(per_rank)]
-        micro = [{name: value[row : row + 1] for name, value in batch.items()} for row in rows]
-        result = train_step(engine, micro, step=step, groups=groups, grad_clip=config.optim.grad_clip)
+        rows = [(k * groups.data_size + groups.data_rank) * size for k in range(per_rank)]
+        micro = [{name: value[row : row + size] for name, value in batch.items()} for row in rows]
+        gate = gate_step(config.model.gate, step, config.train.steps, shares, gates)
+        result = train_step(engine, micro, step=step, groups=groups, grad_clip=config.optim.grad_clip, gate=gate)
+        shares = [g["selected"] for g in result.gates]
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
         if step == 0:

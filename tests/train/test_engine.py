@@ -37,13 +37,29 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     )  # fmt: skip
     cpu = torch.device("cpu")
     # five samples: the last round is not full where it has two rows or more
-    gates = evaluate(engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=cpu).gates
+    gates = evaluate(
+        engine,
+        valid,
+        samples=5,
+        micro_batch=config.train.micro_batch,
+        groups=groups,
+        device=cpu,
+        gate=config.model.gate,
+    ).gates
     results = []
     for step in range(STEPS):
         set_learning_rate(engine, 1e-2)
         batches = [next(loader) for _ in range(accumulation(config, groups.data_size))]
         results.append(train_step(engine, batches, step=step, groups=groups, grad_clip=config.optim.grad_clip))
-    evaluated = evaluate(engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups, device=cpu)
+    evaluated = evaluate(
+        engine,
+        valid,
+        samples=5,
+        micro_batch=config.train.micro_batch,
+        groups=groups,
+        device=cpu,
+        gate=config.model.gate,
+    )
     masters = {
         name: (deepspeed.utils.safe_get_full_fp32_param(p) if config.parallel.zero_stage else p).detach().clone()
         for name, p in model.named_parameters()

@@ -81,7 +81,9 @@ def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     path = tmp_path / "run" / "step_00000005"
     metadata = read_metadata(path)
     counters = {"step": 5, "samples": 20, "tokens": 20 * 32, "skipped": 0}
-    assert metadata["progress"] == counters | {"recent": [], "rewinds": []}
+    (share,) = metadata["progress"].pop("shares")  # of the one gate, in the last step
+    assert share == log(tmp_path / "run")[-1]["gate0/selected"]
+    assert metadata["progress"] == counters | {"recent": [], "rewinds": [], "run_steps": 5}
     assert {"torch", "deepspeed", "python"} <= set(metadata["versions"])
     assert metadata["git_commit"]
     assert len(metadata["identity"]["data.fingerprint"]) >= 16
