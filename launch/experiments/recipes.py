@@ -1,0 +1,63 @@
+"""Recipes that the experiments compare by name: which attention a hybrid has, and how its gate learns.
+
+The reference models come first, then the gate as the paper has it (arXiv 2410.18572), then what was tried to make it
+learn. A name says what differs: anneal, lambda and open are schedules; all and sampled are gradients of the gate; add
+is the refinement; batch is the budget.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to build and train a hybrid."""
+
+    attention: str  # letter of the last layer of a group of layers; what stands before it says the experiment
+    gate: dict[str, Any] = field(default_factory=dict)  # options that differ from GateConfig's defaults
+
+
+ANNEAL = {"start": 0.5, "end": 0.15, "after": 0.3, "until": 0.7}
+OPEN = {**ANNEAL, "start": 1.0}
+LAMBDA = {"start": 0.0, "end": 5.0, "after": 0.3, "until": 0.7}
+STEEP_LAMBDA = {"start": 0.0, "end": 10.0, "after": 0.3, "until": 0.6}
+ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
+
+RECIPES = {
+    "mamba2": Recipe("M"),
+    "samba": Recipe("W"),
+    "jamba": Recipe("A"),
+    "transformerpp": Recipe("A"),  # has no other layers: the experiments ask for its name
+    "paper": Recipe("S"),
+    "paper-all": Recipe("S", ALL),
+    "C0.3": Recipe("S", {"capacity": 0.3}),
+    "C0.5": Recipe("S", {"capacity": 0.5}),
+    "low-lambda": Recipe("S", {"budget_lambda": 0.01}),
+    "anneal": Recipe("S", {"capacity": ANNEAL}),
+    "anneal-all": Recipe("S", {"capacity": ANNEAL, **ALL}),
+    "anneal-add": Recipe("S", {"capacity": ANNEAL, **ADD}),
+    "anneal-all-add": Recipe("S", {"capacity": ANNEAL, **ALL, **ADD}),
+    "lambda-all": Recipe("S", {"budget_lambda": LAMBDA, **ALL}),
+    "lambda-all-add": Recipe("S", {"budget_lambda": LAMBDA, **ALL, **ADD}),
+    "anneal-batch-all-add": Recipe("S", {"capacity": ANNEAL, **BATCH, **ALL, **ADD}),
+    "lambda-batch-all-add": Recipe("S", {"budget_lambda": STEEP_LAMBDA, **BATCH, **ALL, **ADD}),
+    "open-all-add": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ALL, **ADD}),
+    "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
+    "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
+    "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),
+    "random": Recipe("S", {"noise": "random", **ADD}),  # the control: tokens are drawn, nothing is learnt
+}
+
+
+def gate_options(name: str, **changes: Any) -> dict[str, Any]:
+    """The recipe's options of the gate, as ModelConfig.gate takes them, with some changed.
+
+    Args:
+        changes: option to value; where the recipe has a schedule, a number replaces what the schedule leads to.
+    """
+    options = dict(RECIPES[name].gate)
+    for option, value in changes.items():
+        before = options.get(option)
+        to_end = isinstance(before, dict) and not isinstance(value, dict)
+        options[option] = {**before, "end": value} if to_end else value
+    return options
