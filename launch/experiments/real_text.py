@@ -3,10 +3,10 @@
     python -m launch.experiments.real_text --data runs/real_text/data/text --recipes samba mamba2 paper --seeds 0 1
 
 Each run is the network of real_text.yaml with the layers and gate of a recipe (launch/experiments/recipes.py). Its
-result is one line of OUT: validation loss; loss by how far back a token's bigram occurred last, and on those that never
-did (megatron_taipan/evaluation/recall_tokens.py); perplexity by length of context; share of tokens selected by layer,
-in training and in evaluation; tokens/s. A run whose settings stand in OUT already is skipped, and with --minutes none is
-begun that would not end in time, so the whole can be made in parts. With several GPUs each takes a run.
+result is one line of OUT: loss on held-out documents, also by how far back a token's bigram occurred last
+(megatron_taipan/evaluation/recall_tokens.py); loss by length of context; share of tokens selected by layer, in training
+and in evaluation; tokens/s. A run whose settings stand in OUT already is skipped, and with --minutes none is begun
+that would not end in time, so the whole can be made in parts. With several GPUs each takes a run.
 
 --table prints what OUT holds as Markdown.
 """
@@ -25,7 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.benchmark_common import hardware
-from launch.experiments.recipes import RECIPES, gate_overrides
+from launch.experiments.in_parts import append, key_of, read
+from launch.experiments.recipes import RECIPES, gate_options
+from megatron_taipan.config import yaml_text
 from megatron_taipan.errors import UserError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +47,10 @@ class Job:
 
     def options(self) -> list[str]:
         """What the configuration file is overridden with."""
-        recipe = RECIPES[self.recipe]
-        pattern = PATTERNS.get(self.recipe) or PATTERNS[recipe.letter]
+        pattern = PATTERNS.get(self.recipe) or PATTERNS[RECIPES[self.recipe].attention]
+        gate = [f"model.gate.{name}={yaml_text(value)}" for name, value in gate_options(self.recipe).items()]
         return [
-            f"model.pattern={pattern}", *gate_overrides(recipe), f"train.seed={self.seed}", f"data.seed={self.seed}",
+            f"model.pattern={pattern}", *gate, f"train.seed={self.seed}", f"data.seed={self.seed}",
             f"train.steps={self.steps}", *self.overrides,
         ]  # fmt: skip
 
@@ -57,7 +59,7 @@ class Job:
 
 
 def run(job: Job, prefix: Path, work: Path, gpu: str | None) -> dict:
-    """Trains and scores one model; its result, or how it failed."""
+    """Trains and scores one model."""
     name = "_".join([job.recipe, str(job.seed), str(job.steps), *job.overrides]).replace("/", "_")[:200]
     directory = work / name
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
@@ -67,7 +69,14 @@ def run(job: Job, prefix: Path, work: Path, gpu: str | None) -> dict:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     config = str(Path(__file__).with_suffix(".yaml"))
     programs = [
-        ["launch/pretrain.py", "--config", config, f"data.train={prefix}", f"checkpoint.dir={directory}", *job.options()],
+        [
+            "launch/pretrain.py",
+            "--config",
+            config,
+            f"data.train={prefix}",
+            f"checkpoint.dir={directory}",
+            *job.options(),
+        ],
         ["-m", "launch.experiments.real_text_score", str(directory), "--out", str(directory / "score.json")],
     ]
     began, seconds = time.perf_counter(), []
@@ -79,9 +88,9 @@ def run(job: Job, prefix: Path, work: Path, gpu: str | None) -> dict:
         seconds.append(round(time.perf_counter() - began - sum(seconds), 1))
         if status:
             last = (directory / "said.txt").read_text().strip().splitlines()[-3:]
-            return {**job.key(), "failed": f"status {status}: {' / '.join(last)[:600]}"}
+            raise RuntimeError(f"{program[0]} {program[1]}: status {status}: {' / '.join(last)[:600]}")
     score = json.loads((directory / "score.json").read_text())
-    result = {**job.key(), **from_log(directory / "log.jsonl"), **score, "seconds": seconds}
+    result = {**from_log(directory / "log.jsonl"), **score, "seconds": seconds}
     for path in directory.glob("step_*"):
         shutil.rmtree(path)  # the weights are not what this is about
     return result
@@ -99,6 +108,8 @@ def from_log(log: Path) -> dict:
         return [round(statistics.fmean(r[f"gate{i}/{name}"] for r in rows), 4) for i in range(gates)]
 
     every = max(1, len(steps) // 12)
+    names = [f"gate{i}/{name}" for i in range(gates) for name in ("selected", "selected_eval")]
+    trace = [[r["step"], round(r["ce"], 3), *(round(r[name], 3) for name in names)] for r in steps[::every]]
     return {
         "valid": [{"step": r["step"], "ce": round(r["ce"], 5)} for r in valid],
         "train_ce": round(statistics.fmean(r["ce"] for r in last), 4),
@@ -110,16 +121,8 @@ def from_log(log: Path) -> dict:
         "alpha": mean("alpha", last),
         "entropy": mean("entropy", last),
         "selected_valid": mean("selected", valid[-1:]),
-        "trace": [
-            [r["step"], round(r["ce"], 3), *(round(r[f"gate{i}/{n}"], 3) for i in range(gates) for n in ("selected", "selected_eval"))]
-            for r in steps[::every]
-        ],
+        "trace": trace,
     }  # fmt: skip
-
-
-def done(out: Path) -> list[dict]:
-    """The results so far."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 def work_through(jobs: list[Job], options: argparse.Namespace, gpus: list[str | None]) -> None:
@@ -140,12 +143,15 @@ def work_through(jobs: list[Job], options: argparse.Namespace, gpus: list[str | 
             except queue.Empty:
                 return
             start = time.perf_counter()
-            result = run(job, options.data.resolve(), options.work.resolve(), gpu) | {"on": options.about}
+            record: dict = {"run": job.key(), "on": options.about}
+            try:
+                record["result"] = run(job, options.data.resolve(), options.work.resolve(), gpu)
+            except RuntimeError as error:  # the others do not depend on it
+                record["error"] = str(error)
             with lock:
                 longest = max(longest, time.perf_counter() - start)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(json.dumps(result), flush=True)
+                append(options.out, record)
+                print(json.dumps(record), flush=True)
 
     threads = [threading.Thread(target=take, args=(gpu,)) for gpu in gpus]
     for thread in threads:
@@ -154,33 +160,33 @@ def work_through(jobs: list[Job], options: argparse.Namespace, gpus: list[str | 
         thread.join()
 
 
-def table(results: list[dict]) -> str:
-    """What was found, as Markdown: a line a recipe and setting, mean and spread over the seeds."""
+def table(records: list[dict]) -> str:
+    """What was found, as Markdown: a line a recipe and setting, mean and half the spread over the seeds."""
     rows: dict[tuple, list[dict]] = {}
-    for r in results:
-        if "failed" not in r:
-            rows.setdefault((r["recipe"], r["steps"], r["data"], tuple(r["overrides"])), []).append(r)
-    classes = list(dict.fromkeys(name for r in results for name in r.get("by_distance", {})))
-    heads = ["recipe", "tokens", "seeds", "validation", *classes, "selected: training", "evaluation", "tokens/s"]
+    for record in records:
+        if "result" in record:
+            run = record["run"]
+            setting = run["recipe"], run["steps"], run["data"], tuple(run["overrides"])
+            rows.setdefault(setting, []).append(record["result"])
+    classes = list(dict.fromkeys(name for runs in rows.values() for r in runs for name in r["by_distance"]))
+    heads = ["recipe", "parameters", "tokens", "seeds", *classes, "selected: training", "evaluation", "tokens/s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for (recipe, _, _, overrides), runs in rows.items():
-
-        def mean(values: list[float], digits: int = 4) -> str:
-            spread = f" ±{(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-        cells = [mean([r["by_distance"]["all"][0] for r in runs])]
-        cells += [mean([r["by_distance"][c][0] for r in runs if c in r["by_distance"]]) for c in classes]
+        losses = [mean([r["by_distance"][name][0] for r in runs]) for name in classes]
         shares = [
             ", ".join(f"{statistics.fmean(layer):.3f}" for layer in zip(*(r[key] for r in runs), strict=True)) or "–"
             for key in ("selected_train", "selected_valid")
         ]
         speed = f"{statistics.median(r['tokens_per_s'] for r in runs):,.0f}"
-        name = " ".join([recipe, *overrides])
-        lines.append(
-            "| " + " | ".join([name, f"{runs[0]['tokens'] / 1e6:.0f}M", str(len(runs)), *cells, *shares, speed]) + " |"
-        )
+        about = [f"{runs[0]['params'] / 1e6:.1f}M", f"{runs[0]['tokens'] / 1e6:.0f}M", str(len(runs))]
+        lines.append("| " + " | ".join([" ".join([recipe, *overrides]), *about, *losses, *shares, speed]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def mean(values: list[float]) -> str:
+    """The mean, and half of the spread where there are several."""
+    spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
 
 
 @exits_cleanly
@@ -197,20 +203,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expect", type=float, default=0.0, help="seconds that a run will take, before one has ended")
     parser.add_argument("--gpus", type=int, help="how many GPUs take runs; default: all")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of every run, part of what tells it apart")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of every run")
     options = parser.parse_args(arguments)
     if options.table:
-        print(table(done(options.out)))
+        print(table(list(read(options.out).values())))
         return 0
     if not options.data.with_suffix(".idx").exists():
         raise UserError(f"--data={options.data}: no such .bin/.idx pair; docs/evidence.md says how to make it")
     options.about = hardware()
-    jobs = [Job(r, s, options.steps, options.data.name, tuple(options.overrides)) for s in options.seeds for r in options.recipes]
-    finished = [r for r in done(options.out) if "failed" not in r]
-    jobs = [job for job in jobs if not any(job.key().items() <= r.items() for r in finished)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    work_through(jobs, options, gpu_names(options.gpus))
-    print(table(done(options.out)))
+    finished = {key for key, record in read(options.out).items() if "result" in record}
+    jobs = [
+        Job(recipe, seed, options.steps, options.data.name, tuple(options.overrides))
+        for seed in options.seeds
+        for recipe in options.recipes
+    ]
+    work_through([job for job in jobs if key_of(job.key()) not in finished], options, gpu_names(options.gpus))
+    print(table(list(read(options.out).values())))
     return 0
 
 

@@ -1,9 +1,9 @@
 """`python -m launch.experiments.real_text_score RUN --out FILE`: what real_text.py wants to know of a trained model.
 
 Writes JSON:
-    by_distance     class -> [mean cross entropy in nats, tokens]; classes of evaluation/recall_tokens.py on the held-out
-                    documents: all, new, "<=64", ..., and "beyond", recall tokens farther away than any edge
-    by_context      tokens of context -> mean cross entropy on held-out documents that are longer; null: there are none
+    by_distance     class -> [mean cross entropy in nats, tokens] on the held-out documents; "all", and the classes of
+                    evaluation/recall_tokens.py by distance in tokens: "new", "1-64", ..., ">4096"
+    by_context      tokens of context -> mean cross entropy on held-out documents that are longer; null: none is
     params          parameters of the network
 """
 
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         except UserError as error:
             print(f"context {length}: {error}", file=sys.stderr)
             by_context[length] = None
-    options.out.write_text(json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()}))
+    options.out.write_text(
+        json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()})
+    )
     return 0
 
 
