@@ -61,7 +61,7 @@ def touched(parts: list[bytes]) -> list[range]:
 
 
 def _sort(character: str) -> str:
-    """ "a" for what words are made of, "0" for numerals, " " for white space, "." for all else."""
+    """What a character is: "a" of words, "0" a numeral, " " white space, "." anything else."""
     category = unicodedata.category(character)
     if category[0] in "LM" or character == "_":
         return "a"
