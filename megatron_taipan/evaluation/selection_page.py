@@ -6,7 +6,8 @@ from html import escape
 
 from megatron_taipan.evaluation.choices import Choices
 
-SIGNS = {" ": "·", "\t": "→", "\n": "⏎", "\r": "␍", "\u00a0": "⍽"}  # for white space that is to be seen
+SIGNS = {" ": "·", "\t": "→", "\n": "↵", "\r": "←"}  # for white space that is to be seen
+OTHER_BLANK = "␣"
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --faint: #6b6b6b; --line: #d8d8d8; --shade: 255 150 0; }
 @media (prefers-color-scheme: dark) {
@@ -28,7 +29,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 #text span { border-radius: .15rem; padding: .1rem 0; -webkit-box-decoration-break: clone; box-decoration-break: clone;
   box-shadow: inset -1px 0 var(--page); }
 #text span:hover { outline: 1px solid var(--ink); }
-#text i { font-style: normal; font-size: 0; }
+#text i { font-style: normal; font-size: 0; unicode-bidi: isolate; }
 #text i::before { content: attr(data-sign); font-size: .85rem; color: var(--faint); }
 """
 
@@ -45,9 +46,12 @@ def make_page(facts: dict, ids: list[int], parts: list[bytes], choices: Choices,
     """
     s = len(choices.layers)
     counts = choices.selected.sum(0)  # [l] layers that select each token
-    shades = "".join(f".k{k} {{ background: rgb(var(--shade) / {0.85 * k / s:.3f}); }}\n" for k in range(s + 1))
+    # the root, because most tokens are selected by few of many layers
+    strengths = [0.85 * (k / s) ** 0.5 for k in range(s + 1)]
+    shades = "".join(f".k{k} {{ background: rgb(var(--shade) / {a:.3f}); }}\n" for k, a in enumerate(strengths))
     totals = counts.bincount(minlength=s + 1).tolist()
     legend = "\n".join(f'<span class="k{k}">{k} of {s}: {total:,} tokens</span>' for k, total in enumerate(totals))
+    blank, tab, feed, back = SIGNS.values()
     header, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table]
     body = "".join(
         f'<span class="k{k}" title="{escape(hint)}">{shown}</span>'
@@ -67,12 +71,12 @@ def make_page(facts: dict, ids: list[int], parts: list[bytes], choices: Choices,
 <p>Model {escape(facts["model"])}<br>
 <span class="faint">Pattern {escape(facts["pattern"])}, of which {s} S layers have a gate</span><br>
 Text {escape(facts["text"])}, {facts["tokens"]:,}{part} tokens<br>
-A layer selects {counts.double().mean() / s:.1%} of the tokens in the mean; no layer selects {totals[0]:,} tokens</p>
+{counts.double().mean() / s:.1%} of the tokens are selected, in the mean over the layers; {totals[0]:,} by no layer</p>
 <p class="legend">Layers that select a token:<br>
 {legend}</p>
-<p class="faint">Point at a token to see its number, its id, and alpha layer by layer; ● is selected, ○ is not. A token
-of white space shows as {" ".join(SIGNS.values())}, a byte of a character that several tokens share as &lt;0xE2&gt;, and
-a token without text of its own as ∅.</p>
+<p class="faint">Point at a token to see its number, its id, and alpha layer by layer; ● is selected, ○ is not. Blanks
+that are a token show as {blank}, tabs as {tab}, other white space as {OTHER_BLANK}; ends of lines as {feed} and {back}.
+A byte of a character that several tokens share shows as &lt;0xE2&gt;, a token without text of its own as ∅.</p>
 <details><summary>Share selected, by position and by kind of token</summary>
 <div class="scroll"><table><thead><tr>{header.replace("td>", "th>")}</tr></thead>
 <tbody>{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div></details>
@@ -119,7 +123,7 @@ def _character(character: str, alone: bool) -> str:
     if character in "\n\r" or (alone and character in SIGNS):
         return _sign(SIGNS[character], character)
     if alone and character.isspace():
-        return _sign("␣", character)
+        return _sign(OTHER_BLANK, character)
     if unicodedata.category(character) == "Cc" and character != "\t":
         return _sign(f"<0x{ord(character):02X}>", character)
     return escape(character)

@@ -55,7 +55,11 @@ def test_choices_are_those_of_one_pass_without_a_cache(chunk):
         logits = inputs[0][0] @ gate.weight.T + gate.bias  # [l, 2]
         wanted_alpha.append(torch.sigmoid(logits[:, 1] - logits[:, 0]))
         wanted_selected.append(logits[:, 1] - logits[:, 0] > gate.threshold)
+    lengths = []
+    hook = model.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     choices = collect(model.train(), ids, chunk)
+    hook.remove()
+    assert sum(lengths) == 40 and max(lengths) == min(chunk, 40)
     assert choices.layers == [1, 3] and model.training
     assert not model.layers[1].gate._forward_hooks
     torch.testing.assert_close(choices.alpha, torch.stack(wanted_alpha))
@@ -159,24 +163,13 @@ def test_shades_and_hints_are_the_choices(tokenizer):
 
 
 def test_signs_stand_for_what_has_no_shape():
-    parts = [
-        b"",
-        b"a ",
-        b"  ",
-        b"\n\t",
-        b" b;\n",
-        b"\xe2",
-        b"\x82",
-        b"\xac",
-        b" \xe2\x80",
-        b"\x9cq\xc3",
-        b"\xa9\x07",
-        b"\t.",
-    ]
+    parts = [b"", b"a ", b"  ", b"\n\t", b" b;\r\n", b"\xe2", b"\x82", b"\xac", b" \xe2\x80", b"\x9cq\xc3", b"\xa9\x07"]
+    parts += [b"\t.", b"<b>&lt;", b"\xe3\x80\x80"]
     page, _, _ = page_of(list(range(len(parts))), parts)
     assert [(token["text"], " ".join(token["signs"])) for token in page.tokens] == [
-        ("", "∅"), ("a ", ""), ("  ", "· ·"), ("\n\t", "⏎ →"), (" b;\n", "⏎"), ("", "<0xE2>"), ("", "<0x82>"),
+        ("", "∅"), ("a ", ""), ("  ", "· ·"), ("\n\t", "↵ →"), (" b;\r\n", "← ↵"), ("", "<0xE2>"), ("", "<0x82>"),
         ("€", "<0xAC>"), (" ", "· <0xE2> <0x80>"), ("“q", "<0x9C> <0xC3>"), ("é\x07", "<0xA9> <0x07>"), ("\t.", ""),
+        ("<b>&lt;", ""), ("\u3000", "␣"),
     ]  # fmt: skip
 
 
