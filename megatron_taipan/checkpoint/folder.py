@@ -206,7 +206,7 @@ def publish(temporary: Path, final: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file so that either the old or the whole new content is there."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

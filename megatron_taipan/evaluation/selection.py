@@ -1,0 +1,165 @@
+"""`python -m megatron_taipan.evaluation.selection MODEL --text FILE`: which tokens does a model select?
+
+The text is read as one document, in evaluation mode. A table tells the share of the tokens that each S layer selects,
+by position and by kind (evaluation/token_kinds.py defines the kinds). `--out` writes a page that shades every token of
+the text by the number of layers that select it.
+"""
+
+import argparse
+import json
+import sys
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.checkpoint.folder import write_text
+from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.evaluation.choices import Choices, collect
+from megatron_taipan.evaluation.selection_page import make_page
+from megatron_taipan.evaluation.token_kinds import token_kinds
+from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.pieces import cut
+from megatron_taipan.inference.text import load_codec
+
+POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
+
+
+class Group(NamedTuple):
+    """Tokens of one kind or place, and how many of them are selected."""
+
+    name: str
+    tokens: int  # how many
+    mean: float | None  # share selected, mean over the layers; None where there is no such token
+    shares: list[float | None]  # [s] share that each layer selects
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> int:
+    """The command line program."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_taipan.evaluation.selection", description=__doc__)
+    parser.add_argument("model", type=Path, help="a checkpoint, a run's folder of checkpoints, or an exported folder")
+    parser.add_argument("--text", type=Path, required=True, help="a file of UTF-8 text")
+    parser.add_argument("--out", type=Path, help="write the page here (HTML)")
+    parser.add_argument("--json", type=Path, help="write the table's numbers here")
+    parser.add_argument("--max-tokens", type=int, default=20_000, help="read the beginning of a longer text only")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens per pass; bounds the memory")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    if options.max_tokens < 1 or options.chunk < 1:
+        raise UserError(f"--max-tokens={options.max_tokens} and --chunk={options.chunk} must be at least 1")
+
+    text, device = read_text(options.text), pick_device(options.device)
+    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
+    named = options.tokenizer or tokenizer
+    if named is None:
+        raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
+    whole, parts = cut(load_codec(named), text)
+    parts = shorten(parts, options.max_tokens)
+    ids = whole[: len(parts)]
+    choices = collect(model.to(device), ids, options.chunk)
+    groups = group(choices, token_kinds(ids, parts))
+
+    facts = {
+        "model": str(options.model), "pattern": model.config.pattern, "text": str(options.text), "tokens": len(ids),
+        "text_tokens": len(whole),
+    }  # fmt: skip
+    cells = table(groups, choices.layers)
+    print(f"{options.model} reads {len(ids):,} of the {len(whole):,} tokens of {options.text}; share selected:\n")
+    print(aligned(cells))
+    for place, content in (
+        (options.json, lambda: json.dumps(numbers(facts, groups, choices), indent=1, ensure_ascii=False) + "\n"),
+        (options.out, lambda: make_page(facts, ids, parts, choices, cells)),
+    ):
+        if place is not None:
+            with writing(place):
+                write_text(place, content())
+    return 0
+
+
+def read_text(file: Path) -> str:
+    """The text as it is, ends of lines included.
+
+    Raises:
+        UserError: it cannot be read, is no UTF-8, or is empty.
+    """
+    try:
+        text = file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read a text from {file}: {error}") from error
+    if not text:
+        raise UserError(f"{file} is empty; give a file of text")
+    return text
+
+
+def shorten(parts: list[bytes], most: int) -> list[bytes]:
+    """The first `most` tokens; a character of several tokens is taken to its end."""
+    rest = b"".join(parts[most:])
+    while rest and rest[0] & 0xC0 == 0x80:  # not the first byte of a character
+        most, rest = most + 1, rest[len(parts[most]) :]
+    return parts[:most]
+
+
+def group(choices: Choices, kinds: dict[str, list[bool]]) -> list[Group]:
+    """The table's rows: all tokens, by position, by kind."""
+    l = choices.selected.shape[1]
+    position = torch.arange(l)
+    masks = {"all": torch.ones(l, dtype=torch.bool)}
+    for first, end in zip_longest(POSITIONS, POSITIONS[1:]):
+        name = f"position {first:,} and beyond" if end is None else f"position {first:,} to {end - 1:,}"
+        masks[name] = (position >= first) & (position < (l if end is None else end))
+    masks |= {kind: torch.tensor(of_it) for kind, of_it in kinds.items()}
+    return [_group(name, choices.selected[:, mask]) for name, mask in masks.items()]
+
+
+def _group(name: str, selected: Tensor) -> Group:
+    """Of some tokens' choices [s, n]."""
+    if not selected.shape[1]:
+        return Group(name, 0, None, [None] * len(selected))
+    shares = selected.double().mean(1)  # [s]
+    return Group(name, selected.shape[1], shares.mean().item(), shares.tolist())
+
+
+def table(groups: list[Group], layers: list[int]) -> list[list[str]]:
+    """The cells of the table, the header first; shares in percent."""
+    header = ["kind", "tokens", "mean", *(f"layer {layer}" for layer in layers)]
+    return [header, *([g.name, f"{g.tokens:,}", *map(percent, (g.mean, *g.shares))] for g in groups)]
+
+
+def percent(share: float | None) -> str:
+    """A cell of the table."""
+    return "–" if share is None else f"{share:.1%}"
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal: names on the left, numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        " | ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in [cells[0], rule, *cells[1:]]
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def numbers(facts: dict, groups: list[Group], choices: Choices) -> dict:
+    """What --json writes: shares from 0 to 1, null where there is no token; tokens_by_layers[k]: of k layers."""
+    by_layers = choices.selected.sum(0).bincount(minlength=len(choices.layers) + 1)
+    return facts | {
+        "layers": choices.layers,
+        "mean_alpha_selected": [
+            a[s].mean().item() if s.any() else None for a, s in zip(choices.alpha, choices.selected, strict=True)
+        ],
+        "tokens_by_layers": by_layers.tolist(),
+        "groups": [g._asdict() for g in groups],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
