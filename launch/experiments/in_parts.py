@@ -66,7 +66,7 @@ def make(
         if minutes is not None and start - began + longest > 60 * minutes:
             break
         try:
-            record = {"run": what, "result": run(what)}
+            record: dict = {"run": what, "result": run(what)}
             left -= 1
         except Exception as error:  # the others do not depend on it
             traceback.print_exc()

@@ -64,8 +64,6 @@ def gates_of(model: Taipan) -> list[torch.nn.Module]:
 
 def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Loss [steps] and the gates' statistics [steps, gates, 4]; every model sees the same rows in the same order."""
-    if device.type == "cuda" and model.graphable:
-        model.capture(s.batch, s.seq_len)
     optim = OptimConfig(lr=s.lr, min_lr=0.0, warmup_steps=s.warmup)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.95), fused=device.type == "cuda"
@@ -91,14 +89,13 @@ def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[
         losses.append(out.ce_loss.detach())
         stats.append(measured(out))
         vectors.shares = stats[-1][:, 0]
-    model.release_graphs()
     return torch.stack(losses).cpu(), torch.stack(stats).cpu()
 
 
 @torch.no_grad()
 def score(model: Taipan, s: Settings, n_pairs: int, seed: int, device: torch.device) -> dict[str, float]:
-    """Fractions on unseen rows: accuracy, of asked values that are ranked first; with gates also how much is selected of
-    all tokens, of those that ask and of the others. A model in training mode draws what it selects."""
+    """Fractions on unseen rows: accuracy, of asked values that are ranked first; with gates also how much is selected
+    of all tokens, of those that ask and of the others. A model in training mode draws what it selects."""
     rows = make_rows(s, n_pairs, s.test_rows, torch.Generator().manual_seed(9000 + seed))
     tokens, labels = (t.to(device) for t in rows)
     chosen: list[Tensor] = []  # [b, l] bool, of each gate in each part
@@ -125,7 +122,11 @@ def run(what: dict, device: torch.device) -> dict:
     s, seed = Settings(**what["settings"]), what["seed"]
     began = time.perf_counter()
     model = make_model(what["pattern"], what["gate"], s, seed).to(device)
+    graphs = device.type == "cuda" and model.graphable
+    if graphs:
+        model.capture(s.batch, s.seq_len)
     losses, stats = train(model, s, seed, device)
+    model.release_graphs()
     trained = time.perf_counter()
     model.eval()
     every = sorted({*s.pairs, *s.score_pairs})
@@ -134,8 +135,8 @@ def run(what: dict, device: torch.device) -> dict:
         return {n: score(model, s, n, seed, device) for n in every}
 
     result: dict[str, Any] = {
-        "params": model.num_params(), "loss": losses[-LAST:].mean().item(), "log": log_of(losses, stats),
-        "scores": {"evaluation": scores()},
+        "params": model.num_params(), "graphs": graphs, "loss": losses[-LAST:].mean().item(),
+        "log": log_of(losses, stats), "scores": {"evaluation": scores()},
     }  # fmt: skip
     if gates_of(model):
         result["gates"] = [dict(zip(STATS, g, strict=True)) for g in stats[-LAST:].mean(0).tolist()]
@@ -187,12 +188,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=kind, nargs="+" if many else None, help=f"default {field.default}")
     options = parser.parse_args(arguments)
-    given = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "window"}
+    given: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "window"}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     s = replace(SMALL if options.small else Settings(), **given)
     # In longer rows as large a part of the tokens asks, unless told otherwise.
-    by_length = {"pairs": tuple(s.seq_len // part for part in (16, 8, 4))} if "pairs" not in given else {}
-    s = replace(s, window=s.seq_len, **by_length)
+    pairs = s.pairs if "pairs" in given else tuple(s.seq_len // part for part in (16, 8, 4))
+    s = replace(s, window=s.seq_len, pairs=pairs)
     s.check()
     return options, s
 

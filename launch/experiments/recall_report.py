@@ -22,7 +22,7 @@ def report(records: list[dict], out: Path) -> str:
         stem.with_name(f"{stem.name}-pairs{end}").write_text(by_pairs(groups, pairs, settings["seq_len"]))
         stem.with_name(f"{stem.name}-share{end}").write_text(by_share(groups, trained))
     failed = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['error']}" for r in records if "error" in r]
-    whole = "\n".join([*text, *(["Failed:\n", *failed] if failed else [])]) + "\n"
+    whole = "\n".join([*text, *(["Failed:\n", *failed, ""] if failed else [])])
     stem.with_suffix(".md").write_text(whole)
     return whole
 
@@ -106,7 +106,7 @@ def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
         series.setdefault(recipe, []).append(point)
     lines = []
     for recipe, unordered in series.items():
-        shares, accuracies, changes = zip(*sorted(unordered), strict=True)
-        lines.append(Series(recipe, list(zip(shares, accuracies, strict=True)), changes))
+        points = sorted(unordered)
+        lines.append(Series(recipe, [(share, accuracy) for share, accuracy, _ in points], tuple(p[2] for p in points)))
     ticks = {share: f"{share:.2f}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     return chart(lines, ticks, "accuracy on the mix against the share of tokens selected")

@@ -1,6 +1,7 @@
 """The task of launch/experiments/recall.py: its settings, and its rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def make_rows(s: Settings, n_pairs: int, rows: int, generator: torch.Generator) 
     Ids: 0 is filler, keys are 1 .. v/2 - 1, values v/2 .. v - 1. The row: k1 v1 k2 v2 ... then every key once more, in
     random order at random places; the label at such a key is its value.
     """
-    half, on = s.vocab_size // 2, {"generator": generator, "device": generator.device}
+    half = s.vocab_size // 2
+    on: dict[str, Any] = {"generator": generator, "device": generator.device}
     keys = torch.rand(rows, half - 1, **on).topk(n_pairs).indices + 1  # distinct
     values = torch.randint(half, s.vocab_size, (rows, n_pairs), **on)
     tokens = torch.zeros(rows, s.seq_len, dtype=torch.int64, device=generator.device)
