@@ -19,6 +19,7 @@ class Recipe:
 
 ANNEAL = {"start": 0.5, "end": 0.15, "after": 0.3, "until": 0.7}
 OPEN = {**ANNEAL, "start": 1.0}
+LATE = {**OPEN, "until": 0.9, "shape": "cosine"}
 LAMBDA = {"start": 0.0, "end": 5.0, "after": 0.3, "until": 0.7}
 STEEP_LAMBDA = {"start": 0.0, "end": 10.0, "after": 0.3, "until": 0.6}
 ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
@@ -42,6 +43,12 @@ RECIPES = {
     "anneal-batch-all-add": Recipe("S", {"capacity": ANNEAL, **BATCH, **ALL, **ADD}),
     "lambda-batch-all-add": Recipe("S", {"budget_lambda": STEEP_LAMBDA, **BATCH, **ALL, **ADD}),
     "open-all-add": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ALL, **ADD}),
+    "open-all": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ALL}),
+    "open-add": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ADD}),
+    "open-batch-all-add": Recipe(
+        "S", {"capacity": OPEN, "init_bias": 2.0, "budget_lambda": 5.0, **BATCH, **ALL, **ADD}
+    ),
+    "open-late-all-add": Recipe("S", {"capacity": LATE, "init_bias": 2.0, "budget_lambda": 5.0, **ALL, **ADD}),
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
     "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),
