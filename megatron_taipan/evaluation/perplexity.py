@@ -7,16 +7,20 @@ that one sees what training did.
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_taipan.config import Config, DataConfig, DataSource
+from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
 from megatron_taipan.model.taipan import Taipan
+
+INPUTS = ("tokens", "labels", "loss_mask", "seq_idx")  # of a batch, [b, l] each
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,28 @@ def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    samples = min(samples, len(dataset))
-    for first in range(0, samples, batch):
-        rows = dataset.batch(list(range(first, min(first + batch, samples))))
-        tokens, labels, mask, seq_idx = (
-            rows[name].to(device) for name in ("tokens", "labels", "loss_mask", "seq_idx")
-        )  # [b, l] each
+    for rows in read_batches(dataset, samples, batch):
+        tokens, labels, mask, seq_idx = (rows[name].to(device) for name in INPUTS)  # [b, l] each
         out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, ce_scale=1.0)
         total += float(out.ce_loss)
         count += int(mask.sum())
     model.train(was_training)
+    return mean(total, count)
+
+
+def read_batches(dataset: SampleDataset, samples: int, batch: int) -> Iterator[Batch]:
+    """The first `samples` samples (at most one epoch), up to `batch` of them at a time."""
+    samples = min(samples, len(dataset))
+    for first in range(0, samples, batch):
+        yield dataset.batch(list(range(first, min(first + batch, samples))))
+
+
+def mean(total: float, count: int) -> Score:
+    """The score of a sum of cross entropies in nats.
+
+    Raises:
+        UserError: it is the sum of nothing.
+    """
     if not count:
         raise UserError("the dataset has no token to score: every document is one token long")
     return Score(total / count, count)
@@ -60,40 +76,66 @@ def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_taipan.evaluation.perplexity", description=__doc__)
+    parser = make_parser("perplexity", __doc__)
+    parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
+    options = parse(parser, arguments)
+
+    print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
+    for label, model, dataset in read_models(options, options.untrained):
+        show(label, model, dataset, options)
+    return 0
+
+
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a program that scores models on a tokenized dataset."""
+    parser = argparse.ArgumentParser(prog=f"python -m megatron_taipan.evaluation.{program}", description=description)
     parser.add_argument("models", nargs="+", type=Path, help="checkpoints, runs' folders or exported folders")
     parser.add_argument("--data", help="prefix of a .bin/.idx pair; default: the checkpoint's own data")
     parser.add_argument("--split", choices=("train", "valid"), default="valid", help="of the checkpoint's own data")
     parser.add_argument("--seq-len", type=int, help="tokens per sample; default: as in training")
     parser.add_argument("--samples", type=int, default=64, help="samples scored")
     parser.add_argument("--batch", type=int, default=4, help="samples per forward pass")
-    parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options.
+
+    Raises:
+        UserError: a number is below one.
+    """
     options = parser.parse_args(arguments)
     for name in ("seq_len", "samples", "batch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    return options
 
+
+def read_models(options: argparse.Namespace, untrained: bool = False) -> Iterator[tuple[str, Taipan, SampleDataset]]:
+    """Each model named, on its device, with its label and the one dataset that all are scored on.
+
+    Args:
+        untrained: begin with the first model's network as it is before training.
+    """
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     dataset: SampleDataset | None = None
-    print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
     for path in options.models:
         model, _, config = load_model(path, dtype)
         if dataset is None:
             data = choose_data(config, options.data, options.seq_len, path)
             dataset = build_dataset(data, "train" if options.data else options.split, model.config.vocab_size)
-            if options.untrained:
+            if untrained:
                 seed = config.train.seed if config else 0
-                show("untrained", Taipan(model.config, seed=seed), dataset, options, device)
+                yield "untrained", Taipan(model.config, seed=seed).to(device), dataset
         dataset.vocab_size = model.config.vocab_size  # the first model's may be larger
-        show(str(path), model, dataset, options, device)
-    return 0
+        yield str(path), model.to(device), dataset
 
 
-def show(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace, device: torch.device) -> None:
+def show(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace) -> None:
     """Scores one model and prints its line."""
-    result = score(model.to(device), dataset, samples=options.samples, batch=options.batch)
+    result = score(model, dataset, samples=options.samples, batch=options.batch)
     print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)
 
 
