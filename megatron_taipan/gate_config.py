@@ -59,6 +59,9 @@ class GateConfig(Section):
     budget: Literal["row", "batch"] = option(
         "row", "what has to keep to C: every row, or the global batch of a step (by the share of the step before)"
     )
+    budget_gradient: Literal["all", "gate"] = option(
+        "all", "what the budget loss trains: all: the gate and, through its input, the layers before; gate: it alone"
+    )
     gradient: Literal["selected", "all", "sampled"] = option(
         "selected",
         "selected: only selected queries are computed; all: every query, exact gate gradient; sampled: all in a share"

@@ -28,6 +28,7 @@ from launch.benchmark_common import hardware
 from launch.experiments.in_parts import append, key_of, read
 from launch.experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
+from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ class Job:
     recipe: str
     seed: int
     steps: int
-    data: str  # the prefix's last part
+    data: str  # the prefix's last part and the data's fingerprint
     overrides: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
@@ -79,7 +80,8 @@ def run(job: Job, prefix: Path, work: Path, gpu: str | None) -> dict:
         ],
         ["-m", "launch.experiments.real_text_score", str(directory), "--out", str(directory / "score.json")],
     ]
-    began, seconds = time.perf_counter(), []
+    began = time.perf_counter()
+    seconds: list[float] = []
     for program in programs:
         with (directory / "said.txt").open("a") as said:
             status = subprocess.run(
@@ -211,9 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.data.with_suffix(".idx").exists():
         raise UserError(f"--data={options.data}: no such .bin/.idx pair; docs/evidence.md says how to make it")
     options.about = hardware()
+    data = f"{options.data.name} {IndexedReader(options.data).fingerprint[:8]}"
     finished = {key for key, record in read(options.out).items() if "result" in record}
     jobs = [
-        Job(recipe, seed, options.steps, options.data.name, tuple(options.overrides))
+        Job(recipe, seed, options.steps, data, tuple(options.overrides))
         for seed in options.seeds
         for recipe in options.recipes
     ]

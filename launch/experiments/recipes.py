@@ -22,6 +22,13 @@ OPEN = {**ANNEAL, "start": 1.0}
 LATE = {**OPEN, "until": 0.9, "shape": "cosine"}
 LAMBDA = {"start": 0.0, "end": 5.0, "after": 0.3, "until": 0.7}
 STEEP_LAMBDA = {"start": 0.0, "end": 10.0, "after": 0.3, "until": 0.6}
+# The budget trains the gate alone and not the layers whose output it reads; over the batch, with a weight that grows.
+FALLING = {"start": 0.5, "end": 0.16, "after": 0.2, "until": 0.6}
+STEER: dict[str, Any] = {
+    "capacity": FALLING,
+    "budget_lambda": {"start": 1.0, "end": 10.0, "after": 0.2, "until": 0.6},
+    "budget": "batch", "budget_gradient": "gate", "gradient": "all", "refinement": "add", "weight": "one",
+}  # fmt: skip
 ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
 
 RECIPES = {
@@ -49,6 +56,11 @@ RECIPES = {
         "S", {"capacity": OPEN, "init_bias": 2.0, "budget_lambda": 5.0, **BATCH, **ALL, **ADD}
     ),
     "open-late-all-add": Recipe("S", {"capacity": LATE, "init_bias": 2.0, "budget_lambda": 5.0, **ALL, **ADD}),
+    "steer": Recipe("S", STEER),
+    "steer-all": Recipe("S", {**STEER, "budget_gradient": "all"}),
+    "steer-open": Recipe("S", {**STEER, "capacity": {**FALLING, "start": 1.0}, "init_bias": 2.0}),
+    "steer-alpha": Recipe("S", {**STEER, "weight": "alpha"}),
+    "steer-none": Recipe("S", {**STEER, "noise": "none"}),
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
     "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),

@@ -11,7 +11,8 @@ from megatron_taipan.section import Section
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
 # trained, and a change of them is said (`changed_settings`).
 TRAINING = tuple(
-    f"model.gate.{name}" for name in ("capacity", "tau", "budget_lambda", "budget", "gradient", "gradient_share")
+    f"model.gate.{name}"
+    for name in ("capacity", "tau", "budget_lambda", "budget", "budget_gradient", "gradient", "gradient_share")
 )
 FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 

@@ -28,6 +28,17 @@ class Selection(NamedTuple):
 STATS = ("selected", "selected_eval", "alpha", "entropy")
 
 
+def straight_through(logits: Tensor, noise: Tensor | None, tau: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The selected-class entry of a hard sample: (with the gradient of its softmax at temperature tau, without any).
+
+    Args:
+        logits, noise: [..., 2].
+    """
+    soft = ((logits if noise is None else logits + noise) / tau).softmax(-1)[..., 1]
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + soft - soft.detach(), hard
+
+
 class Gate(WithFloat32Islands):
     """One linear layer d_model -> 2 in float32, and what follows from its logits.
 
@@ -43,7 +54,8 @@ class Gate(WithFloat32Islands):
         super().__init__()
         self.tp, self.layer, self.seed = build.tp, layer, build.seed
         self.index = build.config.letters[:layer].count("S")  # among the gates
-        self.noise, self.budget = build.config.gate.noise, build.config.gate.budget
+        gate = build.config.gate
+        self.noise, self.budget, self.budget_gradient = gate.noise, gate.budget, gate.budget_gradient
         build.parameters(self, prefix)
         self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
 
@@ -51,21 +63,23 @@ class Gate(WithFloat32Islands):
         """u: [b, l, d] normed hidden states (or this rank's shard [n/tp, d])."""
         weight, bias = stream_parameters(self.tp, self.weight, self.bias)
         wide = at_least_float32(u)
-        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))  # [b, l, 2] or [n/tp, 2]
+        weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
+        logits = F.linear(wide, weight, bias)  # [b, l, 2] or [n/tp, 2]
         alpha = logits.softmax(-1)[..., 1]
         margin = (logits[..., 1] - logits[..., 0]).detach()
         above = margin > self.threshold
         counters = (self.seed, ctx.step, ctx.samples, ctx.position, self.layer)
+        counted = None  # m as the budget counts it
         if self.noise == "random":
             m = hard = take_tokens(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
         elif self.training:
-            noisy = logits + take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else logits
-            soft = (noisy / ctx.gate.tau).softmax(-1)[..., 1]
-            hard = (soft > 0.5).to(soft.dtype)
-            m = hard + soft - soft.detach()
+            noise = take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
+            m, hard = straight_through(logits, noise, ctx.gate.tau)
+            if self.budget_gradient == "gate":
+                counted, _ = straight_through(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)
-        rows = put_tokens(m, self.tp).view(ctx.batch, ctx.length)
+        rows = put_tokens(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
         share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
         budget_loss = self._budget_loss(share, ctx)
         stats = self._stats(hard, above, alpha)

@@ -15,8 +15,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def made(recompute: str, gradient: str) -> Taipan:
-    config = CONFIG | {"gate": {**CONFIG["gate"], "gradient": gradient}}
+def made(recompute: str, gradient: str, **gate) -> Taipan:
+    config = CONFIG | {"gate": {**CONFIG["gate"], "gradient": gradient, **gate}}
     with torch.device("cuda"):
         return Taipan(ModelConfig.model_validate(config), seed=1, recompute=recompute).bfloat16()
 
@@ -28,10 +28,10 @@ def batch(number: int) -> dict:
     return {"tokens": tokens, "labels": tokens.roll(1, 1), "seq_idx": seq_idx, "samples": samples, "step": number}
 
 
-def outcome(model: Taipan, number: int) -> list[torch.Tensor]:
+def outcome(model: Taipan, number: int, **more) -> list[torch.Tensor]:
     for parameter in model.parameters():
         parameter.grad = None
-    out = model(**batch(number))
+    out = model(**batch(number), **more)
     out.loss.backward()
     stats = [t for gate in out.gate_stats for t in gate.values()]
     return [t.detach().clone() for t in (out.loss, *stats, *(p.grad for p in model.parameters()))]
@@ -52,6 +52,23 @@ def test_replayed_layers_equal_layers_one_by_one(recompute, gradient):
         for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True):
             assert torch.equal(a, b)
     assert len({float(outcome(graphed, n)[0]) for n in (1, 2)}) == 2  # or replays would not see their inputs
+
+
+def test_replays_follow_schedules():
+    """C, tau, lambda, which steps compute every query, and the shares of the step before: another value in each."""
+    options = {"budget": "batch", "refinement": "add", "budget_gradient": "gate"}
+    plain, graphed = made("none", "sampled", **options), made("none", "sampled", **options)
+    graphed.capture(2, 200)
+    seen = []
+    for told in ([0.9, 1.0, 0.5, 0, 0.5, 0.7], [0.4, 0.6, 3.0, 1, 0.2, 0.3], [0.4, 0.6, 3.0, 0, 0.2, 0.3]):
+        gate = torch.tensor(told, device="cuda")
+        seen.append(outcome(graphed, 1, gate=gate))
+        for a, b in zip(outcome(plain, 1, gate=gate), seen[-1], strict=True):
+            assert torch.equal(a, b)
+    names = [name for name, _ in plain.named_parameters()]
+    gates = [len(seen[0]) - len(names) + i for i, name in enumerate(names) if name.endswith("gate.weight")]
+    assert all(not torch.equal(seen[one][i], seen[two][i]) for i in gates for one, two in ((0, 1), (1, 2)))
+    assert torch.equal(seen[1][0], seen[2][0])  # computing every query changes gradients, not values
 
 
 def test_other_shapes_and_evaluation_run_one_by_one():

@@ -59,9 +59,10 @@ def test_a_tile_behind_the_last_row_holds_zeros():
     assert not dy[count : count + TILE].any() and bool((dy[:count] == 1).all())
 
 
+@pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize("width", [2048, 100])
-def test_refinement(width, every):
+def test_refinement(width, every, add):
     from megatron_taipan.ops.refine_triton import refine
 
     h = torch.randn(3, 77, width, device="cuda")
@@ -70,8 +71,8 @@ def test_refinement(width, every):
     kept = (weight != 0) | every
 
     def run(function):
-        return lambda h, o, w: function(h, o, torch.where(kept, w, 0), zero_is_unselected=not every)
+        return lambda h, o, w: function(h, o, torch.where(kept, w, 0), zero_is_unselected=not every, add=add)
 
     assert_close(run(refine), run(refine_reference), [h, o, weight], TOLERANCE[torch.bfloat16])
     o[weight == 0] = float("nan")
-    assert torch.equal(refine(h, o, weight)[weight == 0], h[weight == 0])
+    assert torch.equal(refine(h, o, weight, add=add)[weight == 0], h[weight == 0])
