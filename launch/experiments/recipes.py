@@ -59,6 +59,7 @@ RECIPES = {
     "steer": Recipe("S", STEER),
     "steer-all": Recipe("S", {**STEER, "budget_gradient": "all"}),
     "steer-open": Recipe("S", {**STEER, "capacity": {**FALLING, "start": 1.0}, "init_bias": 2.0}),
+    "steer-half": Recipe("S", {**STEER, "capacity": 0.5}),  # not within the budget: what a larger share would bring
     "steer-alpha": Recipe("S", {**STEER, "weight": "alpha"}),
     "steer-none": Recipe("S", {**STEER, "noise": "none"}),
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),

@@ -56,7 +56,9 @@ GATES: dict[str, tuple[dict[str, Any], list[tuple[float, float, float, bool]]]] 
         [(0.7, 1.5, 0.0, False), (0.7, 1.5, 2.0, True), (0.5, 1.0, 4.0, False), (0.3, 0.5, 6.0, True),
          (0.1, 0.5, 8.0, False)],
     ),
-    "batch-all": ({"budget": "batch", "gradient": "all", "budget_lambda": 5.0, "init_bias": 1.0}, [(0.15, 1.0, 5.0, True)] * 5),
+    "batch-all": (
+        {"budget": "batch", "gradient": "all", "budget_lambda": 5.0, "init_bias": 1.0}, [(0.15, 1.0, 5.0, True)] * 5
+    ),
 }  # fmt: skip
 # relative; loss1, norm1 and grad at step 1, the others over all steps
 LIMITS = {"loss1": 1e-6, "norm1": 1e-6, "grad": 1e-5, "losses": 1e-5, "norm": 1e-5, "weights": 1e-5, "flips": 0.0}
