@@ -59,8 +59,10 @@ class GateConfig(Section):
     budget: Literal["row", "batch"] = option(
         "row", "what has to keep to C: every row, or the global batch of a step (by the share of the step before)"
     )
-    budget_gradient: Literal["all", "gate"] = option(
-        "all", "what the budget loss trains: all: the gate and, through its input, the layers before; gate: it alone"
+    input_gradient: Literal["all", "task", "none"] = option(
+        "all",
+        "what reaches the layers before through the gate's input: all; task: the cross entropy's gradient, not the"
+        " budget's; none: the gate reads, and changes nothing but itself",
     )
     gradient: Literal["selected", "all", "sampled"] = option(
         "selected",

@@ -27,8 +27,9 @@ FALLING = {"start": 0.5, "end": 0.16, "after": 0.2, "until": 0.6}
 STEER: dict[str, Any] = {
     "capacity": FALLING,
     "budget_lambda": {"start": 1.0, "end": 10.0, "after": 0.2, "until": 0.6},
-    "budget": "batch", "budget_gradient": "gate", "gradient": "all", "refinement": "add", "weight": "one",
+    "budget": "batch", "input_gradient": "task", "gradient": "all", "refinement": "add", "weight": "one",
 }  # fmt: skip
+READ = {**STEER, "input_gradient": "none"}  # the gate reads the layers' output, and no gradient goes back through it
 ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
 
 RECIPES = {
@@ -57,11 +58,16 @@ RECIPES = {
     ),
     "open-late-all-add": Recipe("S", {"capacity": LATE, "init_bias": 2.0, "budget_lambda": 5.0, **ALL, **ADD}),
     "steer": Recipe("S", STEER),
-    "steer-all": Recipe("S", {**STEER, "budget_gradient": "all"}),
+    "steer-all": Recipe("S", {**STEER, "input_gradient": "all"}),
     "steer-open": Recipe("S", {**STEER, "capacity": {**FALLING, "start": 1.0}, "init_bias": 2.0}),
     "steer-half": Recipe("S", {**STEER, "capacity": 0.5}),  # not within the budget: what a larger share would bring
     "steer-alpha": Recipe("S", {**STEER, "weight": "alpha"}),
     "steer-none": Recipe("S", {**STEER, "noise": "none"}),
+    "read": Recipe("S", READ),
+    "read-open": Recipe("S", {**READ, "capacity": {**FALLING, "start": 1.0}, "init_bias": 2.0}),
+    "read-none": Recipe("S", {**READ, "noise": "none"}),
+    "read-alpha": Recipe("S", {**READ, "weight": "alpha"}),
+    "read-half": Recipe("S", {**READ, "capacity": 0.5}),  # not within the budget
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
     "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),

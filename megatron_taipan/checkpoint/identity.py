@@ -12,7 +12,7 @@ from megatron_taipan.section import Section
 # trained, and a change of them is said (`changed_settings`).
 TRAINING = tuple(
     f"model.gate.{name}"
-    for name in ("capacity", "tau", "budget_lambda", "budget", "budget_gradient", "gradient", "gradient_share")
+    for name in ("capacity", "tau", "budget_lambda", "budget", "input_gradient", "gradient", "gradient_share")
 )
 FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 

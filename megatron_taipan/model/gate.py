@@ -55,14 +55,14 @@ class Gate(WithFloat32Islands):
         self.tp, self.layer, self.seed = build.tp, layer, build.seed
         self.index = build.config.letters[:layer].count("S")  # among the gates
         gate = build.config.gate
-        self.noise, self.budget, self.budget_gradient = gate.noise, gate.budget, gate.budget_gradient
+        self.noise, self.budget, self.input_gradient = gate.noise, gate.budget, gate.input_gradient
         build.parameters(self, prefix)
         self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
 
     def forward(self, u: Tensor, ctx: Context) -> Selection:
         """u: [b, l, d] normed hidden states (or this rank's shard [n/tp, d])."""
         weight, bias = stream_parameters(self.tp, self.weight, self.bias)
-        wide = at_least_float32(u)
+        wide = at_least_float32(u.detach() if self.input_gradient == "none" else u)
         weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
         logits = F.linear(wide, weight, bias)  # [b, l, 2] or [n/tp, 2]
         alpha = logits.softmax(-1)[..., 1]
@@ -75,7 +75,7 @@ class Gate(WithFloat32Islands):
         elif self.training:
             noise = take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
             m, hard = straight_through(logits, noise, ctx.gate.tau)
-            if self.budget_gradient == "gate":
+            if self.input_gradient == "task":
                 counted, _ = straight_through(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)

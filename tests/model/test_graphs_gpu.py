@@ -56,7 +56,7 @@ def test_replayed_layers_equal_layers_one_by_one(recompute, gradient):
 
 def test_replays_follow_schedules():
     """C, tau, lambda, which steps compute every query, and the shares of the step before: another value in each."""
-    options = {"budget": "batch", "refinement": "add", "budget_gradient": "gate"}
+    options = {"budget": "batch", "refinement": "add", "input_gradient": "task"}
     plain, graphed = made("none", "sampled", **options), made("none", "sampled", **options)
     graphed.capture(2, 200)
     seen = []

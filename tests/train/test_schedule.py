@@ -1,10 +1,14 @@
-"""The learning rate against torch's own schedulers."""
+"""What changes over training: the learning rate against torch's own schedulers, the gate's schedules against numpy."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_taipan.config import OptimConfig
-from megatron_taipan.train.schedule import learning_rate
+from megatron_taipan.gate_config import GateConfig, Schedule
+from megatron_taipan.train.schedule import describe_gate, gate_step, learning_rate, scheduled
 
 
 def test_equals_torchs_linear_warmup_followed_by_cosine():
@@ -37,3 +41,57 @@ def test_decay_steps_and_no_warmup():
 def test_warmup_longer_than_the_run_never_passes_the_peak():
     optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=100)
     assert max(learning_rate(step, optim, 10) for step in range(10)) == pytest.approx(0.1)
+
+
+PLAN = Schedule(start=0.5, end=0.15, after=0.3, until=0.7)
+
+
+@given(
+    start=st.floats(-5, 5),
+    end=st.floats(-5, 5),
+    after=st.floats(0, 1),
+    width=st.floats(0.01, 1),
+    run=st.integers(1, 500),
+)
+def test_a_linear_schedule_is_numpys_interpolation(start, end, after, width, run):
+    until = min(1.0, after + width)
+    plan = Schedule(start=start, end=end, after=after, until=until)
+    ours = [scheduled(plan, step, run) for step in range(run + 3)]
+    if until > after:
+        assert ours == pytest.approx(np.interp(range(run + 3), [after * run, until * run], [start, end]), abs=1e-9)
+    assert ours[-1] == end and ours[0] == (start if until > 0 else end)
+
+
+def test_a_cosine_schedule_falls_as_torchs():
+    plan = Schedule(start=1.0, end=0.2, after=10, until=50, shape="cosine")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.2)
+    for step in range(40):
+        assert scheduled(plan, 10 + step, 60) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        cosine.step()
+    assert [scheduled(plan, step, 60) for step in (0, 10, 50, 59)] == [1.0, 1.0, 0.2, 0.2]
+
+
+def test_fractions_are_of_the_run_and_larger_numbers_are_steps():
+    in_steps = PLAN.model_copy(update={"after": 30.0, "until": 70.0})
+    assert all(scheduled(PLAN, step, 100) == pytest.approx(scheduled(in_steps, step, 7)) for step in range(100))
+    mixed = Schedule(start=0.0, end=1.0, after=0.5, until=60)  # from step 50 of 100
+    assert [scheduled(mixed, step, 100) for step in (50, 55, 60)] == pytest.approx([0, 0.5, 1])
+    late = Schedule(start=0.0, end=1.0, after=0.9, until=60)  # in this run it ends before it begins: a jump
+    assert [scheduled(late, step, 100) for step in (59, 60, 95)] == [0, 1, 1]
+    assert scheduled(0.3, 12, 100) == 0.3
+
+
+def test_a_step_tells_the_gates_where_their_schedules_stand():
+    gate = GateConfig(
+        capacity=PLAN, budget_lambda={"start": 0, "end": 4, "until": 100}, budget="batch", gradient="sampled",
+        gradient_share=0.5,
+    )  # fmt: skip
+    first = gate_step(gate, 0, 100, [], 2)
+    assert first.vector() == [0.5, 1.0, 0.0, 0.0, 0.5, 0.5] and first.of_batch  # no share yet: C, so nothing pulls
+    assert gate_step(gate, 51, 100, [0.2, 0.9], 2).vector() == pytest.approx([0.31625, 1.0, 2.04, 1.0, 0.2, 0.9])
+    assert describe_gate(gate, 200) == (
+        "capacity 0.5 until step 60, linear to 0.15 at step 140, budget_lambda 0 until step 0, linear to 4 at step 100"
+    )
+    assert describe_gate(GateConfig(), 200) == ""
