@@ -17,6 +17,7 @@ BASICS = {"megatron_taipan", "megatron_taipan.errors"}  # the version and the ex
 ROOMS: dict[str, set[str]] = {
     "megatron_taipan.errors": set(),
     "megatron_taipan.pattern": set(),
+    "megatron_taipan.versions": set(),
     "megatron_taipan.config": {"pattern"},
     "megatron_taipan.ops": set(),
     "megatron_taipan.parallel": {"config", "ops"},
@@ -26,9 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
     "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference"},
     "megatron_taipan.train": {"config", "pattern", "ops", "parallel", "model", "data", "checkpoint"},
-    "megatron_taipan.hf": {"config", "parallel", "model", "inference"},
+    "megatron_taipan.hf": {"config", "versions", "parallel", "model", "inference"},
     "data_prep": {"data"},
-    "checkpoints": {"config", "pattern", "model", "parallel", "checkpoint", "data", "inference", "hf"},
+    "checkpoints": {"config", "pattern", "versions", "model", "parallel", "checkpoint", "data", "inference", "hf"},
     "launch": {
         "config",
         "pattern",
