@@ -27,7 +27,7 @@ def bundle_sources(entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
     Raises:
         ImportError: a module uses a form of import that cannot be made flat.
     """
-    sources = {}
+    sources: dict[str, str] = {}
     for entry in entries:
         needed = _needed_by(entry)
         own = f"{flat_name(entry)}.py"
@@ -38,7 +38,8 @@ def bundle_sources(entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
 
 def _needed_by(entry: str) -> dict[str, str]:
     """The entry and all that it imports, directly or not, by flat file name."""
-    sources, waiting = {}, [entry]
+    sources: dict[str, str] = {}
+    waiting = [entry]
     while waiting:
         module = waiting.pop()
         if f"{flat_name(module)}.py" in sources:

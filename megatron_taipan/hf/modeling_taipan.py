@@ -157,7 +157,8 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             labels = within_texts(labels, attention_mask, seq_idx)
             size = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=items)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        kept: dict[str, Any] = {CACHE: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
         return output if return_dict else output.to_tuple()
 
     def _training_loss(
@@ -209,7 +210,8 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the cache holds {input_ids.shape[1] - new} tokens a row and generate() was given"
                 f" {input_ids.shape[1]}: pass the whole text, cached tokens included, with at least one more"
             )
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:
         """`generate()` asks here for a cache; no general class of transformers fits a selective attention layer."""
