@@ -11,6 +11,10 @@ from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_taipan/__init__.py").read_text(), re.M).group(1)
+# The oldest transformers that an export accepts; a later one than was tested is warned of when a model is loaded.
+TRANSFORMERS = re.search(
+    r'^TRANSFORMERS_OLDEST = "(.+?)"', (HERE / "megatron_taipan/versions.py").read_text(), re.M
+).group(1)
 
 setup(
     name="megatron-taipan",
@@ -37,7 +41,7 @@ setup(
         "numpy>=2",
         "tqdm>=4.66",
         "tensorboard>=2.18",
-        "transformers>=5.20,<6",
+        f"transformers>={TRANSFORMERS},<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
         "protobuf>=5",

@@ -4,6 +4,9 @@ transformers copies the files that `auto_map` names, and whatever they import re
 `from megatron_taipan.a.b import x` becomes `from .taipan_a_b import x`; nothing else in the files changes, but that
 kernels which need further packages (triton) stay behind: importing one raises ImportError, and `ops/dispatch.py` then
 takes the plain torch reference. transformers would refuse the whole folder where such a package is missing.
+
+transformers before 5.10 copies only what the file of `auto_map` itself imports, not what these import in turn, and so
+each of the two files ends with a list of all that it needs.
 """
 
 import ast
@@ -24,7 +27,19 @@ def bundle_sources(entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
     Raises:
         ImportError: a module uses a form of import that cannot be made flat.
     """
-    sources, waiting = {}, list(entries)
+    sources: dict[str, str] = {}
+    for entry in entries:
+        needed = _needed_by(entry)
+        own = f"{flat_name(entry)}.py"
+        sources |= {name: text for name, text in needed.items() if name not in sources}
+        sources[own] += _list_of_files(sorted(needed.keys() - {own}))
+    return dict(sorted(sources.items()))
+
+
+def _needed_by(entry: str) -> dict[str, str]:
+    """The entry and all that it imports, directly or not, by flat file name."""
+    sources: dict[str, str] = {}
+    waiting = [entry]
     while waiting:
         module = waiting.pop()
         if f"{flat_name(module)}.py" in sources:
@@ -33,7 +48,17 @@ def bundle_sources(entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
         needed = _our_imports(module, text)
         sources[f"{flat_name(module)}.py"] = _rewrite(text, needed)
         waiting += [node.module for node in needed if not _needs_more(node.module)]
-    return dict(sorted(sources.items()))
+    return sources
+
+
+def _list_of_files(names: list[str]) -> str:
+    """Lines that import the files without ever running: transformers reads them as text."""
+    lines = [f"    from .{name.removesuffix('.py')} import __doc__\n" for name in names]
+    return (
+        "".join(["\n\nif False:  # what transformers before 5.10 must copy beside this file\n", *lines])
+        if lines
+        else ""
+    )
 
 
 def flat_name(module: str) -> str:

@@ -2,7 +2,7 @@
 
 The folder holds weights, configuration, tokenizer, generation settings, a model card and the model's source files.
 It is written under a temporary name, loaded again by a process that cannot import our package, compared with the
-trainer's own forward pass, and renamed only if the logits agree.
+trainer's own forward pass, and renamed only if the logits agree and generate() goes by such logits too.
 
 Weights are copied one tensor at a time, and models above --stream-above-gb are compared layer by layer, so the memory
 that is needed does not grow with the number of layers. Those are compared in float32 arithmetic, on the weights as the
@@ -42,6 +42,7 @@ from megatron_taipan.parallel.layout import describe
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH, PREFILL = 2, 64, 40  # tokens of the check; the first 40 of a row in one pass, the rest from its cache
+COUNT = 4  # tokens that generate() writes in each call of the check
 CHUNK, WINDOW = 16, 24  # tokens of a chunk of the scan and of a window in the check: several of each fit
 ROUNDED_ROWS = 4096  # of a matrix at once
 STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
@@ -174,7 +175,8 @@ def check_folder(
     its AutoTokenizer with the tokenizer that the data was made with.
 
     Raises:
-        UserError: it does not load, or its logits differ by more than TOLERANCE of the largest.
+        UserError: it does not load, or its logits, or those by which generate() goes, differ by more than TOLERANCE
+            of the largest.
     """
     config, probe = state.config.model, probe_of(state.config.model)
     streamed = 4 * model_params(config) > stream_above
@@ -187,6 +189,7 @@ def check_folder(
         asked = {
             "dtype": str(dtype)[6:], "tokens": tokens.tolist(), "prefill": PREFILL, "texts": pairs,
             "streamed": streamed, "network": config.model_dump(mode="json"), "probe": probe.model_dump(mode="json"),
+            "sketch": sketch_of(probe).model_dump(mode="json"), "count": COUNT, "tolerance": TOLERANCE,
         }  # fmt: skip
         write_json(request, asked)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -215,6 +218,20 @@ def probe_of(config: ModelConfig) -> ModelConfig:
     mamba = config.mamba.model_copy(update={"chunk_size": min(config.mamba.chunk_size, CHUNK)})
     attention = config.attention.model_copy(update={"window": min(config.attention.window, WINDOW)})
     return config.model_copy(update={"mamba": mamba, "attention": attention})
+
+
+def sketch_of(config: ModelConfig) -> ModelConfig:
+    """A network of a few thousand weights with a layer of each kind that `config` has, and its other options.
+
+    `generate()` is tried on it: what can go wrong there depends on the code and the release of transformers, not on
+    the weights, and this costs the same for a model of any size. Its weights are so large that every layer counts.
+    """
+    tree = config.model_dump(mode="json")
+    sizes = {"pattern": "".join(dict.fromkeys(config.letters)), "vocab_size": 61, "d_model": 24, "d_ff": 32}
+    mamba = {"d_state": 8, "headdim": 8, "n_groups": 2, "expand": 2}
+    attention = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6}
+    parts = {"mamba": tree["mamba"] | mamba, "attention": tree["attention"] | attention}
+    return ModelConfig.model_validate(tree | sizes | parts | {"init_std": 0.2})
 
 
 @torch.inference_mode()

@@ -3,6 +3,9 @@
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.layout import describe
 from megatron_taipan.pattern import LETTERS
+from megatron_taipan.versions import TRANSFORMERS_NEWEST, TRANSFORMERS_OLDEST
+
+MAMBA2, TAIPAN = "arXiv 2405.21060", "arXiv 2410.18572"
 
 
 def model_card(config: Config, step: int | None, tokens: int | None, dtype: str, has_tokenizer: bool) -> str:
@@ -32,16 +35,17 @@ def model_card(config: Config, step: int | None, tokens: int | None, dtype: str,
         if "S" in model.letters
         else ""
     )
+    releases = f"{TRANSFORMERS_OLDEST} or later (tested up to {TRANSFORMERS_NEWEST})"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [taipan, mamba2, selective-attention, causal-lm]
+tags: [{tags_of(model.letters)}]
 ---
 
 # {config.name}
 
-A causal language model of {n_params:,} parameters in {dtype}, trained with Megatron-Taipan. Architecture: Taipan, a
-Mamba-2 network with selective attention layers (arXiv 2410.18572).
+A causal language model of {n_params:,} parameters in {dtype}, trained with Megatron-Taipan. Architecture:
+{family_of(model.letters)}.
 
 - layer pattern `{model.pattern}`: {layers}
 - d_model {model.d_model}, SwiGLU {model.d_ff}, vocabulary {model.vocab_size:,}
@@ -50,7 +54,7 @@ Mamba-2 network with selective attention layers (arXiv 2410.18572).
 
 ## Use
 
-Needs `torch`, `transformers` 5.20 or later and `pydantic`. The model's code is in this folder, hence
+Needs `torch`, `pydantic` and `transformers` {releases}. The model's code is in this folder, hence
 `trust_remote_code=True` (not needed where `megatron_taipan.hf` has been imported; AutoTokenizer asks for it because it
 looks at the model's configuration too).
 
@@ -71,6 +75,25 @@ Generation keeps a state of constant size{growing}; batches are padded on the le
 The model repeats what its training text holds, errors and prejudices included, and knows nothing else. It has not
 been aligned to follow instructions.
 """
+
+
+def family_of(letters: str) -> str:
+    """The architecture of the layers `letters`, with its source."""
+    kinds = set(letters)
+    if kinds == {"M"}:
+        return f"Mamba-2 ({MAMBA2})"
+    if "S" in kinds:
+        others = "a Mamba-2 network" if "M" in kinds else "a transformer"
+        return f"Taipan, {others} with selective attention layers ({TAIPAN})"
+    attention = {"W": "sliding-window attention", "A": "full causal attention"}
+    names = " and ".join(name for letter, name in attention.items() if letter in kinds)
+    return f"a hybrid of Mamba-2 ({MAMBA2}) and {names} layers" if "M" in kinds else f"a transformer with {names}"
+
+
+def tags_of(letters: str) -> str:
+    """The Hub's tags, separated by commas."""
+    tags = ["taipan", *["mamba2"] * ("M" in letters), *["selective-attention"] * ("S" in letters), "causal-lm"]
+    return ", ".join(tags)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -4,8 +4,9 @@
 
 The request holds `dtype`, `tokens` (rows of ids; `prefill` of each in a first pass, the rest from its cache), `texts`
 (pairs of a text and the ids that the tokenizer must give), `network`, which the folder's configuration must describe,
-`probe`, the same with shorter windows and chunks, which is computed, and `streamed`: whether the model is too large to
-be loaded whole; then the folder's class reads it layer by layer and computes in float32.
+`probe`, the same with shorter windows and chunks, which is computed, `streamed`: whether the model is too large to
+be loaded whole; then the folder's class reads it layer by layer and computes in float32; and `sketch`, a small network
+of the same kinds of layers, on which `generate()` is tried to within `tolerance`.
 Our package is made impossible to import first, so that only what the folder holds can answer.
 """
 
@@ -74,8 +75,43 @@ def new_cache(model: Any, rows: int, streamed: bool) -> Any:
     return cache
 
 
+def refuse_wrong_generation(model: Any, prompt: Any, count: int, tolerance: float) -> None:
+    """Ends the process where the logits by which `generate()` chooses are not those of one pass over the same text.
+
+    Tried with a cache, without one, and from the cache that an earlier call returned. Which names and shapes
+    transformers passes from step to step differs between its releases; the forward pass alone does not show it.
+
+    Args:
+        model: in float64; prompt: [b, l]; count: tokens to write in each call.
+        tolerance: largest difference, relative to the largest logit.
+    """
+    import torch
+    from transformers import __version__
+
+    def generate(text: Any, how: str, **options: Any) -> Any:
+        options |= {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "output_logits": True}
+        mask = torch.ones_like(text)
+        written = model.generate(text, attention_mask=mask, return_dict_in_generate=True, **options)
+        chosen_by = torch.stack(written.logits, 1)  # [b, count, v]
+        wanted = model(written.sequences).logits[:, -1 - count : -1]
+        difference = float((chosen_by - wanted).abs().max() / wanted.abs().max())
+        if not difference <= tolerance:  # NaN must fail too
+            sys.exit(
+                f"generate() of transformers {__version__} {how} goes by logits that differ from those of one pass over"
+                f" its text by {difference:.2e} of the largest (limit {tolerance:.0e})"
+            )
+        return written
+
+    generate(prompt, "without a cache", use_cache=False)
+    first = generate(prompt, "with a cache")
+    name = next((name for name in ("cache", "past_key_values") if first.get(name) is not None), None)
+    if name is None:
+        sys.exit(f"generate() of transformers {__version__} returns no cache")
+    generate(first.sequences, "from a returned cache", **{name: first[name]})
+
+
 def main(folder: str, request_file: str, answer_file: str) -> None:
-    """Loads the folder, compares ids, writes the logits [b, l, v] float32."""
+    """Loads the folder, compares ids, writes the logits [b, l, v] float32, tries `generate()`."""
     sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
     import numpy
     import torch
@@ -100,6 +136,9 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
             tokens[:, :prefill], past_key_values=new_cache(model, len(tokens), request["streamed"]), use_cache=True
         )
         rest = model(tokens[:, prefill:], past_key_values=first.past_key_values)
+        sketch = type(model)(type(config)(network=request["sketch"])).double().eval()
+        prompt = tokens[:, :prefill] % request["sketch"]["vocab_size"]
+        refuse_wrong_generation(sketch, prompt, request["count"], request["tolerance"])
     logits = torch.cat([first.logits, rest.logits], 1)
     numpy.save(answer_file, logits.float().numpy())
 

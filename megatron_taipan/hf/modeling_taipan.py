@@ -1,22 +1,25 @@
 """The transformers face of Taipan: wraps `megatron_taipan.model.taipan.Taipan`, computes nothing of its own."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_taipan.gate_config import at_the_end
+from megatron_taipan.hf.arguments import check_arguments
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
+from megatron_taipan.hf.documents import IGNORED, documents_from_mask, documents_from_positions, within_texts
 from megatron_taipan.model.cache import Cache as TaipanState
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
 
-IGNORED = -100  # label that transformers leaves out of the loss
+# What generate() calls the cache, among the arguments and in the output: "past_key_values" before 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class TaipanCache(Cache):
@@ -54,6 +57,12 @@ class TaipanCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError("a recurrent state cannot be rolled back: Taipan's cache cannot be cropped")
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of transformers' own linear layers, which count no tokens: where all layers are, generate() reads a whole
+        prompt again into a cache that is passed on. Ours counts tokens whatever its layers are, so none is."""
+        return [False]
 
     @property
     def is_croppable(self) -> bool:
@@ -94,8 +103,9 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         seq_idx: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: TaipanCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss where labels are given.
@@ -103,9 +113,12 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [b, l].
             attention_mask: [b, past + l], 0 on padding, which must stand at the left or the right end of a row.
+            past_key_values, cache: earlier tokens, extended in place; two names of one argument.
             labels: [b, l], not shifted; -100 is left out of the loss.
             seq_idx: [b, l] document of each token where rows are packed; instead of attention_mask.
-            logits_to_keep: logits of the last so many positions only; 0 keeps all.
+            logits_to_keep: logits of the last so many positions only, or of positions [n]; 0 keeps all.
+            kwargs: position_ids [b or 1, l], which pack a row where they start again, as seq_idx does;
+                num_items_in_batch, labels in the whole accumulated batch; and what `arguments.py` ignores.
 
         Returns:
             In training mode with labels: the trainer's loss (cross entropy plus budget) and no logits, which are then
@@ -113,20 +126,27 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
             cross entropy.
 
         Raises:
-            ValueError: no input_ids, or a mask that is neither left nor right padding.
+            ValueError: no tokens; a mask, positions or a cache that do not fit them; what Taipan does not support.
+            TypeError: an unknown argument.
         """
-        if input_ids is None:
-            raise ValueError("TaipanForCausalLM works on input_ids; inputs_embeds are not supported")
+        check_arguments(self.forward, kwargs)
+        if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
+            shape = "None" if input_ids is None else list(input_ids.shape)
+            raise ValueError(f"input_ids is {shape}, but must be [batch, length] of at least one token")
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache and labels is None:
+            cache = TaipanCache()
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if seq_idx is None:
-            seq_idx = documents_from_mask(attention_mask, input_ids.shape[1])
+            seq_idx = documents_of(input_ids, attention_mask, kwargs, cache)
+        items = kwargs.get("num_items_in_batch")
         if labels is not None and self.training:
-            loss = self._training_loss(input_ids, labels, attention_mask, seq_idx, kwargs.get("num_items_in_batch"))
+            loss = self._training_loss(input_ids, labels, attention_mask, seq_idx, items)
             return CausalLMOutputWithPast(loss=loss) if return_dict else (loss,)
 
-        if past_key_values is None and use_cache and labels is None:
-            past_key_values = TaipanCache()
-        state = self._state_of(past_key_values, input_ids.shape[0]) if past_key_values is not None else None
+        state = self._state_of(cache, input_ids.shape[0]) if cache is not None else None
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         logits = self.model(input_ids, seq_idx=seq_idx, cache=state, all_logits=not last_only).logits
         if isinstance(logits_to_keep, Tensor):
@@ -136,8 +156,10 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             labels = within_texts(labels, attention_mask, seq_idx)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            size = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=items)
+        kept: dict[str, Any] = {CACHE: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
         return output if return_dict else output.to_tuple()
 
     def _training_loss(
@@ -168,13 +190,32 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         """The memory inside `cache`, made on first use.
 
         Raises:
-            ValueError: a cache of another model's kind.
+            ValueError: a cache of another model's kind, or of another number of rows.
         """
         if not isinstance(cache, TaipanCache):
-            raise ValueError(f"past_key_values must be a TaipanCache or None, not a {type(cache).__name__}")
+            raise ValueError(f"the cache must be a TaipanCache or None, not a {type(cache).__name__}")
         if cache.state is None:
             cache.state = self.model.new_cache(batch, self.device, self.dtype)
+        rows = len(cache.state.layers[0].tensors()[0])
+        if rows != batch:
+            raise ValueError(f"the cache holds {rows} rows, but input_ids has {batch}; they must be the same texts")
         return cache.state
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict:
+        """What a step of `generate()` passes to forward. generate() asks whether an argument is called `kwargs`.
+
+        Raises:
+            ValueError: a cache is passed on with no token that is new to it. Left with none to pass, transformers
+                would take all tokens again.
+        """
+        new = kwargs.get("next_sequence_length")
+        if new is not None and new < 1:
+            raise ValueError(
+                f"the cache holds {input_ids.shape[1] - new} tokens a row and generate() was given"
+                f" {input_ids.shape[1]}: pass the whole text, cached tokens included, with at least one more"
+            )
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:
         """`generate()` asks here for a cache; no general class of transformers fits a selective attention layer."""
@@ -183,8 +224,14 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply: Taipan has a cache of"
                 " its own, of constant size"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TaipanCache()
+        given = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        cache = given[0] if given[1] is None else given[1]
+        if cache is not None:
+            cache._is_user_defined = True  # asked by generate() before it computes a step too many (5.24, mps)
+        elif generation_config.use_cache is not False:
+            cache = TaipanCache()
+        if cache is not None:
+            model_kwargs[CACHE] = cache
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -223,29 +270,21 @@ def float32_names(model: Taipan) -> list[str]:
     return [f"model.{name}" for name in (*islands, *dict(model.named_buffers()))]
 
 
-def within_texts(labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """The labels [b, l], not shifted, without padding and without first tokens of documents, which are not predicted
-    from the document before."""
-    if mask is not None:
-        labels = labels.masked_fill(mask[:, -labels.shape[1] :] == 0, IGNORED)
-    if seq_idx is not None:
-        labels = labels.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)), IGNORED)
-    return labels
-
-
-def documents_from_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """Documents [b, l] int32 of the last `length` tokens: padding and text are documents of their own.
+def documents_of(
+    tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any], cache: TaipanCache | None
+) -> Tensor | None:
+    """Documents [b, l] of tokens [b, l], from the mask or from positions that start again; None: one a row.
 
     Raises:
-        ValueError: a mask of other than two dimensions, or with padding between tokens of a row.
+        ValueError: a mask or positions that do not fit; document borders for FlashAttention without either.
     """
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, length] of 0 and 1, not {mask.dim()}-dimensional")
-    changes = (mask[:, 1:] != 0) != (mask[:, :-1] != 0)  # [b, past + l - 1]
-    documents = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
-    documents[:, 1:] = changes.cumsum(1, dtype=torch.int32)
-    if mask.shape[1] > 2 and bool(((documents > 1) & (mask != 0)).any()):
-        raise ValueError("attention_mask: padding must stand at the left or the right end of a row, not inside it")
-    return documents[:, -length:]
+    rows, length = tokens.shape
+    past = cache.get_seq_length() if cache is not None else 0
+    positions = kwargs.get("position_ids")
+    if positions is None and kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q packs rows without saying which token is whose: pass position_ids or seq_idx")
+    documents = documents_from_mask(mask, rows, length, past) if mask is not None else None
+    packed = None
+    if positions is not None:
+        packed = documents_from_positions(positions, mask, length, cache is not None)
+    return documents if packed is None else packed.expand(rows, -1)

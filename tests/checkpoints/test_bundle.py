@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 import megatron_taipan
 from checkpoints.bundle import REQUIRED, bundle_sources, flat_name
@@ -18,6 +18,15 @@ def test_transformers_finds_every_file_from_the_modeling_file(tmp_path):
     needed = {Path(file).name for file in get_relative_import_files(tmp_path / "modeling_taipan.py")}
     assert needed | {"modeling_taipan.py"} == set(sources)
     assert needed >= {"taipan_model_taipan.py", "taipan_config.py", "taipan_ops_ssd.py", "configuration_taipan.py"}
+
+
+@pytest.mark.parametrize("entry", ["configuration_taipan", "modeling_taipan"])
+def test_each_entry_names_every_file_that_it_needs(tmp_path, entry):
+    """transformers before 5.10 copies no more than these; the recursive search is that of the release installed."""
+    for name, text in bundle_sources().items():
+        (tmp_path / name).write_text(text)
+    needed = {Path(file).stem for file in get_relative_import_files(tmp_path / f"{entry}.py")}
+    assert needed and set(get_relative_imports(tmp_path / f"{entry}.py")) == needed
 
 
 def test_no_file_needs_more_than_the_documented_packages(tmp_path):
@@ -33,7 +42,7 @@ def test_only_lines_with_our_imports_differ_from_the_package():
     for name, text in bundle_sources().items():
         ast.parse(text)
         before = originals[name.removesuffix(".py")].read_text().split("\n")
-        after = text.split("\n")
+        after = text.split("\n\nif False:")[0].split("\n")
         assert len(before) == len(after)
         changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
         kernels = "raise ImportError("

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -170,8 +171,35 @@ def test_a_mistake_in_the_folders_code_is_found(tmp_path, monkeypatch, mistake):
     sources[file] = sources[file].replace(right, wrong)
     monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
     state = memory_state(attention={"n_heads": 2, "window": 999}, mamba={"d_state": 8, "headdim": 8, "chunk_size": 256})
-    with pytest.raises(UserError, match="logits differ from the trainer's"):
+    with pytest.raises(UserError, match="logits differ from the trainer's|logits that differ"):
         export(state, tmp_path / "hf", stream_above=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# How generate() is told something wrong though the forward pass is right, and what then fails.
+MISTOLD = {
+    "a cache under a name that forward does not get": (
+        "return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)",
+        "return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs) | {CACHE: None}",
+        "with a cache",
+    ),
+    "a cache that seems empty": (
+        "return self.state.length if self.state is not None else 0", "return 0", "from a returned cache"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTOLD)
+def test_a_generate_that_loses_the_cache_is_found(tmp_path, monkeypatch, mistake):
+    right, wrong, how = MISTOLD[mistake]
+    sources = dict(export_hf.bundle_sources())
+    assert sources["modeling_taipan.py"].count(right) == 1
+    sources["modeling_taipan.py"] = sources["modeling_taipan.py"].replace(right, wrong)
+    monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
+    refused = r"attention_mask is \[2, 41\], but must be \[2, 1\]"  # by forward, where a release passes a mask of ones
+    wrong_logits = f"of transformers {version('transformers')} {how} goes by logits that differ"
+    with pytest.raises(UserError, match=f"{wrong_logits}|{refused}"):
+        export(memory_state("M S"), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
 

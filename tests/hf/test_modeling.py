@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from megatron_taipan.hf import TaipanCache, TaipanConfig, TaipanForCausalLM
-from megatron_taipan.hf.modeling_taipan import documents_from_mask
+from megatron_taipan.hf.documents import documents_from_mask
+from megatron_taipan.hf.modeling_taipan import CACHE
 from megatron_taipan.model.taipan import Taipan
 from tests.inference.networks import VOCABULARY, small_config
 
@@ -84,16 +85,72 @@ def test_a_left_padded_batch_equals_single_prompts(lengths, chunk, beams):
         assert torch.equal(got[row, longest:], model.generate(prompt, **options)[0, prompt.shape[1] :])
 
 
-def test_a_returned_cache_continues_the_text():
-    model, tokens = hf_model(), random_tokens(2, 20)
+@pytest.mark.parametrize("pattern", ["M", "S", "A", PATTERN])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_returned_cache_continues_the_text(pattern, name):
+    """Under both names that transformers has for it, in recurrent layers too, which count no tokens in transformers."""
+    model, tokens = hf_model(pattern), random_tokens(2, 20)
     with torch.no_grad():
         first = model(tokens[:, :13], use_cache=True)
-        assert isinstance(first.past_key_values, TaipanCache) and first.past_key_values.get_seq_length() == 13
-        rest = model(tokens[:, 13:], past_key_values=first.past_key_values)
+        assert isinstance(first[CACHE], TaipanCache) and first[CACHE].get_seq_length() == 13
+        rest = model(tokens[:, 13:], **{name: first[CACHE]})
         torch.testing.assert_close(rest.logits, model(tokens).logits[:, 13:], rtol=0, atol=1e-9)
     done = model.generate(tokens[:, :13], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    more = model.generate(done.sequences, past_key_values=done.past_key_values, max_new_tokens=4, do_sample=False)
-    assert torch.equal(more, model.generate(tokens[:, :13], max_new_tokens=8, do_sample=False))
+    more = model.generate(done.sequences, max_new_tokens=4, do_sample=False, **{name: done[CACHE]})
+    assert torch.equal(more, naive_greedy(model, tokens[:, :13], 8))
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [2, 20] and their mask; the first row's text begins at 4."""
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :4] = 0
+    return random_tokens(2, 20), mask
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_continues_a_padded_text_or_is_refused():
+    model, (tokens, mask) = hf_model(), left_padded()
+    alone = model(tokens[:1, 4:]).logits[0, 9:]
+    for new_mask in (mask, mask[:, 13:], None):
+        cache = model(tokens[:, :13], attention_mask=mask[:, :13], use_cache=True)[CACHE]
+        logits = model(tokens[:, 13:], attention_mask=new_mask, cache=cache).logits
+        torch.testing.assert_close(logits[0], alone, rtol=0, atol=1e-9)
+    cache = model(tokens[:, :13], attention_mask=mask[:, :13], use_cache=True)[CACHE]
+    for wrong in (mask[:, 1:], mask[:1], mask[:, :13]):
+        with pytest.raises(ValueError, match=r"must be \[2, 20\]: 13 cached tokens and 7 new"):
+            model(tokens[:, 13:], attention_mask=wrong, cache=cache)
+    with pytest.raises(ValueError, match="cover the 13 cached tokens"):
+        model(tokens[:, 13:], attention_mask=mask[:, :7], cache=cache)
+    assert cache.get_seq_length() == 13
+
+
+@torch.no_grad()
+def test_positions_that_start_again_pack_a_row():
+    """As DataCollatorWithFlattening writes them: each text's logits and the loss are those of the text alone."""
+    model, texts = hf_model(), [random_tokens(1, length, length)[0] for length in (5, 9, 7)]
+    packed = torch.cat(texts)[None]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    borders = torch.tensor([0, 5, 14, 21])
+    logits = model(packed, position_ids=positions, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=9).logits
+    torch.testing.assert_close(logits, torch.cat([model(text[None]).logits for text in texts], 1), rtol=0, atol=1e-9)
+    losses = [model(text[None], labels=text[None]).loss * (len(text) - 1) for text in texts]
+    loss = model(packed, position_ids=positions, labels=packed).loss
+    assert loss.item() == pytest.approx(sum(losses).item() / 18, rel=1e-6)
+    documents = torch.cat([torch.full_like(text, i) for i, text in enumerate(texts)])[None]
+    assert torch.equal(model(packed, seq_idx=documents).logits, logits)
+    with pytest.raises(ValueError, match="seq_idx"):
+        model(packed, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
+    with pytest.raises(ValueError, match="seq_idx if padded or cached"):
+        model(packed, position_ids=positions, use_cache=True)
+
+
+def test_positions_of_one_text_change_nothing():
+    model, (tokens, mask) = hf_model(), left_padded()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    options = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False}
+    got = model.generate(tokens, position_ids=positions, **options)
+    assert torch.equal(got, model.generate(tokens, **options))
+    assert torch.equal(got[:1, 4:], naive_greedy(model, tokens[:1, 4:], 7))
 
 
 def test_evaluation_loss_is_the_shifted_cross_entropy():
@@ -212,12 +269,12 @@ def test_a_weight_missing_from_the_file_gets_its_initial_value(tmp_path):
 
 def test_masks_become_documents_or_are_refused():
     left = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    assert documents_from_mask(left, 4).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
-    assert documents_from_mask(left, 2).tolist() == [[1, 1], [0, 0]]
+    assert documents_from_mask(left, 2, 4).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    assert documents_from_mask(left, 2, 2, past=2).tolist() == [[1, 1], [0, 0]]
     with pytest.raises(ValueError, match="not inside"):
-        documents_from_mask(torch.tensor([[1, 1, 0, 1]]), 4)
+        documents_from_mask(torch.tensor([[1, 1, 0, 1]]), 1, 4)
     with pytest.raises(ValueError, match="4-dimensional"):
-        documents_from_mask(torch.ones(1, 1, 4, 4), 4)
+        documents_from_mask(torch.ones(1, 1, 4, 4), 1, 4)
 
 
 def test_what_does_not_apply_is_refused():
@@ -227,6 +284,42 @@ def test_what_does_not_apply_is_refused():
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 4, 24))
     with pytest.raises(ValueError, match="TaipanCache"):
-        from transformers import DynamicCache
-
         model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="two names"):
+        model(tokens, past_key_values=TaipanCache(), cache=TaipanCache())
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("atention_mask", "attention_mask"), ("seq_ids", "seq_idx"), ("label", "labels"), ("caches", "cache")],
+)
+def test_an_unknown_argument_is_refused_with_the_nearest_known(misspelt, meant):
+    with pytest.raises(TypeError, match=f"'{misspelt}'; the nearest is '{meant}'"):
+        hf_model("M")(random_tokens(1, 4), **{misspelt: None})
+
+
+def test_what_a_taipan_cannot_give_is_refused_unless_it_is_not_wanted():
+    model, tokens = hf_model("M"), random_tokens(1, 4)
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits", "shift_labels", "inputs_embeds"):
+        for value in (None, False):
+            assert torch.equal(model(tokens, **{name: value}).logits, model(tokens).logits)
+        with pytest.raises(ValueError, match=f"does not support {name}: "):
+            model(tokens, **{name: True if "output" in name else tokens})
+    assert model(tokens, is_causal=True, cache_position=torch.arange(4)).logits.shape == (1, 4, VOCABULARY)
+    with pytest.raises(ValueError, match="is_causal"):
+        model(tokens, is_causal=False)
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        model.generate(tokens, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
+
+
+def test_tokens_and_caches_that_do_not_fit_are_refused():
+    model, tokens = hf_model(), random_tokens(2, 8)
+    for wrong in (tokens[:, :0], tokens[:0], tokens[0]):
+        with pytest.raises(ValueError, match=r"input_ids is \[.*at least one token"):
+            model(wrong)
+    cache = model(tokens, use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match="holds 2 rows, but input_ids has 1"):
+        model(tokens[:1], cache=cache)
+    for text in (tokens, tokens[:, :5]):  # what the cache holds already, and less
+        with pytest.raises(ValueError, match=f"holds 8 tokens a row and .* given {text.shape[1]}"):
+            model.generate(text, past_key_values=cache, max_new_tokens=2)

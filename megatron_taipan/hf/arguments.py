@@ -1,0 +1,54 @@
+"""The keyword arguments of transformers' models beyond those that ours names: which are read, which do not matter
+here, which ask for what Taipan cannot do. An argument that is in no list is refused: swallowed, a misspelt mask or a
+cache under a new name would change the text without a word."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+READ = {"position_ids", "num_items_in_batch"}  # named by no signature: generate() and Trainer look for them otherwise
+
+# Ignored, because what they say is known already.
+IGNORED = {
+    "cache_position",  # generate() before 5.1: the cache counts its tokens itself
+    "max_length_q",  # the four of DataCollatorWithFlattening for FlashAttention repeat where its documents begin,
+    "max_length_k",  # which its position_ids or seq_idx say
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+}
+
+# Accepted only as None or False, with which callers say that they do not want it (PEFT passes several as None).
+UNSUPPORTED = {
+    "inputs_embeds": "the model reads input_ids",
+    "output_hidden_states": "the layers' outputs are not kept",
+    "output_attentions": "attention weights are never computed as a whole",
+    "output_router_logits": "there is no router; the gates' statistics come from megatron_taipan's own model",
+    "shift_labels": "pass `labels` as the tokens stand; they are shifted here",
+    "token_type_ids": "there are no token types; make the tokenizer return input_ids and attention_mask only",
+}
+
+
+def check_arguments(forward: Callable, given: dict[str, Any]) -> None:
+    """Accepts the keyword arguments that `forward` does not name, or refuses one.
+
+    Args:
+        given: those arguments, with their values.
+
+    Raises:
+        TypeError: an argument that neither we nor transformers know.
+        ValueError: one that asks for what Taipan cannot do.
+    """
+    for name, value in given.items():
+        if name in READ | IGNORED:
+            continue
+        if name in UNSUPPORTED:
+            if value is not None and value is not False:
+                raise ValueError(f"TaipanForCausalLM does not support {name}: {UNSUPPORTED[name]}")
+        elif name == "is_causal":
+            if value is False:
+                raise ValueError("TaipanForCausalLM does not support is_causal=False: its states run one way only")
+        else:
+            known = {*inspect.signature(forward).parameters, *READ, *IGNORED, *UNSUPPORTED} - {"kwargs"}
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
+            raise TypeError(f"TaipanForCausalLM does not know the argument {name!r}; the nearest is {near!r}")

@@ -1,0 +1,82 @@
+"""What transformers says of padding and packing, as documents: Taipan's tokens see those of their own document only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # label that transformers leaves out of the loss
+
+
+def documents_from_mask(mask: Tensor, rows: int, length: int, past: int = 0) -> Tensor | None:
+    """Documents [b, l] int32 of the last l tokens: padding and text are documents of their own.
+
+    Args:
+        mask: [b, past + l], 0 on padding. With cached tokens also [b, l], all 1.
+        rows, length: b and l of the tokens; past: tokens in the cache.
+
+    Returns:
+        None where each row continues its cached text.
+
+    Raises:
+        ValueError: a mask of another shape, with padding between tokens of a row, or of new tokens only with padding.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [batch, length] of 0 and 1, not {mask.dim()}-dimensional")
+    if mask.shape[0] != rows or mask.shape[1] not in (length, past + length):
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)}, but must be [{rows}, {past + length}]:"
+            f" {past} cached tokens and {length} new ones a row"
+        )
+    text = mask != 0
+    if past and mask.shape[1] == length:
+        # Where the cached texts begin, only the whole mask says; numbered anew, documents would all look like others.
+        if not bool(text.all()):
+            raise ValueError(
+                f"attention_mask: with padding it must cover the {past} cached tokens too, not only the {length} new"
+            )
+        return None
+    documents = F.pad((text[:, 1:] != text[:, :-1]).cumsum(1, dtype=torch.int32), (1, 0))
+    if mask.shape[1] > 2 and bool(((documents > 1) & text).any()):
+        raise ValueError("attention_mask: padding must stand at the left or the right end of a row, not inside it")
+    return documents[:, -length:]
+
+
+def documents_from_positions(positions: Tensor, mask: Tensor | None, length: int, cached: bool) -> Tensor | None:
+    """Documents [b or 1, l] int32 of packed rows: one begins where the positions do not go on by one.
+
+    The positions themselves matter to no layer, which see distances inside a document only.
+
+    Args:
+        positions: [b or 1, l or more], of which the last l count; mask: as in `documents_from_mask`.
+        cached: whether a cache is read or made.
+
+    Returns:
+        None where no document begins inside a row.
+
+    Raises:
+        ValueError: positions of another shape, or packed rows that are padded or cached.
+    """
+    if positions.dim() != 2 or positions.shape[1] < length:
+        raise ValueError(f"position_ids are {list(positions.shape)}, but must be [batch, {length}]")
+    positions = positions[:, -length:]
+    jumps = positions[:, 1:] != positions[:, :-1] + 1
+    if mask is not None:  # generate() gives all padding the same position
+        text = mask[:, -length:] != 0
+        jumps = jumps & text[:, 1:] & text[:, :-1]
+    if not bool(jumps.any()):
+        return None
+    if cached or mask is not None and not bool(text.all()):
+        raise ValueError(
+            "position_ids do not go on by one inside a text, as in packed rows, which need seq_idx if padded or cached"
+        )
+    return F.pad(jumps.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def within_texts(labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """The labels [b, l], not shifted, without padding and without first tokens of documents, which are not predicted
+    from the document before."""
+    if mask is not None:
+        labels = labels.masked_fill(mask[:, -labels.shape[1] :] == 0, IGNORED)
+    if seq_idx is not None:
+        labels = labels.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)), IGNORED)
+    return labels
