@@ -72,10 +72,19 @@ def drawing(trees: list[dict], cut: bool) -> list:
     return results
 
 
+# in the middle of each schedule when the run is cut; the budget's slope is the share of the step before
+SCHEDULES = {
+    "capacity": {"start": 0.8, "end": 0.1, "after": 0.2, "until": 0.9}, "tau": {"start": 2.0, "end": 0.5},
+    "budget_lambda": {"start": 0.0, "end": 9.0, "after": 1, "until": 5, "shape": "cosine"}, "budget": "batch",
+    "gradient": "sampled", "gradient_share": 0.4, "refinement": "add", "weight": "one",
+}  # fmt: skip
+
+
 def tree_of(prefix: str, directory: Path, stage: int, tensor: int, precision: str) -> dict:
-    """Two processes; two or four micro-batches a step."""
+    """Two processes; two or four micro-batches a step. Stage 1 has the gate's schedules as well."""
+    model = toy_tree(prefix, directory)["model"] | ({"gate": SCHEDULES} if stage == 1 else {})
     return toy_tree(
-        prefix, directory, parallel={"zero_stage": stage, "tensor": tensor},
+        prefix, directory, model=model, parallel={"zero_stage": stage, "tensor": tensor},
         train={"precision": precision, "steps": STEPS, "eval_every": 2, "eval_samples": 2}, data={"workers": 1},
     )  # fmt: skip
 

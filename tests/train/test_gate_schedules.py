@@ -1,0 +1,68 @@
+"""The gate's schedules in a run: what the log shows, what a resume keeps, what it says, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_taipan.checkpoint.folder import read_metadata
+from tests.distributed.launch import launch
+from tests.train.runs import log, runs, with_options
+from tests.train.toy import toy_tree, write_data
+
+GATE = {
+    "capacity": {"start": 0.9, "end": 0.1, "after": 0.25, "until": 0.75},
+    "tau": {"start": 2.0, "end": 1.0, "until": 4},
+    "gradient": "sampled", "gradient_share": 0.5, "budget": "batch",
+}  # fmt: skip
+CAPACITY = [0.9, 0.9, 0.9, 0.7, 0.5, 0.3, 0.1, 0.1]  # of 8 steps; falls from step 2 to step 6
+TAU = [2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0, 1.0]
+
+
+def with_gate(tree: dict, **gate) -> dict:
+    return {**tree, "model": {**tree["model"], "gate": {**GATE, **gate}}}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, list]:
+    """A run of 8 steps cut after 3; then with 20 steps to 6; then with other schedules, and with another network."""
+    folder = tmp_path_factory.mktemp("runs")
+    prefix = write_data(folder / "data")
+    tree = with_gate(toy_tree(prefix, folder / "run", train={
+        "steps": 8, "stop_at": 3, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0,
+        "eval_samples": 2,
+    }))  # fmt: skip
+    longer = with_options(tree, train={"steps": 20, "stop_at": 6})
+    other = with_gate(with_options(longer, train={"stop_at": 7}), capacity=0.4, budget="row")
+    network = with_gate(other, refinement="add")
+    return folder / "run", launch(1, runs, [tree, longer, other, network])[0]
+
+
+def test_every_step_shows_where_the_schedules_stand(results):
+    directory, statuses = results
+    assert statuses[:3] == [0, 0, 0]
+    steps = log(directory)
+    assert [r["gate/capacity"] for r in steps] == pytest.approx([*CAPACITY[:6], 0.4])
+    assert [r["gate/tau"] for r in steps] == pytest.approx(TAU[:7])
+    assert [r["gate/every_query"] for r in steps] == [0, 1, 0, 1, 0, 1, 0]
+    assert all(r["gate/budget_lambda"] == 1.0 for r in steps)
+    for r in steps[:6]:  # the batch's budget is that of the share over all micro-batches
+        assert r["gate0/budget"] == pytest.approx((r["gate/capacity"] - r["gate0/selected"]) ** 2, rel=1e-6)
+        assert r["loss"] == pytest.approx(r["ce"] + r["budget"])
+
+
+def test_a_longer_run_keeps_the_steps_and_says_so(results):
+    directory, _ = results
+    first, second, third = [r["text"] for r in log(directory, "gate")]
+    assert first == ("capacity 0.9 until step 2, linear to 0.1 at step 6, tau 2 until step 0, linear to 1 at step 4")
+    assert second == first + " (fractions of the 8 steps with which the run began)"
+    assert "capacity" not in third and third.startswith("tau 2")
+    assert read_metadata(directory / "step_00000006")["progress"]["run_steps"] == 8
+
+
+def test_other_settings_of_training_are_taken_and_said_another_network_is_refused(results):
+    directory, statuses = results
+    said = [r["text"] for r in log(directory, "changed")]
+    assert len(said) == 2
+    assert said[0].startswith("from here on model.gate.capacity: checkpoint has start=0.9") and "run 0.4" in said[0]
+    assert said[1] == "from here on model.gate.budget: checkpoint has batch, this run row"
+    assert "model.gate.refinement: checkpoint has replace, this run add" in statuses[3]
