@@ -13,15 +13,17 @@ class Schedule(Section):
 
     start: float = option(..., "value until `after`")
     end: float = option(..., "value from `until` on, in evaluation and in exports")
-    after: float = option(0.0, "where the change begins: a step, or up to 1 a fraction of the run", ge=0)
-    until: float = option(1.0, "where it ends: a step, or up to 1 a fraction of the run", gt=0)
+    after: int | float = option(0.0, "where the change begins: a step, or up to 1.0 a fraction of the run", ge=0)
+    until: int | float = option(1.0, "where it ends: a step, or up to 1.0 a fraction of the run", gt=0)
     shape: Literal["linear", "cosine"] = option("linear", "how the value changes in between")
 
     @model_validator(mode="after")
     def _in_order(self) -> "Schedule":
         for name, place in (("after", self.after), ("until", self.until)):
+            if isinstance(place, int) and place == 1:
+                raise ValueError(f"{name}=1 may be a step or the whole run: write 1.0 for the run, or another step")
             if place > 1 and place != int(place):
-                raise ValueError(f"{name}={place:g} is neither a whole step nor a fraction up to 1")
+                raise ValueError(f"{name}={place:g} is neither a whole step nor a fraction up to 1.0")
         if (self.after > 1) == (self.until > 1) and self.until < self.after:
             raise ValueError(f"until={self.until:g} lies before after={self.after:g}")
         return self
@@ -53,7 +55,11 @@ class GateConfig(Section):
     capacity, tau and budget_lambda are numbers or schedules: {start: 0.5, end: 0.15, after: 0.3, until: 0.7}.
     """
 
-    capacity: Scheduled = option(0.15, "C: fraction of tokens that should be selected; a number or a schedule")
+    capacity: Scheduled = option(
+        0.15,
+        "C: fraction of tokens that should be selected; a number, or a schedule such as {start: 0.5, end: 0.15,"
+        " after: 0.3, until: 0.7, shape: linear} (or cosine)",
+    )
     tau: Scheduled = option(1.0, "temperature of the selection in training; a number or a schedule")
     budget_lambda: Scheduled = option(1.0, "weight of the budget loss; a number or a schedule")
     budget: Literal["row", "batch"] = option(

@@ -18,6 +18,7 @@ from megatron_taipan.config import (
     make_config,
 )
 from megatron_taipan.errors import UserError
+from megatron_taipan.gate_config import Schedule
 
 TREE = {
     "model": {"pattern": "M S", "vocab_size": 100, "d_model": 48, "d_ff": 64},
@@ -94,6 +95,15 @@ def test_overrides_are_yaml_and_win_over_the_file(path):
         ("train.steps=0", ["train.steps=0"]),
         ("train.steps=many", ["train.steps='many'"]),
         ("model.gate.capacity=1.5", ["model.gate.capacity: 1.5", "between 0 and 1"]),
+        ("model.gate.capacity={start: 0.5, end: 1.5}", ["model.gate.capacity: 1.5", "between 0 and 1"]),
+        ("model.gate.capacity={strat: 0.5, end: 0.1}", ["model.gate.capacity.start is required", "did you mean"]),
+        ("model.gate.tau={start: 1, end: 0}", ["model.gate.tau: 0", "greater than 0"]),
+        ("model.gate.budget_lambda=-1", ["model.gate.budget_lambda: -1", "at least 0"]),
+        ("model.gate.tau={start: 1, end: 2, until: 1}", ["model.gate.tau: until=1", "write 1.0"]),
+        ("model.gate.tau={start: 1, end: 2, after: 0.7, until: 0.2}", ["until=0.2", "before after=0.7"]),
+        ("model.gate.tau={start: 1, end: 2, until: 10.5}", ["until=10.5", "whole step"]),
+        ("model.gate.tau={start: 1, end: 2, shape: sine}", ["model.gate.tau.shape", "cosine"]),
+        ("model.gate.capacity=much", ["model.gate.capacity='much'", "number"]),
         ("train.precision=fp8", ["train.precision", "bf16"]),
         ("optim.min_lr=1.0", ["min_lr=1.0", "lr=0.0005"]),
         ("model.pattern=M X", ["'X'", "^"]),
@@ -226,3 +236,17 @@ def test_a_saved_configuration_shards_tokens_in_its_next_layout_too():
     saved["parallel"]["tensor"] = 2
     config = make_config(saved)
     assert config.parallel.shards_tokens(config.data.seq_len)
+
+
+def test_a_schedule_is_read_from_yaml_and_the_command_line_and_comes_back_from_a_dump(tmp_path, path):
+    schedule = "{start: 0.5, end: 0.15, after: 0.3, until: 70, shape: cosine}"
+    config = load_config(path, [f"model.gate.capacity={schedule}", "model.gate.tau=5e-1"])
+    capacity = config.model.gate.capacity
+    assert capacity == Schedule(start=0.5, end=0.15, after=0.3, until=70, shape="cosine")
+    assert config.model.gate.tau == 0.5 and config.model.gate.final_capacity == 0.15
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    again = load_config(tmp_path / "again.yaml")
+    assert again == config and isinstance(again.model.gate.capacity.until, int)
+    assert load_config(tmp_path / "again.yaml", ["model.gate.capacity=0.2"]).model.gate.capacity == 0.2
+    nested = load_config(tmp_path / "again.yaml", ["model.gate.capacity.end=0.1"])
+    assert nested.model.gate.capacity.end == 0.1

@@ -7,10 +7,14 @@ later line of the same run stands for the earlier one.
 import gc
 import json
 import os
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,35 +49,53 @@ def append(path: Path, record: dict) -> None:
 def make(
     path: Path,
     wanted: list[dict],
-    run: Callable[[dict], dict],
+    run: Callable[[dict, Any], dict],
     minutes: float | None = None,
+    *,
+    places: Sequence[Any] = (None,),
+    expected: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Makes the runs that the file has no result of, one after the other; one that failed before is tried again.
+    """Makes the runs that the file has no result of; one that failed before is tried again.
 
     Args:
+        run: makes one, at one of the places.
         minutes: no run starts that would end later, if it takes as long as the longest of this call so far.
+        places: where runs are made side by side, such as GPUs; each takes one after the other.
+        expected: seconds that a run takes, as long as none has ended.
         clock: seconds.
 
     Returns:
         Number of runs that still have no result.
     """
     done = {key for key, record in read(path).items() if "result" in record}
-    waiting = [what for what in wanted if key_of(what) not in done]
-    began, longest, left = clock(), 0.0, len(waiting)
-    for what in waiting:
-        start = clock()
-        if minutes is not None and start - began + longest > 60 * minutes:
-            break
-        try:
-            record: dict = {"run": what, "result": run(what)}
-            left -= 1
-        except Exception as error:  # the others do not depend on it
-            traceback.print_exc()
-            record = {"run": what, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-        append(path, record)
-        print(json.dumps(record), flush=True)
-        gc.collect()  # a failed run's memory is held by its traceback until here
-        torch.cuda.empty_cache()
-        longest = max(longest, clock() - start)
+    waiting = deque(what for what in wanted if key_of(what) not in done)
+    began, longest, left, one_at_a_time = clock(), expected, len(waiting), threading.Lock()
+
+    def work(place: Any) -> None:
+        nonlocal longest, left
+        while True:
+            with one_at_a_time:
+                start = clock()
+                if not waiting or (minutes is not None and start - began + longest > 60 * minutes):
+                    return
+                what = waiting.popleft()
+            try:
+                record: dict = {"run": what, "result": run(what, place)}
+            except Exception as error:  # the others do not depend on it
+                traceback.print_exc()
+                record = {"run": what, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            gc.collect()  # a failed run's memory is held by its traceback until here
+            torch.cuda.empty_cache()
+            with one_at_a_time:
+                append(path, record)
+                print(json.dumps(record), flush=True)
+                left -= "result" in record
+                longest = max(longest, clock() - start)
+
+    if len(places) == 1:
+        work(places[0])
+    else:
+        with ThreadPoolExecutor(len(places)) as pool:
+            list(pool.map(work, places))
     return left

@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = hardware()
-    left = make(options.out, plan(options, s), lambda what: run(what, device) | {"about": about}, options.minutes)
+    left = make(options.out, plan(options, s), lambda what, _: run(what, device) | {"about": about}, options.minutes)
     print(f"{left} of the runs asked for have no result yet", flush=True)
     return 0
 

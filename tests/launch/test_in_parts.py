@@ -1,6 +1,7 @@
 """Runs kept in a file: none is made twice, failures are tried again, and no run starts that would end too late."""
 
 import json
+import threading
 
 import pytest
 
@@ -13,7 +14,7 @@ class Stub:
     def __init__(self):
         self.now, self.made = 100.0, []
 
-    def run(self, what):
+    def run(self, what, place):
         self.made.append(what["name"])
         self.now += what.get("seconds", 1)
         if what["name"] in self.broken:
@@ -50,6 +51,29 @@ def test_no_run_starts_that_would_end_too_late(tmp_path):
     assert stub.make(path, runs, minutes=89 / 60) == (["3", "4"], 0)
     assert Stub().make(tmp_path / "again.jsonl", runs, minutes=90 / 60)[0] == ["0", "1", "2", "3"]
     assert Stub().make(tmp_path / "none.jsonl", runs, minutes=0)[0] == ["0"]  # how long one takes is not known before
+
+
+def test_places_work_side_by_side_and_each_run_is_made_once(tmp_path):
+    both, seen = threading.Barrier(2, timeout=20), []
+
+    def run(what, place):
+        if what["name"] in "ab":
+            both.wait()  # passes only if two runs are under way at once
+        seen.append((what["name"], place))
+        return {}
+
+    runs = named("a", "b", "c", "d", "e")
+    assert in_parts.make(tmp_path / "runs.jsonl", runs, run, places=("0", "1")) == 0
+    assert sorted(name for name, _ in seen) == list("abcde") and {place for _, place in seen[:2]} == {"0", "1"}
+    assert len(in_parts.read(tmp_path / "runs.jsonl")) == 5
+
+
+def test_what_is_expected_counts_until_a_run_has_ended(tmp_path):
+    stub = Stub()
+    stub.made, stub.broken = [], ()
+    given = {"minutes": 1, "clock": lambda: stub.now}
+    assert in_parts.make(tmp_path / "none.jsonl", named("a"), stub.run, expected=61, **given) == 1
+    assert in_parts.make(tmp_path / "one.jsonl", named("a", "b"), stub.run, expected=60, **given) == 1
 
 
 @pytest.mark.parametrize("torn", ['{"run": {"na', '{"run": {"name": "b", "pairs": [4, 8]}, "result"'])

@@ -75,7 +75,7 @@ def drawing(trees: list[dict], cut: bool) -> list:
 # in the middle of each schedule when the run is cut; the budget's slope is the share of the step before
 SCHEDULES = {
     "capacity": {"start": 0.8, "end": 0.1, "after": 0.2, "until": 0.9}, "tau": {"start": 2.0, "end": 0.5},
-    "budget_lambda": {"start": 0.0, "end": 9.0, "after": 1, "until": 5, "shape": "cosine"}, "budget": "batch",
+    "budget_lambda": {"start": 0.0, "end": 9.0, "after": 2, "until": 5, "shape": "cosine"}, "budget": "batch",
     "gradient": "sampled", "gradient_share": 0.4, "refinement": "add", "weight": "one",
 }  # fmt: skip
 
