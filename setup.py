@@ -63,7 +63,7 @@ setup(
         "eval": ["lm_eval>=0.4.13", "accelerate>=1"],
         # Beside these the tests read files back with Megatron's own reader: `pip install --no-deps megatron-core`
         # (its dependencies would pull another torch).
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.17", "mypy>=1.15"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.17", "mypy>=1.15", "lxml>=5"],
     },
     entry_points={
         "console_scripts": [

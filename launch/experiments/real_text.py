@@ -100,7 +100,7 @@ def prepare(prefix: Path) -> None:
     corpus, tokenizer = build_corpus(prefix.parent / "corpus", MEGABYTES), prefix.parent / "tokenizer.model"
     program = [sys.executable, "-m", "data_prep"]
     train = ["train-tokenizer", "--input", corpus, "--vocab-size", str(VOCABULARY), "--output", str(tokenizer),
-             "--max-bytes", "20000000"]  # fmt: skip
+             "--max-bytes", "30000000"]  # fmt: skip
     encode = ["tokenize", "--input", corpus, "--tokenizer", str(tokenizer), "--append-eod", "--output", str(prefix)]
     for arguments in (train, encode):
         subprocess.run([*program, *arguments], check=True, cwd=ROOT)
