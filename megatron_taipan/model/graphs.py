@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_taipan.model.context import Context, make_context
-from megatron_taipan.model.gate import Selection
+from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.gate_settings import GateSettings
 from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.parallel.groups import TensorParallel
@@ -77,7 +77,8 @@ class GraphedLayers:
         groups = [Group(part, recompute, tp) for part in split(list(layers))]
         b, l = shape
         device = stream.device
-        self.gates = sum(layer.letter == "S" for layer in layers)
+        gates = [module for module in layers.modules() if isinstance(module, Gate)]
+        self.gates, self.of_batch = len(gates), any(gate.budget == "batch" for gate in gates)
         facts = (
             torch.zeros(b, l, dtype=torch.int32, device=device),
             torch.arange(b, device=device),
@@ -104,6 +105,12 @@ class GraphedLayers:
     def fits(self, ctx: Context) -> bool:
         """Whether this micro-batch can be replayed."""
         if (ctx.batch, ctx.length) != self.shape or ctx.seq_idx is None or ctx.cache is not None:
+            return False
+        if self.of_batch and ctx.gate.vector is None:
+            warnings.warn(
+                "a budget of the batch in recorded layers needs the settings of a step (Taipan.forward's `gate`): layers"
+                " run one by one", stacklevel=2,
+            )  # fmt: skip
             return False
         if self._places() != self.places:
             warnings.warn("parameters moved, so the CUDA graphs are out of date: layers run one by one", stacklevel=2)

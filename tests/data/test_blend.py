@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_taipan.data.blend import MAX_PERIOD, Blend, whole_weights
+from megatron_taipan.data.blend import MAX_PERIOD, Blend, chairman_assignment, whole_weights
 
 
 @settings(max_examples=80, deadline=None)
@@ -83,3 +83,18 @@ def test_an_infinite_weight_is_one_line():
     data = {"train": [{"prefix": "a", "weight": float("inf")}, "b"]}
     with pytest.raises(UserError, match="weight.*finite"):
         make_config({"model": {"pattern": "M"}, "data": data, "train": {"steps": 1}, "checkpoint": {"dir": "x"}})
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.integers(1, 40), min_size=2, max_size=8))
+def test_the_order_is_the_papers_rule(weights):
+    """Tijdeman's rule in fractions, every source looked at in every turn."""
+    n, total = len(weights), sum(weights)
+    slack, drawn, order = Fraction(1, 2 * n - 2), [0] * n, []
+    for i in range(total):
+        shares = [Fraction(w * (i + 1), total) for w in weights]
+        eligible = [k for k in range(n) if shares[k] - drawn[k] >= slack]
+        best = min(eligible, key=lambda k: (1 - slack - shares[k] + drawn[k]) / weights[k])  # of equal ones the first
+        order.append(best)
+        drawn[best] += 1
+    assert chairman_assignment(weights).tolist() == order
