@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests start several processes on few cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what runs in its background with SIGINT ignored, and programs inherit that: tests that stop theirs with
+# Ctrl-C would wait for ever. Caught here, it is at its default again in whatever a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test pays for imports. Derandomized in CI, so that a red run can be repeated.
 hypothesis.settings.register_profile("taipan", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -76,7 +76,7 @@ def chairman_assignment(weights: list[int]) -> np.ndarray:
     eligible: list[tuple[int, int]] = []  # (turn until which k must be served, k)
     for i in range(period):
         for k in coming[i]:
-            # whole numbers that order fractions: those of two weights below 2^17 differ by more than 2^-34, or not at all
+            # whole numbers in the order of fractions, which differ by 2^-34 (weights are below 2^17) or not at all
             deadline = (((drawn[k] + 1) * unit - 1) << 35) // weights[k]
             heapq.heappush(eligible, (deadline, k))
         _, k = heapq.heappop(eligible)

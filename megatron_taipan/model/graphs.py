@@ -108,7 +108,7 @@ class GraphedLayers:
             return False
         if self.of_batch and ctx.gate.vector is None:
             warnings.warn(
-                "a budget of the batch in recorded layers needs the settings of a step (Taipan.forward's `gate`): layers"
+                "a budget of the batch in recorded layers needs a step's settings (Taipan.forward's `gate`): layers"
                 " run one by one", stacklevel=2,
             )  # fmt: skip
             return False
