@@ -62,8 +62,10 @@ class GateConfig(Section):
     )
     tau: Scheduled = option(1.0, "temperature of the selection in training; a number or a schedule")
     budget_lambda: Scheduled = option(1.0, "weight of the budget loss; a number or a schedule")
-    budget: Literal["row", "batch"] = option(
-        "row", "what has to keep to C: every row, or the global batch of a step (by the share of the step before)"
+    budget: Literal["row", "batch", "layers"] = option(
+        "row",
+        "what has to keep to C, in each selective layer every row, or the global batch of a step (by the share of the"
+        " step before); layers: that batch in all selective layers together",
     )
     input_gradient: Literal["all", "task", "none"] = option(
         "all",

@@ -67,6 +67,7 @@ RECIPES = {
     "read-open": Recipe("S", {**READ, "capacity": {**FALLING, "start": 1.0}, "init_bias": 2.0}),
     "read-none": Recipe("S", {**READ, "noise": "none"}),
     "read-alpha": Recipe("S", {**READ, "weight": "alpha"}),
+    "read-layers": Recipe("S", {**READ, "budget": "layers"}),
     "read-half": Recipe("S", {**READ, "capacity": 0.5}),  # not within the budget
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),

@@ -53,7 +53,8 @@ class Gate(WithFloat32Islands):
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
         self.tp, self.layer, self.seed = build.tp, layer, build.seed
-        self.index = build.config.letters[:layer].count("S")  # among the gates
+        letters = build.config.letters
+        self.index, self.gates = letters[:layer].count("S"), letters.count("S")  # its place among the gates
         gate = build.config.gate
         self.noise, self.budget, self.input_gradient = gate.noise, gate.budget, gate.input_gradient
         build.parameters(self, prefix)
@@ -87,7 +88,7 @@ class Gate(WithFloat32Islands):
         return Selection(m, alpha, selected, margin, budget_loss, stats)
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
-        """(C - share)^2 of each row, or of the whole batch; share [b].
+        """(C - share)^2 of each row, or of the whole batch; share [b]. Of all layers together: this one's part of it.
 
         The batch of a step is spread over ranks and micro-batches, and its share is known when all have run. So a
         trainer gives the share of the step before, and the gradient is 2 (share before - C) times the gradient of this
@@ -96,11 +97,11 @@ class Gate(WithFloat32Islands):
         capacity, before = ctx.gate.capacity, ctx.gate.shares
         if self.budget == "row":
             return (capacity - share).square().mean()
-        share = share.mean()
-        if before is None:
-            return (capacity - share).square()
-        slope = 2 * (before[self.index] - capacity)
-        return (capacity - share.detach()).square() + slope * (share - share.detach())
+        share, parts = share.mean(), self.gates if self.budget == "layers" else 1
+        if before is None:  # of other layers nothing is known either
+            return (capacity - share).square() / parts
+        slope = 2 * ((before.mean() if self.budget == "layers" else before[self.index]) - capacity)
+        return ((capacity - share.detach()).square() + slope * (share - share.detach())) / parts
 
     @torch.no_grad()
     def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class GraphedLayers:
         b, l = shape
         device = stream.device
         gates = [module for module in layers.modules() if isinstance(module, Gate)]
-        self.gates, self.of_batch = len(gates), any(gate.budget == "batch" for gate in gates)
+        self.gates, self.of_batch = len(gates), any(gate.budget != "row" for gate in gates)
         facts = (
             torch.zeros(b, l, dtype=torch.int32, device=device),
             torch.arange(b, device=device),

@@ -36,7 +36,7 @@ def evaluate(
     some hold fewer rows, the wanted ones, or one that does not count: filled up, they would change the gates' means.
 
     Args:
-        gate: with budget=batch all samples count as one batch; C is where its schedule leads to.
+        gate: with a budget of the batch all samples count as one batch; C is where its schedule leads to.
         beat: called after every micro-batch: however long it all takes, it does not hang.
     """
     samples = min(samples, len(dataset))
@@ -69,7 +69,7 @@ def evaluate(
         ce=ce,
         perplexity=math.exp(min(ce, 700.0)),
         tokens=int(tokens),
-        gates=with_batch_budget(named, gate.final_capacity) if gate.budget == "batch" else named,
+        gates=named if gate.budget == "row" else with_batch_budget(named, gate.final_capacity, gate.budget),
     )
 
 

@@ -52,7 +52,7 @@ class GateStep:
     budget_lambda: float
     every_query: bool
     shares: list[float]  # share that each gate selected in the step before; C where there was none
-    of_batch: bool  # whether the budget is the batch's
+    budget: str  # of what; see GateConfig.budget
 
     def vector(self) -> list[float]:
         """As GateSettings.unpack takes it."""
@@ -69,7 +69,7 @@ def gate_step(gate: GateConfig, step: int, run_steps: int, shares: list[float], 
     """
     capacity, tau, weight = (scheduled(v, step, run_steps) for v in (gate.capacity, gate.tau, gate.budget_lambda))
     every = bool(computes_every_query(gate, step))
-    return GateStep(capacity, tau, weight, every, shares or [capacity] * gates, gate.budget == "batch")
+    return GateStep(capacity, tau, weight, every, shares or [capacity] * gates, gate.budget)
 
 
 def describe_gate(gate: GateConfig, run_steps: int) -> str:

@@ -62,8 +62,8 @@ def train_step(
     # each entry comes from one stage: all its data and tensor ranks
     loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
     gates = name_gates(values)
-    if gate is not None and gate.of_batch:  # a part's own budget says little: the batch's, by the shares of all
-        gates = with_batch_budget(gates, gate.capacity)
+    if gate is not None and gate.budget != "row":  # a part's own budget says little: the batch's, by the shares of all
+        gates = with_batch_budget(gates, gate.capacity, gate.budget)
         budget = sum(g["budget"] for g in gates)
         loss = ce + gate.budget_lambda * budget
     return StepResult(loss, ce, budget, gates=gates, grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist())
@@ -129,9 +129,12 @@ def name_gates(values: list[float]) -> list[dict[str, float]]:
     return [dict(zip(names, values[i : i + len(names)], strict=True)) for i in range(0, len(values), len(names))]
 
 
-def with_batch_budget(gates: list[dict[str, float]], capacity: float) -> list[dict[str, float]]:
-    """The gates with the budget loss of the batch that `selected` was measured on."""
-    return [gate | {"budget": (capacity - gate["selected"]) ** 2} for gate in gates]
+def with_batch_budget(gates: list[dict[str, float]], capacity: float, budget: str) -> list[dict[str, float]]:
+    """The gates with the budget loss of the batch that `selected` was measured on, or with their parts of it."""
+    if budget == "batch":
+        return [gate | {"budget": (capacity - gate["selected"]) ** 2} for gate in gates]
+    together = sum(gate["selected"] for gate in gates) / max(len(gates), 1)
+    return [gate | {"budget": (capacity - together) ** 2 / len(gates)} for gate in gates]
 
 
 def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:

@@ -56,6 +56,10 @@ GATES: dict[str, tuple[dict[str, Any], list[tuple[float, float, float, bool]]]] 
         [(0.7, 1.5, 0.0, False), (0.7, 1.5, 2.0, True), (0.5, 1.0, 4.0, False), (0.3, 0.5, 6.0, True),
          (0.1, 0.5, 8.0, False)],
     ),
+    "layers": (
+        {"budget": "layers", "budget_lambda": 5.0, "noise": "none", "weight": "one", "input_gradient": "none"},
+        [(0.15, 1.0, 5.0, False)] * 5,
+    ),
     "batch-all": (
         {"budget": "batch", "gradient": "all", "budget_lambda": 5.0, "init_bias": 1.0}, [(0.15, 1.0, 5.0, True)] * 5
     ),
@@ -236,6 +240,7 @@ CI_CASES = [
     Case("taipan", pipeline=2, zero=1, micro_batch=2, recompute="selective", gate="batch-all"),
     Case("taipan", tensor=2, pipeline=2, zero=1, gate="anneal"),
     Case("taipan", tensor=2, data=2, zero=3, micro_batch=2, gate="anneal"),
+    Case("taipan", pipeline=2, zero=1, gate="layers"),
 ]
 
 # More processes than the others are drawn for.
@@ -329,7 +334,7 @@ def reference(case: Case, setting: Setting) -> Trace:
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     watch_gates(model, trace.selections, now)
-    of_batch = config.model.gate.budget == "batch"
+    budget = config.model.gate.budget
     shares = [0.0] * config.model.letters.count("S")
     for step in range(setting.steps):
         capacity, tau, weight, every = GATES[case.gate][1][step]
@@ -342,12 +347,17 @@ def reference(case: Case, setting: Setting) -> Trace:
             gate=torch.tensor([capacity, tau, weight, every, *shares], device=setting.device),
         )  # fmt: skip
         loss, shown = out.loss, out.loss.item()
-        if of_batch:  # (C - share)^2 of the whole batch, its derivative with the share of the step before (C at first)
+        if (
+            budget != "row"
+        ):  # (C - share)^2 of the whole batch, its derivative with the share of the step before (C at first)
             now_selected = [m.mean() for m in now["m"]]
+            if budget == "layers":  # one share of all layers
+                now_selected = [sum(now_selected) / len(now_selected)]
+                shares = [sum(shares) / len(shares)]
             before = shares if step else [capacity] * len(shares)
             loss = out.ce_loss + weight * sum(2 * (b - capacity) * m for b, m in zip(before, now_selected, strict=True))
-            shares = [m.item() for m in now_selected]
-            shown = out.ce_loss.item() + weight * sum((capacity - s) ** 2 for s in shares)
+            shares = [m.item() for m in now_selected] * (len(now["m"]) if budget == "layers" else 1)
+            shown = out.ce_loss.item() + weight * sum((capacity - m.item()) ** 2 for m in now_selected)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)

@@ -231,3 +231,13 @@ def test_a_told_network_follows_what_it_is_told_and_an_untold_one_the_end_of_its
     for x, y in zip(*gradients, strict=True):
         close(x, y, 1e-6)
     assert not torch.allclose(gradients[0][0], a)
+
+
+def test_layers_share_a_budget():
+    model = small_model("M S S", gate={"budget": "layers", "capacity": 0.4})
+    gates, u = [layer.gate for layer in model.layers[1:]], hidden()
+    shares = torch.tensor([0.9, 0.3], dtype=torch.float64)
+    losses = [gate(u, context(shares=shares)).budget_loss for gate in gates]
+    for gate, loss in zip(gates, losses, strict=True):  # the derivative of (0.4 - mean of both)^2 at 0.6
+        found = torch.autograd.grad(loss, u, retain_graph=True)[0]
+        close(found, torch.autograd.grad(2 * (0.6 - 0.4) * gate(u, context()).m.mean() / 2, u)[0], 1e-12)

@@ -89,7 +89,9 @@ def test_a_step_tells_the_gates_where_their_schedules_stand():
         gradient_share=0.5,
     )  # fmt: skip
     first = gate_step(gate, 0, 100, [], 2)
-    assert first.vector() == [0.5, 1.0, 0.0, 0.0, 0.5, 0.5] and first.of_batch  # no share yet: C, so nothing pulls
+    assert (
+        first.vector() == [0.5, 1.0, 0.0, 0.0, 0.5, 0.5] and first.budget == "batch"
+    )  # no share yet: C, so nothing pulls
     assert gate_step(gate, 51, 100, [0.2, 0.9], 2).vector() == pytest.approx([0.31625, 1.0, 2.04, 1.0, 0.2, 0.9])
     assert describe_gate(gate, 200) == (
         "capacity 0.5 until step 60, linear to 0.15 at step 140, budget_lambda 0 until step 0, linear to 4 at step 100"
