@@ -19,7 +19,7 @@ FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 
 def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run, by dotted name. The layout is free to change."""
-    tree: dict[str, Any] = {"model": config.model.model_dump(mode="json")}
+    tree: dict[str, Any] = {}
     tree["train"] = {"seed": config.train.seed, "precision": config.train.precision}
     tree["data"] = {
         "fingerprint": data_fingerprint,
@@ -27,7 +27,13 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "seed": config.data.seed,
         "mask_documents": config.data.mask_documents,
     }
-    return {name: value for name, value in flatten(tree).items() if not is_free(name)}
+    return network_settings(config.model) | flatten(tree)
+
+
+def network_settings(model: ModelConfig) -> dict[str, Any]:
+    """What decides about the parameters and about what the network computes with them, by dotted name."""
+    flat = flatten({"model": model.model_dump(mode="json")})
+    return {name: value for name, value in flat.items() if not is_free(name)}
 
 
 def is_free(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_taipan.checkpoint.identity import network_settings
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.checkpoint.weights import Weights, open_weights
 from megatron_taipan.config import ModelConfig
@@ -39,8 +40,11 @@ class Network(Protocol):
 
 
 @torch.no_grad()
-def load_weights(model: Network, path: Path) -> None:
+def load_weights(model: Network, path: Path) -> list[str]:
     """Fills a model, or one tensor rank's part of it, with weights of any kind, one tensor at a time.
+
+    Returns:
+        Settings in which the weights' network computes something else than this model, as `name: X, this run Y`.
 
     Raises:
         UserError: the weights' network has other layers or sizes.
@@ -60,3 +64,7 @@ def load_weights(model: Network, path: Path) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = weights.load(name)
         tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)
+    before, now = (network_settings(network) for network in (weights.network, model.config))
+    unlike = [name for name, value in before.items() if now.get(name) != value and name != "model.pattern"]
+    # what decided about initial values decides no more
+    return [f"{name}: {before[name]}, this run {now.get(name)}" for name in unlike if "init" not in name]

@@ -66,7 +66,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         found = agree(lambda: find_checkpoint(config))
         ops = agree(lambda: pick_ops(config.ops.backend))
         model = agree(lambda: build_model(config, groups, ops))
-        agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else None)
+        unlike = agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else [])
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
         engine = agree(lambda: build_engine(model, config, groups, device))
         set_timeouts(p.timeout_s)
@@ -106,6 +106,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         if plan := describe_gate(config.model.gate, progress.run_steps):
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
+        if unlike:
+            metrics.note("init", f"the network of checkpoint.init={c.init} computed otherwise: {'; '.join(unlike)}")
         for change in loaded.changes:
             metrics.note("changed", f"from here on {change}")
 

@@ -71,6 +71,18 @@ def test_weights_of_another_network_are_refused(tmp_path, changes, words):
         load_weights(Taipan(ours), tmp_path / "weights")
 
 
+def test_weights_for_a_network_that_computes_otherwise_are_taken_and_that_is_told(tmp_path):
+    theirs = toy_config("none").model
+    write_weights(tmp_path / "weights", Taipan(theirs))
+    assert load_weights(Taipan(theirs), tmp_path / "weights") == []
+    gate = theirs.gate.model_copy(update={"refinement": "add", "init_bias": 2.0, "capacity": 0.3})
+    ours = theirs.model_copy(update={"gate": gate, "norm_eps": 1e-6, "pattern": "M S | M A"})
+    assert load_weights(Taipan(ours), tmp_path / "weights") == [
+        "model.norm_eps: 1e-05, this run 1e-06",
+        "model.gate.refinement: replace, this run add",
+    ]
+
+
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json cannot be read"):
         open_weights(tmp_path)
