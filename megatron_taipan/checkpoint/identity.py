@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.config import Config, ModelConfig, yaml_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.pattern import parse_pattern
 from megatron_taipan.section import Section
 
 # Options that may change on a resume although they stand in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
-# trained, and a change of them is said (`changed_settings`).
-TRAINING = tuple(
-    f"model.gate.{name}"
-    for name in ("capacity", "tau", "budget_lambda", "budget", "input_gradient", "gradient", "gradient_share")
-)
+# trained. What has changed is said (`changed_settings`).
+SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
+TRAINING = (*SCHEDULED, *(f"model.gate.{name}" for name in ("budget", "input_gradient", "gradient", "gradient_share")))
 FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 
 
@@ -42,16 +40,19 @@ def is_free(name: str) -> bool:
 
 
 def changed_settings(saved: Config, ours: Config) -> list[str]:
-    """Every setting of the gates' training that differs, as `name: checkpoint has X, this run Y`."""
-    before, now = ({name: getattr(c.model.gate, name.split(".")[-1]) for name in TRAINING} for c in (saved, ours))
-    return [f"{n}: checkpoint has {before[n]}, this run {now[n]}" for n in TRAINING if before[n] != now[n]]
+    """Every option that differs, as `name: X, this run Y`; a schedule is one option."""
+    before, now = (flatten(c.model_dump(mode="json"), whole=SCHEDULED) for c in (saved, ours))
+    changed = [name for name in [*before, *(n for n in now if n not in before)] if before.get(name) != now.get(name)]
+    return [f"{name}: {yaml_text(before.get(name))}, this run {yaml_text(now.get(name))}" for name in changed]
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary with dotted names."""
+def flatten(tree: dict[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A nested dictionary with dotted names; those in `whole` are not taken apart."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        name = prefix + key
+        apart = isinstance(value, dict) and name not in whole
+        flat |= flatten(value, f"{name}.", whole) if apart else {name: value}
     return flat
 
 

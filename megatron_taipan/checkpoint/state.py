@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.identity import changed_settings, refuse_other_run
+from megatron_taipan.checkpoint.identity import refuse_other_run
 from megatron_taipan.checkpoint.pieces import (
     KINDS,
     buffers,
@@ -47,7 +47,7 @@ class Loaded:
 
     progress: Progress
     random: dict[str, Tensor]  # states of this rank's random number generators, see randomness.py
-    changes: list[str] = field(default_factory=list)  # settings of training that differ from the checkpoint's
+    config: Config | None = None  # the checkpoint's
 
 
 def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Loaded:
@@ -76,5 +76,4 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     for name, value in buffers(engine.module):
         value.copy_(reader.buffer(name))
     spread_masters(engine)
-    changes = changed_settings(saved, config)
-    return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()), changes)
+    return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()), saved)

@@ -14,7 +14,7 @@ import torch
 from megatron_taipan.checkpoint import state
 from megatron_taipan.checkpoint.choice import find_checkpoint, rewind_target
 from megatron_taipan.checkpoint.folder import remove_leftovers, remove_taken_back
-from megatron_taipan.checkpoint.identity import identity
+from megatron_taipan.checkpoint.identity import changed_settings, identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
@@ -35,7 +35,7 @@ from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
 from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
-from megatron_taipan.train.schedule import describe_gate, gate_step, learning_rate
+from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
@@ -108,8 +108,11 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
         if unlike:
             metrics.note("init", f"the network of checkpoint.init={c.init} computed otherwise: {'; '.join(unlike)}")
-        for change in loaded.changes:
-            metrics.note("changed", f"from here on {change}")
+        if loaded.config is not None:
+            for change in changed_settings(loaded.config, config):
+                metrics.note("changed", f"differs from the checkpoint's {change}")
+            for jump in jumps(loaded.config, config, progress.step, progress.run_steps):
+                metrics.note("jump", f"at step {progress.step + 1} this start takes {jump}")
 
         def validate() -> None:
             if valid_data is not None:

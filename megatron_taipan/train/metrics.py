@@ -20,6 +20,9 @@ from megatron_taipan.train.step import StepResult
 from megatron_taipan.train.summary import Summary, duration, unfinished_run
 
 
+WARNINGS = ("alarm", "warning", "jump", "spike", "skipped")  # events of a run that its owner should look at
+
+
 class Metrics:
     """Rank 0 writes everything; the other ranks a text file each.
 
@@ -170,7 +173,7 @@ class Metrics:
     def note(self, event: str, text: str, **values: Any) -> None:
         """Records anything else that a reader of the log should know, and says it."""
         self._write({"event": event, "step": self.step, "text": text, **values})
-        self._line(text, level=logging.WARNING if event in ("alarm", "warning", "spike", "skipped") else logging.INFO)
+        self._line(text, level=logging.WARNING if event in WARNINGS else logging.INFO)
 
     def _left(self) -> str:
         return duration((self.step_seconds or 0) * max(self.end - self.step, 0))

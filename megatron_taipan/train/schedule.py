@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from megatron_taipan.config import OptimConfig
+from megatron_taipan.config import Config, OptimConfig
 from megatron_taipan.gate_config import GateConfig, Schedule
 from megatron_taipan.model.gate_settings import computes_every_query
+
+GATE_SCHEDULES = ("capacity", "tau", "budget_lambda")
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
@@ -75,7 +77,7 @@ def gate_step(gate: GateConfig, step: int, run_steps: int, shares: list[float], 
 def describe_gate(gate: GateConfig, run_steps: int) -> str:
     """The schedules with their steps, for the log; empty where all is constant."""
     parts = []
-    for name in ("capacity", "tau", "budget_lambda"):
+    for name in GATE_SCHEDULES:
         value = getattr(gate, name)
         if isinstance(value, Schedule):
             first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
@@ -83,3 +85,23 @@ def describe_gate(gate: GateConfig, run_steps: int) -> str:
                 f"{name} {value.start:g} until step {first:g}, {value.shape} to {value.end:g} at step {last:g}"
             )
     return ", ".join(parts)
+
+
+def jumps(before: Config, now: Config, step: int, run_steps: int) -> list[str]:
+    """What would be another value at this step by the other configuration's schedules, as `name from X to Y`.
+
+    Args:
+        before: the checkpoint's configuration; now: of the run that resumes it.
+        step, run_steps: as for `scheduled`, where the run goes on.
+    """
+    values = [
+        {
+            "the learning rate": learning_rate(step, config.optim, config.train.steps),
+            **{f"model.gate.{n}": scheduled(getattr(config.model.gate, n), step, run_steps) for n in GATE_SCHEDULES},
+        }
+        for config in (before, now)
+    ]
+    pairs = [(name, value, values[1][name]) for name, value in values[0].items()]
+    return [
+        f"{name} from {old:.4g} to {new:.4g}" for name, old, new in pairs if not math.isclose(old, new, rel_tol=1e-3)
+    ]

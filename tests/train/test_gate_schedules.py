@@ -62,7 +62,18 @@ def test_a_longer_run_keeps_the_steps_and_says_so(results):
 def test_other_settings_of_training_are_taken_and_said_another_network_is_refused(results):
     directory, statuses = results
     said = [r["text"] for r in log(directory, "changed")]
-    assert len(said) == 2
-    assert said[0].startswith("from here on model.gate.capacity: checkpoint has start=0.9") and "run 0.4" in said[0]
-    assert said[1] == "from here on model.gate.budget: checkpoint has batch, this run row"
+    assert said[:2] == [
+        f"differs from the checkpoint's train.{x}" for x in ("steps: 8, this run 20", "stop_at: 3, this run 6")
+    ]
+    plan = "{after: 0.25, end: 0.1, shape: linear, start: 0.9, until: 0.75}"
+    assert said[2:] == [
+        f"differs from the checkpoint's {x}"
+        for x in (
+            f"model.gate.capacity: {plan}, this run 0.4", "model.gate.budget: batch, this run row",
+            "train.stop_at: 6, this run 7",
+        )
+    ]  # fmt: skip
+    warned = [r["text"] for r in log(directory, "jump")]
+    assert warned[0].startswith("at step 4 this start takes the learning rate from ")  # the cosine of 20 steps
+    assert warned[1:] == ["at step 7 this start takes model.gate.capacity from 0.1 to 0.4"]
     assert "model.gate.refinement: checkpoint has replace, this run add" in statuses[3]
