@@ -79,8 +79,8 @@ def test_mamba_ssm_names_with_padded_vocabulary(tmp_path, source, capsys):
     for name in ("backbone.embedding.weight", "lm_head.weight"):
         state[name] = torch.cat([state[name], torch.zeros(6, 24)])
     torch.save(state, folder / "pytorch_model.bin")
-    settings = {"d_model": 24, "n_layer": 3, "vocab_size": 50, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [],
-                "rms_norm": True, "tie_embeddings": True}  # fmt: skip
+    settings = {"d_model": 24, "n_layer": 3, "vocab_size": 50, "attn_layer_idx": [], "rms_norm": True,
+                "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 8}, "tie_embeddings": True}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings))
     assert import_mamba2.main([str(folder), str(tmp_path / "out"), *write_config(tmp_path / "c.yaml")]) == 0
     ours, _, _ = load_model(tmp_path / "out")
@@ -113,11 +113,11 @@ def test_hybrid_takes_blocks_in_order_and_draws_the_rest(tmp_path, source, capsy
 @pytest.mark.parametrize(
     ("changes", "model", "words"),
     [
-        ({}, {"mamba": SIZES | {"d_state": 16}}, "118 rows, the target needs 134"),
+        ({}, {"mamba": SIZES | {"d_state": 16}}, r"mamba\.d_state=8; the target has 16"),
         ({}, {"vocab_size": 60}, r"\[60, 24\] in the target, \[50, 24\]"),
-        ({}, {"norm_eps": 1e-6}, "layer_norm_epsilon"),
-        ({"n_groups": 2}, {"mamba": SIZES | {"n_groups": 2}}, "n_groups=2"),
-        ({"time_step_limit": (0.01, 1.0)}, {}, "limits the time step"),
+        ({}, {"norm_eps": 1e-6}, "norm_eps=1e-05; the target has 1e-06"),
+        ({"n_groups": 2, "state_size": 4}, {}, "d_state=4, mamba.n_groups=2; the target has 8, 1"),  # as many rows
+        ({"time_step_limit": (0.01, 1.0)}, {}, r"time_step_limit=\[0.01, 1.0\] .*\(0.0, inf\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, capsys, changes, model, words):
@@ -136,10 +136,10 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path, source, capsys):
     whole = load_file(file)
     arguments = [str(source[1]), str(tmp_path / "ours"), *write_config(tmp_path / "c.yaml")]
     for missing, words in (
-        ("backbone.layers.2.", "2 of the 3 layers"),
-        ("backbone.layers.1.mixer.D", "holds no backbone.layers.1.mixer.D"),
-        ("backbone.norm_f", "holds no backbone.norm_f.weight"),
-        ("backbone.embeddings", "holds no backbone.embedding"),
+        ("backbone.layers.2.", "lacks 9 tensors"),
+        ("backbone.layers.1.mixer.D", "lacks 1 tensors that its config.json calls for (backbone.layers.1.mixer.D)"),
+        ("backbone.norm_f", "(backbone.norm_f.weight)"),
+        ("backbone.embeddings", "backbone.embeddings.weight"),
     ):
         save_file({name: tensor for name, tensor in whole.items() if not name.startswith(missing)}, file)
         assert import_mamba2.main(arguments) == 2
@@ -152,7 +152,7 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):
             return (print, ("executed",))
 
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs/config.json").write_text("{}")
+    (tmp_path / "theirs/config.json").write_text('{"d_model": 24}')
     torch.save({"backbone.layers.0.norm.weight": Evil()}, tmp_path / "theirs/pytorch_model.bin")
     arguments = [str(tmp_path / "theirs"), str(tmp_path / "out"), *write_config(tmp_path / "c.yaml")]
     assert import_mamba2.main(arguments) == 2
