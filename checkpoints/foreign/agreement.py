@@ -21,6 +21,8 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 
 CHUNK = 16  # tokens of a chunk of the scan: the prompt crosses several
+# With rescale_prenorm_residual, which is about initial weights, transformers 5.23 scales loaded ones down as well.
+CHANGES = {"chunk_size": CHUNK, "rescale_prenorm_residual": False}
 
 
 class Answer(NamedTuple):
@@ -71,7 +73,7 @@ def our_logits(network: ModelConfig, load: Read, tokens: Tensor) -> Tensor:
 
 def transformers_answer(folder: Path, name: str, tokens: Tensor) -> Answer:
     """What transformers' class `name` computes from the folder itself."""
-    return _answer(load_model(folder, name, {"chunk_size": CHUNK}), tokens)
+    return _answer(load_model(folder, name, CHANGES), tokens)
 
 
 def mamba_ssm_answer(network: ModelConfig, shapes: Shapes, read: Read, tokens: Tensor) -> Answer:
