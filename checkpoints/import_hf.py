@@ -71,7 +71,7 @@ def exported_source(weights: Weights, target: ModelConfig) -> Source:
         return weights.load("embedding.weight" if separated and name == "head.weight" else name)
 
     def ask(tokens: torch.Tensor) -> Answer:
-        return Answer(f"{folder}", our_logits(network, load, tokens))
+        return Answer(f"{folder}", our_logits(network, load, tokens, torch.float64))
 
     check = partial(compare, network, min(target.vocab_size, network.vocab_size), ask)
     return Source(network.letters, shapes, load, check, notes)

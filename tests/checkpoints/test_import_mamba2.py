@@ -102,7 +102,7 @@ def test_mamba_ssm_names_with_padded_vocabulary(tmp_path, source, capsys):
     logits_agree(ours, model)
     out = capsys.readouterr().out
     assert "embedding.weight: the first 50 of 56 rows" in out and "lm_head.weight repeats backbone.embedding" in out
-    assert re.search("logits agree with those of Mamba2ForCausalLM of transformers .* to .*e-0[678]", out)
+    assert re.search("logits agree with those of Mamba2ForCausalLM of transformers .* to .*e-0[678] ", out)
 
 
 @pytest.mark.parametrize("library", ["transformers", "mamba_ssm"])
@@ -287,6 +287,20 @@ def test_a_tensor_that_is_written_wrongly_is_noticed(tmp_path, source, capsys, m
     arguments = [str(folder), str(tmp_path / "out"), *write_config(tmp_path / "c.yaml", "M M S M")]
     assert import_mamba2.main(arguments) == 2
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("library", ["transformers", "mamba_ssm"])
+def test_where_transformers_cannot_compute_it_that_is_said(tmp_path, capsys, monkeypatch, library):
+    """Older releases have one gated norm for all groups."""
+    monkeypatch.setattr("checkpoints.foreign.agreement._norms_groups", lambda model: False)
+    model = their_model(n_groups=2)
+    if library == "transformers":
+        model.save_pretrained(tmp_path / "theirs")
+    else:
+        write_mamba_ssm(tmp_path / "theirs", model)
+    arguments = write_config(tmp_path / "c.yaml", mamba=SIZES | {"n_groups": 2})
+    assert import_mamba2.main([str(tmp_path / "theirs"), str(tmp_path / "out"), *arguments]) == 0
+    assert "the logits were NOT compared with another implementation: Mamba2ForCausalLM" in capsys.readouterr().out
 
 
 def test_tensors_without_a_place_are_refused(tmp_path, source, capsys):
