@@ -17,7 +17,7 @@ from checkpoints.foreign.settings import FREE_IN_TRANSFORMERS, Rules, Settings, 
 from checkpoints.transplant import Source, refuse_other_options
 from megatron_taipan.config import ModelConfig
 
-MAMBA_LAYERS = ("linear_attention", "mamba")  # the second in files of transformers before 5.20
+MAMBA_LAYERS = ("linear_attention", "mamba")  # the second in older files
 # Of Mamba-2 layers, none of which is left where these are passed over:
 MAMBA_OPTIONS = {
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
@@ -31,11 +31,11 @@ FREE = FREE_IN_TRANSFORMERS | MAMBA_OPTIONS | {
     "attention_dropout",  # in training only
     "max_position_embeddings",  # RoPE of type default does not depend on it
 }  # fmt: skip
+MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
 GRANITE = Rules(
     taken=frozenset(SHARED | {
-        "shared_intermediate_size", "layer_types", "embedding_multiplier", "logits_scaling", "residual_multiplier",
-        "attention_multiplier",
+        "shared_intermediate_size", "layer_types", *MULTIPLIERS,
     }),
     only={
         "hidden_act": ("silu", "swish"),
@@ -63,7 +63,8 @@ def from_granite(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) 
         UserError: naming every difference from a stack of `A` layers, or tensors that are missing or left over.
     """
     settings, defaults = read_config(folder, "granitemoehybrid")
-    kinds = settings["layer_types"]
+    refuse(folder, [f"{name}={settings[name]!r}" for name in MULTIPLIERS if not settings[name]])
+    kinds = settings["layer_types"] or ["mamba"] * settings["num_hidden_layers"]
     s = _refuse_differences(folder, settings, defaults, GRANITE, kinds, "shared_mlp")
     network = _network(folder, target, s, s["shared_intermediate_size"])
     names = Names(folder, shapes, read)

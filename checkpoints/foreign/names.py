@@ -62,8 +62,8 @@ class Names:
             UserError: the settings say tied and the file holds two matrices, or the target is tied and the source not.
         """
         self.whole("embedding.weight", embedding, scale[0])
-        if head not in self.shapes and not tied or embedding not in self.shapes:
-            self._there(head)
+        complete = (tied or self._there(head)) and embedding in self.shapes
+        if not complete:
             return
         same = head not in self.shapes or torch.equal(self.read(head), self.read(embedding))
         if tied and not same:

@@ -108,6 +108,7 @@ def test_bamba_of_attention_layers_whose_heads_turn_as_a_whole(tmp_path, run):
          r"layers 0,2 are Mamba-2 with an MLP behind \(shared_mlp\), and M has none"),
         (lambda: granite(position_embedding_type="nope"), "position_embedding_type='nope'"),
         (lambda: granite(num_local_experts=2), "num_local_experts=2"),
+        (lambda: granite(logits_scaling=0), "logits_scaling=0"),
         (lambda: granite(hidden_act="gelu"), "hidden_act='gelu'"),
         (lambda: granite(attention_bias=True), "attention_bias=True"),
         (lambda: granite(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}), "rope_type='linear'"),
