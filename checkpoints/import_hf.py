@@ -1,17 +1,26 @@
 """`python -m checkpoints.import_hf FOLDER OUT [--config FILE]`: weights of an exported model for a new run.
 
 Without --config the network stays the same and the exported folder itself would do as `checkpoint.init`; with it the
-weights go into another pattern (layers match by letter), and the report says what is new.
+weights go into another pattern (layers match by letter), and the report says what is new, what was left and which
+options compute something else. What is written is read again: the folder's network gives the same logits with it.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from checkpoints.transplant import Source, transplant
-from megatron_taipan.checkpoint.weights import open_weights
-from megatron_taipan.config import load_config
+import torch
+
+from checkpoints.foreign.agreement import Answer, compare, our_logits
+from checkpoints.transplant import Source, other_options, transplant
+from megatron_taipan.checkpoint.weights import Weights, open_weights
+from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.model.taipan import Taipan
+
+# Options with which the same weights are another sensible network; all others say how the weights are to be read.
+CHOICES = ("norm_eps", "attention.window", "attention.rope_theta", "gate.refinement", "gate.weight")
 
 
 @exits_cleanly
@@ -27,13 +36,64 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{' '.join(options.overrides)}: options override a configuration; pass --config FILE")
     weights = open_weights(options.folder)
     config = load_config(options.config, options.overrides) if options.config else None
-    source = Source(weights.network.letters, {name: weights.shape(name) for name in weights.names()}, weights.load)
     target = config.model if config else weights.network
+    source = exported_source(weights, target)
     with writing(options.out):
         report = transplant(target, source, options.out, config.train.seed if config else 0)
     print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0
+
+
+def exported_source(weights: Weights, target: ModelConfig) -> Source:
+    """The tensors of an exported folder.
+
+    Raises:
+        UserError: it holds others than its network has, or the target would read them otherwise.
+    """
+    folder, network = weights.path, weights.network
+    refuse_unknown_tensors(weights)
+    shapes = {name: weights.shape(name) for name in weights.names()}
+    other = other_options(network, target)
+    wrong = [name for name in other if name not in CHOICES]
+    if wrong:
+        listed = ", ".join(f"{name}={other[name][0]} (the target has {other[name][1]})" for name in wrong)
+        raise UserError(f"{folder} has {listed}; set the model's options to the source's")
+    notes = [f"{name}: {theirs} in the source, {ours} in the target" for name, (theirs, ours) in other.items()]
+    if target.tie_embeddings and not network.tie_embeddings:
+        raise UserError(f"{folder} has a head of its own; set model.tie_embeddings=false")
+    separated = network.tie_embeddings and not target.tie_embeddings
+    if separated:  # the new head starts as what the source has for one, the embedding
+        shapes["head.weight"] = shapes["embedding.weight"]
+        network = network.model_copy(update={"tie_embeddings": False})
+
+    def load(name: str) -> torch.Tensor:
+        return weights.load("embedding.weight" if separated and name == "head.weight" else name)
+
+    def ask(tokens: torch.Tensor) -> Answer:
+        return Answer(f"{folder}", our_logits(network, load, tokens, torch.float64))
+
+    check = partial(compare, network, min(target.vocab_size, network.vocab_size), ask)
+    return Source(network.letters, shapes, load, check, notes)
+
+
+def refuse_unknown_tensors(weights: Weights) -> None:
+    """
+    Raises:
+        UserError: a tensor has no place in the folder's own network, or another shape than there.
+    """
+    with torch.device("meta"):
+        known = {name: tuple(tensor.shape) for name, tensor in Taipan(weights.network).state_dict().items()}
+    unknown = [name for name in weights.names() if name not in known]
+    if unknown:
+        raise UserError(
+            f"{weights.path} holds {len(unknown)} tensors that its network does not have: {', '.join(unknown[:6])}"
+        )
+    for name in weights.names():
+        if weights.shape(name) != known[name]:
+            raise UserError(
+                f"{weights.path}: {name} has shape {list(weights.shape(name))}, its network's is {list(known[name])}"
+            )
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints.export_hf import write_json
 from checkpoints.safetensors_files import write_sharded
-from megatron_taipan.checkpoint.weights import PREFIX
+from megatron_taipan.checkpoint.weights import PREFIX, open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.init import initial_value
@@ -31,6 +33,9 @@ class Source:
     letters: str  # one a layer
     shapes: dict[str, tuple[int, ...]]
     load: Callable[[str], Tensor]
+    # Compares the source's network, its weights given by a function, with another implementation; a line for the user.
+    check: Callable[[Callable[[str], Tensor]], str] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -59,14 +64,14 @@ def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Rep
     """Writes a folder of weights for `target` that `checkpoint.init` reads.
 
     Raises:
-        UserError: `out` exists, shapes disagree, or nothing could be taken.
+        UserError: `out` exists, shapes disagree, nothing could be taken, or the source's check fails.
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
     names, table = match_layers(target.letters, source.letters), describe(target)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Taipan(target).state_dict().items()}
-    report = Report(shapes, source.shapes)
+    report = Report(shapes, source.shapes, notes=[*source.notes])
     where = {name: rename(name, names) for name in shapes}
     for name, shape in shapes.items():
         theirs = source.shapes.get(where[name] or "")
@@ -75,7 +80,9 @@ def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Rep
         elif theirs == shape or _more_rows(name, theirs, shape):
             report.taken.append(name)
             if theirs != shape:
-                report.notes.append(f"{name}: the first {shape[0]} of {theirs[0]} rows (padding of the vocabulary)")
+                report.notes.append(
+                    f"{name}: the first {shape[0]} of {theirs[0]} rows; ids from {shape[0]} on are dropped"
+                )
         else:
             raise UserError(
                 f"{name} has shape {list(shape)} in the target, {list(theirs)} in the source ({where[name]}); set the"
@@ -101,11 +108,44 @@ def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Rep
     try:
         write_json(work / "config.json", {"model_type": "taipan", "network": target.model_dump(mode="json")})
         write_sharded(work, {PREFIX + name: (shape, torch.float32) for name, shape in shapes.items()}, load)
+        if source.check is not None:
+            report.notes.append(
+                source.check(_as_written(work, source, {where[name] or "": name for name in report.taken}))
+            )
         work.chmod(0o755)
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def other_options(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Options that change what a layer of the source computes and differ in the target: theirs and ours.
+
+    Only layers of kinds that both have matter. Vocabulary and head are compared by their tensors.
+    """
+    both = set(source.letters) & set(target.letters)
+    names = ["d_model", "norm_eps"]
+    if "M" in both:
+        names += [f"mamba.{name}" for name in ("d_state", "headdim", "expand", "n_groups", "d_conv", "conv_bias")]
+    if both & set("SWA"):
+        names += ["d_ff", "attention.n_heads", "n_kv_heads", "head_dim"]
+    names += ["attention.window"] * bool(both & set("SW")) + ["attention.rope_theta"] * ("A" in both)
+    names += ["gate.refinement", "gate.weight"] * ("S" in both)  # the gate's other options are of training
+    values = {name: (attrgetter(name)(source), attrgetter(name)(target)) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def refuse_other_options(folder: Path, source: ModelConfig, target: ModelConfig) -> None:
+    """
+    Raises:
+        UserError: the same weights would compute something else in the target; it names the options.
+    """
+    other = other_options(source, target)
+    if other:
+        theirs = ", ".join(f"{name}={pair[0]}" for name, pair in other.items())
+        ours = ", ".join(str(pair[1]) for pair in other.values())
+        raise UserError(f"{folder} has {theirs}; the target has {ours}. Set the model's options to the source's")
 
 
 def match_layers(target: str, source: str) -> dict[int, int]:
@@ -142,6 +182,16 @@ def group_layers(names: list[str]) -> list[str]:
     for index, rests in parts.items():
         alike.setdefault(tuple(rests), []).append(index)
     return lines + [f"layers.{{{','.join(map(str, at))}}}: {', '.join(rests)}" for rests, at in alike.items()]
+
+
+def _as_written(folder: Path, source: Source, taken: dict[str, str]) -> Callable[[str], Tensor]:
+    """The source's tensors by its names: what was taken, as the written files have it, and the rest as it is.
+
+    Args:
+        taken: name in the source to name in the folder.
+    """
+    written = open_weights(folder)
+    return lambda name: written.load(taken[name]) if name in taken else source.load(name)
 
 
 def _more_rows(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:

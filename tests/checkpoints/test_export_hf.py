@@ -310,7 +310,7 @@ def test_what_cannot_be_written_is_one_line(program, tmp_path, monkeypatch, caps
         (tmp_path / "c.yaml").write_text(dump_config(state.config))
         options = ["--config", str(tmp_path / "c.yaml")]
         tensors = Source("MS", shapes_of(state), state.load)
-        monkeypatch.setattr("checkpoints.import_mamba2.mamba2_source", lambda *_: tensors)
+        monkeypatch.setattr("checkpoints.import_mamba2.open_source", lambda *_: tensors)
     run = importlib.import_module(f"checkpoints.{program}").main
     (tmp_path / "file").write_text("")
     assert run([str(source), str(tmp_path / "file/out"), *options]) == 2

@@ -1,0 +1,1 @@
+"""Weights of other libraries: reading their folders, judging their settings, and comparing what they compute."""
