@@ -19,7 +19,6 @@ from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import StepResult
 from megatron_taipan.train.summary import Summary, duration, unfinished_run
 
-
 WARNINGS = ("alarm", "warning", "jump", "spike", "skipped")  # events of a run that its owner should look at
 
 
