@@ -60,9 +60,15 @@ def _run(given: list[str], ahead: Ahead | None) -> int | None:
         command.set_defaults(run=module.run)
     args = parser.parse_args(given)
     args.ahead = ahead
+    from megatron_taipan.data import loss_mask  # not at the top: it takes time, and the tokenizer is read meanwhile
+
     output = getattr(args, "output", None)
     if output is not None and not os.path.basename(output):
         raise UserError(f"--output {output!r} ends without a name; add one")
+    if output is not None and output.endswith(loss_mask.SUFFIX):
+        raise UserError(
+            f"--output {output!r}: names that end in {loss_mask.SUFFIX} are those of loss masks; choose another"
+        )
     try:
         return args.run(args)
     except BrokenPipeError:

@@ -1,18 +1,43 @@
-"""The text of a structured record: one field, or several put into a template."""
+"""The text of a structured record: one field, or several put into a template, which may mark what of it is learned."""
 
 import argparse
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from string import Formatter
 
 from megatron_taipan.errors import UserError
 
-Extract = Callable[[object], str]  # the text of a parsed record; raises ValueError where there is none
+GENERATION, END = "generation", "endgeneration"  # the marks' names in the chat templates of transformers
+MARK = re.compile(r"\{\{|\{%\s*(.*?)\s*%\}", re.DOTALL)  # a mark's name; or a brace that is text, as in {{%
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A text of which parts are learned.
+
+    Attributes:
+        text: all of it.
+        borders: characters where a part ends and the next begins, rising; parts are by turns not learned (the first)
+            and learned. One border: a prompt and an answer.
+    """
+
+    text: str
+    borders: tuple[int, ...]
+
+
+Extract = Callable[[object], str | Marked]  # the text of a parsed record; raises ValueError where there is none
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say where the text stands."""
     parser.add_argument("--text-field", help="field of the text in JSON and parquet (default: text); dots go inside")
-    parser.add_argument("--template", help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'")
+    parser.add_argument(
+        "--template",
+        help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'; what stands between"
+        f" {{%% {GENERATION} %%}} and {{%% {END} %%}}, if anything does, is what training learns",
+    )
     parser.add_argument("--recipe", help="name or file of a recipe, which says field or template")
 
 
@@ -25,14 +50,24 @@ def extractor(args: argparse.Namespace) -> Extract:
     given = [name for name in ("text_field", "template", "recipe") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0].replace('_', '-')} and --{given[1]} exclude each other; give one")
-    if args.template:
-        return template_extractor(args.template.replace("\\n", "\n"))
+    template, field = _form(args)
+    return template_extractor(template) if template else field_extractor(field)
+
+
+def marks_learned(args: argparse.Namespace) -> bool:
+    """Whether the template marks what is learned: then every text is a `Marked`."""
+    template, _ = _form(args)
+    return len(spans(template)) > 1
+
+
+def _form(args: argparse.Namespace) -> tuple[str, str]:
+    """Template, empty where there is none, and field."""
     if args.recipe:
         from data_prep.recipes import load_recipe  # here, because a start without one need not read YAML
 
         recipe = load_recipe(args.recipe)
-        return template_extractor(recipe.template) if recipe.template else field_extractor(recipe.text_field)
-    return field_extractor(args.text_field or "text")
+        return recipe.template or "", recipe.text_field or ""
+    return (args.template or "").replace("\\n", "\n"), args.text_field or "text"
 
 
 def text_options(args: argparse.Namespace) -> dict[str, str]:
@@ -79,23 +114,65 @@ def field_extractor(field: str) -> Extract:
 
 
 def template_extractor(template: str) -> Extract:
-    """Fills `{field}` places with text or numbers; `{{` and `}}` are braces."""
+    """Fills `{field}` places with text or numbers; `{{` and `}}` are braces, marks say what is learned."""
     try:
-        parts = [(literal, field) for literal, field, *_ in Formatter().parse(template)]
+        parts = [[(literal, field) for literal, field, *_ in Formatter().parse(span)] for span in spans(template)]
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}") from error
-    if not any(field for _, field in parts):
+    if not any(field for part in parts for _, field in part):
         raise UserError(f"template {template!r} names no field; write them as {{field}}")
+    if len(parts) == 1:
+        return lambda record: _fill(parts[0], record)
 
-    def extract(record: object) -> str:
-        out = []
-        for literal, field in parts:
-            out.append(literal)
-            if field:
-                value = lookup(record, field)
-                if not isinstance(value, (str, int, float)):
-                    raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
-                out.append(str(value))
-        return "".join(out)
+    def extract(record: object) -> Marked:
+        texts = [_fill(part, record) for part in parts]
+        if not "".join(texts[1::2]).strip():
+            raise ValueError(f"nothing to learn: no text between {{% {GENERATION} %}} and {{% {END} %}}")
+        return Marked("".join(texts), borders(texts))
 
     return extract
+
+
+def _fill(part: list[tuple[str, str | None]], record: object) -> str:
+    """Literals, each with the field behind it, as text."""
+    out = []
+    for literal, field in part:
+        out.append(literal)
+        if field:
+            value = lookup(record, field)
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
+            out.append(str(value))
+    return "".join(out)
+
+
+def spans(template: str) -> list[str]:
+    """A template cut at its marks: by turns not learned (the first, maybe empty) and learned; whole where it has none.
+
+    Raises:
+        UserError: another mark than these two, or not in turns.
+    """
+    found: list[str] = []
+    begin = 0
+    for mark in MARK.finditer(template):
+        if mark[1] is None:
+            continue
+        if mark[1] != (END if len(found) % 2 else GENERATION):
+            raise UserError(
+                f"template {template!r}: {mark[0]} at character {mark.start()}; the marks are {{% {GENERATION} %}} and"
+                f" {{% {END} %}}, in turns"
+            )
+        found.append(template[begin : mark.start()])
+        begin = mark.end()
+    if len(found) % 2:
+        raise UserError(f"template {template!r}: {{% {END} %}} is missing")
+    return [*found, template[begin:]]
+
+
+def borders(texts: list[str]) -> tuple[int, ...]:
+    """Where, in texts that are by turns not learned and learned, one ends and the next begins; empty ones are none."""
+    turns: list[int] = []
+    for number, end in enumerate(accumulate(map(len, texts))):
+        if texts[number] and number % 2 != len(turns) % 2:
+            turns.append(end - len(texts[number]))
+    return tuple(turns)

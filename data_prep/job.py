@@ -26,6 +26,7 @@ class Job:
     eod: int | None  # id put after each document
     on_error: OnError
     allow_special: bool = False  # text may spell special tokens
+    marked: bool = False  # texts say which parts of them are learned: a loss mask is made
     report: Callable[[int, int, int], None] = lambda bytes, tokens, documents: None  # adds to the progress shown
 
     def part(self, number: int) -> str:

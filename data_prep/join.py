@@ -1,7 +1,8 @@
-"""Parts laid end to end into shards, while later parts are still made."""
+"""Parts laid end to end into shards, with their loss masks, while later parts are still made."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import xxhash
@@ -29,6 +30,7 @@ class Joiner:
         self.next = 0
         self.writers: list[ShardWriter] = []
         self.digests: list[xxhash.xxh3_128] = []  # of each shard's .bin
+        self.mask_digests: list[xxhash.xxh3_128] = []  # of its mask's
         self._open()
         self.unsynced = 0
         self.committed = False
@@ -62,16 +64,19 @@ class Joiner:
         """All parts were added; waits until their shards are on the disk.
 
         Returns:
-            of each shard: prefix, documents, tokens, checksum of the .bin.
+            of each shard: prefix, documents, tokens, checksum of the .bin, and of its mask's in `loss_mask`.
         """
         if self.next < len(self.job.pieces):
             raise RuntimeError(f"part {self.next} of {len(self.job.pieces)} was not added")
         for appended in self.appended:
             appended.result()
         self.writers[-1].close()
-        checksums = [digest.hexdigest() for digest in self.digests]
-        pairs = zip(self.writers, checksums, strict=True)
-        return [writer.about() | {"bin_xxh3_128": checksum} for writer, checksum in pairs]
+        shards = [writer.about() for writer in self.writers]
+        for number, shard in enumerate(shards):
+            shard["bin_xxh3_128"] = self.digests[number].hexdigest()
+            if self.job.marked:
+                shard["loss_mask"] = {"bin_xxh3_128": self.mask_digests[number].hexdigest()}
+        return shards
 
     def commit(self) -> None:
         """Gives the shards their names."""
@@ -81,14 +86,19 @@ class Joiner:
 
     def _open(self) -> None:
         prefix = self.output if self.shard_tokens is None else f"{self.output}-{len(self.writers):05d}"
-        self.writers.append(ShardWriter(prefix, self.job.dtype))
+        self.writers.append(ShardWriter(prefix, self.job.dtype, self.job.marked))
         self.digests.append(xxhash.xxh3_128())
+        self.mask_digests.append(xxhash.xxh3_128())
 
     def _append(self, number: int) -> None:
         lengths = np.fromfile(self.job.part(number) + ".len", "<i4")
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         begin, width = 0, self.job.dtype.itemsize
-        with open(self.job.part(number) + ".bin", "rb", buffering=0) as part:
+        with ExitStack() as stack:
+            part = stack.enter_context(open(self.job.part(number) + ".bin", "rb", buffering=0))
+            mask = None
+            if self.job.marked:
+                mask = stack.enter_context(open(self.job.part(number) + ".mask", "rb", buffering=0))
             while begin < len(lengths):
                 shard, end = self.writers[-1], len(lengths)
                 if self.shard_tokens is not None:
@@ -96,8 +106,10 @@ class Joiner:
                     end = max(begin, int(np.searchsorted(ends, room, "right")) - 1)
                     if end == begin and not shard.documents:
                         end = begin + 1  # a single document longer than a shard
-                shard.take(part, int(ends[begin]), lengths[begin:end])
+                shard.take(part, int(ends[begin]), lengths[begin:end], mask)
                 hash_into(self.digests[-1], part, int(ends[begin]) * width, int(ends[end]) * width)
+                if mask is not None:
+                    hash_into(self.mask_digests[-1], mask, int(ends[begin]), int(ends[end]))
                 begin = end
                 if begin < len(lengths):
                     shard.close()

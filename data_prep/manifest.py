@@ -9,6 +9,7 @@ import xxhash
 
 from data_prep.hashing import hash_file
 from data_prep.job import Job
+from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
 
 
@@ -52,7 +53,12 @@ def forget(prefix: str) -> None:
 
 
 def _paths(prefix: str, content: dict) -> list[str]:
-    return [os.path.join(os.path.dirname(prefix), shard["prefix"]) for shard in content["shards"]]
+    """The pairs that a manifest names, masks among them."""
+    pairs = []
+    for shard in content["shards"]:
+        pair = os.path.join(os.path.dirname(prefix), shard["prefix"])
+        pairs += [pair, pair + loss_mask.SUFFIX] if "loss_mask" in shard else [pair]
+    return pairs
 
 
 def concatenate(paths: list[str], target: str) -> None:
@@ -73,16 +79,15 @@ def describe(
     for piece, note in zip(job.pieces, notes, strict=True):
         for part, digest in zip(piece, note["input"], strict=True):
             hashes[part.path].update(bytes.fromhex(digest))
+    learned = {name: sum(note[name] for note in notes) for name in ("learned", "apart")} if job.marked else {}
     return {
         "format": "data_prep manifest 1",
         "documents": documents,
         "tokens": tokens,
+        **learned,  # tokens that the masks mark; documents with a border of what is learned within a token
         "text_bytes": text,
         "dtype": str(job.dtype),
-        "shards": [
-            {**shard, "prefix": os.path.basename(shard["prefix"]), "idx_xxh3_128": hash_file(shard["prefix"] + ".idx")}
-            for shard in shards
-        ],
+        "shards": [_described(shard) for shard in shards],
         "skipped": {"total": sum(problems.values()), "reasons": dict(sorted(problems.items()))},
         "tokenizer": {
             "name": tokenizer_name,
@@ -95,3 +100,12 @@ def describe(
         "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],
         "identity": identity,
     }
+
+
+def _described(shard: dict) -> dict:
+    """What a joiner tells of a shard, with the index's checksum and its mask's."""
+    prefix = shard["prefix"]
+    about = {**shard, "prefix": os.path.basename(prefix), "idx_xxh3_128": hash_file(prefix + ".idx")}
+    if "loss_mask" in shard:
+        about["loss_mask"] = shard["loss_mask"] | {"idx_xxh3_128": hash_file(prefix + loss_mask.SUFFIX + ".idx")}
+    return about

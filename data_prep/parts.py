@@ -1,4 +1,5 @@
-"""One piece of input becomes one part: tokens, document lengths, skipped records, and a note that says it is whole.
+"""One piece of input becomes one part: tokens, document lengths, a loss mask if texts are marked, skipped records,
+and a note that says it is whole.
 
 A part counts as done when its note (NNN.json) exists and the hashes in it fit the files: the note is written last and
 renamed into place, so a process killed at any instant leaves either a whole part or none.
@@ -13,6 +14,7 @@ import orjson
 
 from data_prep.hashing import HashedFile, hash_file, hash_slice
 from data_prep.job import Job
+from data_prep.learned import encode_marked
 from data_prep.long_text import BrokenText
 from data_prep.readers import Record, read
 from data_prep.windows import encode_stream
@@ -67,23 +69,36 @@ class _Part:
     def __init__(self, job: Job, path: str):
         self.job, self.path = job, path
         self.tokens_file, self.lengths_file = HashedFile(path + ".bin"), HashedFile(path + ".len")
+        self.mask_file = HashedFile(path + ".mask") if job.marked else None
         self.skipped_file: HashedFile | None = None  # most parts need none
         self.batch: list[Record] = []
         self.characters = 0
         self.documents = self.tokens = self.bytes = 0
+        self.learned = self.apart = 0  # tokens that the mask marks; documents with a border within a token
         self.problems: dict[str, int] = {}
 
     def counts(self) -> dict:
-        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.bytes, "problems": self.problems}
+        counts = {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.bytes}
+        learned = {"learned": self.learned, "apart": self.apart} if self.job.marked else {}
+        return {**counts, **learned, "problems": self.problems}
 
     def close(self) -> dict[str, str]:
         """The files' hashes by ending."""
-        files = {".bin": self.tokens_file, ".len": self.lengths_file, ".skipped": self.skipped_file}
+        files = {
+            ".bin": self.tokens_file,
+            ".len": self.lengths_file,
+            ".mask": self.mask_file,
+            ".skipped": self.skipped_file,
+        }
         return {ending: file.close() for ending, file in files.items() if file is not None}
 
     def add(self, record: Record) -> None:
         if record.problem:
             self._problem(record)
+            return
+        if self.job.marked and not record.borders:
+            problem = "document without learned parts: plain text has no fields for a template"
+            self._problem(Record(record.where, problem=problem, raw=record.raw or record.text.encode()))
             return
         if record.chunks is not None:
             self.flush()
@@ -99,16 +114,21 @@ class _Part:
         if not self.batch:
             return
         job = self.job
-        texts = [record.text for record in self.batch]
-        ids, counts = job.tokenizer.encode(texts)
+        ids, counts, mask = self._encoded()
         without = _without_text(ids, counts, job.tokenizer.special if job.allow_special else {})
-        if without.any():
-            for at in np.flatnonzero(without):
+        unlearned = without if mask is None else without | has_none(mask, counts)
+        if unlearned.any():
+            for at in np.flatnonzero(unlearned):
                 record = self.batch[at]
-                why = "document of special tokens only" if counts[at] else "document without tokens"
+                why = "of special tokens only" if without[at] else "without learned tokens"
+                why = f"document {why}" if counts[at] else "document without tokens"
                 self._problem(Record(record.where, problem=why, raw=record.text.encode()))
-            ids, counts = ids[~np.repeat(without, counts)], counts[~without]
+            inside = ~np.repeat(unlearned, counts)
+            ids, counts, mask = ids[inside], counts[~unlearned], None if mask is None else mask[inside]
         self._check_ids(self.batch[0].where, ids)
+        if mask is not None:
+            last = np.array([len(record.borders) % 2 for record in self.batch], np.uint8)[~unlearned]
+            self._write_mask(mask, counts, last)
         out, counts = with_ends(ids, counts, job.bos, job.eod, job.dtype)
         if len(counts):
             self._check_length(self.batch[0].where, int(counts.max()))
@@ -120,6 +140,26 @@ class _Part:
         self.bytes += size
         job.report(size, len(out), len(counts))
         self.batch, self.characters = [], 0
+
+    def _encoded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Ids of the batch, how many each document has, and which of them are learned, if texts say it."""
+        texts = [record.text for record in self.batch]
+        if not self.job.marked:
+            return *self.job.tokenizer.encode(texts), None
+        borders = [record.borders for record in self.batch]
+        ids, counts, mask, apart = encode_marked(self.job.tokenizer, texts, borders)
+        self.apart += apart
+        return ids, counts, mask
+
+    def _write_mask(self, mask: np.ndarray, counts: np.ndarray, last: np.ndarray) -> None:
+        """Writes what is learned of d documents: uint8 [n] of their text, and EOD where `last` [d] is, BOS never."""
+        assert self.mask_file is not None
+        bos, eod = (None if token is None else 0 for token in (self.job.bos, self.job.eod))
+        out, ended = with_ends(mask, counts, bos, eod, np.uint8)
+        if eod is not None:
+            out[np.cumsum(ended) - 1] = last
+        self.mask_file.write(out.data)
+        self.learned += int(out.sum(dtype=np.int64))
 
     def _long(self, record: Record) -> None:
         """Tokenizes and writes one document in chunks; if it turns out to be broken, what was written is taken back."""
@@ -192,11 +232,14 @@ class _Part:
 
 def _without_text(ids: np.ndarray, counts: np.ndarray, special: dict[int, str]) -> np.ndarray:
     """Which documents have no token (white space that the tokenizer drops) or none but special ones: bool [d]."""
-    if not special:
-        return counts == 0
-    plain = np.concatenate([[0], np.cumsum(~np.isin(ids, list(special)))])
+    return has_none(~np.isin(ids, list(special)), counts) if special else counts == 0
+
+
+def has_none(flags: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which documents have no token that is flagged: [n], int64 [d] -> bool [d]."""
+    before = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
     ends = np.cumsum(counts)
-    return plain[ends] == plain[ends - counts]
+    return before[ends] == before[ends - counts]
 
 
 def with_ends(

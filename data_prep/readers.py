@@ -10,7 +10,7 @@ from typing import cast
 
 import orjson
 
-from data_prep.extract import Extract
+from data_prep.extract import Extract, Marked
 from data_prep.inputs import Slice, kind_of
 from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, broken_json, decoded
 from megatron_taipan.errors import UserError
@@ -43,6 +43,7 @@ class Record:
     problem: str = ""
     raw: bytes = b""
     chunks: Iterator[str] | None = None
+    borders: tuple[int, ...] = ()  # of `text`, as in Marked; empty where nothing is marked
 
 
 def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator[Record]:
@@ -179,6 +180,8 @@ def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> R
     except ValueError as error:  # orjson's is one too
         broken = isinstance(error, orjson.JSONDecodeError)
         return Record(where, problem=broken_json(line.skeleton, error) if broken else str(error), raw=raw)
+    if isinstance(text, Marked):
+        return _too_long(where, raw) if line.marked(text.text) else _document(where, text, raw)
     if line.marked(text):
         return Record(where, raw=raw, chunks=line.chunks(text))
     return _document(where, text, raw)
@@ -271,18 +274,26 @@ def _row_batches(table):
     return table.iter_batches(batch_size=max(1, min(TABLE_ROWS, TABLE_BYTES // max(1, largest))))
 
 
-def _document(where: str, text: str, raw: bytes) -> Record:
+def _document(where: str, found: str | Marked, raw: bytes) -> Record:
+    text, borders = (found.text, found.borders) if isinstance(found, Marked) else (found, ())
     if not text:
         return Record(where, problem="empty document", raw=raw)
     if len(text) > LONG:
+        if borders:
+            return _too_long(where, raw[:KEPT])
         pieces = (text[at : at + BLOCK] for at in range(0, len(text), BLOCK))
         return Record(where, raw=raw[:KEPT], chunks=pieces)
     if text.isascii():
-        return Record(where, text, len(text))
+        return Record(where, text, len(text), borders=borders)
     try:
-        return Record(where, text, len(text.encode()))
+        return Record(where, text, len(text.encode()), borders=borders)
     except UnicodeEncodeError as error:  # half of a \\ud83d pair is no text that any tokenizer can take
         return Record(where, problem=f"invalid UTF-8: lone surrogate at character {error.start}", raw=raw)
+
+
+def _too_long(where: str, raw: bytes) -> Record:
+    """Windows know nothing of parts that are learned."""
+    return Record(where, problem=f"document too long: one with learned parts has at most {LONG} characters", raw=raw)
 
 
 def size_of(path: str) -> int:

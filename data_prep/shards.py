@@ -1,4 +1,5 @@
-"""Writing a .bin/.idx pair out of ranges of other .bin files; the bytes move inside the kernel."""
+"""Writing a .bin/.idx pair, with its loss mask if it has one, out of ranges of other .bin files; the bytes move inside
+the kernel."""
 
 import errno
 import os
@@ -9,28 +10,55 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep import manifest
+from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import CHUNK, MAX_SEQUENCE, IndexedReader, commit, sync_and_close, write_index
+from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.errors import UserError
 
 COPY_AT_ONCE = 1 << 30
+
+
+class Source:
+    """A pair whose documents are taken, with its loss mask where it has one. As a context manager it is open."""
+
+    def __init__(self, prefix: str):
+        self.reader = IndexedReader(prefix)
+        self.mask = find_mask(self.reader)
+
+    def __enter__(self) -> "Source":
+        self.bin = open(self.reader.prefix + ".bin", "rb")
+        self.mask_bin = open(self.mask.prefix + ".bin", "rb") if self.mask else None
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in (self.bin, self.mask_bin):
+            if file is not None:
+                file.close()
 
 
 class ShardWriter:
     """One pair in the making, under temporary names until `commit`; one sequence a document.
 
     As a context manager it removes what was not committed.
+
+    Args:
+        masked: it has a loss mask, which another writer writes.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype):
+    def __init__(self, prefix: str, dtype: np.dtype, masked: bool = False):
         self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.mask = ShardWriter(prefix + loss_mask.SUFFIX, loss_mask.DTYPE) if masked else None
         self.documents = self.tokens = 0
         self.committed = False
         os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
         self.bin = open(prefix + ".bin.partial", "wb")
         self.lengths = open(prefix + ".len.partial", "wb")
 
-    def take(self, source: BinaryIO, start: int, lengths: np.ndarray) -> None:
-        """Appends documents of `lengths` tokens that lie back to back from token `start` of an open .bin."""
+    def take(self, source: BinaryIO, start: int, lengths: np.ndarray, mask: BinaryIO | None = None) -> None:
+        """Appends documents of `lengths` tokens that lie back to back from token `start` of an open .bin and `mask`."""
+        if self.mask is not None:
+            assert mask is not None
+            self.mask.take(mask, start, lengths)
         count = int(lengths.sum(dtype=np.int64))
         if len(lengths) and int(lengths.max()) > MAX_SEQUENCE:
             raise UserError(f"a document of {int(lengths.max())} tokens is longer than the format's {MAX_SEQUENCE}")
@@ -39,21 +67,32 @@ class ShardWriter:
         self.documents += len(lengths)
         self.tokens += count
 
-    def take_documents(self, reader: IndexedReader, source: BinaryIO, first: int, last: int) -> None:
-        """Appends documents [first, last) of an indexed file, in pieces."""
+    def take_documents(self, source: Source, first: int, last: int) -> None:
+        """Appends documents [first, last) of a pair, in pieces."""
         for at in range(first, last, CHUNK):
-            starts = reader.starts(np.arange(at, min(at + CHUNK, last) + 1))
-            self.take(source, int(starts[0]), np.diff(starts))
+            starts = source.reader.starts(np.arange(at, min(at + CHUNK, last) + 1))
+            self.take(source.bin, int(starts[0]), np.diff(starts), source.mask_bin)
 
     def close(self) -> None:
         """Everything is written: the pair goes to the disk, still under its temporary names."""
+        if self.mask is not None:
+            self.mask.close()
         self.lengths.close()
         sync_and_close(self.bin)
         write_index(self.prefix + ".idx.partial", self.dtype, self.prefix + ".len.partial")
 
     def commit(self) -> None:
-        """Names the pair; a manifest of what stood there describes it no longer."""
+        """Names the pair; a manifest or a mask of what stood there describes it no longer.
+
+        The mask gets its name first: killed in between, no tokens stand without theirs, or beside another's.
+        """
         manifest.forget(self.prefix)
+        Path(self.prefix + ".idx").unlink(missing_ok=True)
+        if self.mask is not None:
+            self.mask.commit()
+        else:
+            for ending in (".idx", ".bin"):
+                Path(self.prefix + loss_mask.SUFFIX + ending).unlink(missing_ok=True)
         commit(self.prefix)
         self.committed = True
         os.unlink(self.prefix + ".len.partial")
@@ -70,6 +109,8 @@ class ShardWriter:
 
     def drop(self) -> None:
         """Removes what was written."""
+        if self.mask is not None:
+            self.mask.drop()
         for file in (self.bin, self.lengths):
             with suppress(OSError):  # a full disk refuses what is still in the buffer too
                 file.close()
@@ -104,5 +145,6 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, count: int) -> No
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
     """Raises UserError where an output stands already."""
-    if not overwrite and any(os.path.exists(prefix + ending) for ending in (".bin", ".idx")):
-        raise UserError(f"{prefix}.bin or .idx exists; choose another --output, or give --overwrite")
+    for path in (prefix, prefix + loss_mask.SUFFIX):
+        if not overwrite and any(os.path.exists(path + ending) for ending in (".bin", ".idx")):
+            raise UserError(f"{path}.bin or .idx exists; choose another --output, or give --overwrite")

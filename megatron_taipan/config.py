@@ -171,12 +171,23 @@ class DataSource(Section):
 
     prefix: str = option(..., "path of the .bin/.idx pair without its ending")
     weight: float = option(1.0, "share of the blend, relative to the others", gt=0, allow_inf_nan=False)
+    loss_mask: Literal["auto", "require", "ignore"] = option(
+        "auto",
+        "auto: only the tokens that PREFIX_loss_mask marks are learned, all where there is none; require: an error"
+        " where there is none; ignore: all are learned",
+    )
 
 
 class DataConfig(Section):
     """What is read, and in which order."""
 
-    train: list[DataSource] = option(..., "tokenized datasets to train on, with weights", min_length=1)
+    train: list[DataSource] = option(
+        ...,
+        "tokenized datasets to train on: a prefix, or a list of prefixes or of {prefix: P, weight: 1.0, loss_mask:"
+        " auto}; auto: where PREFIX_loss_mask.idx stands only the tokens that it marks are learned; require: it must"
+        " stand there; ignore: all tokens are learned",
+        min_length=1,
+    )
     valid: list[DataSource] | None = option(
         None, "datasets to validate on; null takes valid_fraction of each of train", min_length=1
     )

@@ -1,11 +1,12 @@
-"""Drop documents that are equal, token for token, to an earlier one. Exact: documents of equal hash are compared."""
+"""Drop documents that are equal, token for token and in what of them is learned, to an earlier one. Exact: documents of
+equal hash are compared."""
 
 import argparse
 from hashlib import blake2b
 
 import numpy as np
 
-from data_prep.shards import ShardWriter, refuse_existing
+from data_prep.shards import ShardWriter, Source, refuse_existing
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 
@@ -18,15 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Eight bytes of memory a document."""
-    reader = IndexedReader(args.prefix)
+    source = Source(args.prefix)
+    reader = source.reader
     refuse_existing(args.output, args.overwrite)
     if args.output == args.prefix:
         raise UserError("--output must differ from the input")
-    kept = np.flatnonzero(~repeated(reader))
-    with ShardWriter(args.output, reader.dtype) as writer, open(args.prefix + ".bin", "rb") as source:
+    kept = np.flatnonzero(~repeated(reader, source.mask))
+    with ShardWriter(args.output, reader.dtype, source.mask is not None) as writer, source:
         gaps = np.flatnonzero(np.diff(kept) != 1) + 1
         for run_ in np.split(kept, gaps) if len(kept) else []:
-            writer.take_documents(reader, source, int(run_[0]), int(run_[-1]) + 1)
+            writer.take_documents(source, int(run_[0]), int(run_[-1]) + 1)
         writer.finish()
     print(
         f"{args.output}: {writer.documents} documents, {writer.tokens} tokens; dropped"
@@ -34,11 +36,15 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def repeated(reader: IndexedReader) -> np.ndarray:
-    """bool [n_documents]: whether an earlier document is the same."""
+def repeated(reader: IndexedReader, mask: IndexedReader | None = None) -> np.ndarray:
+    """bool [n_documents]: whether an earlier document, and its mask, is the same."""
+
+    def content(index: int) -> bytes:
+        return reader.document(index).tobytes() + (mask.document(index).tobytes() if mask else b"")
+
     digests = np.empty(reader.n_documents, np.uint64)
     for index in range(reader.n_documents):
-        digest = blake2b(reader.document(index).tobytes(), digest_size=8).digest()
+        digest = blake2b(content(index), digest_size=8).digest()
         digests[index] = int.from_bytes(digest, "little")
     order = np.argsort(digests, kind="stable")
     out = np.zeros(reader.n_documents, bool)
@@ -49,8 +55,7 @@ def repeated(reader: IndexedReader) -> np.ndarray:
         if not group or group[-1] != earlier:
             group, originals = [earlier], [earlier]
         group.append(later)
-        ids = reader.document(later)
-        if any(np.array_equal(ids, reader.document(other)) for other in originals):
+        if content(later) in map(content, originals):
             out[later] = True
         else:
             originals.append(later)

@@ -1,15 +1,18 @@
-"""Print documents of a .bin/.idx pair decoded with their special tokens visible, and a histogram of document lengths.
-Look here before training: a doubled or missing separator shows at once."""
+"""Print documents of a .bin/.idx pair decoded with their special tokens visible and what is learned marked, and a
+histogram of document lengths. Look here before training: a doubled or missing separator shows at once."""
 
 import argparse
+import itertools
 
 import numpy as np
 
 from data_prep.tokenizers import Tokenizer, load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.errors import UserError
 
 SHOWN = 40  # tokens at each end of a document
+LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"  # around what is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,22 +33,32 @@ def run(args: argparse.Namespace) -> None:
         f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype},"
         f" fingerprint {reader.fingerprint}"
     )
+    mask = find_mask(reader)
+    if mask:
+        print(f"with a loss mask: what is learned stands in {LEARNED.format(' ')}")
     for index in range(args.first, min(args.first + args.documents, reader.n_documents)):
         ids = reader.document(index)
-        print(f"\ndocument {index}, {len(ids)} tokens")
-        if args.full or len(ids) <= 2 * SHOWN:
-            print("  " + show(ids, tokenizer))
-        else:
-            print(f"  {show(ids[:SHOWN], tokenizer)}\n  ...\n  {show(ids[-SHOWN:], tokenizer)}")
+        learned = mask.document(index) if mask else np.zeros(len(ids), np.uint8)
+        print(f"\ndocument {index}, {len(ids)} tokens" + (f", {np.count_nonzero(learned)} learned" if mask else ""))
+        ends = (slice(None),) if args.full or len(ids) <= 2 * SHOWN else (slice(SHOWN), slice(-SHOWN, None))
+        print("  " + "\n  ...\n  ".join(show(ids[end], tokenizer, learned[end]) for end in ends))
     print("\n" + histogram(reader))
 
 
-def show(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    """Ids as text on one line, or as numbers."""
-    if tokenizer is None:
-        return " ".join(map(str, ids.tolist()))
-    refuse_other_data(int(ids.max(initial=0)), tokenizer)
-    return tokenizer.decode(ids.tolist()).replace("\n", "\\n")
+def show(ids: np.ndarray, tokenizer: Tokenizer | None, learned: np.ndarray) -> str:
+    """Ids as text on one line, or as numbers; `learned` is 0 or 1 for each."""
+    if tokenizer is not None:
+        refuse_other_data(int(ids.max(initial=0)), tokenizer)
+    borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    out, shown = [], 0
+    for begin, end in itertools.pairwise(borders):
+        if tokenizer is None:
+            part = " ".join(map(str, ids[begin:end].tolist()))
+        else:  # from the front each time: the first token of a text may lose its blank
+            text = tokenizer.decode(ids[:end].tolist())
+            part, shown = text[shown:].replace("\n", "\\n"), len(text)
+        out.append(LEARNED.format(part) if len(ids) and learned[begin] else part)
+    return (" " if tokenizer is None else "").join(out)
 
 
 def histogram(reader: IndexedReader, width: int = 50) -> str:

@@ -5,8 +5,8 @@ import glob
 import os
 
 from data_prep.inputs import named_twice, natural
-from data_prep.shards import ShardWriter, refuse_existing
-from megatron_taipan.data.indexed import IndexedReader
+from data_prep.shards import ShardWriter, Source, refuse_existing
+from megatron_taipan.data.loss_mask import SUFFIX
 from megatron_taipan.errors import UserError
 
 
@@ -24,19 +24,25 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output, args.overwrite)
     if args.output in prefixes:
         raise UserError(f"{args.output} is one of the inputs; choose another --output")
-    readers = [IndexedReader(prefix) for prefix in prefixes]
-    for reader in readers:
-        if reader.dtype != readers[0].dtype:
+    sources = [Source(prefix) for prefix in prefixes]
+    first = sources[0]
+    for source in sources:
+        if source.reader.dtype != first.reader.dtype:
             raise UserError(
-                f"{reader.prefix} holds {reader.dtype} and {readers[0].prefix} {readers[0].dtype}; they were made with"
-                " tokenizers of different size and cannot stand in one file"
+                f"{source.reader.prefix} holds {source.reader.dtype} and {first.reader.prefix} {first.reader.dtype};"
+                " they were made with tokenizers of different size and cannot stand in one file"
             )
-    with ShardWriter(args.output, readers[0].dtype) as writer:
-        for reader in readers:
-            with open(reader.prefix + ".bin", "rb") as source:
-                writer.take_documents(reader, source, 0, reader.n_documents)
+        if (source.mask is None) != (first.mask is None):
+            raise UserError(
+                f"one of {first.reader.prefix} and {source.reader.prefix} has a loss mask and the other none; merge"
+                " such pairs apart and name both in data.train"
+            )
+    with ShardWriter(args.output, first.reader.dtype, first.mask is not None) as writer:
+        for source in sources:
+            with source:
+                writer.take_documents(source, 0, source.reader.n_documents)
         writer.finish()
-    print(f"{args.output}: {writer.documents} documents, {writer.tokens} tokens from {len(readers)} pairs")
+    print(f"{args.output}: {writer.documents} documents, {writer.tokens} tokens from {len(sources)} pairs")
 
 
 def expand_prefixes(names: list[str]) -> list[str]:
@@ -48,9 +54,9 @@ def expand_prefixes(names: list[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            here = [path[:-4] for path in glob.glob(os.path.join(glob.escape(name), "*.idx"))]
+            here = _found(os.path.join(glob.escape(name), "*"))
         elif glob.has_magic(name):
-            here = [path[:-4] for path in glob.glob(name.removesuffix(".idx") + ".idx")]
+            here = _found(name.removesuffix(".idx"))
         else:
             here = [name.removesuffix(".idx").removesuffix(".bin")]
         if not here:
@@ -59,3 +65,9 @@ def expand_prefixes(names: list[str]) -> list[str]:
     if doubles := named_twice(found):
         raise UserError(f"{doubles[0]} is named twice; name it once")
     return found
+
+
+def _found(pattern: str) -> list[str]:
+    """Pairs of a glob over prefixes; loss masks are none, they come with theirs."""
+    found = [path[:-4] for path in glob.glob(pattern + ".idx")]
+    return [prefix for prefix in found if not prefix.endswith(SUFFIX)]

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from data_prep.shards import ShardWriter, refuse_existing
-from megatron_taipan.data.indexed import CHUNK, IndexedReader
+from data_prep.shards import ShardWriter, Source, refuse_existing
+from megatron_taipan.data.indexed import CHUNK
 from megatron_taipan.data.split import held_out_documents
 from megatron_taipan.errors import UserError
 
@@ -25,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the parts and prints what each holds."""
-    reader = IndexedReader(args.prefix)
-    with open(args.prefix + ".bin", "rb") as source, ExitStack() as stack:
+    with Source(args.prefix) as source, ExitStack() as stack:
         how = _shards if args.shard_tokens is not None else _by_document
-        made = how(reader, source, args, stack)
+        made = how(source, args, stack)
         for shard in made:  # all are on the disk: they get their names together
             shard.commit()
     for shard in made:
         print(f"{shard.prefix}: {shard.documents} documents, {shard.tokens} tokens")
 
 
-def _shards(reader: IndexedReader, source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+def _shards(source: Source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+    reader = source.reader
     if args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
     made: list[ShardWriter] = []
@@ -43,7 +43,7 @@ def _shards(reader: IndexedReader, source, args: argparse.Namespace, stack: Exit
     while first < reader.n_documents or not made:
         prefix = f"{args.output}-{len(made):05d}"
         refuse_existing(prefix, args.overwrite)
-        writer = stack.enter_context(ShardWriter(prefix, reader.dtype))
+        writer = stack.enter_context(ShardWriter(prefix, reader.dtype, source.mask is not None))
         last, room = first, args.shard_tokens
         while last < reader.n_documents:  # in pieces, so that memory does not grow with the corpus
             ends = reader.starts(np.arange(last, min(last + CHUNK, reader.n_documents) + 1))
@@ -53,7 +53,7 @@ def _shards(reader: IndexedReader, source, args: argparse.Namespace, stack: Exit
             if fits < len(ends) - 1:
                 break
         last = max(last, min(first + 1, reader.n_documents))  # a document longer than a shard stands alone
-        writer.take_documents(reader, source, first, last)
+        writer.take_documents(source, first, last)
         writer.close()
         made.append(writer)
         first = last
@@ -65,21 +65,23 @@ def _shards(reader: IndexedReader, source, args: argparse.Namespace, stack: Exit
     return made
 
 
-def _by_document(reader: IndexedReader, source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+def _by_document(source: Source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+    reader = source.reader
     if not 0 < args.valid_fraction < 1:
         raise UserError(f"--valid-fraction {args.valid_fraction}: it must lie between 0 and 1")
     held = held_out_documents(reader, args.valid_fraction)
     for name in ("train", "valid"):
         refuse_existing(f"{args.output}-{name}", args.overwrite)
     train, valid = (
-        stack.enter_context(ShardWriter(f"{args.output}-{name}", reader.dtype)) for name in ("train", "valid")
+        stack.enter_context(ShardWriter(f"{args.output}-{name}", reader.dtype, source.mask is not None))
+        for name in ("train", "valid")
     )
     at = 0
     for document in held.tolist():
-        train.take_documents(reader, source, at, document)
-        valid.take_documents(reader, source, document, document + 1)
+        train.take_documents(source, at, document)
+        valid.take_documents(source, document, document + 1)
         at = document + 1
-    train.take_documents(reader, source, at, reader.n_documents)
+    train.take_documents(source, at, reader.n_documents)
     train.close()
     valid.close()
     return [train, valid]

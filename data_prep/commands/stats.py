@@ -1,4 +1,5 @@
-"""Numbers of a .bin/.idx pair: documents, tokens, percentiles of length, the most frequent tokens, unused ids."""
+"""Numbers of a .bin/.idx pair: documents, tokens, learned ones, percentiles of length, the most frequent tokens, unused
+ids."""
 
 import argparse
 
@@ -6,8 +7,10 @@ import numpy as np
 
 from data_prep import manifest
 from data_prep.commands.inspect import histogram
+from data_prep.commands.verify import count_learned
 from data_prep.tokenizers import load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.loss_mask import find_mask
 
 BLOCK = 1 << 22
 
@@ -33,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
     if tokenizer:
         refuse_other_data(len(counts) - 1, tokenizer)
     print(f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}")
+    mask = find_mask(reader)
+    if mask and reader.n_tokens:
+        learned = count_learned(mask)
+        print(f"loss mask: {learned} tokens are learned, {100 * learned / reader.n_tokens:.2f} %")
     said = manifest.read(args.prefix)
     if said and reader.n_tokens:
         print(f"{said['text_bytes']} bytes of text, {said['text_bytes'] / said['tokens']:.3f} bytes per token")

@@ -17,7 +17,7 @@ import orjson
 
 from data_prep import fast, inputs, manifest
 from data_prep.ahead import Ahead
-from data_prep.extract import add_text_arguments, extractor, text_options
+from data_prep.extract import add_text_arguments, extractor, marks_learned, text_options
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
@@ -27,6 +27,7 @@ from data_prep.progress import Progress
 from data_prep.readers import size_of
 from data_prep.spool import is_stream, spool
 from data_prep.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
+from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import token_dtype
 from megatron_taipan.errors import UserError
 
@@ -111,6 +112,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         eod=_special(tokenizer, "eod", args.append_eod, args.eod_token),
         on_error=args.on_error,
         allow_special=args.allow_special,
+        marked=marks_learned(args),
     )
     options = {
         **text_options(args),
@@ -247,6 +249,12 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, started) 
         f" file(s), {text / 1e6:.1f} MB of text, {seconds:.1f} s, {text / seconds / 1e6:.1f} MB/s,"
         f" {job.tokenizer.library}"
     )
+    if job.marked:
+        learned, apart = (sum(note[key] for note in notes) for key in ("learned", "apart"))
+        print(
+            f"{args.output}{loss_mask.SUFFIX}: {learned} of the tokens are learned"
+            + (f"; in {apart} documents the prompt ends within a token: the answer is tokenized apart" if apart else "")
+        )
     if problems:
         print(f"left out {sum(problems.values())} records, listed in {skipped}:")
         for reason, count in sorted(problems.items(), key=lambda item: -item[1]):

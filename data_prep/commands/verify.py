@@ -1,5 +1,5 @@
-"""Read a .bin/.idx pair (or all shards of a manifest) again and check it: structure, checksums, ids, ends of documents;
-decode samples."""
+"""Read a .bin/.idx pair (or all shards of a manifest) again and check it: structure, checksums, ids, ends of documents,
+loss mask; decode samples."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ from data_prep import manifest
 from data_prep.hashing import hash_file
 from data_prep.tokenizers import load_tokenizer, refuse_other_data
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 22  # tokens read at a time
@@ -36,19 +37,19 @@ def run(args: argparse.Namespace) -> None:
         )
     folder = os.path.dirname(args.prefix)
     shards = said["shards"] if said else [{"prefix": os.path.basename(args.prefix)}]
-    documents = tokens = 0
+    documents = tokens = learned = masks = 0
     for shard in shards:
         prefix = os.path.join(folder, shard["prefix"])
         reader = IndexedReader(prefix)
         for key, found in (("documents", reader.n_documents), ("tokens", reader.n_tokens)):
             if shard.get(key, found) != found:
                 raise UserError(f"{prefix} holds {found} {key} and its manifest says {shard[key]}; make it again")
-        for ending in (".bin", ".idx"):
-            want = shard.get(f"{ending[1:]}_xxh3_128")
-            if want and (got := hash_file(prefix + ending)) != want:
-                raise UserError(
-                    f"{prefix}{ending} has checksum {got} and its manifest says {want}: it is damaged; make it again"
-                )
+        mask = find_mask(reader)
+        _checksums(prefix, shard)
+        if mask is not None:
+            _checksums(mask.prefix, shard.get("loss_mask", {}))
+            learned += count_learned(mask)
+            masks += 1
         top = _ids(reader, vocab_size)
         if eod is not None:
             # text may spell the token with --allow-special, and some tokenizers have one token for both ends
@@ -68,8 +69,39 @@ def run(args: argparse.Namespace) -> None:
             f"the shards hold {documents} documents and {tokens} tokens, and the manifest says {said['documents']} and"
             f" {said['tokens']}"
         )
+    if said and said.get("learned", learned) != learned:
+        raise UserError(
+            f"{args.prefix}: the loss masks mark {learned} tokens and the manifest says {said['learned']}; make it"
+            " again"
+        )
+    if masks:
+        print(f"{args.prefix}{SUFFIX}: {learned} of {tokens} tokens are learned")
     checked = "structure, ids" + (", checksums, counts" if said else " (no manifest: no checksums)")
-    print(f"{args.prefix} is whole: {checked}{', ends of documents' if eod is not None else ''}")
+    print(
+        f"{args.prefix} is whole: {checked}{', ends of documents' if eod is not None else ''}"
+        + (", loss mask" if masks else "")
+    )
+
+
+def _checksums(prefix: str, said: dict) -> None:
+    """Compares a pair with what the manifest says of it."""
+    for ending in (".bin", ".idx"):
+        want = said.get(f"{ending[1:]}_xxh3_128")
+        if want and (got := hash_file(prefix + ending)) != want:
+            raise UserError(
+                f"{prefix}{ending} has checksum {got} and its manifest says {want}: it is damaged; make it again"
+            )
+
+
+def count_learned(mask: IndexedReader) -> int:
+    """How many tokens a mask marks; refuses one with other values than 0 and 1."""
+    learned = 0
+    for at in range(0, mask.n_tokens, BLOCK):
+        block = np.empty(min(BLOCK, mask.n_tokens - at), mask.dtype)
+        mask.read_into(at, block)
+        check_mask(mask, block)
+        learned += int(np.count_nonzero(block))
+    return learned
 
 
 def _ids(reader: IndexedReader, vocab_size: int | None) -> int:

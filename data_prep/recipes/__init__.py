@@ -21,7 +21,7 @@ class Recipe:
         text_field or template: how a record becomes text.
         schema: field names and the types of their values, as the corpus has them; a list holds the type of its entries.
         example: a small record of that schema.
-        renders: the text that the example becomes.
+        renders: the text that the example becomes, with the template's marks of what is learned.
     """
 
     name: str

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.loss_mask import check_mask
 from megatron_taipan.data.stream import Place
 from megatron_taipan.errors import UserError
 
@@ -38,7 +39,7 @@ class BatchReader:
         """The samples at `places`, numbered `indices`, as one block.
 
         Raises:
-            UserError: an id is not below vocab_size.
+            UserError: an id is not below vocab_size, or a loss mask holds something else than 0 and 1.
         """
         block = Block(len(places), self.seq_len, self._memory(Block.size(len(places), self.seq_len)))
         arrays = block.arrays
@@ -60,6 +61,8 @@ class BatchReader:
         mask, numbers = arrays["loss_mask"].reshape(-1), arrays["seq_idx"].reshape(-1)
         for row, place in enumerate(places):
             first, stop = row * self.seq_len, (row + 1) * self.seq_len
+            if place.reader.loss_mask is not None:
+                mask[first:stop] = learned(place, self.seq_len)
             for begin in place.begins:
                 mask[first + begin - 1] = 0
             if self.mask_documents:
@@ -150,6 +153,21 @@ def number_documents(begins: list[int], out: np.ndarray, first: int, stop: int) 
         length = stop - first
         counts = np.diff([0, *begins, max(length, begins[-1])])
         out[first:stop] = np.repeat(np.arange(len(begins) + 1), counts)[:length]
+
+
+def learned(place: Place, seq_len: int) -> np.ndarray:
+    """Which labels the loss mask of a place's source marks: uint8 [L]; the label of position t is token t + 1.
+
+    Of a document that begins before the sample none is: training would answer without having seen the question.
+    """
+    mask = place.reader.loss_mask
+    assert mask is not None
+    marked = np.empty(seq_len + 1, mask.dtype)
+    Place(mask, place.position, place.runs, place.begins).read_into(marked.data)
+    check_mask(mask, marked)
+    if place.reader.start(place.reader.find(place.position)) != place.position:
+        marked[: place.begins[0] if place.begins else None] = 0
+    return marked[1:]
 
 
 def check_ids(places: list[Place], ids: np.ndarray, vocab_size: int) -> None:

@@ -51,6 +51,7 @@ class IndexedReader:
         n_documents, n_sequences, n_tokens: counts.
         dtype: numpy type of the stored ids.
         fingerprint: hash of the index, the size of the .bin and a few blocks of its content.
+        loss_mask: a pair that says which tokens are learned, where somebody put it here (loss_mask.py).
 
     Raises:
         UserError: a file is missing, foreign, truncated, or index and .bin disagree.
@@ -58,6 +59,7 @@ class IndexedReader:
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
+        self.loss_mask: IndexedReader | None = None
         self._open()
         self._check()
 

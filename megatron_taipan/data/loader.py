@@ -19,6 +19,7 @@ from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabulary, check_ids
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.loss_mask import attach_mask
 from megatron_taipan.data.permutation import derive_key
 from megatron_taipan.data.places import Places
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
@@ -33,7 +34,8 @@ class SampleDataset(Dataset):
     `dataset[i]` holds, with L = seq_len:
         tokens     int64 [L]
         labels     int64 [L]    the next token
-        loss_mask  float32 [L]  0 where the label belongs to another document
+        loss_mask  float32 [L]  0 where the label belongs to another document, or the source's loss mask is 0, or it
+                                has one and the label's document begins before the sample
         seq_idx    int32 [L]    number of the document within the sample, from 0; all 0 if documents are not masked
         sample     int64 []     i
 
@@ -119,9 +121,12 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         if not reader.n_tokens:
             raise UserError(f"{source.prefix}.bin holds no tokens; tokenize a corpus with text in it")
         _check_ids(reader, vocab_size)
+        attach_mask(reader, source.loss_mask, data)
         train, valid = (whole(reader), None) if own else split_documents(reader, held_out)
         sources.append(_samples(valid if valid is not None and split == "valid" else train, data, split, held_out))
         identity += [reader.fingerprint, source.weight]
+        if reader.loss_mask is not None:
+            identity += ["loss mask", reader.loss_mask.fingerprint]
     weights = [source.weight for source in chosen]
     if sum(exact_weights(weights)) > MAX_PERIOD:  # how they are rounded decides the order too, and was another way once
         identity += whole_weights(weights)

@@ -51,7 +51,27 @@ def test_recipe(tmp_path, name):
     extract = extractor(argparse.Namespace(text_field=None, template=None, recipe=name))
     for path in (tmp_path / "x.parquet", tmp_path / "x.jsonl"):
         (record,) = read(Slice(str(path), 0, path.stat().st_size), extract)
-        assert (record.text, record.problem) == (recipe.renders, "")
+        assert (with_marks(record.text, record.borders), record.problem) == (recipe.renders, "")
+
+
+def with_marks(text, borders):
+    """A text with the template's marks at its borders."""
+    out = text[: (borders or (len(text),))[0]]
+    for number, begin in enumerate(borders):
+        end = (*borders, len(text))[number + 1]
+        out += text[begin:end] if number % 2 else f"{{% generation %}}{text[begin:end]}{{% endgeneration %}}"
+    return out
+
+
+@pytest.mark.parametrize("name", ["squad", "longqa", "swde", "fda", "metamathqa"])
+def test_of_questions_only_the_answer_is_learned(name):
+    """The template is the mark's only source: what of the example is no prompt, with the blank before it."""
+    recipe = load_recipe(name)
+    found = extractor(argparse.Namespace(text_field=None, template=None, recipe=name))(recipe.example)
+    answers = {"squad": "1932", "longqa": "A report.", "swde": "Ozu", "fda": "new device"}
+    [border] = found.borders
+    assert found.text[border:] == " " + answers.get(name, recipe.example.get("response", ""))
+    assert found.text[:border].endswith(":")
 
 
 def test_all_corpora_of_the_paper_have_one():
@@ -66,7 +86,8 @@ def test_recipe_on_the_command_line(tmp_path, capsys):
     assert cli.main(["train-tokenizer", *args, "--output", str(model), "--vocab-size", "370"]) == 0
     assert cli.main(["tokenize", *args, "--tokenizer", str(model), "--output", str(tmp_path / "o")]) == 0
     assert cli.main(["inspect", str(tmp_path / "o"), "--tokenizer", str(model), "--full", "--documents", "1"]) == 0
-    assert recipe.renders.replace("\n", "\\n") in capsys.readouterr().out
+    shown = recipe.renders.replace("{% generation %}", "\u27e6").replace("{% endgeneration %}", "\u27e7")
+    assert shown.replace("\n", "\\n") in capsys.readouterr().out
 
 
 def test_a_changed_recipe_file_is_another_corpus(tmp_path, capsys):

@@ -1,0 +1,105 @@
+"""The loss mask of a pair: which of its tokens are learned.
+
+PREFIX_loss_mask.bin/.idx is a pair of the same format as PREFIX.bin/.idx, with documents of the same lengths and one
+uint8 for each token: 1, the token is learned (as a label), or 0. A pair without one is learned whole. The manifest that
+`data_prep tokenize` writes, PREFIX.json, has an entry `loss_mask` for each shard with a mask, so that a lost mask does
+not turn into training on prompts.
+"""
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from megatron_taipan.config import DataConfig
+from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.errors import UserError
+
+SUFFIX = "_loss_mask"
+DTYPE = np.dtype(np.uint8)
+
+
+def attach_mask(reader: IndexedReader, wanted: str, data: DataConfig) -> None:
+    """Gives a pair that is trained on its loss mask, if it has one and `wanted` (DataSource.loss_mask) is not ignore.
+
+    Raises:
+        UserError: as `find_mask`; or samples of this configuration hold no whole document, so nothing would be learned.
+    """
+    reader.loss_mask = None if wanted == "ignore" else find_mask(reader, wanted == "require")
+    if reader.loss_mask is None:
+        return
+    if data.one_document:
+        raise UserError(
+            f"{reader.prefix} has a loss mask and data.one_document=true cuts its documents: answers would lose their"
+            " questions; set data.one_document=false, or loss_mask: ignore"
+        )
+    fit = sum(int(np.count_nonzero(lengths <= data.seq_len + 1)) for lengths in reader.lengths())
+    if fit < reader.n_documents:
+        longest = max(int(lengths.max()) for lengths in reader.lengths())
+        message = (
+            f"{reader.prefix}: {reader.n_documents - fit} of {reader.n_documents} documents have more than"
+            f" data.seq_len + 1 = {data.seq_len + 1} tokens (the longest {longest}); what is learned of them is learned"
+            " in part or never"
+        )
+        if not fit:
+            raise UserError(f"{message}; raise data.seq_len")
+        warnings.warn(message, stacklevel=2)
+
+
+def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | None:
+    """The mask that stands beside a pair, or None where there is none.
+
+    Raises:
+        UserError: there is none, though it is required or the manifest names it; or it is another pair's.
+    """
+    prefix = reader.prefix + SUFFIX
+    if not any(os.path.exists(prefix + ending) for ending in (".bin", ".idx")):
+        if required or promised(reader.prefix):
+            why = "loss_mask: require" if required else "its manifest names it"
+            raise UserError(
+                f"{prefix}.idx does not exist and {why}: bring the mask of {reader.prefix} here (two files), or"
+                " tokenize again with a template that marks what is learned"
+            )
+        return None
+    mask = IndexedReader(prefix)
+    if mask.dtype != DTYPE:
+        raise UserError(f"{prefix} holds {mask.dtype}, and a loss mask holds {DTYPE}; tokenize again")
+    for name, ours, theirs in (
+        ("documents", reader.n_documents, mask.n_documents),
+        ("tokens", reader.n_tokens, mask.n_tokens),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{prefix} has {theirs} {name} and {reader.prefix} has {ours}: it is another pair's; tokenize again"
+            )
+    at = 0
+    for ours, theirs in zip(reader.lengths(), mask.lengths(), strict=True):
+        if (wrong := ours != theirs).any():
+            bad = int(wrong.argmax())
+            raise UserError(
+                f"{prefix}: document {at + bad} has {theirs[bad]} tokens and that of {reader.prefix} has {ours[bad]}:"
+                " it is another pair's; tokenize again"
+            )
+        at += len(ours)
+    return mask
+
+
+def promised(prefix: str) -> bool:
+    """Whether the manifest of a pair, or of the shards of which it is one (PREFIX-00000), says that it has a mask."""
+    for manifest in (prefix, re.sub(r"-\d{5,}$", "", prefix)):
+        try:
+            shards = json.loads(Path(manifest + ".json").read_bytes())["shards"]
+            if any(shard["prefix"] == os.path.basename(prefix) and "loss_mask" in shard for shard in shards):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or none of ours
+    return False
+
+
+def check_mask(mask: IndexedReader, values: np.ndarray) -> None:
+    """Refuses values other than 0 and 1."""
+    if values.max(initial=0) > 1:
+        raise UserError(f"{mask.prefix}.bin holds {values.max()}, and a loss mask is 0 and 1; tokenize again")
