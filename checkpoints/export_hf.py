@@ -11,16 +11,13 @@ files hold them: products of bf16 are many times slower on a CPU without instruc
 """
 
 import argparse
-import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -28,15 +25,13 @@ from torch import Tensor
 
 from checkpoints import chat_template, reload_folder
 from checkpoints.bundle import bundle_sources
-from checkpoints.carried import CARD, GENERATION, IDS, TOKENIZER, carry, read_json, special_of
+from checkpoints.carried import TOKENIZER
 from checkpoints.checksums import SUMS, WEIGHTS, differences, write_sums
-from checkpoints.model_card import describe_run, describe_tokenizer, model_card, with_dtype
-from checkpoints.run_metrics import last_validation
+from checkpoints.export_files import Text, note, short, write_carried, write_described, write_json
 from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
-from checkpoints.tokenizer import SPLIT, Special, hostile_texts, refuse_larger, write_tokenizer
+from checkpoints.tokenizer import hostile_texts
 from checkpoints.whole_folder import remove_leftovers, whole_folder
-from megatron_taipan.checkpoint.calibration import read_capacity
 from megatron_taipan.checkpoint.merge import TrainedState
 from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.verification import refuse_damaged
@@ -44,7 +39,7 @@ from megatron_taipan.checkpoint.weights import Weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
-from megatron_taipan.inference.text import TokenizersCodec, load_codec, sample_texts
+from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
@@ -55,17 +50,6 @@ COUNT = 4  # tokens that generate() writes in each call of the check
 CHUNK, WINDOW = 16, 24  # tokens of a chunk of the scan and of a window in the check: several of each fit
 ROUNDED_ROWS = 4096  # of a matrix at once
 STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
-
-
-@dataclass(frozen=True)
-class Text:
-    """What an exported folder must do with text."""
-
-    tokenizer: Path | None = None  # the file whose ids it must give; None: it has no tokenizer
-    samples: tuple[str, ...] = ()  # text of the training data
-    special: Mapping[str, str] = field(default_factory=dict)  # spelling by kind (`eos_token`, ...)
-    carried: bool = False  # as it was in a folder, whatever it does with special tokens
-    chat: str | None = None  # what its chat template must make of the sample conversation; None: none was given
 
 
 @exits_cleanly
@@ -179,92 +163,6 @@ def write_folder(
         max_shard_bytes,
     )
     return text
-
-
-def write_described(state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, chats: bool) -> Text:
-    """Settings, tokenizer and card by what a checkpoint's configuration, its run's data and log say.
-
-    Args:
-        chats: whether there will be a chat template.
-    """
-    config, special, samples = state.config, Special(), []
-    if tokenizer is not None:
-        samples = sample_texts(config.data, tokenizer)
-        special = write_tokenizer(tokenizer, folder, samples, config.data.seq_len, config.model.vocab_size, config.data)
-        if special.ends is None:
-            note(
-                "neither manifest nor documents of the training data are there, so what stood before and behind each"
-                " document is unknown: the tokenizer puts nothing before a text and declares no bos_token"
-            )
-    settings = {"tokens_per_sample": config.data.seq_len, **special.settings}
-    write_json(folder / "config.json", config_json(config.model, dtype, settings))
-    write_json(folder / GENERATION, special.settings)
-    validation = last_validation(state.path, state.step)
-    training = describe_run(config, state.step, state.tokens, validation, read_capacity(state.path))
-    how = describe_tokenizer(special, chats=chats) if tokenizer is not None else None
-    (folder / CARD).write_text(model_card(config.name, config.model, short(dtype), training, how), encoding="utf-8")
-    return Text(tokenizer, tuple(samples), special.tokens)
-
-
-def write_carried(
-    state: Weights, folder: Path, dtype: torch.dtype, tokenizer: Path | None, carry_tokenizer: bool, chats: bool
-) -> Text:
-    """Settings, tokenizer and card as they are in the folder of the weights, as far as it has them."""
-    own = carry_tokenizer and tokenizer is None
-    taken = carry(state.path, folder, tokenizer=own)
-    there = read_json(state.path / "config.json")
-    settings = {name: there[name] for name in ("tokens_per_sample", *IDS) if there.get(name) is not None}
-    special = Special(special_of(state.path)) if own else Special()
-    if tokenizer is not None:
-        size, vocabulary = settings.get("tokens_per_sample"), state.network.vocab_size
-        special = write_tokenizer(tokenizer, folder, [], size, vocabulary)
-        generation = read_json(state.path / GENERATION)
-        for said in (settings, generation):
-            for name in IDS:
-                said.pop(name, None)
-            said |= special.settings
-        write_json(folder / GENERATION, generation)
-    elif own:
-        refuse_larger(
-            state.path / TOKENIZER, TokenizersCodec(state.path / TOKENIZER).tokenizer, state.network.vocab_size
-        )
-        if read_json(state.path / "tokenizer_config.json").get(SPLIT):
-            note(
-                f"{state.path} keeps the spelling of special tokens as text ({SPLIT} in its tokenizer_config.json), and"
-                f" so will the copy; --tokenizer {state.path / TOKENIZER} writes the tokenizer anew"
-            )
-    write_json(folder / "config.json", config_json(state.network, dtype, settings))
-    if not (folder / GENERATION).is_file():
-        write_json(folder / GENERATION, {name: settings[name] for name in IDS if name in settings})
-    if CARD in taken:
-        card = (folder / CARD).read_text(encoding="utf-8")
-        (folder / CARD).write_text(with_dtype(card, short(dtype)), encoding="utf-8")
-    else:
-        how = describe_tokenizer(special, chats=chats, carried=own) if own or tokenizer is not None else None
-        name = state.path.resolve().name
-        (folder / CARD).write_text(model_card(name, state.network, short(dtype), None, how), encoding="utf-8")
-    note(f"taken over from {state.path} as it is: {', '.join(taken) or 'nothing but the weights'}")
-    return Text(tokenizer or (state.path / TOKENIZER if own else None), (), special.tokens, carried=own)
-
-
-def config_json(network: ModelConfig, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
-    """What transformers reads as the model's configuration."""
-    return {
-        "architectures": ["TaipanForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_taipan.TaipanConfig",
-            "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
-        },
-        "model_type": "taipan",
-        "dtype": short(dtype),
-        **settings,
-        "network": network.model_dump(mode="json"),
-    }
-
-
-def short(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_folder(
@@ -409,14 +307,6 @@ def refuse_changed(state: TrainedState | Weights) -> None:
         faults = [fault for fault in differences(state.path) if fault.split()[0].endswith(WEIGHTS)]
         if faults:
             raise UserError(f"{state.path} is damaged: {'; '.join(faults)}; copy or export it again")
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.export_hf import write_json
+from checkpoints.export_files import write_json
 from checkpoints.safetensors_files import write_sharded
 from megatron_taipan.checkpoint.weights import PREFIX
 from megatron_taipan.config import ModelConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import export_hf, streamed, whole_folder
+from checkpoints import export_files, export_hf, streamed, whole_folder
 from checkpoints.export_hf import export, main
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.checkpoint.tensorfile import TensorFile
@@ -204,14 +204,14 @@ def test_a_generate_that_loses_the_cache_is_found(tmp_path, monkeypatch, mistake
 
 
 def test_a_configuration_of_another_network_is_found(tmp_path, monkeypatch):
-    right = export_hf.config_json
+    right = export_files.config_json
 
     def wrong(*arguments) -> dict:
         written = right(*arguments)
         written["network"]["attention"]["window"] += 1
         return written
 
-    monkeypatch.setattr(export_hf, "config_json", wrong)
+    monkeypatch.setattr(export_files, "config_json", wrong)
     with pytest.raises(UserError, match="config.json describes another network"):
         export(memory_state(), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []

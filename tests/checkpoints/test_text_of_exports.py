@@ -38,7 +38,7 @@ def tokenize(place, name: str, model_file, *options: str, lines=None) -> str:
 
 
 def data_of(*prefixes: str) -> DataConfig:
-    return DataConfig.model_validate({"train": list(prefixes), "seq_len": 8})
+    return DataConfig.model_validate({"train": list(prefixes), "seq_len": 64})
 
 
 @pytest.mark.parametrize("options", [(), ("--append-eod",), ("--prepend-bos", "--append-eod")])
