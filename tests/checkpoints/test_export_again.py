@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import verify
+from checkpoints import chat_template, verify
+from checkpoints import tokenizer as tokenizer_module
 from checkpoints.checksums import SUMS
 from checkpoints.export_hf import export, main
 from checkpoints.transplant import Source, transplant
@@ -165,11 +166,18 @@ def test_verify_names_what_is_damaged_missing_or_too_much(place, tmp_path, capsy
 
 def test_a_template_that_writes_something_else_from_the_folder_is_found(place, tmp_path, monkeypatch):
     """The check asks the folder's own tokenizer, not what was read from the file."""
-    from checkpoints import chat_template
-
     right = chat_template.read_template
     monkeypatch.setattr(chat_template, "read_template", lambda *given: (right(*given)[0] + "!", right(*given)[1]))
     state = memory_state("M S", vocab_size=600)
     with pytest.raises(UserError, match="apply_chat_template writes"):
         export(state, tmp_path / "hf", tokenizer=place / "tok.model", template=place / "chat.jinja")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_puts_no_bos_where_the_data_had_one_is_found(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "begin_with", lambda *_: None)
+    state = memory_state("M S", vocab_size=600)
+    state.config = state.config.model_copy(update={"data": data_of(str(place / "data"))})
+    with pytest.raises(UserError, match="does not put <s> before a text"):
+        export(state, tmp_path / "hf", tokenizer=place / "tok.model")
     assert list(tmp_path.iterdir()) == []
