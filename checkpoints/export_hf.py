@@ -1,6 +1,7 @@
-"""`python -m checkpoints.export_hf CHECKPOINT OUT`: a trained checkpoint as a Hugging Face folder.
+"""`python -m checkpoints.export_hf MODEL OUT`: a checkpoint, or a folder of weights, as a Hugging Face folder.
 
-The folder holds weights, configuration, tokenizer, generation settings, a model card and the model's source files.
+The folder holds weights, configuration, tokenizer, generation settings, a model card, the model's source files and the
+checksums of all that. Of a folder that was exported or imported before, tokenizer, generation settings and card stay.
 It is written under a temporary name, loaded again by a process that cannot import our package, compared with the
 trainer's own forward pass, and renamed only if the logits agree and generate() goes by such logits too.
 
@@ -10,32 +11,35 @@ files hold them: products of bf16 are many times slower on a CPU without instruc
 """
 
 import argparse
-import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
-from checkpoints import reload_folder
+from checkpoints import chat_template, reload_folder
 from checkpoints.bundle import bundle_sources
-from checkpoints.model_card import model_card
+from checkpoints.carried import TOKENIZER
+from checkpoints.checksums import SUMS, WEIGHTS, differences, write_sums
+from checkpoints.export_files import Text, note, short, write_carried, write_described, write_json
 from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
-from checkpoints.tokenizer import hostile_texts, write_tokenizer
-from megatron_taipan.checkpoint.merge import TrainedState, open_state
+from checkpoints.tokenizer import hostile_texts
+from checkpoints.whole_folder import remove_leftovers, whole_folder
+from megatron_taipan.checkpoint.merge import TrainedState
+from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.verification import refuse_damaged
-from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.checkpoint.weights import Weights
+from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
-from megatron_taipan.inference.text import load_codec, sample_texts
+from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
@@ -52,11 +56,16 @@ STREAM_ABOVE = 4_000_000_000  # bytes of a float32 model
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
     parser = argparse.ArgumentParser(prog="python -m checkpoints.export_hf", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder of checkpoints (the newest)")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="a checkpoint, a run's folder of checkpoints (the newest), an exported or imported folder",
+    )
     parser.add_argument("out", type=Path, help="folder to write; must not exist unless --overwrite")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights; float32 islands stay float32")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: what the checkpoint's config names")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="jinja template of conversations")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file, in 10^9 bytes")
     parser.add_argument(
         "--stream-above-gb", type=float, default=STREAM_ABOVE / 1e9, metavar="GB",
@@ -64,15 +73,20 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
-    state = open_state(options.checkpoint)
-    refuse_damaged(state.path)  # the check of the logits reads the same bytes twice, and would find them equal
-    tokenizer = None if options.no_tokenizer else find_tokenizer(state, options.tokenizer)
+    if not options.max_shard_gb > 0:  # not >: nan must fail too
+        raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is no size; give 10^9 bytes above 0, such as 5")
+    if not options.stream_above_gb >= 0:
+        raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is no size; give 10^9 bytes, 0 or more")
+    state = open_any(options.model)
+    refuse_changed(state)  # the check of the logits reads the same bytes twice, and would find them equal
     with writing(options.out):
         difference = export(
             state,
             options.out,
             dtype=DTYPES[options.dtype],
-            tokenizer=tokenizer,
+            tokenizer=None if options.no_tokenizer else find_tokenizer(state, options.tokenizer),
+            carry_tokenizer=not options.no_tokenizer,
+            template=options.chat_template,
             max_shard_bytes=options.max_shard_gb * 1e9,
             overwrite=options.overwrite,
             stream_above=options.stream_above_gb * 1e9,
@@ -82,94 +96,77 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(
-    state: TrainedState,
+    state: TrainedState | Weights,
     out: Path,
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
+    carry_tokenizer: bool = True,
+    template: Path | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
     stream_above: float = STREAM_ABOVE,
 ) -> float:
     """Writes the folder; returns the relative difference of the logits that the check found.
 
+    Args:
+        tokenizer: the file that the data was made with.
+        carry_tokenizer: where none is given, a folder's own tokenizer is taken over as it is.
+        template: a chat template; None: the one that is taken over, if any.
+
     Raises:
-        UserError: the folder exists, the tokenizer cannot be converted exactly, or the reloaded logits disagree.
+        UserError: the folder exists, the tokenizer cannot be converted exactly, the template fails, or the reloaded
+            logits disagree.
     """
+    out = out.resolve()  # a link stays one, and shows the new export
+    for sentence in remove_leftovers(out):
+        note(sentence)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         # a run's own folder, given by mistake, would be lost with all its checkpoints
         raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
-    out = out.resolve()  # a link stays one, and shows the new export
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    old = work.with_name(work.name + ".old")
-    try:
-        texts = sample_texts(state.config.data, tokenizer) if tokenizer else []
-        write_folder(state, work, dtype, tokenizer, texts, max_shard_bytes)
-        difference = check_folder(state, work, dtype, tokenizer, texts, stream_above)
-        _sync(work)
-        work.chmod(0o755)
-        if out.exists():
-            out.rename(old)  # at once: a folder whose deletion is cut short must not look like an export
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    own = isinstance(state, Weights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
+    if template is not None and tokenizer is None and not own:
+        raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
+    with whole_folder(out) as work:
+        text = write_folder(state, work, dtype, tokenizer, own, template, max_shard_bytes)
+        difference = check_folder(state, work, dtype, text, stream_above)
+        write_sums(work)
     return difference
 
 
 def write_folder(
-    state: TrainedState,
+    state: TrainedState | Weights,
     folder: Path,
     dtype: torch.dtype,
     tokenizer: Path | None,
-    texts: list[str],
+    carry_tokenizer: bool,
+    template: Path | None,
     max_shard_bytes: float,
-) -> None:
-    """Fills `folder` with every file of the export. `texts`: on which a converted tokenizer must agree."""
-    config = state.config
-    special: dict[str, int] = {}
-    if tokenizer is not None:
-        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len, config.model.vocab_size)
-    for name, text in bundle_sources().items():
-        (folder / name).write_text(text, encoding="utf-8")
-    write_json(folder / "config.json", config_json(config, dtype, special))
-    write_json(folder / "generation_config.json", special)
-    card = model_card(config, state.step, state.tokens, str(dtype)[6:], tokenizer is not None)
-    (folder / "README.md").write_text(card)
+) -> Text:
+    """Fills `folder` with every file of the export but the checksums; returns what it must do with text."""
+    for name, source in bundle_sources().items():
+        (folder / name).write_text(source, encoding="utf-8")
+    if isinstance(state, Weights):
+        text = write_carried(state, folder, dtype, tokenizer, carry_tokenizer, template is not None)
+    else:
+        text = write_described(state, folder, dtype, tokenizer, template is not None)
+    if template is not None:
+        source, chat = chat_template.read_template(template, dict(text.special))
+        (folder / chat_template.FILE).write_text(source, encoding="utf-8")
+        text = replace(text, chat=chat)
     write_sharded(
         folder,
-        {f"model.{name}": stored for name, stored in stored_tensors(config.model, dtype).items()},
+        {f"model.{name}": stored for name, stored in stored_tensors(state.network, dtype).items()},
         lambda name: state.load(name.removeprefix("model.")),
         max_shard_bytes,
     )
-
-
-def config_json(config: Config, dtype: torch.dtype, special: dict[str, int]) -> dict:
-    """What transformers reads as the model's configuration."""
-    return {
-        "architectures": ["TaipanForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_taipan.TaipanConfig",
-            "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
-        },
-        "model_type": "taipan",
-        "dtype": str(dtype)[6:],
-        "tokens_per_sample": config.data.seq_len,
-        **{key: value for key, value in special.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "network": config.model.model_dump(mode="json"),
-    }
+    return text
 
 
 def check_folder(
-    state: TrainedState,
-    folder: Path,
-    dtype: torch.dtype,
-    tokenizer: Path | None,
-    texts: list[str],
-    stream_above: float,
+    state: TrainedState | Weights, folder: Path, dtype: torch.dtype, text: Text, stream_above: float
 ) -> float:
     """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens, and
     its AutoTokenizer with the tokenizer that the data was made with.
@@ -178,16 +175,18 @@ def check_folder(
         UserError: it does not load, or its logits, or those by which generate() goes, differ by more than TOLERANCE
             of the largest.
     """
-    config, probe = state.config.model, probe_of(state.config.model)
+    config, probe = state.network, probe_of(state.network)
     streamed = 4 * model_params(config) > stream_above
     tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     expected = trainer_logits(probe, state, tokens, dtype, torch.float32 if streamed else dtype, PREFILL)
-    codec = load_codec(tokenizer) if tokenizer else None
-    pairs = [(text, codec.encode(text)) for text in [*hostile_texts(), *texts]] if codec else []
+    codec = load_codec(text.tokenizer) if text.tokenizer else None
+    pairs = [(each, codec.encode(each)) for each in [*hostile_texts(), *text.samples]] if codec else []
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
         asked = {
-            "dtype": str(dtype)[6:], "tokens": tokens.tolist(), "prefill": PREFILL, "texts": pairs,
+            "dtype": short(dtype), "tokens": tokens.tolist(), "prefill": PREFILL, "texts": pairs,
+            "special": {} if text.carried else dict(text.special),
+            "chat": text.chat and [chat_template.SAMPLE, text.chat],
             "streamed": streamed, "network": config.model_dump(mode="json"), "probe": probe.model_dump(mode="json"),
             "sketch": sketch_of(probe).model_dump(mode="json"), "count": COUNT, "tolerance": TOLERANCE,
         }  # fmt: skip
@@ -237,7 +236,7 @@ def sketch_of(config: ModelConfig) -> ModelConfig:
 @torch.inference_mode()
 def trainer_logits(
     config: ModelConfig,
-    state: TrainedState,
+    state: TrainedState | Weights,
     tokens: Tensor,
     dtype: torch.dtype,
     compute: torch.dtype,
@@ -283,34 +282,31 @@ def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[t
     return {name: (shape, dtype if name in lower else torch.float32) for name, shape in shapes.items()}
 
 
-def find_tokenizer(state: TrainedState, given: Path | None) -> Path | None:
-    """The tokenizer file to export: the one given, else the one that the configuration names.
+def find_tokenizer(state: TrainedState | Weights, given: Path | None) -> Path | None:
+    """The tokenizer file to export: the one given, else the one that a checkpoint's configuration names.
 
     Raises:
         UserError: that file does not exist.
     """
-    named = given or (Path(state.config.data.tokenizer) if state.config.data.tokenizer else None)
-    if named is None:
-        print("note: the configuration names no data.tokenizer; the folder will hold none", file=sys.stderr)
-        return None
-    if not named.is_file():
+    if isinstance(state, Weights):
+        named = given
+    else:
+        named = given or (Path(state.config.data.tokenizer) if state.config.data.tokenizer else None)
+        if named is None:
+            note("the configuration names no data.tokenizer; the folder will hold none")
+    if named is not None and not named.is_file():
         raise UserError(f"the tokenizer {named} does not exist; pass --tokenizer FILE or --no-tokenizer")
     return named
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that the files are on the disk before the folder gets its name."""
-    paths: Iterable[Path] = [*folder.iterdir(), folder]
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def refuse_changed(state: TrainedState | Weights) -> None:
+    """Raises UserError if files of the source are not what they were when they were written, where that is known."""
+    if isinstance(state, TrainedState):
+        refuse_damaged(state.path)
+    elif (state.path / SUMS).is_file():
+        faults = [fault for fault in differences(state.path) if fault.split()[0].endswith(WEIGHTS)]
+        if faults:
+            raise UserError(f"{state.path} is damaged: {'; '.join(faults)}; copy or export it again")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python -I reload_folder.py FOLDER REQUEST.json ANSWER.npy
 
 The request holds `dtype`, `tokens` (rows of ids; `prefill` of each in a first pass, the rest from its cache), `texts`
-(pairs of a text and the ids that the tokenizer must give), `network`, which the folder's configuration must describe,
+(pairs of a text and the ids that the tokenizer must give with special tokens taken as text), `special` (their
+spellings by kind, which it must read as special tokens otherwise, BOS before each text where there is one), `chat` (a
+conversation and what the chat template makes of it), `network`, which the folder's configuration must describe,
 `probe`, the same with shorter windows and chunks, which is computed, `streamed`: whether the model is too large to
 be loaded whole; then the folder's class reads it layer by layer and computes in float32; and `sketch`, a small network
 of the same kinds of layers, on which `generate()` is tried to within `tolerance`.
@@ -110,6 +112,26 @@ def refuse_wrong_generation(model: Any, prompt: Any, count: int, tolerance: floa
     generate(first.sequences, "from a returned cache", **{name: first[name]})
 
 
+def refuse_wrong_text(tokenizer: Any, request: dict[str, Any]) -> None:
+    """Ends the process where the folder's tokenizer does something else with text than the request says."""
+    for text, ids in request["texts"]:
+        if tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids:
+            sys.exit(f"AutoTokenizer gives other ids than the tokenizer of the data for {text[:60]!r}")
+    begin = request["special"].get("bos_token")
+    for kind, spelled in request["special"].items():
+        plain = tokenizer(spelled, add_special_tokens=False)["input_ids"]
+        if len(plain) != 1 or plain != [getattr(tokenizer, f"{kind}_id")]:
+            sys.exit(f"AutoTokenizer reads {spelled!r} as the ids {plain}, not as its {kind}")
+        head = [tokenizer.bos_token_id] if begin is not None else []
+        if tokenizer(spelled)["input_ids"] != head + plain:
+            sys.exit(f"AutoTokenizer does not put {begin or 'nothing'} before a text")
+    if request["chat"]:
+        messages, wanted = request["chat"]
+        written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if written != wanted:
+            sys.exit(f"apply_chat_template writes {written[:60]!r} where the template gives {wanted[:60]!r}")
+
+
 def main(folder: str, request_file: str, answer_file: str) -> None:
     """Loads the folder, compares ids, writes the logits [b, l, v] float32, tries `generate()`."""
     sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
@@ -121,9 +143,7 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
         request = json.load(file)
     if request["texts"]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        for text, ids in request["texts"]:
-            if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-                sys.exit(f"AutoTokenizer gives other ids than the tokenizer of the data for {text[:60]!r}")
+        refuse_wrong_text(tokenizer, request)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if config.network != request["network"]:
         sys.exit("config.json describes another network than the checkpoint's")

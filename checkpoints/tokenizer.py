@@ -2,17 +2,24 @@
 
 A sentencepiece model is rewritten piece by piece; what the two libraries make of real and of hostile text is then
 compared, and a tokenizer that gives other ids than the one the data was made with is refused.
+
+It behaves as code written for transformers expects: the spelling of a special token in a text becomes its id, where
+`data_prep` keeps it text (`split_special_tokens=True` does so here); and it puts before a text what stood before each
+document of the training data, or nothing.
 """
 
 import base64
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers.processors import TemplateProcessing
 
+from checkpoints.document_ends import DocumentEnds, document_ends
 from checkpoints.tiktoken_file import convert_tiktoken
 from data_prep.sentencepiece_json import (
     BPE,
@@ -26,56 +33,123 @@ from data_prep.sentencepiece_json import (
     read_model,
     vocabulary_and_merges,
 )
+from megatron_taipan.config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
 
+SPLIT = "split_special_tokens"  # of transformers: the spelling of a special token in a text stays text
 NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
+@dataclass(frozen=True)
+class Special:
+    """The special tokens of an exported tokenizer, by kind (`bos_token`, ...)."""
+
+    tokens: dict[str, str] = field(default_factory=dict)  # spellings
+    ids: dict[str, int] = field(default_factory=dict)
+    ends: DocumentEnds | None = None  # what stood around the documents of the training data; None: unknown
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What config.json and generation_config.json say of them."""
+        return {f"{kind}_id": self.ids[kind] for kind in ("bos_token", "eos_token", "pad_token") if kind in self.ids}
+
+
 def write_tokenizer(
-    source: Path, folder: Path, texts: Iterable[str], model_max_length: int, vocab_size: int | None = None
-) -> dict[str, int]:
+    source: Path,
+    folder: Path,
+    texts: Iterable[str],
+    model_max_length: int | None,
+    vocab_size: int | None = None,
+    data: DataConfig | None = None,
+) -> Special:
     """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
+
+    A BOS is declared only where the documents of the training data began with one. The EOS is the token that they ended
+    with, or else the tokenizer's own, for whoever trains the model further.
 
     Args:
         source: a sentencepiece model, a tiktoken file, or a `tokenizer.json` of the tokenizers library.
         texts: text on which the ids must agree, besides `hostile_texts()`.
-        model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
+        model_max_length: tokens per sample in training, noted in the tokenizer's configuration where known.
         vocab_size: ids that the model has; may exceed the tokenizer's, never the other way round.
-
-    Returns:
-        The ids that exist of bos_token_id, eos_token_id and pad_token_id.
+        data: the training data, which need not be there any more.
 
     Raises:
-        UserError: the file is of no known kind, has more tokens than the model, or the conversion gives other ids.
+        UserError: the file is of no known kind, has more tokens than the model, lacks one that the data has, or the
+            conversion gives other ids.
     """
     codec = load_codec(source)
     if isinstance(codec, TokenizersCodec):
-        tokenizer, special = codec.tokenizer, special_tokens(source, codec.tokenizer)
+        tokenizer, tokens = codec.tokenizer, special_tokens(source, codec.tokenizer)
     else:
         convert = convert_tiktoken if isinstance(codec, TikTokenCodec) else convert_sentencepiece
-        tokenizer, special = convert(source)
-        assert_same_ids(source, codec, tokenizer, texts)
+        tokenizer, tokens = convert(source)
+        assert_same_ids(source, codec, tokenizer, [*user_defined_texts(tokenizer), *texts])
+    refuse_larger(source, tokenizer, vocab_size)
+    bos, eos = (tokenizer.token_to_id(tokens[kind]) if kind in tokens else None for kind in ("bos_token", "eos_token"))
+    ends = document_ends(data, bos, eos) if data is not None else None
+    tokens.pop("bos_token", None)
+    around = (("bos_token", ends.begin), ("eos_token", ends.end)) if ends is not None else ()
+    for kind, index in around:
+        if index is not None:
+            tokens[kind] = spelling(source, tokenizer, index)
+    if "pad_token" not in tokens and tokens:
+        tokens["pad_token"] = tokens.get("eos_token", next(iter(tokens.values())))
+    begin_with(tokenizer, tokens.get("bos_token"))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **({} if model_max_length is None else {"model_max_length": model_max_length}),
+        "padding_side": "left",  # a causal model continues the end of each row
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": "bos_token" in tokens,
+        "add_eos_token": False,  # a prompt is to be continued
+        **tokens,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return Special(tokens, {kind: tokenizer.token_to_id(token) for kind, token in tokens.items()}, ends)
+
+
+def refuse_larger(source: Path, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """Raises UserError if a tokenizer has more tokens than a model (None: any number)."""
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"{source} has {tokenizer.get_vocab_size()} tokens, the model only {vocab_size}; pass the tokenizer that"
             " the data was made with"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model_max_length,
-        "padding_side": "left",  # a causal model continues the end of each row
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" inside a text is text, as it was when the data was tokenized
-        **special,
-    }
-    if "pad_token" not in special and special:
-        config["pad_token"] = special.get("eos_token", next(iter(special.values())))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    named = ("bos_token", "eos_token", "pad_token")
-    return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in named if kind in config}
+
+
+def spelling(source: Path, tokenizer: Tokenizer, index: int) -> str:
+    """The spelling of a token that stands around the documents of the training data.
+
+    Raises:
+        UserError: the tokenizer has no such id.
+    """
+    found = tokenizer.id_to_token(index)
+    if found is None:
+        raise UserError(
+            f"the documents of the training data have id {index} at their ends, which {source} with its"
+            f" {tokenizer.get_vocab_size()} tokens does not have; pass the tokenizer that the data was made with"
+        )
+    return found
+
+
+def begin_with(tokenizer: Tokenizer, bos: str | None) -> None:
+    """Makes it put `bos`, or nothing, before a text, and nothing behind, whatever its file says."""
+    if bos is None and not tokenizer.num_special_tokens_to_add(False):
+        return
+    head = "" if bos is None else f"{bos}:0 "
+    known = [] if bos is None else [(bos, tokenizer.token_to_id(bos))]
+    pair = f"{head}$A:0 {head.replace(':0', ':1')}$B:1"
+    tokenizer.post_processor = TemplateProcessing(single=f"{head}$A:0", pair=pair, special_tokens=known)
+
+
+def user_defined_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts with the user-defined pieces of a converted sentencepiece model, around which the libraries may differ."""
+    pieces = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+    return [text for piece in pieces for text in (piece, f"a{piece}b", f"a {piece} b")]
 
 
 def special_tokens(source: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -126,10 +200,9 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise UserError(f"{path}: only sentencepiece models of type bpe and unigram can be exported")
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer(rules)
-    strip = [decoders.Strip(" ", left=1, right=0)] if rules.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    # The space that sentencepiece puts before a text stays when ids are decoded: a decoder that strips it takes it from
+    # a continuation too, and transformers' pipelines decode the continuation alone and join it to the prompt.
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = {}
     named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
     for kind, index in {**named, "unk_token": trainer.unk_id}.items():

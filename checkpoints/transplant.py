@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.export_hf import write_json
+from checkpoints.export_files import write_json
 from checkpoints.safetensors_files import write_sharded
 from megatron_taipan.checkpoint.weights import PREFIX, open_weights
 from megatron_taipan.config import ModelConfig

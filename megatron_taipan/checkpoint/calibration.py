@@ -35,3 +35,11 @@ def read_thresholds(checkpoint: Path) -> dict[str, float]:
         return {str(name): float(value) for name, value in json.loads(text)["thresholds"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint / FILE} is damaged ({error}); delete it and calibrate again") from error
+
+
+def read_capacity(checkpoint: Path) -> float | None:
+    """The share of held-out tokens that the thresholds were calibrated to select; None where they were not."""
+    try:
+        return float(json.loads((checkpoint / FILE).read_text())["capacity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `read_thresholds` tells of a damaged file

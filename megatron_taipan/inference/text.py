@@ -63,12 +63,14 @@ class TokenizersCodec:
         names = ("</s>", "<|end_of_text|>", "<|endoftext|>")
         found = (self.tokenizer.token_to_id(name) for name in names)
         self.end_ids = tuple(i for i in found if i is not None)
+        # what an exported sentencepiece model puts before a text, and leaves there in decoding
+        self.added = " " if self.tokenizer.decode(self.encode("a")) == " a" else ""
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(ids).removeprefix(self.added)
 
 
 class TikTokenCodec:

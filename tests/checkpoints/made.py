@@ -29,6 +29,11 @@ class MemoryState:
     weights: dict[str, torch.Tensor]
     step: int = 7
     tokens: int = 500  # not 7 batches of the configuration: an earlier start had others
+    path: Path = Path("no/such/run/step_00000007")
+
+    @property
+    def network(self) -> ModelConfig:
+        return self.config.model
 
     def names(self) -> list[str]:
         return list(self.weights)

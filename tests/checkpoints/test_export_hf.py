@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import export_hf, streamed
+from checkpoints import export_files, export_hf, streamed, whole_folder
 from checkpoints.export_hf import export, main
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.checkpoint.tensorfile import TensorFile
@@ -92,7 +92,7 @@ def test_tokenizer_settings_and_card_are_there(tmp_path):
     export(state, tmp_path / "hf", tokenizer=tokenizer)
     config = json.loads((tmp_path / "hf/config.json").read_text())
     settings = json.loads((tmp_path / "hf/generation_config.json").read_text())
-    assert settings == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert settings == {"eos_token_id": 2, "pad_token_id": 2}  # what stood before the documents is not known
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_taipan.TaipanForCausalLM"
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
@@ -204,14 +204,14 @@ def test_a_generate_that_loses_the_cache_is_found(tmp_path, monkeypatch, mistake
 
 
 def test_a_configuration_of_another_network_is_found(tmp_path, monkeypatch):
-    right = export_hf.config_json
+    right = export_files.config_json
 
     def wrong(*arguments) -> dict:
         written = right(*arguments)
         written["network"]["attention"]["window"] += 1
         return written
 
-    monkeypatch.setattr(export_hf, "config_json", wrong)
+    monkeypatch.setattr(export_files, "config_json", wrong)
     with pytest.raises(UserError, match="config.json describes another network"):
         export(memory_state(), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
@@ -291,7 +291,7 @@ def test_an_earlier_export_is_replaced_at_once_and_behind_a_link(tmp_path, monke
         seen.append((tmp_path / "hf/config.json").read_text())
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
-    monkeypatch.setattr(export_hf, "shutil", SimpleNamespace(rmtree=remove))
+    monkeypatch.setattr(whole_folder, "shutil", SimpleNamespace(rmtree=remove))
     export(memory_state(), tmp_path / "hf", overwrite=True)
     assert seen and all(json.loads(text)["model_type"] == "taipan" for text in seen)
     assert (tmp_path / "hf").is_symlink() and os.listdir(tmp_path / "disk") == ["hf"]

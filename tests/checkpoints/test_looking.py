@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from checkpoints import diff, inspect, verify
+from checkpoints.run_metrics import last_validation
 from megatron_taipan.model.taipan import Taipan
 from tests.checkpoint.test_weights import write_weights
 from tests.distributed.launch import run_program
@@ -50,6 +51,16 @@ def test_inspect_says_what_is_there(run, capsys):
     )
     one = small_config_of(run).mamba_heads * 4 * 3
     assert re.search(rf"A_log +\[{small_config_of(run).mamba_heads}\] +F32 +{one} B", tree)
+
+
+def test_the_cards_validation_is_the_one_that_the_run_told(run):
+    """The run's own words, rounded, are in the text file of its rank 0."""
+    found = last_validation(run / "step_00000002", 2)
+    told = re.findall(
+        r"step 2  validation loss ([\d.]+)  perplexity ([\d.]+)", (run / "logs/rank_00000.log").read_text()
+    )
+    assert (f"{found.loss:.4f}", f"{found.perplexity:.2f}") == told[-1]
+    assert found.step == 2 and found.tokens > 0 and 0 <= found.selected <= 1
 
 
 def small_config_of(run):

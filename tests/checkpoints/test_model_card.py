@@ -21,12 +21,12 @@ from tests.checkpoints.made import memory_state
     ],
 )  # fmt: skip
 def test_the_card_names_the_family_that_the_pattern_is(pattern, family, tags):
-    card = model_card(memory_state(pattern).config, 7, 500, "float32", has_tokenizer=False)
+    card = model_card("name", memory_state(pattern).config.model, "float32", None, None)
     assert f"Architecture:\n{family}.\n" in card
     assert f"\ntags: [{tags}]\n" in card
     assert ("selective" in card) == ("S" in pattern)
 
 
 def test_the_card_names_the_accepted_releases():
-    card = model_card(memory_state("M").config, None, None, "float32", has_tokenizer=False)
+    card = model_card("name", memory_state("M").config.model, "float32", None, None)
     assert f"`transformers` {TRANSFORMERS_OLDEST} or later (tested up to {TRANSFORMERS_NEWEST})." in card

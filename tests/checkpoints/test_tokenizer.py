@@ -51,14 +51,15 @@ def test_ids_are_equal_on_any_text(model_file, text):
 
 def test_auto_tokenizer_encodes_and_decodes_alike(tmp_path, model_file):
     special = write_tokenizer(model_file, tmp_path, lines_of_text()[:50], 128)
-    assert special == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert special.settings == {"eos_token_id": 2, "pad_token_id": 2}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     for text in hostile_texts() + lines_of_text()[:300]:
         ids = reference.encode(text)
-        assert tokenizer(text)["input_ids"] == ids
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == ids
         if "\x00" not in text:
-            assert tokenizer.decode(ids) == reference.decode(ids)
+            assert tokenizer.decode(ids).removeprefix(" ") == reference.decode(ids)
+            assert load_codec(tmp_path / "tokenizer.json").decode(ids) == reference.decode(ids)
     padded = tokenizer(["a", "a longer text"], padding=True)
     assert padded["attention_mask"][0][0] == 0 and padded["attention_mask"][0][-1] == 1  # on the left
     assert tokenizer.eos_token_id == 2 and tokenizer.model_max_length == 128
@@ -99,11 +100,26 @@ def test_a_tokenizers_file_is_taken_as_it_is(tmp_path):
     tokenizer.train_from_iterator(lines_of_text()[:500], trainer)
     tokenizer.save(str(tmp_path / "source.json"))
     special = write_tokenizer(tmp_path / "source.json", tmp_path / "out", [], 64)
-    assert special["eos_token_id"] == tokenizer.token_to_id("<|endoftext|>")
+    assert special.settings["eos_token_id"] == tokenizer.token_to_id("<|endoftext|>")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     tokenizer.encode_special_tokens = True
     for text in lines_of_text()[:100] + ["literal <|endoftext|> text"]:
-        assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+        assert loaded(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text).ids
+    tokenizer.encode_special_tokens = False
+    assert loaded("literal <|endoftext|> text")["input_ids"] == tokenizer.encode("literal <|endoftext|> text").ids
+
+
+def test_user_defined_pieces_that_the_libraries_treat_differently_are_refused(tmp_path):
+    """No text of the data need hold them; sentencepiece puts no space before the text behind one, tokenizers does."""
+    (tmp_path / "with").mkdir()
+    file = train_sentencepiece(tmp_path / "with", user_defined_symbols="<sep>")
+    with pytest.raises(UserError, match="gives other ids for '<sep>'"):
+        write_tokenizer(file, tmp_path / "out", [], 128)
+    (tmp_path / "without").mkdir()
+    file = train_sentencepiece(tmp_path / "without", user_defined_symbols="<sep>", add_dummy_prefix=False)
+    write_tokenizer(file, tmp_path / "out", [], 128)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a<sep>b")["input_ids"] == reference.encode("a<sep>b")
 
 
 def test_a_tokenizers_file_that_cuts_and_fills_up_is_used_without_either(tmp_path):
@@ -148,10 +164,10 @@ def test_tiktoken_files_are_converted_exactly(tmp_path):
     file = write_tiktoken(tmp_path / "tokenizer.model")
     texts = lines_of_text()
     special = write_tokenizer(file, tmp_path / "out", texts, 128)
-    assert special == {"bos_token_id": 700, "eos_token_id": 701, "pad_token_id": 701}
+    assert special.settings == {"eos_token_id": 701, "pad_token_id": 701}
     loaded, codec = AutoTokenizer.from_pretrained(tmp_path / "out"), load_codec(file)
     for text in hostile_texts() + texts[:500]:
-        assert loaded(text)["input_ids"] == codec.encode(text)
+        assert loaded(text, split_special_tokens=True)["input_ids"] == codec.encode(text)
         assert loaded.decode(codec.encode(text)) == text
 
 
@@ -166,4 +182,4 @@ def test_special_tokens_named_beside_a_tokenizers_file_are_used(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "</s>": 2}, "a"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
-    assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64)["eos_token_id"] == 1
+    assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64).settings["eos_token_id"] == 1

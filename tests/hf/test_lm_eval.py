@@ -1,4 +1,8 @@
-"""An exported folder runs under lm_eval's hf model, offline, on a local task, and is scored as we score it."""
+"""An exported folder runs under lm_eval's hf model, offline, on a local task, and is scored as we score it.
+
+A text begins with BOS where the documents of the training data did, and only there. Where there is nothing before the
+text that is scored, lm_eval itself puts BOS there or, where none is declared, EOS.
+"""
 
 import json
 import os
@@ -12,6 +16,7 @@ from checkpoints.export_hf import export
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.inference.text import load_codec
 from tests.checkpoints.made import memory_state, train_sentencepiece
+from tests.checkpoints.test_text_of_exports import data_of, tokenize
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -30,22 +35,28 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def log_likelihood(model, codec, context: str, choice: str) -> float:
-    """log P(choice | context) by one forward pass per choice, no batch, no padding."""
-    before, ids = codec.encode(context), codec.encode(context + choice)
+def log_likelihood(model, codec, begin: list[int], context: str, choice: str) -> float:
+    """log P(choice | context) by one forward pass per choice, no batch, no padding. `begin`: ids before the context."""
+    before, ids = begin + codec.encode(context), begin + codec.encode(context + choice)
     with torch.no_grad():
         logs = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
     return sum(float(logs[at - 1, ids[at]]) for at in range(len(before), len(ids)))
 
 
 @pytest.mark.slow
-def test_multiple_choice_is_scored_as_we_score_it(tmp_path):
+@pytest.mark.parametrize("options", [["--append-eod"], ["--prepend-bos", "--append-eod"]])
+def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options):
     tokenizer = train_sentencepiece(tmp_path)
-    export(memory_state("M S W", vocab_size=600), tmp_path / "hf", tokenizer=tokenizer)
+    state = memory_state("M S W", vocab_size=600)
+    data = data_of(tokenize(tmp_path, "data", tokenizer, *options))
+    state.config = state.config.model_copy(update={"data": data})
+    export(state, tmp_path / "hf", tokenizer=tokenizer)
+    begin = [1] if "--prepend-bos" in options else []
     rows = [
         {"context": "import os\nimport", "choices": [" sys", " numpy as np", " x"], "label": 0},
         {"context": "def __init__(self", "choices": ["):", ", a, b, c):", " while"], "label": 1},
         {"context": "return", "choices": [" None", " self.value + 1", " 0"], "label": 2},
+        {"context": "", "choices": ["import", "def", "x"], "label": 0},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tasks").mkdir()
@@ -65,5 +76,6 @@ def test_multiple_choice_is_scored_as_we_score_it(tmp_path):
     for sample in samples:
         row = rows[sample["doc_id"]]
         got = [float(answer[0][0]) for answer in sample["resps"]]
-        wanted = [log_likelihood(model, codec, row["context"], choice) for choice in row["choices"]]
+        first = begin if row["context"] else begin or [2]
+        wanted = [log_likelihood(model, codec, first, row["context"], choice) for choice in row["choices"]]
         assert got == pytest.approx(wanted, abs=1e-3)

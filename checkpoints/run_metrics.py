@@ -1,0 +1,55 @@
+"""What a run's log says of a checkpoint: its last validation, for the model card."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"  # in the run's folder, beside its checkpoints (megatron_taipan/train/logs.py)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation of the weights, or of the same run some steps before."""
+
+    step: int
+    loss: float  # mean cross entropy of a token, nats
+    perplexity: float
+    tokens: int  # held-out ones that the mean is taken over
+    selected: float | None  # share of them that the gates select, mean over the S layers; None where there are none
+
+
+def last_validation(checkpoint: Path, step: int) -> Validation | None:
+    """The newest validation up to `step` in the log of the run that the checkpoint lies in; None where there is none.
+
+    Of several of one step, which a resumed run may have written, the last one counts.
+    """
+    found: dict[str, Any] | None = None
+    try:
+        lines = (checkpoint.parent / LOG).open("rb")
+    except OSError:
+        return None
+    with lines:
+        for line in lines:
+            if b'"valid"' not in line:  # a log holds a line for each step
+                continue
+            record = _record(line)
+            if record and record["step"] <= step and (found is None or record["step"] >= found["step"]):
+                found = record
+    if found is None:
+        return None
+    shares = [value for name, value in found.items() if name.startswith("gate") and name.endswith("/selected")]
+    selected = sum(shares) / len(shares) if shares and None not in shares else None
+    return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], selected)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A validation's record; None for another line, one cut in two, or numbers that were not finite."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or record.get("event") != "valid":
+        return None
+    wanted = ("step", "ce", "perplexity", "tokens")
+    return record if all(isinstance(record.get(name), int | float) for name in wanted) else None
