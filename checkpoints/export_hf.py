@@ -153,7 +153,9 @@ def config_json(config: Config, dtype: torch.dtype, special: dict[str, int]) -> 
         "architectures": ["TaipanForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_taipan.TaipanConfig",
+            "AutoModel": "modeling_taipan.TaipanModel",
             "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_taipan.TaipanForSequenceClassification",
         },
         "model_type": "taipan",
         "dtype": str(dtype)[6:],

@@ -11,23 +11,29 @@ check_transformers(__version__)  # this file is the first of an export that tran
 
 
 class TaipanConfig(PretrainedConfig):
-    """Configuration of `TaipanForCausalLM`.
+    """Configuration of the transformers classes.
 
     Args:
         network: the fields of `ModelConfig`, as a nested dictionary; what config.json holds.
         tokens_per_sample: sequence length in training, a note for readers: the architecture has no limit.
+        skip_logits: whether training with labels gives the loss alone, see `TaipanForCausalLM.forward`.
     """
 
     model_type = "taipan"
 
-    def __init__(self, network: dict[str, Any] | None = None, tokens_per_sample: int | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        network: dict[str, Any] | None = None,
+        tokens_per_sample: int | None = None,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ):
         # transformers makes an empty configuration to find defaults; it can be stored but builds no model.
         self.network = ModelConfig.model_validate(network).model_dump(mode="json") if network else None
-        self.tokens_per_sample = tokens_per_sample
-        kwargs.pop("tie_word_embeddings", None)
+        self.tokens_per_sample, self.skip_logits = tokens_per_sample, skip_logits
+        kwargs.pop("tie_word_embeddings", None)  # the network's own option says it
         super().__init__(**kwargs)
-        # Our model shares the weight itself: there is no second parameter that transformers would have to tie.
-        self.tie_word_embeddings = False
+        self.tie_word_embeddings = bool(self.network and self.network["tie_embeddings"])
 
     def model_config(self) -> ModelConfig:
         """The typed network description.
@@ -44,6 +50,11 @@ class TaipanConfig(PretrainedConfig):
     @property
     def vocab_size(self) -> int | None:
         return self.network["vocab_size"] if self.network else None
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        """What `resize_token_embeddings` sets."""
+        self.network["vocab_size"] = size
 
     @property
     def hidden_size(self) -> int | None:
