@@ -10,6 +10,9 @@ from megatron_taipan.versions import check_transformers
 check_transformers(__version__)  # this file is the first of an export that transformers runs
 
 
+DERIVED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+
+
 class TaipanConfig(PretrainedConfig):
     """Configuration of the transformers classes.
 
@@ -31,8 +34,10 @@ class TaipanConfig(PretrainedConfig):
         # transformers makes an empty configuration to find defaults; it can be stored but builds no model.
         self.network = ModelConfig.model_validate(network).model_dump(mode="json") if network else None
         self.tokens_per_sample, self.skip_logits = tokens_per_sample, skip_logits
-        kwargs.pop("tie_word_embeddings", None)  # the network's own option says it
-        super().__init__(**kwargs)
+        for name in DERIVED:
+            kwargs.pop(name, None)  # the network says it
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # None, where config.json has none
+        super().__init__(**special | kwargs)
         self.tie_word_embeddings = bool(self.network and self.network["tie_embeddings"])
 
     def model_config(self) -> ModelConfig:
@@ -44,6 +49,10 @@ class TaipanConfig(PretrainedConfig):
         if not self.network:
             raise ValueError("TaipanConfig: `network` is empty; pass the fields of ModelConfig (pattern, d_model, ...)")
         return ModelConfig.model_validate(self.network)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the sizes that PEFT and others look for in config.json; what counts is `network`."""
+        return super().to_dict() | {name: getattr(self, name) for name in DERIVED}
 
     # Names that transformers and its tools ask for.
 

@@ -52,6 +52,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no assisted decoding: states cannot be rolled back
     _no_split_modules = ["MambaBlock", "AttentionBlock", "SelectiveAttentionBlock"]
     _input_embed_layer = "embedding"
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # where only the network under the head is loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
