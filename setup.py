@@ -61,6 +61,8 @@ setup(
         "wandb": ["wandb>=0.19"],
         # `lm_eval --model hf` on an export; with it tests/hf/test_lm_eval.py runs instead of being skipped
         "eval": ["lm_eval>=0.4.13", "accelerate>=1"],
+        # adapters and preference tuning of an export; tests/hf/test_libraries.py installs the pinned ones for itself
+        "tune": ["peft>=0.19", "trl>=1.5", "accelerate>=1.10"],
         # Beside these the tests read files back with Megatron's own reader: `pip install --no-deps megatron-core`
         # (its dependencies would pull another torch).
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.17", "mypy>=1.15", "lxml>=5"],

@@ -106,7 +106,9 @@ def config_json(network: ModelConfig, dtype: torch.dtype, settings: dict[str, An
         "architectures": ["TaipanForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_taipan.TaipanConfig",
+            "AutoModel": "modeling_taipan.TaipanModel",
             "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_taipan.TaipanForSequenceClassification",
         },
         "model_type": "taipan",
         "dtype": short(dtype),

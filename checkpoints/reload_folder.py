@@ -16,6 +16,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -49,7 +50,7 @@ def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
     place.loader.exec_module(streamed)
 
     kind: Any = get_class_from_dynamic_module("modeling_taipan.TaipanForCausalLM", folder)
-    kind.post_init = lambda self: None  # would draw initial weights
+    sys.modules[kind.__module__].TaipanPreTrainedModel.post_init = lambda self: None  # would draw initial weights
     with torch.device("meta"):
         model = kind(config).eval()
     wide = set(model._keep_in_fp32_modules_strict)
@@ -57,12 +58,17 @@ def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
     where = {name: file for file in files for name in file.keys()}
 
     def load(name: str) -> Any:
+        if name == "head.weight" and f"model.{name}" not in where:
+            name = "embedding.weight"  # shared
+        if f"model.{name}" not in where:
+            name = name.removesuffix(".weight")  # of a matrix that a module holds
         value = where[f"model.{name}"].get_tensor(f"model.{name}")
         if value.dtype != (torch.float32 if f"model.{name}" in wide else dtype):
             raise ValueError(f"model.{name} is stored as {value.dtype}")
         return value.float()
 
-    streamed.stream(model.model, load)
+    parts = {name: getattr(model.model, name) for name in ("embedding", "layers", "final_norm")}
+    streamed.stream(SimpleNamespace(**parts, head=model.lm_head), load)
     return model
 
 

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
     "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference"},
     "megatron_taipan.train": {"config", "gate_config", "pattern", "ops", "parallel", "model", "data", "checkpoint"},
-    "megatron_taipan.hf": {"config", "gate_config", "versions", "parallel", "model", "inference"},
+    "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference"},
     "data_prep": {"data"},
     "checkpoints": {"config", "pattern", "versions", "model", "parallel", "checkpoint", "data", "inference", "hf"},
     "launch": {

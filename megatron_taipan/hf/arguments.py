@@ -20,8 +20,6 @@ IGNORED = {
 
 # Accepted only as None or False, with which callers say that they do not want it (PEFT passes several as None).
 UNSUPPORTED = {
-    "inputs_embeds": "the model reads input_ids",
-    "output_hidden_states": "the layers' outputs are not kept",
     "output_attentions": "attention weights are never computed as a whole",
     "output_router_logits": "there is no router; the gates' statistics come from megatron_taipan's own model",
     "shift_labels": "pass `labels` as the tokens stand; they are shifted here",
@@ -44,11 +42,11 @@ def check_arguments(forward: Callable, given: dict[str, Any]) -> None:
             continue
         if name in UNSUPPORTED:
             if value is not None and value is not False:
-                raise ValueError(f"TaipanForCausalLM does not support {name}: {UNSUPPORTED[name]}")
+                raise ValueError(f"Taipan does not support {name}: {UNSUPPORTED[name]}")
         elif name == "is_causal":
             if value is False:
-                raise ValueError("TaipanForCausalLM does not support is_causal=False: its states run one way only")
+                raise ValueError("Taipan does not support is_causal=False: its states run one way only")
         else:
             known = {*inspect.signature(forward).parameters, *READ, *IGNORED, *UNSUPPORTED} - {"kwargs"}
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
-            raise TypeError(f"TaipanForCausalLM does not know the argument {name!r}; the nearest is {near!r}")
+            raise TypeError(f"Taipan does not know the argument {name!r}; the nearest is {near!r}")

@@ -1,98 +1,35 @@
-"""The transformers face of Taipan: wraps `megatron_taipan.model.taipan.Taipan`, computes nothing of its own."""
+"""The transformers classes of Taipan with a head: they compute nothing of their own but logits and losses."""
 
-from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_taipan.gate_config import at_the_end
 from megatron_taipan.hf.arguments import check_arguments
+from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
-from megatron_taipan.hf.documents import IGNORED, documents_from_mask, documents_from_positions, within_texts
-from megatron_taipan.model.cache import Cache as TaipanState
-from megatron_taipan.model.init import initial_value
-from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.hf.documents import IGNORED, within_texts
+from megatron_taipan.hf.network import TaipanModel, TaipanPreTrainedModel, check_tokens, documents_of, one_cache
+from megatron_taipan.ops.numerics import at_least_float32
 
-# What generate() calls the cache, among the arguments and in the output: "past_key_values" before 5.24.
-CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+__all__ = ["TaipanCache", "TaipanForCausalLM", "TaipanForSequenceClassification", "TaipanModel"]
 
 
-class TaipanCache(Cache):
-    """What `generate()` passes from step to step: our cache, made by the model on first use.
-
-    Its memory does not grow with the text, except in full attention (`A`) layers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.state: TaipanState | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens consumed so far, padding included."""
-        return self.state.length if self.state is not None else 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # unlimited
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None and self.state.document_start is not None:
-            rows = torch.arange(len(self.state.document_start), device=self.state.document_start.device)
-            self.state.select(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        self.state = None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a recurrent state cannot be rolled back: Taipan's cache cannot be cropped")
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Of transformers' own linear layers, which count no tokens: where all layers are, generate() reads a whole
-        prompt again into a cache that is passed on. Ours counts tokens whatever its layers are, so none is."""
-        return [False]
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.state is not None
-
-
-class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
+class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
     """A Taipan language model for transformers."""
 
-    config_class = TaipanConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _is_stateful = True  # no assisted decoding: states cannot be rolled back
-    _no_split_modules = ["MambaBlock", "AttentionBlock", "SelectiveAttentionBlock"]
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # where the configuration says so
 
     def __init__(self, config: TaipanConfig):
         super().__init__(config)
-        self.model = Taipan(config.model_config())
-        self.gradient_checkpointing = False
-        self._train_step = 0  # draws fresh gate noise in every training step
-        self._keep_in_fp32_modules_strict = float32_names(self.model)
+        self.model = TaipanModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._keep_in_fp32_modules_strict = self._float32_names("model.")
         self.post_init()
 
     def forward(
@@ -100,109 +37,102 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: TaipanCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         seq_idx: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: TaipanCache | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids: [b, l].
+            input_ids: [b, l]; or inputs_embeds: [b, l, d] in its place.
             attention_mask: [b, past + l], 0 on padding, which must stand at the left or the right end of a row.
             past_key_values, cache: earlier tokens, extended in place; two names of one argument.
             labels: [b, l], not shifted; -100 is left out of the loss.
             seq_idx: [b, l] document of each token where rows are packed; instead of attention_mask.
             logits_to_keep: logits of the last so many positions only, or of positions [n]; 0 keeps all.
+            output_hidden_states: give the residual stream between the layers too, see `TaipanModel.forward`.
+            skip_logits: with labels in training mode, give no logits. They are 4 b l v bytes, and their gradient as
+                much again; skipped, the head and the loss are computed in pieces of 128 MiB. None: as config.json says
+                (`skip_logits`), else False.
             kwargs: position_ids [b or 1, l], which pack a row where they start again, as seq_idx does;
                 num_items_in_batch, labels in the whole accumulated batch; and what `arguments.py` ignores.
 
         Returns:
-            In training mode with labels: the trainer's loss (cross entropy plus budget) and no logits, which are then
-            never held in memory. Otherwise logits [b, l or logits_to_keep, v] in float32 and, with labels, the mean
-            cross entropy.
+            logits [b, l or logits_to_keep, v] in float32. With labels a loss: the mean cross entropy and, in training
+            mode, the budget of the gates, as the trainer has it.
 
         Raises:
             ValueError: no tokens; a mask, positions or a cache that do not fit them; what Taipan does not support.
             TypeError: an unknown argument.
         """
         check_arguments(self.forward, kwargs)
-        if input_ids is None or input_ids.dim() != 2 or 0 in input_ids.shape:
-            shape = "None" if input_ids is None else list(input_ids.shape)
-            raise ValueError(f"input_ids is {shape}, but must be [batch, length] of at least one token")
-        if cache is not None and past_key_values is not None and cache is not past_key_values:
-            raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
-        cache = past_key_values if cache is None else cache
+        check_tokens(input_ids, inputs_embeds)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = one_cache(cache, past_key_values)
         if cache is None and use_cache and labels is None:
             cache = TaipanCache()
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         if seq_idx is None:
-            seq_idx = documents_of(input_ids, attention_mask, kwargs, cache)
-        items = kwargs.get("num_items_in_batch")
-        if labels is not None and self.training:
-            loss = self._training_loss(input_ids, labels, attention_mask, seq_idx, items)
-            return CausalLMOutputWithPast(loss=loss) if return_dict else (loss,)
-
-        state = self._state_of(cache, input_ids.shape[0]) if cache is not None else None
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        logits = self.model(input_ids, seq_idx=seq_idx, cache=state, all_logits=not last_only).logits
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        elif logits_to_keep > 1:
-            logits = logits[:, -logits_to_keep:]
-        loss = None
-        if labels is not None:
-            labels = within_texts(labels, attention_mask, seq_idx)
-            size = self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=items)
-        kept: dict[str, Any] = {CACHE: cache}
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
-        return output if return_dict else output.to_tuple()
-
-    def _training_loss(
-        self, input_ids: Tensor, labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None, n_items: Any
-    ) -> Tensor:
-        """The trainer's loss. `n_items`: labels in the whole accumulated batch (what transformers' Trainer passes)."""
-        following = torch.full_like(labels, IGNORED)
-        following[:, :-1] = within_texts(labels, mask, seq_idx)[:, 1:]
-        counted = following != IGNORED
-        self._train_step += 1
+            seq_idx = documents_of(tokens.shape[:2], attention_mask, kwargs, cache)
         output = self.model(
-            input_ids,
-            labels=following.masked_fill(~counted, 0),
-            loss_mask=counted.float(),
-            seq_idx=seq_idx,
-            step=self._train_step,
-            ce_scale=None if n_items is None else 1.0 / n_items,
-        )
-        if n_items is None:
-            return output.loss
-        # The Trainer adds up the losses of accumulated batches: each brings its share of the mean budget loss.
-        return (
-            output.ce_loss
-            + at_the_end(self.model.config.gate.budget_lambda) * output.budget_loss * counted.sum() / n_items
-        )
+            input_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, output_hidden_states=output_hidden_states,
+            cache=cache, return_dict=True,
+        )  # fmt: skip
+        h = output.last_hidden_state
+        skip_logits = self.config.skip_logits if skip_logits is None else skip_logits
+        logits = loss = None
+        if labels is None or not (self.training and skip_logits):
+            logits = at_least_float32(self.lm_head(keep_positions(h, logits_to_keep) if labels is None else h))
+        if labels is not None:
+            following = torch.full_like(labels, IGNORED)  # [b, l] what each position should predict
+            following[:, :-1] = within_texts(labels, attention_mask, seq_idx)[:, 1:]
+            loss = self._loss(h, logits, following.to(h.device), output.budget_loss, kwargs.get("num_items_in_batch"))
+            logits = None if logits is None else keep_positions(logits, logits_to_keep)
+        kept: dict[str, Any] = {CACHE: cache, "hidden_states": output.hidden_states}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
-    def _state_of(self, cache: TaipanCache, batch: int) -> TaipanState:
-        """The memory inside `cache`, made on first use.
+    def _loss(self, h: Tensor, logits: Tensor | None, following: Tensor, budget: Tensor, n_items: Any) -> Tensor:
+        """The mean cross entropy, and in training mode the budget loss.
 
-        Raises:
-            ValueError: a cache of another model's kind, or of another number of rows.
+        Args:
+            h: [b, l, d]; logits: [b, l, v], or None; following: [b, l] the token behind each, IGNORED where none
+                counts.
+            n_items: labels in the whole accumulated batch (what transformers' Trainer passes), whose losses it adds up:
+                each then brings its share of the means.
         """
-        if not isinstance(cache, TaipanCache):
-            raise ValueError(f"the cache must be a TaipanCache or None, not a {type(cache).__name__}")
-        if cache.state is None:
-            cache.state = self.model.new_cache(batch, self.device, self.dtype)
-        rows = len(cache.state.layers[0].tensors()[0])
-        if rows != batch:
-            raise ValueError(f"the cache holds {rows} rows, but input_ids has {batch}; they must be the same texts")
-        return cache.state
+        counted = following != IGNORED
+        count = counted.sum().clamp(min=1) if n_items is None else n_items
+        if logits is None:
+            weights = counted.float() / count
+            cross_entropy = self.model.ops.linear_cross_entropy(
+                h.flatten(0, 1), self.lm_head.weight, following.clamp(min=0).flatten(), weights.flatten()
+            )
+        else:
+            sums = F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum")
+            cross_entropy = sums / count
+        if not self.training:
+            return cross_entropy
+        share = 1.0 if n_items is None else counted.sum() / n_items
+        return cross_entropy + at_the_end(self.model.gate_config.budget_lambda) * budget * share
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict:
-        """What a step of `generate()` passes to forward. generate() asks whether an argument is called `kwargs`.
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """transformers 5.3 forgets here that files of a model from a folder's code hold no tied head, and ties none."""
+        missing = set(loading_info.missing_keys)
+        parent: Any = super()
+        parent.mark_tied_weights_as_initialized(loading_info)
+        loading_info.missing_keys |= missing & self.all_tied_weights_keys.keys()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict:
+        """What a step of `generate()` passes to forward. generate() asks whether arguments have these names.
 
         Raises:
             ValueError: a cache is passed on with no token that is new to it. Left with none to pass, transformers
@@ -215,7 +145,7 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
                 f" {input_ids.shape[1]}: pass the whole text, cached tokens included, with at least one more"
             )
         parent: Any = super()
-        return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return parent.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> None:
         """`generate()` asks here for a cache; no general class of transformers fits a selective attention layer."""
@@ -233,58 +163,19 @@ class TaipanForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             model_kwargs[CACHE] = cache
 
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Gives a parameter that no file held its initial value from our table (`model/init.py`)."""
-        table = describe(self.model.config)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameter in module.parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False):
-                name = names[id(parameter)]
-                parameter.copy_(initial_value(name, table[name], self.model.config, 0))
-        for buffer in module.buffers(recurse=False):  # the gate's threshold
-            if not getattr(buffer, "_is_hf_initialized", False):
-                buffer.fill_(self.model.config.gate.threshold)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """transformers' switch; the layers are recomputed by the model itself."""
-        self.gradient_checkpointing = enable
-        self.model.recompute = "full" if enable else "none"
+class TaipanForSequenceClassification(GenericForSequenceClassification, TaipanPreTrainedModel):
+    """A linear classifier of the last token that is not padding; transformers' own forward pass and losses."""
 
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> None:
-        return None  # the head is no separate Linear layer
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        raise NotImplementedError("Taipan's vocabulary is fixed at training; train with a larger model.vocab_size")
+    def __init__(self, config: TaipanConfig):
+        TaipanPreTrainedModel.__init__(self, config)  # the general class asks AutoModel, which may not know ours
+        self.num_labels = config.num_labels
+        self.model = TaipanModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self._keep_in_fp32_modules_strict = self._float32_names("model.")
+        self.post_init()
 
 
-def float32_names(model: Taipan) -> list[str]:
-    """Names, as this class's state_dict has them, of what stays float32 in a bf16 or fp16 model."""
-    islands = [name for name, spec in describe(model.config).items() if spec.float32]
-    return [f"model.{name}" for name in (*islands, *dict(model.named_buffers()))]
-
-
-def documents_of(
-    tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any], cache: TaipanCache | None
-) -> Tensor | None:
-    """Documents [b, l] of tokens [b, l], from the mask or from positions that start again; None: one a row.
-
-    Raises:
-        ValueError: a mask or positions that do not fit; document borders for FlashAttention without either.
-    """
-    rows, length = tokens.shape
-    past = cache.get_seq_length() if cache is not None else 0
-    positions = kwargs.get("position_ids")
-    if positions is None and kwargs.get("cu_seq_lens_q") is not None:
-        raise ValueError("cu_seq_lens_q packs rows without saying which token is whose: pass position_ids or seq_idx")
-    documents = documents_from_mask(mask, rows, length, past) if mask is not None else None
-    packed = None
-    if positions is not None:
-        packed = documents_from_positions(positions, mask, length, cache is not None)
-    return documents if packed is None else packed.expand(rows, -1)
+def keep_positions(x: Tensor, positions: int | Tensor) -> Tensor:
+    """x [b, l, e] at the last so many positions (0: all), or at those of [n]."""
+    return x[:, positions] if isinstance(positions, Tensor) else x[:, -positions:]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
@@ -11,6 +10,7 @@ from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.joined import take_rows
 from megatron_taipan.model.rope import rotate
+from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.replicated import sum_gradients
 
@@ -22,10 +22,10 @@ class Attention(nn.Module):
     query heads share, and the gradients are summed.
     """
 
-    q_proj: Tensor
-    k_proj: Tensor
-    v_proj: Tensor
-    out_proj: Tensor
+    q_proj: Weight
+    k_proj: Weight
+    v_proj: Weight
+    out_proj: Weight
 
     def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         outputs = []
         for rows in queries:
             if rows is None:
-                q, low, high, place = F.linear(u.flatten(0, 1), self.q_proj), lo, hi, within
+                q, low, high, place = product(u.flatten(0, 1), self.q_proj), lo, hi, within
             else:
                 q = self.ops.gather_linear(u.flatten(0, 1), self.q_proj, rows)
                 (low, high), place = rows.intervals(lo, hi), within[rows.at]
@@ -69,7 +69,7 @@ class Attention(nn.Module):
                 q = rotate(q, place, self.theta)
             o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
             if rows is None:
-                outputs.append(F.linear(o, self.out_proj))
+                outputs.append(product(o, self.out_proj))
             else:
                 outputs.append(self.ops.bounded_linear(o, self.out_proj, rows))
         return outputs
@@ -86,22 +86,23 @@ class Attention(nn.Module):
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b]
         k, v, _ = self._keys_values(u, within, None)  # [b, 1, hk, head_dim]
         keys, values, first = store.write(k, v, ctx.position)
-        q = F.linear(u, self.q_proj).view(len(u), self.heads, self.head_dim)
+        q = product(u, self.q_proj).view(len(u), self.heads, self.head_dim)
         if self.theta is not None:
             q = rotate(q, within, self.theta)
         lo, hi = (t[:, 0] for t in ctx.interval(self.window, 0, first))  # [b] slots of the row's own buffer
         if chosen is not None:
             hi = torch.where(chosen[:, 0], hi, lo - 1)
         o = self.ops.decode_attention(q, keys, values, lo, hi, self.window or keys.shape[1])
-        return F.linear(o.flatten(1), self.out_proj)[:, None]
+        return product(o.flatten(1), self.out_proj)[:, None]
 
     def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
         k_proj, v_proj = self.k_proj, self.v_proj
         if self.shared_kv:
+            assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # modules stand for weights on one rank
             first = self.kv_head * self.head_dim
             k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in sum_gradients(self.tp, k_proj, v_proj))
-        k, v = (F.linear(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
+        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
         if self.theta is not None:
             k = rotate(k.flatten(0, 1), within, self.theta).view_as(k)
         return (k, v, 0) if store is None else store.append(k, v)

@@ -9,7 +9,7 @@ from megatron_taipan.model.cache import KeyValueStore, MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
-from megatron_taipan.model.layers import RMSNorm, SwiGLU
+from megatron_taipan.model.layers import StreamNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.selected_rows import Rows
@@ -41,11 +41,11 @@ class MambaBlock(Block):
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__(build, layer)
-        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.norm = StreamNorm(build, f"{prefix}.norm")
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
     def forward(self, stream: Stream, ctx: Context, state: MambaState | None = None) -> tuple[Stream, None]:
-        u, h = self.norm.with_stream(*stream)
+        u, h = self.norm(*stream)
         return Stream(h, self.mixer(u, ctx, state)), None
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
@@ -59,14 +59,14 @@ class AttentionBlock(Block):
         super().__init__(build, layer)
         self.letter, self.tp = letter, build.tp
         window, rope = (build.config.attention.window, False) if letter == "W" else (None, True)
-        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.norm = StreamNorm(build, f"{prefix}.norm")
         self.attention = Attention(build, f"{prefix}.attention", window=window, rope=rope)
-        self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
+        self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
     def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, None]:
-        u, h = self.norm.with_stream(*stream)
-        u, h = self.mlp_norm.with_stream(h, self._attend(u, ctx, state))
+        u, h = self.norm(*stream)
+        u, h = self.mlp_norm(h, self._attend(u, ctx, state))
         return Stream(h, self.mlp(u)), None
 
     def _attend(self, u: Tensor, ctx: Context, state: KeyValueStore | None) -> Tensor:
@@ -100,14 +100,14 @@ class SelectiveAttentionBlock(Block):
         gate = build.config.gate
         self.tp, self.ops, self.gradient = build.tp, build.ops, gate.gradient
         self.adds, self.weighs = gate.refinement == "add", gate.weight == "alpha"
-        self.norm = RMSNorm(build, f"{prefix}.norm")
+        self.norm = StreamNorm(build, f"{prefix}.norm")
         self.gate = Gate(build, f"{prefix}.gate", layer)
         self.attention = Attention(build, f"{prefix}.attention", window=build.config.attention.window, rope=False)
-        self.mlp_norm = RMSNorm(build, f"{prefix}.mlp_norm")
+        self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
     def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Selection]:
-        u, h = self.norm.with_stream(*stream)  # [b, l, d] or a shard of its tokens
+        u, h = self.norm(*stream)  # [b, l, d] or a shard of its tokens
         selection = self.gate(u, ctx)
         if ctx.single:
             return self._step(u, h, selection, ctx, state), selection
@@ -122,7 +122,7 @@ class SelectiveAttentionBlock(Block):
         outputs = self.attention(u, ctx, queries, state)
         o = self._put_back(outputs, queries, u.shape)
         h = self.ops.refine(h, o, refine, zero_is_unselected=every is False, add=self.adds)
-        u, h = self.mlp_norm.with_stream(h)
+        u, h = self.mlp_norm(h)
         return Stream(h, self.mlp(u)), selection
 
     def _weight(self, selection: Selection) -> Tensor:
@@ -140,7 +140,8 @@ class SelectiveAttentionBlock(Block):
         o = self.attention.step(u, ctx, state, selection.selected)
         weight = self._weight(selection).to(h.dtype)[..., None]
         h = h + weight * (o if self.adds else o - h)
-        return Stream(h, self.mlp(self.mlp_norm(h)))
+        u, h = self.mlp_norm(h)
+        return Stream(h, self.mlp(u))
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d] or this rank's shard; zeros elsewhere."""

@@ -1,8 +1,9 @@
-"""Small layers that every block uses: RMSNorm and SwiGLU."""
+"""Small layers that every block uses: norms and SwiGLU."""
 
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
+from megatron_taipan.ops.product import Weight
 from megatron_taipan.parallel.linear import enter_linear, leave_linear
 from megatron_taipan.parallel.replicated import stream_parameters
 
@@ -15,18 +16,27 @@ class RMSNorm(nn.Module):
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         self.tp, self.eps, self.norm = build.tp, build.config.norm_eps, build.ops.rms_norm
-        self.add_norm = build.ops.add_rms_norm
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor) -> Tensor:
         (weight,) = stream_parameters(self.tp, self.weight)
         return self.norm(h, weight, self.eps)
 
-    def with_stream(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(h + branch), h + branch): add to the residual stream, and take it, here, where a kernel does it all.
 
-        The kernel reads and writes the stream once; in the backward pass it adds the stream's gradient as well.
-        """
+class StreamNorm(nn.Module):
+    """(norm(h + branch), h + branch): add to the residual stream, and take it, here, where a kernel does it all.
+
+    The kernel reads and writes the stream once; in the backward pass it adds the stream's gradient as well.
+    """
+
+    weight: Tensor
+
+    def __init__(self, build: Build, prefix: str):
+        super().__init__()
+        self.tp, self.eps, self.add_norm = build.tp, build.config.norm_eps, build.ops.add_rms_norm
+        build.parameters(self, prefix)
+
+    def forward(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         (weight,) = stream_parameters(self.tp, self.weight)
         return self.add_norm(h, branch, weight, self.eps)
 
@@ -34,9 +44,9 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(u)) * up(u)), arXiv 2002.05202; column- and row-split over tensor ranks."""
 
-    gate_proj: Tensor
-    up_proj: Tensor
-    down_proj: Tensor
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
 
     def __init__(self, build: Build, prefix: str):
         super().__init__()

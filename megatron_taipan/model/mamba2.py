@@ -12,6 +12,7 @@ from megatron_taipan.model.context import Context
 from megatron_taipan.model.joined import join_rows, take_rows
 from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.product import Weight, bare, product
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.collectives import sum_over_ranks
@@ -26,11 +27,11 @@ class Mamba2(WithFloat32Islands):
     gradients are summed; the norm's group then spreads over ranks, which add up their sums of squares.
     """
 
-    in_proj_z: Tensor
-    in_proj_x: Tensor
-    in_proj_B: Tensor
-    in_proj_C: Tensor
-    in_proj_dt: Tensor
+    in_proj_z: Weight
+    in_proj_x: Weight
+    in_proj_B: Weight
+    in_proj_C: Weight
+    in_proj_dt: Weight
     conv_x_weight: Tensor
     conv_x_bias: Tensor
     conv_B_weight: Tensor
@@ -41,7 +42,7 @@ class Mamba2(WithFloat32Islands):
     A_log: Tensor
     D: Tensor
     norm_weight: Tensor
-    out_proj: Tensor
+    out_proj: Weight
 
     def __init__(self, build: Build, prefix: str):
         super().__init__()
@@ -66,7 +67,8 @@ class Mamba2(WithFloat32Islands):
             return self._step(u, state)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
-        (zxbcdt,) = enter_linear(u, self.tp, in_proj)
+        parts = enter_linear(u, self.tp, *in_proj)
+        zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return leave_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj, self.tp)
@@ -104,7 +106,7 @@ class Mamba2(WithFloat32Islands):
         The weights are joined for large products; here they would be copied for a product that reads them once.
         """
         weights = self.in_proj_z, self.in_proj_x, self.in_proj_B, self.in_proj_C, self.in_proj_dt
-        z, x, B, C, dt = (F.linear(u, weight) for weight in weights)
+        z, x, B, C, dt = (product(u, weight) for weight in weights)
         conv_weight = torch.cat([self.conv_x_weight, self.conv_B_weight, self.conv_C_weight])
         conv_bias = torch.cat([self.conv_x_bias, self.conv_B_bias, self.conv_C_bias]) if self.conv_bias else None
         xBC, tail = self.ops.causal_conv1d(
@@ -118,7 +120,7 @@ class Mamba2(WithFloat32Islands):
             F.softplus(at_least_float32(dt[:, 0]) + self.dt_bias), -at_least_float32(self.A_log).exp(),
             B.unflatten(-1, (self.groups, self.d_state)), C.unflatten(-1, (self.groups, self.d_state)), self.D,
         )  # fmt: skip
-        return F.linear(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
+        return product(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
         """What `forward` does between the two projections, from an empty state, as one operation."""
@@ -128,8 +130,11 @@ class Mamba2(WithFloat32Islands):
             group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
         )  # fmt: skip
 
-    def _joined_weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C."""
+    def _joined_weights(self) -> tuple[tuple[Weight, ...], Tensor, Tensor | None]:
+        """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C.
+
+        Modules that stand for weights are called one by one instead, unless they are plain.
+        """
         names = ["in_proj_B", "in_proj_C", "conv_B_weight", "conv_C_weight"]
         names += ["conv_B_bias", "conv_C_bias"] if self.conv_bias else []
         shared = tuple(getattr(self, name) for name in names)
@@ -137,10 +142,12 @@ class Mamba2(WithFloat32Islands):
             first = self.group * self.d_state
             shared = tuple(take_rows(t, first, self.d_state) for t in sum_gradients(self.tp, *shared))
         in_B, in_C, conv_B, conv_C, *biases = shared
-        in_proj = join_rows(self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt)
+        in_proj = tuple(map(bare, (self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt)))
+        tensors = [weight for weight in in_proj if isinstance(weight, Tensor)]
+        joined = (join_rows(*tensors),) if len(tensors) == len(in_proj) else in_proj
         conv_weight = join_rows(self.conv_x_weight, conv_B, conv_C)
         conv_bias = join_rows(self.conv_x_bias, *biases) if self.conv_bias else None
-        return in_proj, conv_weight, conv_bias
+        return joined, conv_weight, conv_bias
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
         return self.ops.gated_rms_norm(

@@ -9,7 +9,7 @@ class Stream(NamedTuple):
     """The residual stream, the last addition to which may be outstanding: its value is h + branch.
 
     A layer hands on what its last part computed and leaves the addition to the norm of the next layer, whose kernel
-    reads the sum anyway (`RMSNorm.with_stream`). `total` adds where no layer follows that runs together with this one:
+    reads the sum anyway (`StreamNorm`). `total` adds where no layer follows that runs together with this one:
     at the end of the network, of a CUDA graph, of a pipeline stage, of what is recomputed as one. A tuple for ZeRO-3's
     sake.
     """

@@ -8,8 +8,9 @@ in front, and each program looks the number up where it runs.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_taipan.ops.product import Weight, product
 
 
 class Rows(NamedTuple):
@@ -35,14 +36,14 @@ def select_rows_reference(like: Tensor, selected: Tensor) -> Rows:
     return Rows(selected.nonzero()[:, 0], None)
 
 
-def gather_linear_reference(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+def gather_linear_reference(x: Tensor, weight: Weight, rows: Rows) -> Tensor:
     """x[rows] @ weight^T: [n, d], [e, d] -> [capacity, e]."""
-    return F.linear(x[rows.at], weight)
+    return product(x[rows.at], weight)
 
 
-def bounded_linear_reference(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+def bounded_linear_reference(x: Tensor, weight: Weight, rows: Rows) -> Tensor:
     """x @ weight^T of a buffer that holds picked rows: [capacity, d], [e, d] -> [capacity, e]."""
-    return F.linear(x, weight)
+    return product(x, weight)
 
 
 def scatter_rows_reference(x: Tensor, rows: Rows, n: int) -> Tensor:

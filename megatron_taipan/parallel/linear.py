@@ -13,21 +13,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.parallel.collectives import all_gather, reduce_scatter
 from megatron_taipan.parallel.exchange import Fetch
 from megatron_taipan.parallel.groups import TensorParallel
 
 
-def enter_linear(x: Tensor, tp: TensorParallel, *weights: Tensor) -> tuple[Tensor, ...]:
+def enter_linear(x: Tensor, tp: TensorParallel, *weights: Weight) -> tuple[Tensor, ...]:
     """F.linear(enter_block(x), weight) for each column-split weight [e, d]: [b, l, e], or [n, e] from a shard."""
     if tp.size == 1:
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(product(x, weight) for weight in weights)
     return _EnterLinear.apply(tp, x, *weights)
 
 
-def leave_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+def leave_linear(x: Tensor, weight: Weight, tp: TensorParallel) -> Tensor:
     """leave_block(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
-    return F.linear(x, weight) if tp.size == 1 else _LeaveLinear.apply(tp, x, weight)
+    return product(x, weight) if tp.size == 1 else _LeaveLinear.apply(tp, x, weight)
 
 
 class _EnterLinear(torch.autograd.Function):

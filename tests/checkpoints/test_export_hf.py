@@ -179,22 +179,26 @@ def test_a_mistake_in_the_folders_code_is_found(tmp_path, monkeypatch, mistake):
 # How generate() is told something wrong though the forward pass is right, and what then fails.
 MISTOLD = {
     "a cache under a name that forward does not get": (
-        "return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)",
+        "modeling_taipan.py",
+        "return parent.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)",
         "return parent.prepare_inputs_for_generation(input_ids, *args, **kwargs) | {CACHE: None}",
         "with a cache",
     ),
     "a cache that seems empty": (
-        "return self.state.length if self.state is not None else 0", "return 0", "from a returned cache"
+        "taipan_hf_cache.py",
+        "return self.state.length if self.state is not None else 0",
+        "return 0",
+        "from a returned cache",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTOLD)
 def test_a_generate_that_loses_the_cache_is_found(tmp_path, monkeypatch, mistake):
-    right, wrong, how = MISTOLD[mistake]
+    file, right, wrong, how = MISTOLD[mistake]
     sources = dict(export_hf.bundle_sources())
-    assert sources["modeling_taipan.py"].count(right) == 1
-    sources["modeling_taipan.py"] = sources["modeling_taipan.py"].replace(right, wrong)
+    assert sources[file].count(right) == 1
+    sources[file] = sources[file].replace(right, wrong)
     monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
     refused = r"attention_mask is \[2, 41\], but must be \[2, 1\]"  # by forward, where a release passes a mask of ones
     wrong_logits = f"of transformers {version('transformers')} {how} goes by logits that differ"

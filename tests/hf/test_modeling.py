@@ -28,18 +28,21 @@ def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def naive_greedy(model: TaipanForCausalLM, tokens: torch.Tensor, count: int) -> torch.Tensor:
     """argmax over full forwards of the trainer's model, no cache, no generate()."""
+    trainer = Taipan(model.config.model_config(), seed=0).double().eval()  # the initial weights, as `model` has them
     for _ in range(count):
-        tokens = torch.cat([tokens, model.model(tokens).logits[:, -1:].argmax(-1)], 1)
+        tokens = torch.cat([tokens, trainer(tokens).logits[:, -1:].argmax(-1)], 1)
     return tokens
 
 
 def test_logits_are_the_trainers():
     model, tokens = hf_model(), random_tokens(2, 25)
     trainer = Taipan(small_config(PATTERN), seed=0).double().eval()
+    at = torch.tensor([1, 4])
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, trainer(tokens).logits)
-        assert torch.equal(model(tokens, logits_to_keep=3).logits, trainer(tokens).logits[:, -3:])
-        assert torch.equal(model(tokens, logits_to_keep=torch.tensor([1, 4])).logits, trainer(tokens).logits[:, [1, 4]])
+        wanted = trainer(tokens).logits
+        assert torch.equal(model(tokens).logits, wanted)
+        for keep, kept in ((1, wanted[:, -1:]), (3, wanted[:, -3:]), (at, wanted[:, at])):
+            torch.testing.assert_close(model(tokens, logits_to_keep=keep).logits, kept, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", ["M", "S", "A", PATTERN])
@@ -189,7 +192,7 @@ def test_training_loss_is_cross_entropy_plus_budget():
     trainer = Taipan(small_config(PATTERN), seed=0).double().train()
     following = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
     mask = (following != -100).float()
-    output = trainer(tokens, labels=following.clamp(min=0), loss_mask=mask, step=1)
+    output = trainer(tokens, labels=following.clamp(min=0), loss_mask=mask.double(), step=1)
     assert output.budget_loss > 0
     assert loss.item() == pytest.approx((output.ce_loss + output.budget_loss).item(), rel=1e-9)
 
@@ -244,7 +247,8 @@ def test_bf16_keeps_its_float32_islands_through_loading_and_moving(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for moved in (loaded, loaded.to("cpu"), loaded.to(torch.bfloat16)):
-        kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in moved.named_parameters()}
+        named = {name.removesuffix(".weight"): tensor.dtype for name, tensor in moved.named_parameters()}
+        kinds = {name.rpartition(".")[2]: dtype for name, dtype in named.items()}
         assert kinds["A_log"] == kinds["dt_bias"] == kinds["D"] == torch.float32
         assert kinds["in_proj_z"] == kinds["q_proj"] == torch.bfloat16
         assert moved.model.layers[1].gate.weight.dtype == moved.model.layers[1].gate.threshold.dtype == torch.float32
@@ -281,8 +285,10 @@ def test_what_does_not_apply_is_refused():
     model, tokens = hf_model("M"), random_tokens(1, 4)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(tokens, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        model(inputs_embeds=torch.zeros(1, 4, 24))
+    with pytest.raises(ValueError, match="two ways"):
+        model(tokens, inputs_embeds=torch.zeros(1, 4, 24))
+    with pytest.raises(ValueError, match=r"inputs_embeds is \[1, 24\].*d_model"):
+        model(inputs_embeds=torch.zeros(1, 24))
     with pytest.raises(ValueError, match="TaipanCache"):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="two names"):
@@ -300,7 +306,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_known(misspelt, meant):
 
 def test_what_a_taipan_cannot_give_is_refused_unless_it_is_not_wanted():
     model, tokens = hf_model("M"), random_tokens(1, 4)
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits", "shift_labels", "inputs_embeds"):
+    for name in ("output_attentions", "output_router_logits", "shift_labels"):
         for value in (None, False):
             assert torch.equal(model(tokens, **{name: value}).logits, model(tokens).logits)
         with pytest.raises(ValueError, match=f"does not support {name}: "):
@@ -308,8 +314,8 @@ def test_what_a_taipan_cannot_give_is_refused_unless_it_is_not_wanted():
     assert model(tokens, is_causal=True, cache_position=torch.arange(4)).logits.shape == (1, 4, VOCABULARY)
     with pytest.raises(ValueError, match="is_causal"):
         model(tokens, is_causal=False)
-    with pytest.raises(ValueError, match="output_hidden_states"):
-        model.generate(tokens, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.generate(tokens, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
 
 
 def test_tokens_and_caches_that_do_not_fit_are_refused():
