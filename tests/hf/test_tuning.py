@@ -19,6 +19,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.layout import describe
 from tests.hf.test_modeling import PATTERN, hf_model, naive_greedy, random_tokens
 from tests.inference.networks import small_config
+from tests.inference.test_decoding_gpu import SIZES
 
 
 class Adapted(nn.Module):
@@ -189,3 +190,20 @@ def test_other_heads_stand_on_the_same_network(tmp_path):
     output = classifier(tokens, attention_mask=mask, labels=torch.tensor([0, 3, 1]))
     torch.testing.assert_close(output.logits, last @ classifier.score.weight.T)
     assert output.loss.isfinite() and classifier.score.weight.std() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [0.0, 1e9])  # of the gates: 1e9 selects no token
+def test_what_stands_in_for_a_matrix_learns_on_a_gpu_as_on_the_cpu(threshold):
+    gate, tokens, results = {"noise": "none", "threshold": threshold}, random_tokens(2, 70), []
+    for device in ("cpu", "cuda"):
+        model = hf_model(gate=gate, **SIZES).float().to(device)
+        torch.manual_seed(0)
+        for name, module in list(model.model.named_modules()):
+            if name.rpartition(".")[2] in MATRICES:
+                model.model.set_submodule(name, Adapted(module.cpu()).to(device))
+        logits = model(tokens.to(device)).logits
+        logits.log_softmax(-1)[..., 0].mean().backward()
+        grads = [p.grad.cpu() for name, p in model.named_parameters() if name.endswith("delta") and p.grad is not None]
+        results.append([t / t.abs().max().clamp(min=1e-9) for t in (logits.detach().cpu(), *grads)])
+    torch.testing.assert_close(*results, rtol=0, atol=0.02)
