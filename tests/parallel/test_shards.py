@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
+from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.graphs import Group
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.collectives import gather_tokens, put_tokens, take_tokens
@@ -97,7 +98,8 @@ def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.T
     rows, length = 2, 12
     h = torch.randn(rows * length, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     facts = torch.zeros(rows, length, dtype=torch.int32), torch.arange(rows), torch.zeros((), dtype=torch.int64)
-    inputs = take_tokens(h.view(rows, length, 24), tp), *facts
+    told = settled(model.config.gate).pack(model.config.letters.count("S"), h.device)
+    inputs = take_tokens(h.view(rows, length, 24), tp), *facts, told
     tp.counter.reset()
     out, budget, _ = group.with_parameters(*group.own, *inputs) if ahead else group(*inputs)
     torch.autograd.backward((out, budget), (out.detach(), torch.ones_like(budget)))
