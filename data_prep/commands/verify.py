@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if masks:
         print(f"{args.prefix}{SUFFIX}: {learned} of {tokens} tokens are learned")
-    checked = "structure, ids" + (", checksums, counts" if said else " (no manifest: no checksums)")
+    hashed = said is not None and all("bin_xxh3_128" in shard for shard in shards)
+    without = " (no checksums in its manifest)" if said else " (no manifest: no checksums)"
+    checked = "structure, ids" + (", checksums" if hashed else "") + (", counts" if said else "")
+    checked += "" if hashed else without
     print(
         f"{args.prefix} is whole: {checked}{', ends of documents' if eod is not None else ''}"
         + (", loss mask" if masks else "")
