@@ -33,6 +33,7 @@ from checkpoints.tokenizer import hostile_texts, write_tokenizer
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.data.made_with import added_ids, refuse_other
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.text import load_codec, sample_texts
@@ -132,7 +133,8 @@ def write_folder(
     config = state.config
     special: dict[str, int] = {}
     if tokenizer is not None:
-        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len, config.model.vocab_size)
+        added = added_ids(source.prefix for source in config.data.train)
+        special = write_tokenizer(tokenizer, folder, texts, config.data.seq_len, config.model.vocab_size, added)
     for name, text in bundle_sources().items():
         (folder / name).write_text(text, encoding="utf-8")
     write_json(folder / "config.json", config_json(config, dtype, special))
@@ -287,7 +289,7 @@ def find_tokenizer(state: TrainedState, given: Path | None) -> Path | None:
     """The tokenizer file to export: the one given, else the one that the configuration names.
 
     Raises:
-        UserError: that file does not exist.
+        UserError: that file does not exist, or the data's manifests say that it was made with another.
     """
     named = given or (Path(state.config.data.tokenizer) if state.config.data.tokenizer else None)
     if named is None:
@@ -295,6 +297,8 @@ def find_tokenizer(state: TrainedState, given: Path | None) -> Path | None:
         return None
     if not named.is_file():
         raise UserError(f"the tokenizer {named} does not exist; pass --tokenizer FILE or --no-tokenizer")
+    prefixes = [source.prefix for source in state.config.data.train]
+    refuse_other(prefixes, named, "--tokenizer" if given else "data.tokenizer")
     return named
 
 

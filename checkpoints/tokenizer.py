@@ -7,7 +7,7 @@ compared, and a tokenizer that gives other ids than the one the data was made wi
 import base64
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,21 @@ from data_prep.sentencepiece_json import (
     read_model,
     vocabulary_and_merges,
 )
+from megatron_taipan.data.special_tokens import USUAL, find_role
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
 
+ROLES = {"bos": "bos_token", "eod": "eos_token"}  # of a manifest, by their names in transformers
 NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
 def write_tokenizer(
-    source: Path, folder: Path, texts: Iterable[str], model_max_length: int, vocab_size: int | None = None
+    source: Path,
+    folder: Path,
+    texts: Iterable[str],
+    model_max_length: int,
+    vocab_size: int | None = None,
+    added: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
 
@@ -42,16 +49,20 @@ def write_tokenizer(
         texts: text on which the ids must agree, besides `hostile_texts()`.
         model_max_length: tokens per sample in training, noted in the tokenizer's configuration.
         vocab_size: ids that the model has; may exceed the tokenizer's, never the other way round.
+        added: the ids that begin (`bos`) and end (`eod`) each document of the data, where that is known; they go before
+            what the tokenizer and its configuration say.
 
     Returns:
         The ids that exist of bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-        UserError: the file is of no known kind, has more tokens than the model, or the conversion gives other ids.
+        UserError: the file is of no known kind, has more tokens than the model, the conversion gives other ids, or
+            nothing says which of several tokens ends a document.
     """
     codec = load_codec(source)
+    told = {ROLES[role]: index for role, index in (added or {}).items()}
     if isinstance(codec, TokenizersCodec):
-        tokenizer, special = codec.tokenizer, special_tokens(source, codec.tokenizer)
+        tokenizer, special = codec.tokenizer, special_tokens(source, codec.tokenizer, known=told)
     else:
         convert = convert_tiktoken if isinstance(codec, TikTokenCodec) else convert_sentencepiece
         tokenizer, special = convert(source)
@@ -61,6 +72,7 @@ def write_tokenizer(
             f"{source} has {tokenizer.get_vocab_size()} tokens, the model only {vocab_size}; pass the tokenizer that"
             " the data was made with"
         )
+    special |= {kind: spelling for kind, i in told.items() if (spelling := tokenizer.id_to_token(i)) is not None}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
@@ -78,28 +90,21 @@ def write_tokenizer(
     return {f"{kind}_id": tokenizer.token_to_id(config[kind]) for kind in named if kind in config}
 
 
-def special_tokens(source: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens of a tokenizer.json by kind: what tokenizer_config.json beside it says, else usual names."""
-    try:
-        said = json.loads(source.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        said = {}
+def special_tokens(source: Path, tokenizer: Tokenizer, known: Container[str] = ()) -> dict[str, str]:
+    """The special tokens of a tokenizer.json by kind, but for the kinds that are known already.
+
+    Raises:
+        UserError: nothing says which of several it is.
+    """
+    marked = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special = {}
-    for kind, usual in COMMON_SPECIALS.items():
-        named = said.get(kind)
-        named = named["content"] if isinstance(named, dict) else named
-        found = [name for name in (named, *usual) if name and tokenizer.token_to_id(name) is not None]
-        if found:
-            special[kind] = found[0]
+    for kind in USUAL:
+        role = find_role(kind, source, tokenizer.token_to_id, marked)
+        if len(role.candidates) > 1 and kind not in known:
+            raise UserError(f"{source}: {kind}: {role.said}; put the model's tokenizer_config.json beside it")
+        if role.id is not None:
+            special[kind] = role.candidates[role.id]
     return special
-
-
-COMMON_SPECIALS = {
-    "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-    "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
-    "unk_token": ("<unk>", "[UNK]"),
-}
 
 
 def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep import manifest
 from data_prep.hashing import hash_file
-from data_prep.tokenizers import load_tokenizer, refuse_other_data
+from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask
 from megatron_taipan.errors import UserError
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = args.vocab_size or (said["tokenizer"]["vocab_size"] if said else None)
     options = said["options"] if said else {"eod": None}
     eod = options["eod"]
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     if said and tokenizer and tokenizer.digest != said["tokenizer"]["sha256"]:
         raise UserError(
             f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"

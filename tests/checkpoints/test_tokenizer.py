@@ -164,6 +164,25 @@ def test_a_damaged_tiktoken_file_is_refused(tmp_path):
 
 def test_special_tokens_named_beside_a_tokenizers_file_are_used(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "</s>": 2}, "a"))
+    tokenizer.add_special_tokens(["<stop>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64)["eos_token_id"] == 1
+    assert load_codec(tmp_path / "tokenizer.json").end_ids == (1,)
+
+
+def test_an_ordinary_piece_is_no_special_token_and_the_data_decides_between_two(tmp_path):
+    """Shaped as Gemma's: the tag `</s>` is text. Another token that may end a text is Qwen's."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<eos>": 2, "<|im_end|>": 3, "<pad>": 4}, "a"))
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.add_special_tokens(["<eos>"])
+    source = tmp_path / "tokenizer.json"
+    tokenizer.save(str(source))
+    assert write_tokenizer(source, tmp_path / "out", [], 64) == {"eos_token_id": 2, "pad_token_id": 2}
+    assert load_codec(source).end_ids == (2,)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(source))
+    with pytest.raises(UserError, match=r"'<eos>' \(id 2\) and '<\|im_end\|>' \(id 3\).*tokenizer_config.json"):
+        write_tokenizer(source, tmp_path / "two", [], 64)
+    assert write_tokenizer(source, tmp_path / "three", [], 64, added={"eod": 3})["eos_token_id"] == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "three").eos_token == "<|im_end|>"
