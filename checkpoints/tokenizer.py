@@ -94,13 +94,13 @@ def special_tokens(source: Path, tokenizer: Tokenizer, known: Container[str] = (
     """The special tokens of a tokenizer.json by kind, but for the kinds that are known already.
 
     Raises:
-        UserError: nothing says which of several it is.
+        UserError: nothing says which of several begins or ends a text.
     """
     marked = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special = {}
     for kind in USUAL:
         role = find_role(kind, source, tokenizer.token_to_id, marked)
-        if len(role.candidates) > 1 and kind not in known:
+        if len(role.candidates) > 1 and kind in ROLES.values() and kind not in known:
             raise UserError(f"{source}: {kind}: {role.said}; put the model's tokenizer_config.json beside it")
         if role.id is not None:
             special[kind] = role.candidates[role.id]

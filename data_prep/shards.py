@@ -99,7 +99,7 @@ class ShardWriter:
 
     def about(self) -> dict:
         """prefix, documents, tokens, and an empty `loss_mask` where there is one."""
-        masked = {} if self.mask is None else {"loss_mask": {}}
+        masked: dict = {} if self.mask is None else {"loss_mask": {}}
         return {"prefix": self.prefix, "documents": self.documents, "tokens": self.tokens, **masked}
 
     def finish(self) -> dict:

@@ -1,8 +1,8 @@
 """With which tokenizer a pair was made: what its manifest says.
 
-`data_prep tokenize` writes PREFIX.json, with an entry in `shards` for each pair that it describes, the tokenizer's hash,
-and the ids that begin and end each document. Ids of two tokenizers look alike, so nothing but this tells them apart. A
-pair without a manifest, as Megatron's own are, is taken as it is.
+`data_prep tokenize` writes PREFIX.json, with an entry in `shards` for each pair that it describes, the hash of the
+tokenizer, and the ids that begin and end each document. Ids of two tokenizers look alike, so nothing but this tells
+them apart. A pair without a manifest, as Megatron's own are, is taken as it is.
 """
 
 import json

@@ -17,7 +17,8 @@ from megatron_taipan.errors import UserError
 # the right one: Qwen's and Llama-3's base models end with another token than their chat models, with the same file.
 USUAL = {
     "bos_token": (
-        "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<BOS_TOKEN>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+        "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<BOS_TOKEN>",
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
     ),
     "eos_token": (
         "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot|>", "<|eot_id|>", "<|im_end|>", "<|return|>",
@@ -67,10 +68,8 @@ def find_role(
         return Role(f"{CONFIGS[0]} says null: there is none")
     if kind in second and second[kind] is None and kind not in first:
         return Role(f"{CONFIGS[1]} says null: there is none")
-    named = {name: _spelling(found[kind]) for name, found in zip(CONFIGS, (first, second), strict=False) if kind in found}
-    voices = {name: spelling for name, spelling in named.items() if spelling}
-    if own is not None:
-        voices["the tokenizer"] = own
+    said = (CONFIGS[0], _spelling(first.get(kind))), (CONFIGS[1], _spelling(second.get(kind))), ("the tokenizer", own)
+    voices = {name: spelling for name, spelling in said if spelling}
     if voices:
         return _agreed(voices, token_id, special)
     ids = generation.get(f"{kind}_id")
@@ -118,7 +117,9 @@ def _read(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; mend it, it says which tokens begin and end a text") from error
+        raise UserError(
+            f"{path} cannot be read: {error}; mend it, it says which tokens begin and end a text"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is no JSON object; mend it, it says which tokens begin and end a text")
     return found

@@ -60,7 +60,7 @@ def test_a_blend_of_two_tokenizers_is_refused(made, tmp_path):
 
 def test_data_tokenizer_is_that_of_the_data(made, tmp_path):
     assert len(build(train=made["a"], tokenizer=str(tmp_path / "a.model"))) > 0
-    with pytest.raises(UserError, match=r"data.tokenizer: .*b\.model .* is not the tokenizer that .*of_a was made with"):
+    with pytest.raises(UserError, match=r"data.tokenizer: .*b\.model .* is not the tokenizer that .*of_a was made"):
         build(train=made["a"], tokenizer=str(tmp_path / "b.model"))
     for train, tokenizer in ((made["unknown"], tmp_path / "b.model"), (made["a"], tmp_path / "gone.model")):
         assert len(build(train=train, tokenizer=str(tokenizer))) > 0
@@ -73,7 +73,13 @@ def test_a_tokenizer_that_is_no_file_cannot_be_compared_with_one(made, tmp_path)
 
 
 def test_files_that_are_no_manifest_say_nothing(made, tmp_path):
-    for content in ("[]", "{", '{"shards": 3}', '{"shards": [1]}', '{"shards": [{"prefix": "unknown"}], "tokenizer": 1}'):
+    for content in (
+        "[]",
+        "{",
+        '{"shards": 3}',
+        '{"shards": [1]}',
+        '{"shards": [{"prefix": "unknown"}], "tokenizer": 1}',
+    ):
         (tmp_path / "unknown.json").write_text(content)
         assert tokenizer_of(made["unknown"]) is None and added_ids([made["unknown"]]) == {}
         assert len(build(train=[made["unknown"], made["a"]])) > 0

@@ -56,7 +56,9 @@ def test_null_in_the_configuration_means_none(tmp_path, capsys):
     assert "--prepend-bos: tokenizer_config.json says null" in error and "--bos-token" in error
     assert not list(tmp_path.glob("o.*"))
     assert tokenize(tmp_path, folder, "--append-eod") == 0
-    assert "begins with nothing added and ends with '<|im_end|>', id 6 (tokenizer_config.json)" in capsys.readouterr().out
+    assert (
+        "begins with nothing added and ends with '<|im_end|>', id 6 (tokenizer_config.json)" in capsys.readouterr().out
+    )
     assert ids(tmp_path / "o") == [0, 1, 6]
     said = json.loads((tmp_path / "o.json").read_text())
     assert said["options"]["eod"] == 6 and said["added"]["bos"] is None
