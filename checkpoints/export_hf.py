@@ -37,6 +37,7 @@ from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import Weights
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.data.made_with import refuse_other
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.text import load_codec
@@ -286,7 +287,7 @@ def find_tokenizer(state: TrainedState | Weights, given: Path | None) -> Path | 
     """The tokenizer file to export: the one given, else the one that a checkpoint's configuration names.
 
     Raises:
-        UserError: that file does not exist.
+        UserError: that file does not exist, or the data's manifests say that it was made with another.
     """
     if isinstance(state, Weights):
         named = given
@@ -296,6 +297,9 @@ def find_tokenizer(state: TrainedState | Weights, given: Path | None) -> Path | 
             note("the configuration names no data.tokenizer; the folder will hold none")
     if named is not None and not named.is_file():
         raise UserError(f"the tokenizer {named} does not exist; pass --tokenizer FILE or --no-tokenizer")
+    if named is not None and isinstance(state, TrainedState):
+        prefixes = [source.prefix for source in state.config.data.train]
+        refuse_other(prefixes, named, "--tokenizer" if given else "data.tokenizer")
     return named
 
 

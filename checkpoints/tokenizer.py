@@ -11,7 +11,7 @@ document of the training data, or nothing.
 import base64
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from data_prep.sentencepiece_json import (
     vocabulary_and_merges,
 )
 from megatron_taipan.config import DataConfig
+from megatron_taipan.data.made_with import added_ids
+from megatron_taipan.data.special_tokens import USUAL, find_role
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
 
 SPLIT = "split_special_tokens"  # of transformers: the spelling of a special token in a text stays text
+ROLES = {"bos": "bos_token", "eod": "eos_token"}  # of a manifest, by their names in transformers
 NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
@@ -76,12 +79,13 @@ def write_tokenizer(
         data: the training data, which need not be there any more.
 
     Raises:
-        UserError: the file is of no known kind, has more tokens than the model, lacks one that the data has, or the
-            conversion gives other ids.
+        UserError: the file is of no known kind, has more tokens than the model, lacks one that the data has, the
+            conversion gives other ids, or nothing says which of several tokens ends a document.
     """
     codec = load_codec(source)
+    told = {ROLES[role] for role in added_ids(each.prefix for each in data.train)} if data is not None else set()
     if isinstance(codec, TokenizersCodec):
-        tokenizer, tokens = codec.tokenizer, special_tokens(source, codec.tokenizer)
+        tokenizer, tokens = codec.tokenizer, special_tokens(source, codec.tokenizer, known=told)
     else:
         convert = convert_tiktoken if isinstance(codec, TikTokenCodec) else convert_sentencepiece
         tokenizer, tokens = convert(source)
@@ -152,28 +156,21 @@ def user_defined_texts(tokenizer: Tokenizer) -> list[str]:
     return [text for piece in pieces for text in (piece, f"a{piece}b", f"a {piece} b")]
 
 
-def special_tokens(source: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens of a tokenizer.json by kind: what tokenizer_config.json beside it says, else usual names."""
-    try:
-        said = json.loads(source.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        said = {}
+def special_tokens(source: Path, tokenizer: Tokenizer, known: Container[str] = ()) -> dict[str, str]:
+    """The special tokens of a tokenizer.json by kind, but for the kinds that are known already.
+
+    Raises:
+        UserError: nothing says which of several begins or ends a text.
+    """
+    marked = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special = {}
-    for kind, usual in COMMON_SPECIALS.items():
-        named = said.get(kind)
-        named = named["content"] if isinstance(named, dict) else named
-        found = [name for name in (named, *usual) if name and tokenizer.token_to_id(name) is not None]
-        if found:
-            special[kind] = found[0]
+    for kind in USUAL:
+        role = find_role(kind, source, tokenizer.token_to_id, marked)
+        if len(role.candidates) > 1 and kind in ROLES.values() and kind not in known:
+            raise UserError(f"{source}: {kind}: {role.said}; put the model's tokenizer_config.json beside it")
+        if role.id is not None:
+            special[kind] = role.candidates[role.id]
     return special
-
-
-COMMON_SPECIALS = {
-    "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-    "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
-    "unk_token": ("<unk>", "[UNK]"),
-}
 
 
 def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:

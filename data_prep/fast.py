@@ -42,7 +42,7 @@ class Fast(Tokenizer):
         model.no_truncation()  # a tokenizer.json may ask for it, beyond the length of any text of the proof
         self.library = f"fastokens {_version()}, proved equal to {reference.library}"
         self.vocab_size, self.eod, self.bos = reference.vocab_size, reference.eod, reference.bos
-        self.digest = reference.digest
+        self.digest, self.roles = reference.digest, reference.roles
 
     def encode(self, texts: list[str]) -> Encoded:
         ids, offsets = self.model.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)

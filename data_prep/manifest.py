@@ -11,6 +11,7 @@ from data_prep.hashing import hash_file
 from data_prep.job import Job
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
+from megatron_taipan.data.made_with import described, tokenizer_of
 
 
 def read(prefix: str) -> dict | None:
@@ -52,6 +53,44 @@ def forget(prefix: str) -> None:
         Path(prefix + ".json").unlink()
 
 
+def carry(sources: list[str], about: dict) -> None:
+    """Writes the manifest of a pair that holds documents of other pairs: the tokenizer, what it added to documents, the
+    counts. Checksums it has none: the tokens were not read. Where a source has no manifest there is none.
+
+    Args:
+        about: prefix, documents and tokens of the pair, `loss_mask` (empty) if it has one.
+    """
+    told = [found[0] for prefix in sources if (found := described(prefix)) and tokenizer_of(prefix)]
+    if len(told) < len(sources):
+        return
+    prefix, name = about["prefix"], os.path.basename(about["prefix"])
+    if os.path.exists(prefix + ".json"):
+        print(f"{prefix}.json describes something else and is left as it is: {prefix} has no manifest")
+        return
+    options = [content.get("options") or {} for content in told]
+    added = [content.get("added") for content in told]
+    content = {
+        "format": "data_prep manifest 1",
+        "documents": about["documents"],
+        "tokens": about["tokens"],
+        "shards": [{**about, "prefix": name}],
+        "tokenizer": told[0]["tokenizer"],
+        "options": {
+            **{role: _common([o.get(role) for o in options]) for role in ("bos", "eod")},
+            "allow_special": any(o.get("allow_special") for o in options),
+        },
+        "made_from": sources,
+    }
+    if common := _common(added):
+        content["added"] = common
+    write(prefix, content)
+
+
+def _common(values: list):
+    """The value if all are the same, else None."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
 def _paths(prefix: str, content: dict) -> list[str]:
     """The pairs that a manifest names, masks among them."""
     pairs = []
@@ -72,7 +111,7 @@ def concatenate(paths: list[str], target: str) -> None:
 
 
 def describe(
-    job: Job, notes, shards, sizes, options, identity, tokenizer_name, problems, documents, tokens, text
+    job: Job, notes, shards, sizes, options, identity, tokenizer_name, added, problems, documents, tokens, text
 ) -> dict:
     """The content: inputs and tokenizer with hashes, options, counts and checksums per shard, what was left out."""
     hashes: dict[str, xxhash.xxh3_128] = {path: xxhash.xxh3_128() for path, _ in sizes}
@@ -95,6 +134,7 @@ def describe(
             "library": job.tokenizer.library,
             "vocab_size": job.tokenizer.vocab_size,
         },
+        "added": added,  # id and spelling of the tokens before and behind each document, and who says that it is they
         "options": options,
         # xxh3-128 over the xxh3-128 digests of the pieces in which a file was read
         "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],

@@ -98,8 +98,9 @@ class ShardWriter:
         os.unlink(self.prefix + ".len.partial")
 
     def about(self) -> dict:
-        """prefix, documents, tokens."""
-        return {"prefix": self.prefix, "documents": self.documents, "tokens": self.tokens}
+        """prefix, documents, tokens, and an empty `loss_mask` where there is one."""
+        masked: dict = {} if self.mask is None else {"loss_mask": {}}
+        return {"prefix": self.prefix, "documents": self.documents, "tokens": self.tokens, **masked}
 
     def finish(self) -> dict:
         """Closes and names the pair; returns `about`."""

@@ -5,7 +5,6 @@ tokenizer adds BOS or EOD by itself; the pipeline does, in one place.
 """
 
 import base64
-import json
 import os
 from abc import ABC, abstractmethod
 from hashlib import sha256
@@ -13,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.tokenizer_files import EXPECTED, tokenizer_file, what_it_is
+from megatron_taipan.data.made_with import tokenizer_of
+from megatron_taipan.data.special_tokens import Role, find_role
 from megatron_taipan.errors import UserError
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids uint32 [n], counts int64 [texts]
-EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
-BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+KINDS = {"eod": "eos_token", "bos": "bos_token"}  # our roles by transformers' names
 
 
 class Tokenizer(ABC):
@@ -26,7 +27,8 @@ class Tokenizer(ABC):
     Attributes:
         library: name and version of the library that does the work.
         vocab_size: largest id + 1.
-        eod, bos: ids, or None where the tokenizer has none.
+        eod, bos: ids, or None where the tokenizer has none, or several of which nothing says which it is.
+        roles: the same, with who says so, or why there is none.
         digest: hash of the tokenizer's file.
         special: spelling of the special tokens that text may turn into, by id.
     """
@@ -36,6 +38,7 @@ class Tokenizer(ABC):
     eod: int | None
     bos: int | None
     digest: str
+    roles: dict[str, Role] = {}
     special: dict[int, str] = {}
 
     @abstractmethod
@@ -49,6 +52,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text with special tokens visible."""
+
+    def _find_roles(self, path: str | None, special: dict[int, str], own: dict[str, str] | None = None) -> None:
+        """Sets `roles`, `eod` and `bos`; `own`: spellings that the tokenizer's file itself gives them, by role."""
+        beside = Path(path) if path else None
+        own = own or {}
+        self.roles = {r: find_role(kind, beside, self.token_id, special, own.get(r)) for r, kind in KINDS.items()}
+        self.eod, self.bos = self.roles["eod"].id, self.roles["bos"].id
 
 
 def flatten(lists: list[list[int]]) -> Encoded:
@@ -78,11 +88,13 @@ class SentencePiece(Tokenizer):
         try:
             self.model.Load(path)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no sentencepiece model: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is no sentencepiece model: {reason}; give {EXPECTED}") from error
         self.library = f"sentencepiece {sentencepiece.__version__}"
         self.vocab_size = self.model.vocab_size()
-        self.eod = self.model.eos_id() if self.model.eos_id() >= 0 else None
-        self.bos = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        control = {i: self.model.id_to_piece(i) for i in range(self.vocab_size) if self.model.is_control(i)}
+        ends = {"eod": self.model.eos_id(), "bos": self.model.bos_id()}  # -1: there is none
+        self._find_roles(path, control, {role: control[i] for role, i in ends.items() if i in control})
         self.digest = file_digest(path)
 
     def encode(self, texts: list[str]) -> Encoded:
@@ -110,15 +122,15 @@ class HuggingFace(Tokenizer):
         try:
             self.model = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is no tokenizer.json: {' '.join(str(error).split())}") from error
+            reason = what_it_is(path) or ": " + " ".join(str(error).split())
+            raise UserError(f"{path} is no tokenizer.json{reason}") from error
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = not allow_special
         self.library = f"tokenizers {tokenizers.__version__}"
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
         self.special = {i: t.content for i, t in self.model.get_added_tokens_decoder().items() if t.special}
-        self.eod = self._named(path, "eos_token", EOD_NAMES)
-        self.bos = self._named(path, "bos_token", BOS_NAMES)
+        self._find_roles(path, self.special)
         self.digest = file_digest(path)
 
     def encode(self, texts: list[str]) -> Encoded:
@@ -129,15 +141,6 @@ class HuggingFace(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=False)
-
-    def _named(self, path: str, role: str, names: tuple[str, ...]) -> int | None:
-        """The id of a role: tokenizer_config.json beside the file says it, else the usual names are tried."""
-        try:
-            said = json.loads((Path(path).parent / "tokenizer_config.json").read_text()).get(role)
-            names = (said["content"] if isinstance(said, dict) else said, *names)
-        except (OSError, ValueError, AttributeError):
-            pass
-        return next((i for name in names if name and (i := self.token_id(name)) is not None), None)
 
 
 class TikToken(Tokenizer):
@@ -170,8 +173,7 @@ class TikToken(Tokenizer):
             self.digest = file_digest(name)
         self.vocab_size = self.model.max_token_value + 1
         self.special = {i: token for token, i in self.model._special_tokens.items()}
-        self.eod = next((i for t in EOD_NAMES if (i := self.token_id(t)) is not None), None)
-        self.bos = next((i for t in BOS_NAMES if (i := self.token_id(t)) is not None), None)
+        self._find_roles(None if name.startswith("tiktoken:") else name, self.special)
 
     def encode(self, texts: list[str]) -> Encoded:
         if self.allow_special:
@@ -195,6 +197,18 @@ def refuse_other_data(largest: int, tokenizer: Tokenizer, where: str = "") -> No
         )
 
 
+def tokenizer_of_data(name: str, prefix: str) -> Tokenizer:
+    """The tokenizer of `name`, to look at data with.
+
+    Raises:
+        UserError: as `load_tokenizer`; or the data's manifest says that it was made with another.
+    """
+    tokenizer, told = load_tokenizer(name), tokenizer_of(prefix)
+    if told and told["sha256"] != tokenizer.digest:
+        raise UserError(f"{name} is not the tokenizer that {prefix} was made with ({told['name']})")
+    return tokenizer
+
+
 def load_tokenizer(name: str, allow_special: bool = False) -> Tokenizer:
     """The reference tokenizer of a file, a folder, `tiktoken:NAME`, or a Hugging Face hub name.
 
@@ -209,27 +223,6 @@ def load_tokenizer(name: str, allow_special: bool = False) -> Tokenizer:
     if is_tiktoken(path):
         return TikToken(path, allow_special)
     return SentencePiece(path, allow_special)
-
-
-def tokenizer_file(name: str) -> str:
-    """The file that a file, folder or hub name stands for."""
-    if os.path.isfile(name):
-        return name
-    if os.path.isdir(name):
-        for inside in ("tokenizer.json", "tokenizer.model", "tiktoken.model"):
-            if os.path.isfile(os.path.join(name, inside)):
-                return os.path.join(name, inside)
-        raise UserError(f"folder {name} holds neither tokenizer.json nor tokenizer.model")
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"tokenizer {name} does not exist; give a .model file, a tokenizer.json, or a folder with one")
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download(name, "tokenizer.json")
-    except Exception as error:
-        raise UserError(
-            f"tokenizer {name} is no file or folder, and the hub does not give it: {' '.join(str(error).split())[:200]}"
-        ) from error
 
 
 def is_tiktoken(path: str) -> bool:

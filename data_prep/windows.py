@@ -1,4 +1,4 @@
-"""The ids of a text that is too long to be tokenized at once, window by window, equal to those of the whole.
+"""The ids of a text that is too long to be tokenized at once, window by window; for BPE equal to those of the whole.
 
 Where may a text be cut? Write T(x) for the tokens of x. BPE joins the adjacent pair of best rank, the leftmost of
 equals, until none is left. Two facts hold for it:
@@ -14,7 +14,8 @@ A window therefore starts a little before the cut (the overlap o), is tokenized 
 on if T(o y) begins with T(o) (a border at the cut, with b behind it) and T(x) ends as T(o) does (in a). Whatever a
 tokenizer puts in front of a text, or strips there, falls into the overlap and is thrown away. Tokenizers that first
 split text by a pattern, and those that are no BPE, have no such proof: there the same comparison, over several tokens
-and at a place between two words, is a check. Where no place near the end passes, the window is made larger.
+and at a place between two words, is a check; a unigram model has passed it with a few ids that the whole text has not.
+Where no place near the end passes, the window is made larger.
 """
 
 import re

@@ -65,7 +65,8 @@ def megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
 
 def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     from data_prep.fast import fast_twin
-    from data_prep.tokenizers import load_tokenizer, tokenizer_file
+    from data_prep.tokenizer_files import tokenizer_file
+    from data_prep.tokenizers import load_tokenizer
 
     del output
     with open(corpus, encoding="utf-8") as file:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from data_prep import manifest
 from data_prep.shards import ShardWriter, Source, refuse_existing
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
         for run_ in np.split(kept, gaps) if len(kept) else []:
             writer.take_documents(source, int(run_[0]), int(run_[-1]) + 1)
         writer.finish()
+    manifest.carry([args.prefix], writer.about())
     print(
         f"{args.output}: {writer.documents} documents, {writer.tokens} tokens; dropped"
         f" {reader.n_documents - writer.documents} documents, {reader.n_tokens - writer.tokens} tokens"

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer, load_tokenizer, refuse_other_data
+from data_prep.tokenizers import Tokenizer, refuse_other_data, tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.errors import UserError
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints counts, documents, histogram."""
     reader = IndexedReader(args.prefix)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     if args.first < 0 or (reader.n_documents and args.first >= reader.n_documents):
         raise UserError(f"--first {args.first}: {args.prefix} has documents 0 to {reader.n_documents - 1}")
     print(

@@ -4,9 +4,11 @@ import argparse
 import glob
 import os
 
+from data_prep import manifest
 from data_prep.inputs import named_twice, natural
 from data_prep.shards import ShardWriter, Source, refuse_existing
 from megatron_taipan.data.loss_mask import SUFFIX
+from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError
 
 
@@ -37,11 +39,13 @@ def run(args: argparse.Namespace) -> None:
                 f"one of {first.reader.prefix} and {source.reader.prefix} has a loss mask and the other none; merge"
                 " such pairs apart and name both in data.train"
             )
+    refuse_mixed(prefixes)
     with ShardWriter(args.output, first.reader.dtype, first.mask is not None) as writer:
         for source in sources:
             with source:
                 writer.take_documents(source, 0, source.reader.n_documents)
         writer.finish()
+    manifest.carry(prefixes, writer.about())
     print(f"{args.output}: {writer.documents} documents, {writer.tokens} tokens from {len(sources)} pairs")
 
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from data_prep import manifest
 from data_prep.shards import ShardWriter, Source, refuse_existing
 from megatron_taipan.data.indexed import CHUNK
 from megatron_taipan.data.split import held_out_documents
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
         for shard in made:  # all are on the disk: they get their names together
             shard.commit()
     for shard in made:
+        manifest.carry([args.prefix], shard.about())
         print(f"{shard.prefix}: {shard.documents} documents, {shard.tokens} tokens")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from data_prep import manifest
 from data_prep.commands.inspect import histogram
 from data_prep.commands.verify import count_learned
-from data_prep.tokenizers import load_tokenizer, refuse_other_data
+from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Reads all tokens once."""
     reader = IndexedReader(args.prefix)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     counts = np.zeros(1, np.int64)
     for at in range(0, reader.n_tokens, BLOCK):
         block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         learned = count_learned(mask)
         print(f"loss mask: {learned} tokens are learned, {100 * learned / reader.n_tokens:.2f} %")
     said = manifest.read(args.prefix)
-    if said and reader.n_tokens:
+    if said and "text_bytes" in said and reader.n_tokens:
         print(f"{said['text_bytes']} bytes of text, {said['text_bytes'] / said['tokens']:.3f} bytes per token")
     if reader.n_documents:
         lengths = np.concatenate(list(reader.lengths()))

@@ -26,7 +26,8 @@ from data_prep.pool import Pool
 from data_prep.progress import Progress
 from data_prep.readers import size_of
 from data_prep.spool import is_stream, spool
-from data_prep.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
+from data_prep.tokenizer_files import tokenizer_file
+from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import token_dtype
 from megatron_taipan.errors import UserError
@@ -102,14 +103,17 @@ def _run(args: argparse.Namespace, started: float) -> None:
         tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
     finally:
         loaded = ahead.result() if ahead else None
+    bos = _special(tokenizer, "bos", args.prepend_bos, args.bos_token)
+    eod = _special(tokenizer, "eod", args.append_eod, args.eod_token)
+    print(f"each document begins with {_added(bos)} and ends with {_added(eod)}")
     job = Job(
         pieces=inputs.cut(sizes),
         work=args.output + ".work",
         tokenizer=tokenizer,
         extract=extractor(args),
         dtype=token_dtype(tokenizer.vocab_size),
-        bos=_special(tokenizer, "bos", args.prepend_bos, args.bos_token),
-        eod=_special(tokenizer, "eod", args.append_eod, args.eod_token),
+        bos=None if bos is None else bos["id"],
+        eod=None if eod is None else eod["id"],
         on_error=args.on_error,
         allow_special=args.allow_special,
         marked=marks_learned(args),
@@ -145,7 +149,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         with Joiner(job, args.output, args.shard_tokens) as joiner:
             notes = plan.make_parts(pool, joiner)
             encoded = time.monotonic()
-            _finish(job, notes, joiner, args, files, sizes, options, identity, started)
+            _finish(job, notes, joiner, args, files, sizes, options, identity, {"bos": bos, "eod": eod}, started)
     print(
         f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
         f" {time.monotonic() - encoded:.2f} s to end"
@@ -215,7 +219,7 @@ class _Plan:
         return [self.notes[number] for number in range(len(self.job.pieces))]
 
 
-def _finish(job, notes, joiner, args, files, sizes, options, identity, started) -> None:
+def _finish(job, notes, joiner, args, files, sizes, options, identity, added, started) -> None:
     """Names the shards, writes the manifest, reports."""
     documents, tokens, text = (sum(note[key] for note in notes) for key in ("documents", "tokens", "text_bytes"))
     problems: dict[str, int] = {}
@@ -238,7 +242,7 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, started) 
     manifest.write(
         args.output,
         manifest.describe(
-            job, notes, shards, sizes, options, identity, args.tokenizer, problems, documents, tokens, text
+            job, notes, shards, sizes, options, identity, args.tokenizer, added, problems, documents, tokens, text
         ),
     )
     shutil.rmtree(job.work)
@@ -261,16 +265,25 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, started) 
             print(f"  {count:10d}  {reason}")
 
 
-def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None) -> int | None:
-    """The id of BOS or EOD if it is wanted."""
+def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None) -> dict | None:
+    """`id`, `token` and `said` (by whom) of BOS or EOD if it is wanted."""
     if not wanted:
         return None
-    found = getattr(tokenizer, role) if spelling is None else tokenizer.token_id(spelling)
-    if found is None:
-        flag = "--append-eod" if role == "eod" else "--prepend-bos"
-        said = f"token {spelling!r}" if spelling else "token for it that is known by name"
-        raise UserError(f"{flag}: the tokenizer has no {said}; give its spelling with --{role}-token")
-    return found
+    flag = "--append-eod" if role == "eod" else "--prepend-bos"
+    if spelling is not None:
+        index = tokenizer.token_id(spelling)
+        if index is None:
+            raise UserError(f"{flag}: the tokenizer has no token {spelling!r}; give another with --{role}-token")
+        return {"id": index, "token": spelling, "said": f"--{role}-token"}
+    found = tokenizer.roles[role]
+    if found.id is None:
+        raise UserError(f"{flag}: {found.said}; give the spelling of the right token with --{role}-token")
+    return {"id": found.id, "token": found.candidates[found.id], "said": found.said}
+
+
+def _added(special: dict | None) -> str:
+    """BOS or EOD, for a message."""
+    return "nothing added" if special is None else f"{special['token']!r}, id {special['id']} ({special['said']})"
 
 
 def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep import manifest
 from data_prep.hashing import hash_file
-from data_prep.tokenizers import load_tokenizer, refuse_other_data
+from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask
 from megatron_taipan.errors import UserError
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = args.vocab_size or (said["tokenizer"]["vocab_size"] if said else None)
     options = said["options"] if said else {"eod": None}
     eod = options["eod"]
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     if said and tokenizer and tokenizer.digest != said["tokenizer"]["sha256"]:
         raise UserError(
             f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if masks:
         print(f"{args.prefix}{SUFFIX}: {learned} of {tokens} tokens are learned")
-    checked = "structure, ids" + (", checksums, counts" if said else " (no manifest: no checksums)")
+    hashed = said is not None and all("bin_xxh3_128" in shard for shard in shards)
+    without = " (no checksums in its manifest)" if said else " (no manifest: no checksums)"
+    checked = "structure, ids" + (", checksums" if hashed else "") + (", counts" if said else "")
+    checked += "" if hashed else without
     print(
         f"{args.prefix} is whole: {checked}{', ends of documents' if eod is not None else ''}"
         + (", loss mask" if masks else "")

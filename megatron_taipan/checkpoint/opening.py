@@ -3,7 +3,7 @@
 None of these can execute code when it is read: tensors come from safetensors files, all else is JSON and plain YAML.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from megatron_taipan.checkpoint.identity import network_settings
 from megatron_taipan.checkpoint.merge import TrainedState, open_state
 from megatron_taipan.checkpoint.weights import Weights, open_weights
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.layout import describe, take_shard
@@ -40,16 +41,21 @@ class Network(Protocol):
 
 
 @torch.no_grad()
-def load_weights(model: Network, path: Path) -> list[str]:
+def load_weights(model: Network, path: Path, prefixes: Iterable[str] = ()) -> list[str]:
     """Fills a model, or one tensor rank's part of it, with weights of any kind, one tensor at a time.
+
+    Args:
+        prefixes: the data that the model is going to be trained on.
 
     Returns:
         Settings in which the weights' network computes something else than this model, as `name: X, this run Y`.
 
     Raises:
-        UserError: the weights' network has other layers or sizes.
+        UserError: the weights' network has other layers or sizes, or was trained on data of another tokenizer.
     """
     weights = open_any(path)
+    if isinstance(weights, TrainedState):
+        refuse_mixed([*(source.prefix for source in weights.config.data.train), *prefixes])
     ours, theirs = describe(model.config), describe(weights.network)
     if model.config.letters != weights.network.letters:
         raise UserError(

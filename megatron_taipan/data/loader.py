@@ -20,6 +20,7 @@ from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabul
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import attach_mask
+from megatron_taipan.data.made_with import refuse_mixed, refuse_other
 from megatron_taipan.data.permutation import derive_key
 from megatron_taipan.data.places import Places
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
@@ -106,11 +107,16 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
             file shows it, otherwise when the sample is read.
 
     Raises:
-        UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary.
+        UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary, data made
+            with several tokenizers or with another than data.tokenizer.
     """
     own = split == "valid" and data.valid is not None
     chosen = data.valid if own else data.train
     _refuse_doubles(chosen, f"data.{'valid' if own else 'train'}")
+    prefixes = [source.prefix for source in [*data.train, *(data.valid or [])]]
+    refuse_mixed(prefixes)
+    if data.tokenizer is not None:
+        refuse_other(prefixes, data.tokenizer, "data.tokenizer")
     if split == "valid" and not own and data.valid_fraction == 0:
         raise UserError("there is no validation data: set data.valid, or data.valid_fraction above 0")
     held_out = data.valid_fraction if data.valid is None else 0.0

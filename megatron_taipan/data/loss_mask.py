@@ -6,16 +6,14 @@ uint8 for each token: 1, the token is learned (as a label), or 0. A pair without
 not turn into training on prompts.
 """
 
-import json
 import os
-import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.made_with import described
 from megatron_taipan.errors import UserError
 
 SUFFIX = "_loss_mask"
@@ -88,15 +86,9 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
 
 
 def promised(prefix: str) -> bool:
-    """Whether the manifest of a pair, or of the shards of which it is one (PREFIX-00000), says that it has a mask."""
-    for manifest in (prefix, re.sub(r"-\d{5,}$", "", prefix)):
-        try:
-            shards = json.loads(Path(manifest + ".json").read_bytes())["shards"]
-            if any(shard["prefix"] == os.path.basename(prefix) and "loss_mask" in shard for shard in shards):
-                return True
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or none of ours
-    return False
+    """Whether the manifest of a pair, or of the shards of which it is one, says that it has a mask."""
+    found = described(prefix)
+    return found is not None and "loss_mask" in found[1]
 
 
 def check_mask(mask: IndexedReader, values: np.ndarray) -> None:

@@ -78,13 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--lengths={options.lengths} must be numbers separated by commas") from error
     if options.depths < 1 or options.samples < 1:
         raise UserError(f"--depths={options.depths} and --samples={options.samples} must be at least 1")
-    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
+    model, tokenizer, config = load_model(options.model, DTYPES[options.dtype])
     named = options.tokenizer or tokenizer
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
-    show(
-        model.to(pick_device(options.device)), load_codec(named), lengths, options.depths, options.samples, options.seed
-    )
+    codec = load_codec(named, config.data if config else None)
+    show(model.to(pick_device(options.device)), codec, lengths, options.depths, options.samples, options.seed)
     return 0
 
 

@@ -16,6 +16,7 @@ import torch
 from megatron_taipan.config import Config, DataConfig, DataSource
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
+from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
 from megatron_taipan.model.taipan import Taipan
@@ -143,7 +144,7 @@ def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, 
     """The data to score: a dataset named on the command line (all of it), or what the checkpoint was trained with.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or the dataset was made with another tokenizer than the model's data.
     """
     if prefix is None:
         if config is None:
@@ -152,7 +153,10 @@ def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, 
     length = seq_len or (config.data.seq_len if config else None)
     if length is None:
         raise UserError(f"{path} does not say how many tokens its samples had: pass --seq-len")
-    return DataConfig(train=[DataSource(prefix=prefix)], seq_len=length, valid_fraction=0.0)
+    if config:
+        refuse_mixed([*(source.prefix for source in config.data.train), prefix])
+    tokenizer = config.data.tokenizer if config else None
+    return DataConfig(train=[DataSource(prefix=prefix)], seq_len=length, valid_fraction=0.0, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

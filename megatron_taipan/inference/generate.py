@@ -40,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     )  # refused before the model is loaded
     texts = read_prompts(options.prompt, options.prompt_file)
     device = pick_device(options.device)
-    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
+    model, tokenizer, config = load_model(options.model, DTYPES[options.dtype])
     named = options.tokenizer or tokenizer
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
-    codec = load_codec(named)
+    codec = load_codec(named, config.data if config else None)
     continuations = generate(
         model.to(device),
         [codec.encode(text) for text in texts],

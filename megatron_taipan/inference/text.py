@@ -6,6 +6,8 @@ from typing import Protocol
 
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.made_with import added_ids
+from megatron_taipan.data.special_tokens import find_role
 from megatron_taipan.errors import UserError
 
 # How Llama-3's tokenizer cuts text before joining bytes, and the special tokens behind its ranks. data_prep numbers
@@ -60,9 +62,9 @@ class TokenizersCodec:
         self.tokenizer.no_truncation()  # the file may ask for either; the data is tokenized without
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # special tokens in a text are text
-        names = ("</s>", "<|end_of_text|>", "<|endoftext|>")
-        found = (self.tokenizer.token_to_id(name) for name in names)
-        self.end_ids = tuple(i for i in found if i is not None)
+        special = {i: t.content for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        # several where nothing says which it is: whichever the data has, it ends a text
+        self.end_ids = tuple(find_role("eos_token", path, self.tokenizer.token_to_id, special).candidates)
         # what an exported sentencepiece model puts before a text, and leaves there in decoding
         self.added = " " if self.tokenizer.decode(self.encode("a")) == " a" else ""
 
@@ -119,14 +121,26 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def load_codec(path: Path) -> TextCodec:
+def load_codec(path: Path, data: DataConfig | None = None) -> TextCodec:
     """The tokenizer in a file, by its ending.
+
+    Args:
+        data: what the model was trained on; the token that its manifests say ends a document is the one that ends a
+            text.
 
     Raises:
         UserError: the file is missing or of another kind.
     """
     if not path.is_file():
         raise UserError(f"the tokenizer {path} does not exist")
+    codec = _by_ending(path)
+    told = added_ids(source.prefix for source in data.train) if data else {}
+    if "eod" in told:
+        codec.end_ids = (told["eod"],)
+    return codec
+
+
+def _by_ending(path: Path) -> TextCodec:
     if is_tiktoken(path):
         return TikTokenCodec(path)
     if path.suffix == ".model":
@@ -142,7 +156,7 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
     Args:
         longest: tokens taken of each document.
     """
-    codec, texts = load_codec(tokenizer), []
+    codec, texts = load_codec(tokenizer, data), []
     for source in data.train:
         if not Path(f"{source.prefix}.idx").is_file():
             continue

@@ -16,6 +16,7 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.model.taipan import Taipan
+from tests.checkpoints.made import write_checkpoint
 from tests.distributed.launch import run_program
 from tests.train.runs import log
 from tests.train.toy import toy_config, toy_tree, write_data
@@ -81,6 +82,18 @@ def test_weights_for_a_network_that_computes_otherwise_are_taken_and_that_is_tol
         "model.norm_eps: 1e-05, this run 1e-06",
         "model.gate.refinement: replace, this run add",
     ]
+
+
+def test_a_network_of_another_tokenizer_is_refused(tmp_path):
+    for name in ("first", "second"):
+        said = {"shards": [{"prefix": name}], "tokenizer": {"name": name, "sha256": name}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+    config = make_config(toy_tree(str(tmp_path / "first"), tmp_path / "run"))
+    model = Taipan(config.model, seed=1)
+    path = write_checkpoint(tmp_path / "run", config, model.state_dict().__getitem__)
+    assert load_weights(model, path, [str(tmp_path / "first"), str(tmp_path / "unknown")]) == []
+    with pytest.raises(UserError, match="second was made with the tokenizer second .* and .*first with first"):
+        load_weights(model, path, [str(tmp_path / "second")])
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """An exported folder stands by itself, and a folder that disagrees with the trainer is never written."""
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -16,13 +17,14 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import export_files, export_hf, streamed, whole_folder
-from checkpoints.export_hf import export, main
+from checkpoints.export_hf import export, find_tokenizer, main
 from checkpoints.transplant import Source, transplant
 from megatron_taipan.checkpoint.tensorfile import TensorFile
-from megatron_taipan.config import dump_config
+from megatron_taipan.config import DataSource, dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import build_model, load_model
+from megatron_taipan.inference.text import load_codec
 from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY
 
@@ -336,6 +338,29 @@ def shapes_of(state: MemoryState) -> dict[str, tuple[int, ...]]:
 def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"600 tokens.*{VOCABULARY}"):
         export(memory_state(), tmp_path / "hf", tokenizer=train_sentencepiece(tmp_path))
+
+
+def test_the_data_says_whose_tokenizer_it_is_and_which_token_ends_a_text(tmp_path, capsys):
+    tokenizer = train_sentencepiece(tmp_path)
+    state = memory_state("M S", vocab_size=600)
+    source = DataSource(prefix=str(tmp_path / "data"))
+    state.config = state.config.model_copy(
+        update={"data": state.config.data.model_copy(update={"train": [source], "tokenizer": str(tokenizer)})}
+    )
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    manifest = {"format": "data_prep manifest 1", "shards": [{"prefix": "data"}], "options": {"bos": None, "eod": 1}}
+    (tmp_path / "data.json").write_text(json.dumps(manifest | {"tokenizer": {"name": "t", "sha256": digest}}))
+    assert find_tokenizer(state, None) == tokenizer
+    assert load_codec(tokenizer, state.config.data).end_ids == (1,) and load_codec(tokenizer).end_ids == (2,)
+    export(state, tmp_path / "hf", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 1
+    other = tmp_path / "other.model"
+    other.write_bytes(b"another")
+    path = write_checkpoint(tmp_path / "run", state.config, state.load)
+    assert main([str(path), str(tmp_path / "hf2"), "--tokenizer", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "--tokenizer: " in error and "is not the tokenizer that" in error and error.count("\n") == 1
+    assert not (tmp_path / "hf2").exists()
 
 
 def test_a_checkpoint_with_a_changed_weight_is_not_exported(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A converted sentencepiece model gives the same ids, through transformers too; what would not is refused."""
 
 import base64
+import json
 
 import pytest
 import sentencepiece
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from checkpoints.tiktoken_file import byte_letters
 from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, hostile_texts, write_tokenizer
+from megatron_taipan.config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TIKTOKEN_PATTERN, load_codec
 from tests.checkpoints.made import lines_of_text, train_sentencepiece
@@ -180,6 +182,28 @@ def test_a_damaged_tiktoken_file_is_refused(tmp_path):
 
 def test_special_tokens_named_beside_a_tokenizers_file_are_used(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "</s>": 2}, "a"))
+    tokenizer.add_special_tokens(["<stop>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64).settings["eos_token_id"] == 1
+    assert load_codec(tmp_path / "tokenizer.json").end_ids == (1,)
+
+
+def test_an_ordinary_piece_is_no_special_token_and_the_data_decides_between_two(tmp_path):
+    """Shaped as Gemma's: the tag `</s>` is text. Another token that may end a text is Qwen's."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<eos>": 2, "<|im_end|>": 3, "<pad>": 4}, "a"))
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.add_special_tokens(["<eos>"])
+    source = tmp_path / "tokenizer.json"
+    tokenizer.save(str(source))
+    assert write_tokenizer(source, tmp_path / "out", [], 64).settings == {"eos_token_id": 2, "pad_token_id": 2}
+    assert load_codec(source).end_ids == (2,)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(source))
+    with pytest.raises(UserError, match=r"'<eos>' \(id 2\) and '<\|im_end\|>' \(id 3\).*tokenizer_config.json"):
+        write_tokenizer(source, tmp_path / "two", [], 64)
+    said = {"format": "data_prep manifest 1", "shards": [{"prefix": "text"}], "options": {"bos": None, "eod": 3}}
+    (tmp_path / "text.json").write_text(json.dumps(said))
+    data = DataConfig.model_validate({"train": str(tmp_path / "text")})
+    assert write_tokenizer(source, tmp_path / "three", [], 64, data=data).settings["eos_token_id"] == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "three").eos_token == "<|im_end|>"

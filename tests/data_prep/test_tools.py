@@ -209,7 +209,7 @@ def test_no_manifest_stays_beside_other_content(made, tmp_path, capsys):
     args = ("tokenize", "--input", tmp_path / "in.jsonl", "--tokenizer", model, "--output", tmp_path / "pair")
     assert run(*args) == 0
     assert run("merge", f"{prefix}-*", "--output", tmp_path / "pair", "--overwrite") == 0
-    assert run("verify", tmp_path / "pair") == 0 and "no manifest" in capsys.readouterr().out
+    assert run("verify", tmp_path / "pair") == 0 and "no checksums in its manifest" in capsys.readouterr().out
     assert run("merge", f"{prefix}-*", "--output", prefix) == 0  # its manifest is the shards'
     assert run("verify", prefix) == 0 and "-00000: " in capsys.readouterr().out
 
