@@ -40,8 +40,11 @@ class Network(Protocol):
 
 
 @torch.no_grad()
-def load_weights(model: Network, path: Path) -> list[str]:
-    """Fills a model, or one tensor rank's part of it, with weights of any kind, one tensor at a time.
+def load_weights(model: Network, path: Path, config: ModelConfig | None = None) -> list[str]:
+    """Fills a model, or one tensor rank's or pipeline stage's part of it, with weights of any kind, tensor by tensor.
+
+    Args:
+        config: of the whole network; None: the model's own, which a stage does not have.
 
     Returns:
         Settings in which the weights' network computes something else than this model, as `name: X, this run Y`.
@@ -49,22 +52,22 @@ def load_weights(model: Network, path: Path) -> list[str]:
     Raises:
         UserError: the weights' network has other layers or sizes.
     """
-    weights = open_any(path)
-    ours, theirs = describe(model.config), describe(weights.network)
-    if model.config.letters != weights.network.letters:
+    weights, config = open_any(path), config or model.config
+    ours, theirs = describe(config), describe(weights.network)
+    if config.letters != weights.network.letters:
         raise UserError(
             f"checkpoint.init={path} has the layers {weights.network.letters}, model.pattern gives"
-            f" {model.config.letters}; convert with checkpoints.import_hf --config"
+            f" {config.letters}; convert with checkpoints.import_hf --config"
         )
     for name, spec in ours.items():
         if name not in theirs or theirs[name].shape != spec.shape:
             other = list(theirs[name].shape) if name in theirs else "absent"
             raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
-    split = describe(model.config, model.tp.size)
+    split = describe(config, model.tp.size)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = weights.load(name)
         tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)
-    before, now = (network_settings(network) for network in (weights.network, model.config))
+    before, now = (network_settings(network) for network in (weights.network, config))
     unlike = [name for name, value in before.items() if now.get(name) != value and name != "model.pattern"]
     # what decided about initial values decides no more
     return [f"{name}: {before[name]}, this run {now.get(name)}" for name in unlike if "init" not in name]

@@ -65,7 +65,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         found = agree(lambda: find_checkpoint(config))
         ops = agree(lambda: pick_ops(config.ops.backend))
         model = agree(lambda: build_model(config, groups, ops))
-        unlike = agree(lambda: load_weights(model, Path(c.init)) if c.init and not found else [])
+        unlike = agree(lambda: load_weights(model, Path(c.init), config.model) if c.init and not found else [])
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
         engine = agree(lambda: build_engine(model, config, groups, device))
         set_timeouts(p.timeout_s)
