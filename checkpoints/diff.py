@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.identity import flatten
+from megatron_taipan.checkpoint.identity import SCHEDULED, flatten
 from megatron_taipan.checkpoint.merge import TrainedState
 from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.weights import Weights
@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_of(opened: Weights | TrainedState) -> dict[str, Any]:
-    """All that is known about how the weights came to be, by dotted name."""
+    """All that is known about how the weights came to be, by dotted name; a schedule is one setting."""
     if isinstance(opened, Weights):
-        return flatten({"model": opened.network.model_dump(mode="json")})
-    return flatten(opened.config.model_dump(mode="json")) | {"step": opened.step}
+        return flatten({"model": opened.network.model_dump(mode="json")}, whole=SCHEDULED)
+    return flatten(opened.config.model_dump(mode="json"), whole=SCHEDULED) | {"step": opened.step}
 
 
 def has_moments(opened: Weights | TrainedState) -> bool:

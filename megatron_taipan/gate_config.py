@@ -45,8 +45,12 @@ Scheduled = Annotated[Annotated[float, Tag("constant")] | Annotated[Schedule, Ta
 
 
 def at_the_end(value: float | Schedule) -> float:
-    """What a constant or a schedule leads to: what evaluation, exports and estimates of cost go by."""
-    return value.end if isinstance(value, Schedule) else value
+    """What a constant or a schedule leads to: what evaluation, exports and estimates of cost go by.
+
+    Not by the class: transformers runs an exported folder's files twice, for the configuration and for the model, and a
+    schedule that the one made is no instance of the other's class.
+    """
+    return value if isinstance(value, int | float) else value.end
 
 
 class GateConfig(Section):

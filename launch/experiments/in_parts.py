@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_taipan.errors import UserError
+
 
 def key_of(run: dict) -> str:
     """What tells runs apart; the same before and after JSON made lists of tuples."""
@@ -33,6 +35,18 @@ def read(path: Path) -> dict[str, dict]:
         except json.JSONDecodeError:
             continue
         records[key_of(record["run"])] = record
+    return records
+
+
+def read_made(path: Path) -> list[dict]:
+    """The lines of a file that tables are made of.
+
+    Raises:
+        UserError: there are none.
+    """
+    records = list(read(path).values())
+    if not records:
+        raise UserError(f"--out={path} holds no run, so there is nothing to make tables of; make some, or name a file")
     return records
 
 

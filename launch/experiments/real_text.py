@@ -24,7 +24,7 @@ import torch
 
 from launch.benchmark_common import hardware
 from launch.benchmark_corpus import build_corpus
-from launch.experiments.in_parts import make, read
+from launch.experiments.in_parts import make, read_made
 from launch.experiments.real_text_report import read_log, table
 from launch.experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         print(f"{left} of the runs asked for have no result yet", flush=True)
     if not options.prepare:
-        print(table(list(read(options.out).values())))
+        print(table(read_made(options.out)))
     return 0
 
 

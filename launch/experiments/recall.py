@@ -26,7 +26,7 @@ from torch import Tensor
 
 from launch.benchmark_common import hardware
 from launch.experiments.gate_vectors import GateVectors, log_of, measured
-from launch.experiments.in_parts import make, read
+from launch.experiments.in_parts import make, read_made
 from launch.experiments.recall_report import report
 from launch.experiments.recall_task import SMALL, Settings, make_batch, make_rows
 from launch.experiments.recipes import RECIPES, gate_options
@@ -143,6 +143,7 @@ def run(what: dict, device: torch.device) -> dict:
         model.train()
         result["scores"]["training"] = scores()
         model.eval()
+    if gates_of(model) and model.config.gate.noise != "random":  # which no threshold changes
         held_out = [make_rows(s, n, s.test_rows // 2, torch.Generator().manual_seed(7000 + seed))[0] for n in s.pairs]
         result["thresholds"] = calibrate(model, [{"tokens": t.to(device), "seq_idx": None} for t in held_out])
         result["scores"]["calibrated"] = scores()
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The program."""
     options, s = parse(arguments)
     if options.table:
-        records = [r for r in read(options.out).values() if r["run"]["recipe"] in options.recipes]
+        records = [r for r in read_made(options.out) if r["run"]["recipe"] in options.recipes]
         print(report(records, options.out))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -59,14 +59,14 @@ def told(values: list[float]) -> str:
 
 
 def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -> str:
-    """One row a recipe, and where it has a gate, one with calibrated thresholds."""
+    """One row a recipe, and where its gate has thresholds to calibrate, one with those."""
     heads = ["recipe", "pattern", "parameters", *(f"{n} pairs" for n in pairs), "mix", "selected in training"]
     heads += ["selected", "of asking tokens", "of others", "alpha", "entropy", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, records in groups.items():
         first = records[0]["result"]
         gates = [r["result"]["gates"][0] for r in records if "gates" in r["result"]]
-        for mode in ("evaluation", "calibrated") if gates else ("evaluation",):
+        for mode in [m for m in ("evaluation", "calibrated") if m in first["scores"]]:
             cells = [name + (", calibrated" if mode == "calibrated" else ""), f"`{records[0]['run']['pattern']}`"]
             cells.append(f"{first['params']:,}")
             cells += [told(figure(records, mode, [n], "accuracy")) for n in pairs]

@@ -41,10 +41,13 @@ class Network(Protocol):
 
 
 @torch.no_grad()
-def load_weights(model: Network, path: Path, prefixes: Iterable[str] = ()) -> list[str]:
-    """Fills a model, or one tensor rank's part of it, with weights of any kind, one tensor at a time.
+def load_weights(
+    model: Network, path: Path, config: ModelConfig | None = None, prefixes: Iterable[str] = ()
+) -> list[str]:
+    """Fills a model, or one tensor rank's or pipeline stage's part of it, with weights of any kind, tensor by tensor.
 
     Args:
+        config: of the whole network; None: the model's own, which a stage does not have.
         prefixes: the data that the model is going to be trained on.
 
     Returns:
@@ -53,24 +56,24 @@ def load_weights(model: Network, path: Path, prefixes: Iterable[str] = ()) -> li
     Raises:
         UserError: the weights' network has other layers or sizes, or was trained on data of another tokenizer.
     """
-    weights = open_any(path)
+    weights, config = open_any(path), config or model.config
     if isinstance(weights, TrainedState):
         refuse_mixed([*(source.prefix for source in weights.config.data.train), *prefixes])
-    ours, theirs = describe(model.config), describe(weights.network)
-    if model.config.letters != weights.network.letters:
+    ours, theirs = describe(config), describe(weights.network)
+    if config.letters != weights.network.letters:
         raise UserError(
             f"checkpoint.init={path} has the layers {weights.network.letters}, model.pattern gives"
-            f" {model.config.letters}; convert with checkpoints.import_hf --config"
+            f" {config.letters}; convert with checkpoints.import_hf --config"
         )
     for name, spec in ours.items():
         if name not in theirs or theirs[name].shape != spec.shape:
             other = list(theirs[name].shape) if name in theirs else "absent"
             raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
-    split = describe(model.config, model.tp.size)
+    split = describe(config, model.tp.size)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = weights.load(name)
         tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)
-    before, now = (network_settings(network) for network in (weights.network, model.config))
+    before, now = (network_settings(network) for network in (weights.network, config))
     unlike = [name for name, value in before.items() if now.get(name) != value and name != "model.pattern"]
     # what decided about initial values decides no more
     return [f"{name}: {before[name]}, this run {now.get(name)}" for name in unlike if "init" not in name]

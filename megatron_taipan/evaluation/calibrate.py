@@ -38,7 +38,7 @@ def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: flo
         capacity: wanted fraction; None: the configuration's C.
 
     Raises:
-        UserError: no batches, the model has no S layer, or the capacity is no fraction.
+        UserError: no batches, the model has no S layer or draws at random, or the capacity is no fraction.
     """
     wanted = model.config.gate.final_capacity if capacity is None else capacity
     gates = [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
@@ -47,6 +47,11 @@ def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: flo
             "no batches to calibrate on" if gates else f"pattern {model.config.pattern!r} has no S layer to calibrate"
         )
         raise UserError(f"calibrate: {what}")
+    if model.config.gate.noise == "random":
+        raise UserError(
+            "calibrate: model.gate.noise=random draws the fraction C of the tokens by itself, and no threshold changes"
+            f" which; C is {model.config.gate.final_capacity:g}"
+        )
     if not 0 <= wanted <= 1:
         raise UserError(f"calibrate: capacity={wanted} is no fraction between 0 and 1")
     was_training = model.training

@@ -49,7 +49,8 @@ def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1
     total, count = 0.0, 0
     for rows in read_batches(dataset, samples, batch):
         tokens, labels, mask, seq_idx = (rows[name].to(device) for name in INPUTS)  # [b, l] each
-        out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, ce_scale=1.0)
+        which = rows["sample"].to(device)  # [b], by which a random gate draws, not by a row's place in its batch
+        out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, samples=which, ce_scale=1.0)
         total += float(out.ce_loss)
         count += int(mask.sum())
     model.train(was_training)

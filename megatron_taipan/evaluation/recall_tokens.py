@@ -101,7 +101,8 @@ def score_by_distance(
     for rows in read_batches(dataset, samples, batch):
         scored = rows["loss_mask"].flatten() > 0  # [b * l]
         kind = torch.bucketize(recall_distance(*(rows[name] for name in INPUTS)), bounds).flatten()[scored]  # [n]
-        logits = model(rows["tokens"].to(device), seq_idx=rows["seq_idx"].to(device)).logits  # [b, l, v]
+        tokens, seq_idx, which = (rows[name].to(device) for name in ("tokens", "seq_idx", "sample"))
+        logits = model(tokens, seq_idx=seq_idx, samples=which).logits  # [b, l, v]
         losses = cross_entropies(logits.flatten(0, 1), rows["labels"].flatten().to(device)).cpu()[scored]  # [n]
         nats += torch.bincount(kind, losses.double(), minlength=len(nats))
         counts += torch.bincount(kind, minlength=len(counts))

@@ -1,12 +1,12 @@
 """Activation checkpointing: what is kept for the backward pass, and what is computed again."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.gate import Selection
@@ -29,9 +29,44 @@ def recomputed(run: Callable[..., Any], mode: str, tp: TensorParallel, *args: An
     """
     if mode == "full":
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-    contexts = partial(create_selective_checkpoint_contexts, list(KEPT_OPERATORS))
     run = tp.kept.checkpointed(run)
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_products_contexts)
+
+
+class _Products(TorchDispatchMode):
+    """Keeps what KEPT_OPERATORS give in the first pass, and gives it in their place, in that order, in the second.
+
+    torch's create_selective_checkpoint_contexts counts every operator, those of ZeRO-3's gathering and freeing of
+    weights too: how many there are depends on what ran before, and after a validation its second pass failed.
+    """
+
+    def __init__(self, kept: list[tuple[Tensor, int] | None], first: bool):
+        super().__init__()
+        self.kept, self.first, self.given = kept, first, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in KEPT_OPERATORS:
+            return func(*args, **(kwargs or {}))
+        if self.first:
+            out = func(*args, **(kwargs or {}))
+            self.kept.append((out.detach(), out._version))  # detached: autograd hangs the graph, and so us, on out
+            return out
+        place = self.given
+        entry = self.kept[place] if place < len(self.kept) else None
+        if entry is None:
+            raise RuntimeError(f"matrix product {place} of a recomputed layer was not kept, or was already taken")
+        out, version = entry
+        if out._version != version:
+            raise RuntimeError(f"matrix product {place} of a recomputed layer was changed in place after it was kept")
+        self.kept[place] = None  # the layer's backward pass frees it
+        self.given += 1
+        return out
+
+
+def _products_contexts() -> tuple[_Products, _Products]:
+    """For both passes of one checkpointed call."""
+    kept: list[tuple[Tensor, int] | None] = []
+    return _Products(kept, first=True), _Products(kept, first=False)
 
 
 def run_layers(

@@ -1,6 +1,5 @@
 """The training run, top to bottom: build, load, loop, save."""
 
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -67,7 +66,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         ops = agree(lambda: pick_ops(config.ops.backend))
         model = agree(lambda: build_model(config, groups, ops))
         trained_on = [source.prefix for source in config.data.train]
-        unlike = agree(lambda: load_weights(model, Path(c.init), trained_on) if c.init and not found else [])
+        unlike = agree(
+            lambda: load_weights(model, Path(c.init), config.model, trained_on) if c.init and not found else []
+        )
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
         engine = agree(lambda: build_engine(model, config, groups, device))
         set_timeouts(p.timeout_s)
@@ -84,6 +85,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         progress = loaded.progress
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
+        n_gates = config.model.letters.count("S")
+        plan = agree(lambda: describe_gate(config.model.gate, progress.run_steps) if n_gates else "")
         # before the loader's threads: recording tolerates no other calls
         graphs = agree(lambda: capture_graphs(model, config, device, stack))
 
@@ -104,7 +107,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
                      f" {describe_optimizer(engine.basic_optimizer)}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
-        if plan := describe_gate(config.model.gate, progress.run_steps):
+        if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
         if unlike:
@@ -134,7 +137,6 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
         micro_batches = accumulation(config, groups.data_size)
-        n_gates = config.model.letters.count("S")
         tokens_per_step = t.global_batch * config.data.seq_len
         streak, before_streak = 0, progress
         watchdog.beat()  # the start is done
@@ -169,7 +171,6 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             else:
                 streak = 0
             spike = z_score(progress.recent, result, t)
-            shares = [g["selected"] for g in result.gates]
             progress = replace(
                 progress,
                 step=progress.step + 1,
@@ -177,7 +178,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 tokens=progress.tokens + tokens_per_step,
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
-                shares=shares if all(map(math.isfinite, shares)) else progress.shares,
+                # where logits were NaN a gate selected nothing: that is no share to steer by
+                shares=progress.shares if result.skipped else [g["selected"] for g in result.gates],
             )
             metrics.after_step(
                 progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=tokens_per_step,

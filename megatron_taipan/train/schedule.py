@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_taipan.config import Config, OptimConfig
+from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import GateConfig, Schedule
 from megatron_taipan.model.gate_settings import computes_every_query
 
@@ -75,12 +76,21 @@ def gate_step(gate: GateConfig, step: int, run_steps: int, shares: list[float], 
 
 
 def describe_gate(gate: GateConfig, run_steps: int) -> str:
-    """The schedules with their steps, for the log; empty where all is constant."""
+    """The schedules with their steps, for the log; empty where all is constant.
+
+    Raises:
+        UserError: a schedule ends before it begins, one given as a step, the other as a fraction of the run.
+    """
     parts = []
     for name in GATE_SCHEDULES:
         value = getattr(gate, name)
         if isinstance(value, Schedule):
             first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
+            if last < first:
+                raise UserError(
+                    f"model.gate.{name}: until={value.until:g} is step {last:g} of a run of {run_steps} steps, before"
+                    f" after={value.after:g}, step {first:g}; give both as steps or both as fractions of the run"
+                )
             parts.append(
                 f"{name} {value.start:g} until step {first:g}, {value.shape} to {value.end:g} at step {last:g}"
             )

@@ -54,4 +54,5 @@ def after_rewind(saved: Progress, now: Progress, *, z: float, train: TrainConfig
     record: dict[str, Any] = {
         "from_step": now.step, "to_step": saved.step, "z": z, "first_sample": saved.samples, "past_sample": now.samples,
     }  # fmt: skip
-    return replace(saved, samples=now.samples, rewinds=[*now.rewinds, record])
+    # run_steps: a checkpoint from before schedules does not know it
+    return replace(saved, samples=now.samples, run_steps=now.run_steps, rewinds=[*now.rewinds, record])

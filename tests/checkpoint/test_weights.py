@@ -91,9 +91,9 @@ def test_a_network_of_another_tokenizer_is_refused(tmp_path):
     config = make_config(toy_tree(str(tmp_path / "first"), tmp_path / "run"))
     model = Taipan(config.model, seed=1)
     path = write_checkpoint(tmp_path / "run", config, model.state_dict().__getitem__)
-    assert load_weights(model, path, [str(tmp_path / "first"), str(tmp_path / "unknown")]) == []
+    assert load_weights(model, path, prefixes=[str(tmp_path / "first"), str(tmp_path / "unknown")]) == []
     with pytest.raises(UserError, match="second was made with the tokenizer second .* and .*first with first"):
-        load_weights(model, path, [str(tmp_path / "second")])
+        load_weights(model, path, prefixes=[str(tmp_path / "second")])
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):

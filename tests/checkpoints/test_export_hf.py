@@ -77,6 +77,20 @@ def test_the_folder_gives_the_trainers_logits_elsewhere(tmp_path, dtype, tied):
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
 
 
+def test_a_folder_whose_gate_has_schedules_stands_by_itself(tmp_path):
+    """transformers runs the files for the configuration and again for the model, each with classes of its own."""
+    gate = {
+        "capacity": {"start": 0.9, "end": 0.3}, "tau": {"start": 2.0, "end": 0.5}, "noise": "random",
+        "budget_lambda": {"start": 0.0, "end": 5.0}, "refinement": "add", "weight": "one",
+    }  # fmt: skip
+    state = memory_state("M S", gate=gate)
+    assert export(state, tmp_path / "hf") <= 1e-5
+    tokens = torch.arange(1, 41).view(2, 20)
+    with torch.no_grad():
+        logits = build_model(state.config.model, state.load, torch.float32)(tokens).logits
+    assert (as_a_stranger(tmp_path / "hf", tmp_path)["logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
 def test_islands_stay_float32_in_a_bf16_file(tmp_path):
     export(memory_state(), tmp_path / "hf", dtype=torch.bfloat16)
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:

@@ -128,6 +128,16 @@ def test_a_different_moment_is_a_difference(run, tmp_path, capsys):
     assert "final_norm.weight (exp_avg_sq): 1 elements differ, by at most 1.000e+00" in capsys.readouterr().out
 
 
+def test_diff_of_a_schedule_with_a_constant(tmp_path, capsys):
+    schedule = {"start": 0.9, "end": 0.15}
+    for name, capacity in (("a", schedule), ("b", 0.15), ("c", {**schedule, "until": 0.5})):
+        write_weights(tmp_path / name, Taipan(small_config("M S", gate={"capacity": capacity}), seed=0))
+    for other, words in (("b", "| 0.15"), ("c", "'until': 0.5")):
+        diff.main([str(tmp_path / "a"), str(tmp_path / other)])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model.gate.capacity: ")]
+        assert "'start': 0.9" in line and words in line
+
+
 def test_diff_measures(tmp_path, capsys):
     model = Taipan(small_config("M S"), seed=1)
     first, second = (write_weights(tmp_path / name, model) for name in ("first", "second"))

@@ -89,3 +89,10 @@ def test_damaged_thresholds_are_an_error(tmp_path):
 def test_batches_of_no_sample_are_refused(tmp_path, capsys):
     assert main([str(tmp_path), "--batch", "0"]) == 2
     assert "--batch=0" in capsys.readouterr().err
+
+
+def test_a_gate_that_draws_at_random_has_nothing_to_calibrate():
+    config = make_model("M S").config.model_copy(deep=True)
+    config.gate.noise = "random"
+    with pytest.raises(UserError, match=r"noise=random .* C is 0\.15"):
+        calibrate(Taipan(config, seed=1), make_batches(0))

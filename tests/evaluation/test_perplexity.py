@@ -12,6 +12,7 @@ from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.evaluation.perplexity import main, score
+from megatron_taipan.evaluation.recall_tokens import score_by_distance
 from megatron_taipan.model.taipan import Taipan
 from tests.checkpoint.test_weights import write_weights
 from tests.inference.networks import VOCABULARY, small_config, small_model
@@ -49,6 +50,14 @@ def test_documents_are_scored_as_if_each_stood_alone(prefix, batch):
     assert result.tokens == count < 9 * 32
     assert result.ce == pytest.approx(total / count, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_a_random_gate_draws_by_the_sample_not_by_its_place_in_a_batch(prefix):
+    model, dataset = small_model("M S S", gate={"noise": "random", "capacity": 0.5}), dataset_of(prefix)
+    single, four = (score(model, dataset, samples=9, batch=batch).ce for batch in (1, 4))
+    assert single == pytest.approx(four, rel=1e-6)
+    split = [score_by_distance(model, dataset, samples=9, batch=batch).total.ce for batch in (1, 4)]
+    assert split == pytest.approx([single] * 2, rel=1e-6)
 
 
 def test_scoring_leaves_the_training_mode(prefix):

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from launch.experiments import in_parts
+from megatron_taipan.errors import UserError
 
 
 class Stub:
@@ -83,3 +84,8 @@ def test_a_line_that_was_cut_off_costs_that_run_alone(tmp_path, torn):
     path.write_text(path.read_text() + torn)
     assert stub.make(path, named("a", "b")) == (["b"], 0)
     assert stub.make(path, named("a", "b")) == ([], 0)
+
+
+def test_a_file_without_runs_makes_no_table(tmp_path):
+    with pytest.raises(UserError, match="nothing.jsonl holds no run"):
+        in_parts.read_made(tmp_path / "nothing.jsonl")

@@ -157,7 +157,7 @@ def test_rows_that_cannot_be_made_are_the_users_error(flags, capsys):
 
 def test_the_program_keeps_its_runs_and_makes_tables_of_them(tmp_path, capsys):
     out = tmp_path / "recall.jsonl"
-    toy = "--small --steps 2 --batch 3 --test-rows 4 --warmup 1 --score-pairs 20 --recipes samba paper".split()
+    toy = "--small --steps 2 --batch 3 --test-rows 4 --warmup 1 --score-pairs 20 --recipes samba paper random".split()
     assert recall.main(["--out", str(out), *toy]) == 0
     written = out.read_text()
     assert recall.main(["--out", str(out), *toy]) == 0 and out.read_text() == written
@@ -169,6 +169,7 @@ def test_the_program_keeps_its_runs_and_makes_tables_of_them(tmp_path, capsys):
     assert recall.main(["--out", str(out), "--table"]) == 0
     text = capsys.readouterr().out
     assert "| 20 pairs |" in text and "| paper, calibrated |" in text and (tmp_path / "recall.md").exists()
+    assert "| random |" in text and "| random, calibrated |" not in text  # no threshold changes what is drawn
     assert len(list(tmp_path.glob("recall-*.svg"))) == 2
 
 

@@ -77,3 +77,57 @@ def test_other_settings_of_training_are_taken_and_said_another_network_is_refuse
     assert warned[0].startswith("at step 4 this start takes the learning rate from ")  # the cosine of 20 steps
     assert warned[1:] == ["at step 7 this start takes model.gate.capacity from 0.1 to 0.4"]
     assert "model.gate.refinement: checkpoint has replace, this run add" in statuses[3]
+
+
+def nan_at_the_third_step(tree: dict) -> list:
+    """Runs like `runs`; the weights of the gate are NaN for step 3 alone. Gives also what the gates were told."""
+    import torch
+
+    from megatron_taipan.train import loop
+
+    train_step, told = loop.train_step, []
+
+    def with_nan(engine, batches, *, step, gate, **kwargs):
+        told.append(gate.shares)
+        weights = [p for n, p in engine.module.named_parameters() if n.endswith("gate.weight")]
+        before = [p.detach().clone() for p in weights]
+        with torch.no_grad():
+            for p in weights if step == 2 else ():
+                p.fill_(float("nan"))
+        result = train_step(engine, batches, step=step, gate=gate, **kwargs)
+        with torch.no_grad():
+            for p, value in zip(weights, before, strict=True) if step == 2 else ():
+                p.copy_(value)
+        return result
+
+    loop.train_step = with_nan
+    try:
+        return [*runs([tree]), told]
+    finally:
+        loop.train_step = train_step
+
+
+def test_a_budget_is_not_steered_by_a_step_of_nan(tmp_path):
+    """Where logits are NaN nothing is selected, which would push the gate open at the step after."""
+    tree = with_gate(toy_tree(write_data(tmp_path / "data"), tmp_path / "run", train={
+        "steps": 5, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2,
+    }))  # fmt: skip
+    status, told = launch(1, nan_at_the_third_step, tree)[0]
+    assert status == 0
+    steps = log(tmp_path / "run")
+    assert [r["skipped"] for r in steps] == [0, 0, 1, 0, 0] and steps[2]["gate0/selected"] == 0
+    measured = [[r["gate0/selected"]] for r in steps]
+    assert told == [[0.9], measured[0], measured[1], measured[1], measured[3]]
+
+
+def test_a_network_without_gates_says_nothing_of_their_schedules_and_one_with_refuses_disorder(tmp_path):
+    options = {"steps": 4, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0, "eval_samples": 2}
+    tree = with_gate(toy_tree(write_data(tmp_path / "data"), tmp_path / "run", train=options))
+    gateless = {**tree, "model": {**tree["model"], "pattern": "M W"}}
+    disorder = with_gate(
+        with_options(tree, checkpoint={"dir": str(tmp_path / "other")}),
+        tau={"start": 2.0, "end": 1.0, "after": 3, "until": 0.5},
+    )
+    status, message = launch(1, runs, [gateless, disorder])[0]
+    assert status == 0 and log(tmp_path / "run", "gate") == []
+    assert "model.gate.tau: until=0.5 is step 2 of a run of 4 steps, before after=3, step 3" in message

@@ -93,3 +93,15 @@ def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     assert [record["step"] for record in log(tmp_path / "second")] == [6, 7]
     assert [record["step"] for record in log(tmp_path / "second", "start")] == [5, 6]
     shutil.rmtree(tmp_path)
+
+
+def test_validation_changes_nothing_under_zero_3_with_recomputed_layers(tmp_path, prefix):
+    """A pass without gradients teaches ZeRO-3 an order of modules that the recomputation then does not keep to."""
+    validated = toy_tree(prefix, tmp_path / "one", train=SHORT | {"steps": 4, "eval_every": 2})
+    recomputed = {"zero_stage": 3, "recompute": "selective", "timeout_s": 60}
+    stage3 = with_options(validated, parallel=recomputed, checkpoint={"dir": str(tmp_path / "three")})
+    assert launch(2, runs, [validated, stage3])[0] == [0, 0]
+    one, three = ([r["ce"] for r in log(tmp_path / n)] for n in ("one", "three"))
+    assert three == pytest.approx(one, rel=1e-5)
+    one, three = ([r["ce"] for r in log(tmp_path / n, "valid")] for n in ("one", "three"))
+    assert three == pytest.approx(one, rel=1e-5) and len(one) == 3

@@ -50,6 +50,8 @@ def test_rewinding_keeps_the_old_weights_count_and_the_new_place_in_the_data():
     saved, now = Progress(step=10, samples=40, tokens=400, recent=[1.0]), Progress(step=17, samples=68, tokens=680)
     once = after_rewind(saved, now, z=5.0, train=WATCH)
     assert (once.step, once.samples, once.tokens, once.recent) == (10, 68, 400, [1.0])
+    # of a checkpoint that does not know how long the run was to be: what schedules' fractions are of stays
+    assert after_rewind(saved, dataclasses.replace(now, run_steps=90), z=5.0, train=WATCH).run_steps == 90
     (record,) = once.rewinds
     assert (record["from_step"], record["to_step"]) == (17, 10)
     assert (record["first_sample"], record["past_sample"]) == (40, 68)

@@ -28,9 +28,13 @@ def place(tmp_path_factory) -> Path:
         tree, checkpoint={"dir": str(folder / "by_init"), "init": str(folder / "run/weights_00000006")},
         parallel={"tensor": 1, "zero_stage": 3}, train={"steps": 1},
     )  # fmt: skip
+    by_stages = with_options(
+        by_init, checkpoint={"dir": str(folder / "by_stages")}, parallel={"pipeline": 2, "zero_stage": 1},
+        model={"gate": {"refinement": "add"}},
+    )  # fmt: skip
     alone = with_options(tree, train={"steps": 2, "stop_at": 2}, checkpoint={"dir": str(folder / "alone")})
-    results = launch_series([Job(2, runs, [tree, by_load, by_init, alone])])[0][0]
-    assert [results[0], *results[2:]] == [0, 0, 0]
+    results = launch_series([Job(2, runs, [tree, by_load, by_init, alone, by_stages])])[0][0]
+    assert [results[0], *results[2:]] == [0, 0, 0, 0]
     (folder / "refusal").write_text(results[1])
     return folder
 
@@ -67,6 +71,11 @@ def test_a_new_run_starts_from_them_in_another_layout(place):
     untrained = log(place / "run", "valid")[0]["ce"]
     assert log(place / "by_init", "start")[0]["step"] == 0
     assert abs(first["ce"] - trained) < abs(untrained - trained) / 2
+    (staged, *_) = log(place / "by_stages", "valid")
+    assert abs(staged["ce"] - trained) < abs(untrained - trained) / 2
+    (said,) = log(place / "by_stages", "init")
+    assert said["text"].endswith(" computed otherwise: model.gate.refinement: replace, this run add")
+    assert not log(place / "by_init", "init")
 
 
 def test_every_program_reads_them(place, tmp_path, capsys):
