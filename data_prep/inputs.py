@@ -16,7 +16,7 @@ from megatron_taipan.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
 TABLES = (".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 SPLITTABLE = (".jsonl",)  # a worker can start in the middle of these, at the next line
 PIECES = 64  # aimed at
 SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20  # bytes of input
@@ -44,7 +44,7 @@ def kind_of(path: str) -> str | None:
 
 def natural(path: str) -> list:
     """Sort key that puts part_2 before part_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def expand(inputs: list[str]) -> list[str]:

@@ -6,25 +6,14 @@ A document of more than LONG bytes is never held as a whole (but where a table h
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import orjson
 
 from data_prep.extract import Extract, Marked
-from data_prep.inputs import Slice, kind_of
+from data_prep.inputs import COMPRESSED, Slice, kind_of
 from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, broken_json, decoded
+from data_prep.packed import Damaged, garbage, open_packed
 from megatron_taipan.errors import UserError
-
-try:
-    from isal import igzip as gzip  # reads gzip three times faster
-    from isal.igzip import BadGzipFile
-    from isal.isal_zlib import error as deflate_error
-except ImportError:
-    import gzip  # type: ignore[no-redef]
-    from gzip import BadGzipFile
-    from zlib import error as deflate_error  # type: ignore[assignment]
-
-BadDeflate = cast(type[Exception], deflate_error)  # isal's stubs call it an instance
 
 BUFFER = 1 << 20
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
@@ -64,71 +53,29 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator
         yield Record(piece.path, problem=_unreadable(error))
 
 
-UNREADABLE = (EOFError, BadDeflate, OSError)
+UNREADABLE = (EOFError, Damaged, OSError)
 
 
 def _unreadable(error: Exception) -> str:
     """Why a file cannot be read (to its end)."""
     if isinstance(error, EOFError):
         return "file ends before its compressed data does"
-    if isinstance(error, (BadGzipFile, BadDeflate)):
+    if isinstance(error, Damaged):
         return f"damaged compressed data: {error}"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _open(path: str):
     """The (decompressed) bytes of a file as a buffered stream."""
-    if path.lower().endswith(".gz"):
-        if not os.path.getsize(path):
-            raise EOFError  # an archive of nothing has a header; this is one that never arrived
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        return _zstd(path)
+    if path.lower().endswith(COMPRESSED):
+        return open_packed(path)
     return open(path, "rb", buffering=BUFFER)
 
 
-def _zstd(path: str):
-    import io
-
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: reading .zst takes the package zstandard; `pip install zstandard`") from error
-
-    class Checked(io.RawIOBase):
-        """A zstandard stream that does not take a file cut in the middle for its end."""
-
-        def __init__(self):
-            self.file = open(path, "rb")
-            self.left, self.out = b"", b""
-            self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.started = True  # a file without any frame is cut too
-
-        def readable(self):
-            return True
-
-        def readinto(self, buffer):
-            while not self.out:
-                data = self.left or self.file.read(BUFFER // 4)
-                self.left = b""
-                if not data:
-                    if self.started:
-                        raise EOFError
-                    return 0
-                try:
-                    self.out = self.frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise BadGzipFile(error) from error
-                self.started = True
-                if self.frame.eof:
-                    self.left, self.started = self.frame.unused_data, False
-                    self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            count = min(len(buffer), len(self.out))
-            buffer[:count] = self.out[:count]
-            self.out = self.out[count:]
-            return count
-
-    return io.BufferedReader(Checked(), BUFFER)
+def _rest(path: str, file) -> Iterator[Record]:
+    """A record that tells of what stands behind the content of a file, which has been read to its end."""
+    if found := garbage(file):
+        yield Record(path, problem=f"garbage behind compressed data that is whole: {found}")
 
 
 def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Record]:
@@ -158,6 +105,7 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
             elif not line.isspace():
                 yield _parse(where, line, extract)
             at += size
+        yield from _rest(piece.path, file)
 
 
 def _parse(where: str, line: bytes, extract: Extract) -> Record:
@@ -194,11 +142,12 @@ def _text(piece: Slice) -> Iterator[Record]:
         if len(data) == LONG:
             chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
             yield Record(piece.path, raw=data[:KEPT], chunks=chunks)
-            return
-        try:
-            yield _document(piece.path, data.decode("utf-8-sig"), data)
-        except UnicodeDecodeError as error:
-            yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        else:
+            try:
+                yield _document(piece.path, data.decode("utf-8-sig"), data)
+            except UnicodeDecodeError as error:
+                yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        yield from _rest(piece.path, file)
 
 
 def _guarded(chunks: Iterator[str]) -> Iterator[str]:
