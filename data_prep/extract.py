@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isfinite
 from string import Formatter
 
 from megatron_taipan.errors import UserError
@@ -142,6 +143,8 @@ def _fill(part: list[tuple[str, str | None]], record: object) -> str:
             value = lookup(record, field)
             if not isinstance(value, (str, int, float)):
                 raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"field {field!r} is no number but {value}")
             out.append(str(value))
     return "".join(out)
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import orjson
 
+from data_prep import tolerant
 from data_prep.extract import Extract, Marked
 from data_prep.inputs import COMPRESSED, Slice, kind_of
-from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, broken_json, decoded
+from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, decoded
 from data_prep.packed import Damaged, garbage, open_packed
 from megatron_taipan.errors import UserError
 
@@ -111,9 +112,7 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
 def _parse(where: str, line: bytes, extract: Extract) -> Record:
     """One line of JSON."""
     try:
-        return _document(where, extract(orjson.loads(line)), line)
-    except orjson.JSONDecodeError as error:
-        return Record(where, problem=broken_json(line, error), raw=line)
+        return _document(where, extract(tolerant.parsed(line)), line)
     except ValueError as error:
         return Record(where, problem=str(error), raw=line)
 
@@ -124,10 +123,11 @@ def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> R
     if line.skeleton is None:
         return Record(where, problem=line.problem, raw=raw)
     try:
-        text = extract(orjson.loads(line.skeleton))
-    except ValueError as error:  # orjson's is one too
-        broken = isinstance(error, orjson.JSONDecodeError)
-        return Record(where, problem=broken_json(line.skeleton, error) if broken else str(error), raw=raw)
+        text = extract(tolerant.parsed(line.skeleton))
+    except ValueError as error:
+        return Record(where, problem=str(error), raw=raw)
+    if fault := line.fault(text.text if isinstance(text, Marked) else text):
+        return Record(where, problem=fault, raw=raw)
     if isinstance(text, Marked):
         return _too_long(where, raw) if line.marked(text.text) else _document(where, text, raw)
     if line.marked(text):
@@ -236,8 +236,8 @@ def _document(where: str, found: str | Marked, raw: bytes) -> Record:
         return Record(where, text, len(text), borders=borders)
     try:
         return Record(where, text, len(text.encode()), borders=borders)
-    except UnicodeEncodeError as error:  # half of a \\ud83d pair is no text that any tokenizer can take
-        return Record(where, problem=f"invalid UTF-8: lone surrogate at character {error.start}", raw=raw)
+    except UnicodeEncodeError as error:
+        return Record(where, problem=tolerant.no_text(error), raw=raw)
 
 
 def _too_long(where: str, raw: bytes) -> Record:
