@@ -14,8 +14,8 @@ import orjson
 
 from megatron_taipan.errors import UserError
 
-KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
-TABLES = (".parquet", ".arrow")
+KINDS = (".jsonl", ".txt", ".parquet", ".arrow", ".feather")
+TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 SPLITTABLE = (".jsonl",)  # a worker can start in the middle of these, at the next line
 PIECES = 64  # aimed at

@@ -7,19 +7,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import orjson
-
-from data_prep import tolerant
+from data_prep import tables, tolerant
 from data_prep.extract import Extract, Marked
-from data_prep.inputs import COMPRESSED, Slice, kind_of
+from data_prep.inputs import COMPRESSED, TABLES, Slice, kind_of
 from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, decoded
 from data_prep.packed import Damaged, garbage, open_packed
-from megatron_taipan.errors import UserError
 
 BUFFER = 1 << 20
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
 KEPT = 1 << 20  # bytes of a long record without a document that go to quarantine
-TABLE_ROWS, TABLE_BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator
     """
     kind = kind_of(piece.path)
     try:
-        if kind in (".parquet", ".arrow"):
+        if kind in TABLES:
             yield from _table(piece, extract)
         elif kind.startswith(".txt"):
             yield from _text(piece)
@@ -63,7 +59,7 @@ def _unreadable(error: Exception) -> str:
         return "file ends before its compressed data does"
     if isinstance(error, Damaged):
         return f"damaged compressed data: {error}"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return "cannot be read: " + " ".join(str(getattr(error, "strerror", None) or error).split())  # arrow's have lines
 
 
 def _open(path: str):
@@ -159,68 +155,15 @@ def _guarded(chunks: Iterator[str]) -> Iterator[str]:
 
 
 def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
-    """Parquet files, and the arrow files of a Hugging Face dataset saved to disk."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{piece.path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
-    try:
-        if piece.path.lower().endswith(".parquet"):
-            batches = _row_batches(parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=BUFFER))
-        else:
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
-        row = 0
-        for batch in batches:
-            for start in range(0, batch.num_rows, TABLE_ROWS):
-                for record in _rows(batch.slice(start, TABLE_ROWS)):
-                    where = f"{piece.path}:row {row}"
-                    row += 1
-                    try:
-                        yield _document(where, extract(record), b"")
-                    except ValueError as error:
-                        problem = _fault(record) or str(error)
-                        yield Record(where, problem=problem, raw=orjson.dumps(record, default=_plain))
-    except pyarrow.ArrowException as error:
-        yield Record(piece.path, problem=f"damaged table: {' '.join(str(error).split())}")
-
-
-def _rows(batch) -> list[dict]:
-    """The rows as Python objects. A value that can be none (text that is no UTF-8, a date beyond the year 9999) becomes
-    the error, which matters only where the text is taken from it."""
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):
-        return [{n: _value(c[i]) for n, c in zip(batch.schema.names, batch, strict=True)} for i in range(len(batch))]
-
-
-def _value(cell) -> object:
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError) as error:
-        return error
-
-
-def _fault(row: dict) -> str:
-    """What is wrong with the first value of a row that is an error; empty where none is."""
-    for name, value in row.items():
-        if isinstance(value, UnicodeDecodeError):
-            return f"invalid UTF-8: field {name!r} at byte {value.start}"
-        if isinstance(value, Exception):
-            return f"field {name!r} cannot be read: {value}"
-    return ""
-
-
-def _plain(value: object) -> str:
-    """What JSON does not know, and what stood where a text is no UTF-8."""
-    return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
-
-
-def _row_batches(table):
-    """Batches of a parquet file, of fewer rows where rows are large."""
-    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-    return table.iter_batches(batch_size=max(1, min(TABLE_ROWS, TABLE_BYTES // max(1, largest))))
+    """The rows of a table; of each the fields that the text is made of."""
+    for where, row, problem in tables.rows(piece.path, extract.fields):
+        if problem:
+            yield Record(where, problem=problem)
+            continue
+        try:
+            yield _document(where, extract(row), b"")
+        except ValueError as error:
+            yield Record(where, problem=tables.fault(row) or str(error), raw=tables.as_json(row))
 
 
 def _document(where: str, found: str | Marked, raw: bytes) -> Record:
