@@ -3,18 +3,22 @@
 A document of more than LONG bytes is never held as a whole (but where a table holds it so): its record gives chunks.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_prep import tables, tolerant
 from data_prep.extract import Extract, Marked
-from data_prep.inputs import COMPRESSED, TABLES, Slice, kind_of
+from data_prep.inputs import Slice
+from data_prep.kinds import COMPRESSED, SPLITTABLE, TABLES, TEXTS, is_json, kind_of
 from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, decoded
 from data_prep.packed import Damaged, garbage, open_packed
 
 BUFFER = 1 << 20
+BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
+ARRAY = 64 << 20  # bytes of a file that is one JSON value, at most: it is held as a whole
 KEPT = 1 << 20  # bytes of a long record without a document that go to quarantine
 
 
@@ -42,8 +46,11 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator
     try:
         if kind in TABLES:
             yield from _table(piece, extract)
-        elif kind.startswith(".txt"):
+        elif kind.startswith(TEXTS):
             yield from _text(piece)
+        elif is_json(kind) and _one_value(piece.path):
+            if not piece.start:
+                yield from _entries(piece.path, extract)
         else:
             yield from _lines(piece, extract, scratch)
     except UNREADABLE as error:
@@ -77,7 +84,7 @@ def _rest(path: str, file) -> Iterator[Record]:
 
 def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Record]:
     """JSON lines. A line belongs to the slice in which its first byte lies."""
-    whole = kind_of(piece.path) != ".jsonl"
+    whole = kind_of(piece.path) not in SPLITTABLE
     with _open(piece.path) as file:
         at = piece.start
         if at and not whole:
@@ -92,7 +99,7 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
             if not line:
                 break
             where, size = f"{piece.path}:byte {at}", len(line)
-            if not at and line.startswith(b"\xef\xbb\xbf"):
+            if not at and line.startswith(BOM):
                 line, where = line[3:], f"{piece.path}:byte 3"
             if size == LONG and not line.endswith(b"\n"):
                 long = LongLine(line, file, scratch)
@@ -129,6 +136,41 @@ def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> R
     if line.marked(text):
         return Record(where, raw=raw, chunks=line.chunks(text))
     return _document(where, text, raw)
+
+
+def _one_value(path: str) -> bool:
+    """Whether a .json file is one array, or one record over several lines (the second begins with a name), and not
+    lines."""
+    with _open(path) as file:
+        lines = (line for line in iter(lambda: file.readline(BLOCK), b"") if line.strip())
+        first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
+    if first.lstrip().startswith(b"["):
+        return True
+    goes_on = first.endswith(b"\n") and first.strip().endswith((b"{", b"[", b","))
+    return goes_on and second.lstrip().startswith(b'"')
+
+
+def _entries(path: str, extract: Extract) -> Iterator[Record]:
+    """The entries of a file that is one array of JSON, or one record."""
+    with _open(path) as file:
+        data = file.read(ARRAY + 1)
+        if len(data) > ARRAY:
+            problem = f"array too large: one JSON value of over {ARRAY} bytes; make a line of each entry: jq -c '.[]'"
+            yield Record(path, problem=problem, raw=data[:KEPT])
+            return
+        rest = list(_rest(path, file))
+    try:
+        value = tolerant.parsed(data.removeprefix(BOM))
+    except ValueError as error:
+        yield Record(path, problem=f"{error} (in a file that is no JSON lines)", raw=data[:KEPT])
+        return
+    for number, entry in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{path}:entry {number}"
+        try:
+            yield _document(where, extract(entry), b"")
+        except ValueError as error:
+            yield Record(where, problem=str(error), raw=json.dumps(entry).encode())
+    yield from rest
 
 
 def _text(piece: Slice) -> Iterator[Record]:

@@ -38,9 +38,7 @@ INPUT_HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or globs; kinds: " + inputs.known_kinds()
-    )
+    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
