@@ -72,6 +72,14 @@ def told(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts)
 
 
+def tell(name: str, passed: Iterable[str], taken: list[str]) -> None:
+    """Prints what of an input was passed over, and whether the names of what is taken are those of several splits."""
+    if left := told(passed):
+        print(f"{name}: passed over {left}")
+    if len(set(found := splits(taken))) > 1:
+        print(f"{name}: several splits are read together, by their names: {told(found)}; name one if not so")
+
+
 def splits(paths: list[str]) -> list[str]:
     """The split to which each file belongs whose name tells it, below the folder that all have in common."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])

@@ -35,9 +35,12 @@ def natural(path: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
-def expand(inputs: list[str]) -> list[str]:
+def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list[str]:
     """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order. A
     line tells what of a folder or glob was passed over, and whether names of several splits are among the others.
+
+    Args:
+        known: inputs that are no paths, each with its files, which need not be there yet.
 
     Raises:
         UserError: something does not exist, is of no known kind, cannot be read, is named or reached twice, or has a
@@ -45,6 +48,9 @@ def expand(inputs: list[str]) -> list[str]:
     """
     files: list[str] = []
     for name in inputs:
+        if known and name in known:
+            files += known[name]
+            continue
         if os.path.isfile(name):
             if not kind_of(name):
                 raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
@@ -54,12 +60,7 @@ def expand(inputs: list[str]) -> list[str]:
         here = inside(name, passed) if os.path.isdir(name) else _matching(name, passed)
         if not here:
             raise UserError(_nothing(name, passed))
-        if passed:
-            print(f"{name}: passed over {folders.told(passed.values())}")
-        if len(set(splits := folders.splits(here))) > 1:
-            print(
-                f"{name}: several splits are read together, by their names: {folders.told(splits)}; name one if not so"
-            )
+        folders.tell(name, passed.values(), here)
         files += sorted(here, key=natural)
     for path in files:
         if path.encode(errors="replace").decode() != path:
