@@ -49,6 +49,7 @@ setup(
         "fastokens>=0.3.5",
         "safetensors>=0.5",
         "datasets>=4",
+        "fsspec>=2025.3",
         "pyarrow>=19",
         "zstandard>=0.23",
         "isal>=1.7",
@@ -59,6 +60,8 @@ setup(
         # These compile against the torch that is installed: `pip install --no-build-isolation '.[gpu]'` after torch.
         "gpu": ["mamba-ssm>=2.3.2.post1", "causal-conv1d>=1.6", "flash-attn>=2.8", "liger-kernel>=0.6"],
         "wandb": ["wandb>=0.19"],
+        # `tokenize` of https://, s3:// and gs:// addresses; hf:// takes nothing more
+        "remote": ["aiohttp>=3.9", "s3fs>=2025.3", "gcsfs>=2025.3"],
         # `lm_eval --model hf` on an export; with it tests/hf/test_lm_eval.py runs instead of being skipped
         "eval": ["lm_eval>=0.4.13", "accelerate>=1"],
         # adapters and preference tuning of an export; tests/hf/test_libraries.py installs the pinned ones for itself

@@ -5,7 +5,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isfinite
 from string import Formatter
+from typing import cast
 
 from megatron_taipan.errors import UserError
 
@@ -27,12 +29,28 @@ class Marked:
     borders: tuple[int, ...]
 
 
-Extract = Callable[[object], str | Marked]  # the text of a parsed record; raises ValueError where there is none
+@dataclass(frozen=True)
+class Extract:
+    """The text of a parsed record.
+
+    Attributes:
+        fields: what it is made of, dotted paths; of a table no other columns need be read.
+        take: raises ValueError where there is no text.
+    """
+
+    fields: tuple[str, ...]
+    take: Callable[[object], str | Marked]
+
+    def __call__(self, record: object) -> str | Marked:
+        return self.take(record)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say where the text stands."""
-    parser.add_argument("--text-field", help="field of the text in JSON and parquet (default: text); dots go inside")
+    parser.add_argument(
+        "--text-field",
+        help="field of the text in JSON and tables (default: text); dots are part of its name or go inside",
+    )
     parser.add_argument(
         "--template",
         help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'; what stands between"
@@ -82,23 +100,30 @@ def text_options(args: argparse.Namespace) -> dict[str, str]:
 
 
 def lookup(record: object, field: str) -> object:
-    """The value at a dotted path; numbers go into lists.
+    """The value at a dotted path; numbers go into lists. A name that has dots itself, as `content.text` may be, comes
+    before what stands inside `content`.
 
     Raises:
         ValueError: there is none.
     """
-    for depth, name in enumerate(field.split(".")):
-        if isinstance(record, list) and name.isdigit() and depth:
-            if int(name) >= len(record):
-                raise ValueError(f"no field {field!r}: the list has {len(record)} entries")
-            record = record[int(name)]
-        elif not isinstance(record, dict):
-            raise ValueError(f"no field {field!r}" if depth else f"no JSON object but a {type(record).__name__}")
-        elif name not in record:
+    if isinstance(record, dict) and field in record:
+        return record[field]
+    if not isinstance(record, dict):
+        raise ValueError(f"no JSON object but a {type(record).__name__}")
+    value: object = record
+    left = field.split(".")
+    while left:
+        if isinstance(value, list) and left[0].isdecimal():
+            if int(left[0]) >= len(value):
+                raise ValueError(f"no field {field!r}: the list has {len(value)} entries")
+            value = value[int(left.pop(0))]
+            continue
+        count = next((n for n in range(len(left), 0, -1) if isinstance(value, dict) and ".".join(left[:n]) in value), 0)
+        if not count:
             raise ValueError(f"no field {field!r}")
-        else:
-            record = record[name]
-    return record
+        value = cast(dict, value)[".".join(left[:count])]
+        left = left[count:]
+    return value
 
 
 def field_extractor(field: str) -> Extract:
@@ -110,7 +135,7 @@ def field_extractor(field: str) -> Extract:
             raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
         return value
 
-    return extract
+    return Extract((field,), extract)
 
 
 def template_extractor(template: str) -> Extract:
@@ -119,10 +144,11 @@ def template_extractor(template: str) -> Extract:
         parts = [[(literal, field) for literal, field, *_ in Formatter().parse(span)] for span in spans(template)]
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}") from error
-    if not any(field for part in parts for _, field in part):
+    fields = tuple(field for part in parts for _, field in part if field)
+    if not fields:
         raise UserError(f"template {template!r} names no field; write them as {{field}}")
     if len(parts) == 1:
-        return lambda record: _fill(parts[0], record)
+        return Extract(fields, lambda record: _fill(parts[0], record))
 
     def extract(record: object) -> Marked:
         texts = [_fill(part, record) for part in parts]
@@ -130,7 +156,7 @@ def template_extractor(template: str) -> Extract:
             raise ValueError(f"nothing to learn: no text between {{% {GENERATION} %}} and {{% {END} %}}")
         return Marked("".join(texts), borders(texts))
 
-    return extract
+    return Extract(fields, extract)
 
 
 def _fill(part: list[tuple[str, str | None]], record: object) -> str:
@@ -142,6 +168,8 @@ def _fill(part: list[tuple[str, str | None]], record: object) -> str:
             value = lookup(record, field)
             if not isinstance(value, (str, int, float)):
                 raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"field {field!r} is no number but {value}")
             out.append(str(value))
     return "".join(out)
 

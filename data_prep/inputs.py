@@ -8,16 +8,12 @@ import glob
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import orjson
-
+from data_prep import folders
+from data_prep.folders import inside
+from data_prep.kinds import SPLITTABLE, kind_of, known_kinds
 from megatron_taipan.errors import UserError
 
-KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
-TABLES = (".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
-SPLITTABLE = (".jsonl",)  # a worker can start in the middle of these, at the next line
 PIECES = 64  # aimed at
 SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20  # bytes of input
 
@@ -34,49 +30,72 @@ class Slice:
 Piece = tuple[Slice, ...]
 
 
-def kind_of(path: str) -> str | None:
-    """`.jsonl`, `.jsonl.gz`, `.txt.zst`, ... or None where the name says nothing that we read."""
-    stem, ending = os.path.splitext(path.lower())
-    packed = ending if ending in COMPRESSED else ""
-    kind = os.path.splitext(stem)[1] if packed else ending
-    return kind + packed if kind in KINDS and not (packed and kind in TABLES) else None
-
-
 def natural(path: str) -> list:
     """Sort key that puts part_2 before part_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
-def expand(inputs: list[str]) -> list[str]:
-    """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order.
+def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list[str]:
+    """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order. A
+    line tells what of a folder or glob was passed over, and whether names of several splits are among the others.
+
+    Args:
+        known: inputs that are no paths, each with its files, which need not be there yet.
 
     Raises:
-        UserError: something does not exist, is of no known kind, cannot be read, is named twice, or has a name that is
-            no UTF-8; or nothing is left.
+        UserError: something does not exist, is of no known kind, cannot be read, is named or reached twice, or has a
+            name that is no UTF-8; a saved dataset has several splits; or nothing is left.
     """
     files: list[str] = []
     for name in inputs:
+        if known and name in known:
+            files += known[name]
+            continue
         if os.path.isfile(name):
             if not kind_of(name):
                 raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
             files.append(name)
-        elif os.path.isdir(name):
-            inside = _inside(name)
-            if not inside:
-                raise UserError(f"folder {name} holds no file of a known kind; known are {known_kinds()}")
-            files += sorted(inside, key=natural)
-        elif found := _matching(name):
-            files += sorted(found, key=natural)
-        else:
-            raise UserError(
-                f"{name} does not exist" if not glob.has_magic(name) else f"{name} matches no file of a known kind"
-            )
+            continue
+        passed: dict[str, str] = {}
+        here = inside(name, passed) if os.path.isdir(name) else _matching(name, passed)
+        if not here:
+            raise UserError(_nothing(name, passed))
+        folders.tell(name, passed.values(), here)
+        files += sorted(here, key=natural)
     for path in files:
         if path.encode(errors="replace").decode() != path:
             raise UserError(f"the name of {os.fsencode(path)!r} is no UTF-8, and the manifest is; rename the file")
     if doubles := named_twice(files):
         raise UserError(f"{doubles[0]} is named twice among the inputs ({len(doubles)} such files); name it once")
+    if pairs := _one_file(files):
+        raise UserError(f"{pairs[0][1]} is the same file as {pairs[0][0]} ({len(pairs)} such files); name one of them")
     return files
+
+
+def _nothing(name: str, passed: dict[str, str]) -> str:
+    """Why an input gives no file."""
+    there = f" (but {folders.told(passed.values())})" if passed else ""
+    if os.path.isdir(name):
+        return f"folder {name} holds no file of a known kind{there}; known are {known_kinds()}"
+    if glob.has_magic(name):
+        return f"{name} matches no file of a known kind{there}"
+    return f"{name} does not exist"
+
+
+def _one_file(paths: list[str]) -> list[tuple[str, str]]:
+    """Pairs of names of one file: a link and what it leads to, or two links."""
+    seen: dict[tuple[int, int], str] = {}
+    pairs = []
+    for path in paths:
+        try:
+            about = os.stat(path)
+        except OSError:
+            continue  # its reader tells of it
+        first = seen.setdefault((about.st_dev, about.st_ino), path)
+        # numbers alone are not trusted: some network file systems repeat them
+        if first != path and (about.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path)):
+            pairs.append((first, path))
+    return pairs
 
 
 def named_twice(paths: list[str]) -> list[str]:
@@ -87,47 +106,18 @@ def named_twice(paths: list[str]) -> list[str]:
     return sorted(spelled[-1] for spelled in same.values() if len(spelled) > 1)
 
 
-def _inside(folder: str) -> list[str]:
-    """Files of a known kind in a folder, to the bottom, through links to folders too. Nothing is passed over in
-    silence: a folder that cannot be read is refused, and a link to nothing is taken, to be reported by its reader."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
-
-    found: list[str] = []
-    seen: set[str] = set()
-    for place, folders, files in os.walk(str(Path(folder)), onerror=refuse, followlinks=True):
-        folders.sort()  # of several ways to one folder always the same is taken
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        if "state.json" in files:
-            files = _saved(place) or files
-        found += [path for name in files if kind_of(path := os.path.join(place, name))]
-    return found
-
-
-def _saved(folder: str) -> list[str]:
-    """The files of a dataset that Hugging Face datasets saved: no others, since `map` leaves its results beside them,
-    and all of them, since a missing one must be reported. Empty for any other folder."""
-    try:
-        return [entry["filename"] for entry in orjson.loads(Path(folder, "state.json").read_bytes())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _matching(pattern: str) -> list[str]:
-    """Files of a known kind that match a glob, or lie in folders that do, each once (`a/**` matches both)."""
+def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
+    """Files of a known kind that match a glob, or lie in folders that do, each once (`a/**` matches both); what is not
+    taken stands in `passed`."""
     found: list[str] = []
     for path in glob.glob(pattern, recursive=True):
-        found += _inside(path) if os.path.isdir(path) else [path] if kind_of(path) else []
+        if os.path.isdir(path):
+            found += inside(path, passed)
+        elif folders.is_data(os.path.basename(path)):
+            found.append(path)
+        else:
+            passed[path] = folders.described(os.path.basename(path))
     return list({os.path.abspath(path): path for path in found}.values())
-
-
-def known_kinds() -> str:
-    return ", ".join(KINDS) + "; .jsonl and .txt also with " + " or ".join(COMPRESSED)
 
 
 def cut(sizes: list[tuple[str, int]]) -> list[Piece]:

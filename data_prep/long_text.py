@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
-import orjson
-
+from data_prep import tolerant
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 20
@@ -72,6 +71,8 @@ class LongLine:
         self.spool: IO[bytes] | None = None
         self.mark = f"<long string {secrets.token_hex(16)} "
         self.places: list[tuple[int, int]] = []  # (start, stop) in the spool of each mark
+        self.faults: dict[int, str] = {}  # why the string of a mark is no text
+        self.decoded = 0  # characters of the string that goes to the spool
         self.out = bytearray()  # the skeleton so far
         self.held = bytearray()  # of the string being read, what is not decoded yet; starts at the border of an escape
         self.inside = self.spooling = False
@@ -129,16 +130,23 @@ class LongLine:
 
     def _decode(self, count: int) -> None:
         """Decodes the first `count` bytes of the content read so far into the spool."""
+        begin = not self.spooling
         raw = bytes(self.held[:count])
-        text = b""
+        string, text = "", b""
         try:
-            text = orjson.loads(b'"' + raw + b'"').encode()
-        except orjson.JSONDecodeError as error:
-            self.problem = broken_json(raw, error)
+            string = tolerant.loads(b'"' + raw + b'"')
+            text = string.encode()
+        except UnicodeEncodeError as error:  # a fault of this string alone
+            self.faults.setdefault(
+                len(self.places) - (not begin), tolerant.no_text(error, 0 if begin else self.decoded)
+            )
+        except ValueError as error:
+            self.problem = f"broken JSON: {error}"
+        self.decoded = len(string) + (0 if begin else self.decoded)
         try:
             if self.spool is None:
                 self.spool = tempfile.TemporaryFile(dir=self.scratch)
-            if not self.spooling:
+            if begin:
                 self.places.append((self.spool.tell(), self.spool.tell()))
                 self.spooling = True
             self.spool.write(text)
@@ -163,6 +171,11 @@ class LongLine:
     def marked(self, text: str) -> bool:
         """Whether a mark stands in `text`."""
         return self.mark in text
+
+    def fault(self, text: str) -> str:
+        """Why one of the long strings in `text` is no text; empty where all are."""
+        found = map(int, re.findall(re.escape(self.mark) + r"(\d+)>", text))
+        return next((self.faults[number] for number in found if number in self.faults), "")
 
 
 def backslashes(raw: bytearray) -> int:
@@ -197,15 +210,6 @@ def complete(raw: bytearray) -> int:
         if byte >= 0xC0:
             return at if back >= 2 + (byte >= 0xE0) + (byte >= 0xF0) else at - back
     return at
-
-
-def broken_json(line: bytes, error: Exception) -> str:
-    """Why orjson refused a line: it also refuses lone surrogates and bytes that are no UTF-8."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as fault:
-        return f"invalid UTF-8 at byte {fault.start} of the line"
-    return f"broken JSON: {error}"
 
 
 def _slice(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:

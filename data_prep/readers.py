@@ -3,33 +3,23 @@
 A document of more than LONG bytes is never held as a whole (but where a table holds it so): its record gives chunks.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
-import orjson
-
+from data_prep import tables, tolerant
 from data_prep.extract import Extract, Marked
-from data_prep.inputs import Slice, kind_of
-from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, broken_json, decoded
-from megatron_taipan.errors import UserError
-
-try:
-    from isal import igzip as gzip  # reads gzip three times faster
-    from isal.igzip import BadGzipFile
-    from isal.isal_zlib import error as deflate_error
-except ImportError:
-    import gzip  # type: ignore[no-redef]
-    from gzip import BadGzipFile
-    from zlib import error as deflate_error  # type: ignore[assignment]
-
-BadDeflate = cast(type[Exception], deflate_error)  # isal's stubs call it an instance
+from data_prep.inputs import Slice
+from data_prep.kinds import COMPRESSED, SPLITTABLE, TABLES, TEXTS, is_json, kind_of
+from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, decoded
+from data_prep.packed import Damaged, garbage, open_packed
 
 BUFFER = 1 << 20
+BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
+ARRAY = 64 << 20  # bytes of a file that is one JSON value, at most: it is held as a whole
 KEPT = 1 << 20  # bytes of a long record without a document that go to quarantine
-TABLE_ROWS, TABLE_BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,86 +44,47 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator
     """
     kind = kind_of(piece.path)
     try:
-        if kind in (".parquet", ".arrow"):
+        if kind in TABLES:
             yield from _table(piece, extract)
-        elif kind.startswith(".txt"):
+        elif kind.startswith(TEXTS):
             yield from _text(piece)
+        elif is_json(kind) and _one_value(piece.path):
+            if not piece.start:
+                yield from _entries(piece.path, extract)
         else:
             yield from _lines(piece, extract, scratch)
     except UNREADABLE as error:
         yield Record(piece.path, problem=_unreadable(error))
 
 
-UNREADABLE = (EOFError, BadDeflate, OSError)
+UNREADABLE = (EOFError, Damaged, OSError)
 
 
 def _unreadable(error: Exception) -> str:
     """Why a file cannot be read (to its end)."""
     if isinstance(error, EOFError):
         return "file ends before its compressed data does"
-    if isinstance(error, (BadGzipFile, BadDeflate)):
+    if isinstance(error, Damaged):
         return f"damaged compressed data: {error}"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return "cannot be read: " + " ".join(str(getattr(error, "strerror", None) or error).split())  # arrow's have lines
 
 
 def _open(path: str):
     """The (decompressed) bytes of a file as a buffered stream."""
-    if path.lower().endswith(".gz"):
-        if not os.path.getsize(path):
-            raise EOFError  # an archive of nothing has a header; this is one that never arrived
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        return _zstd(path)
+    if path.lower().endswith(COMPRESSED):
+        return open_packed(path)
     return open(path, "rb", buffering=BUFFER)
 
 
-def _zstd(path: str):
-    import io
-
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: reading .zst takes the package zstandard; `pip install zstandard`") from error
-
-    class Checked(io.RawIOBase):
-        """A zstandard stream that does not take a file cut in the middle for its end."""
-
-        def __init__(self):
-            self.file = open(path, "rb")
-            self.left, self.out = b"", b""
-            self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self.started = True  # a file without any frame is cut too
-
-        def readable(self):
-            return True
-
-        def readinto(self, buffer):
-            while not self.out:
-                data = self.left or self.file.read(BUFFER // 4)
-                self.left = b""
-                if not data:
-                    if self.started:
-                        raise EOFError
-                    return 0
-                try:
-                    self.out = self.frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise BadGzipFile(error) from error
-                self.started = True
-                if self.frame.eof:
-                    self.left, self.started = self.frame.unused_data, False
-                    self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            count = min(len(buffer), len(self.out))
-            buffer[:count] = self.out[:count]
-            self.out = self.out[count:]
-            return count
-
-    return io.BufferedReader(Checked(), BUFFER)
+def _rest(path: str, file) -> Iterator[Record]:
+    """A record that tells of what stands behind the content of a file, which has been read to its end."""
+    if found := garbage(file):
+        yield Record(path, problem=f"garbage behind compressed data that is whole: {found}")
 
 
 def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Record]:
     """JSON lines. A line belongs to the slice in which its first byte lies."""
-    whole = kind_of(piece.path) != ".jsonl"
+    whole = kind_of(piece.path) not in SPLITTABLE
     with _open(piece.path) as file:
         at = piece.start
         if at and not whole:
@@ -148,7 +99,7 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
             if not line:
                 break
             where, size = f"{piece.path}:byte {at}", len(line)
-            if not at and line.startswith(b"\xef\xbb\xbf"):
+            if not at and line.startswith(BOM):
                 line, where = line[3:], f"{piece.path}:byte 3"
             if size == LONG and not line.endswith(b"\n"):
                 long = LongLine(line, file, scratch)
@@ -158,14 +109,13 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
             elif not line.isspace():
                 yield _parse(where, line, extract)
             at += size
+        yield from _rest(piece.path, file)
 
 
 def _parse(where: str, line: bytes, extract: Extract) -> Record:
     """One line of JSON."""
     try:
-        return _document(where, extract(orjson.loads(line)), line)
-    except orjson.JSONDecodeError as error:
-        return Record(where, problem=broken_json(line, error), raw=line)
+        return _document(where, extract(tolerant.parsed(line)), line)
     except ValueError as error:
         return Record(where, problem=str(error), raw=line)
 
@@ -176,15 +126,51 @@ def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> R
     if line.skeleton is None:
         return Record(where, problem=line.problem, raw=raw)
     try:
-        text = extract(orjson.loads(line.skeleton))
-    except ValueError as error:  # orjson's is one too
-        broken = isinstance(error, orjson.JSONDecodeError)
-        return Record(where, problem=broken_json(line.skeleton, error) if broken else str(error), raw=raw)
+        text = extract(tolerant.parsed(line.skeleton))
+    except ValueError as error:
+        return Record(where, problem=str(error), raw=raw)
+    if fault := line.fault(text.text if isinstance(text, Marked) else text):
+        return Record(where, problem=fault, raw=raw)
     if isinstance(text, Marked):
         return _too_long(where, raw) if line.marked(text.text) else _document(where, text, raw)
     if line.marked(text):
         return Record(where, raw=raw, chunks=line.chunks(text))
     return _document(where, text, raw)
+
+
+def _one_value(path: str) -> bool:
+    """Whether a .json file is one array, or one record over several lines (the second begins with a name), and not
+    lines."""
+    with _open(path) as file:
+        lines = (line for line in iter(lambda: file.readline(BLOCK), b"") if line.strip())
+        first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
+    if first.lstrip().startswith(b"["):
+        return True
+    goes_on = first.endswith(b"\n") and first.strip().endswith((b"{", b"[", b","))
+    return goes_on and second.lstrip().startswith(b'"')
+
+
+def _entries(path: str, extract: Extract) -> Iterator[Record]:
+    """The entries of a file that is one array of JSON, or one record."""
+    with _open(path) as file:
+        data = file.read(ARRAY + 1)
+        if len(data) > ARRAY:
+            problem = f"array too large: one JSON value of over {ARRAY} bytes; make a line of each entry: jq -c '.[]'"
+            yield Record(path, problem=problem, raw=data[:KEPT])
+            return
+        rest = list(_rest(path, file))
+    try:
+        value = tolerant.parsed(data.removeprefix(BOM))
+    except ValueError as error:
+        yield Record(path, problem=f"{error} (in a file that is no JSON lines)", raw=data[:KEPT])
+        return
+    for number, entry in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{path}:entry {number}"
+        try:
+            yield _document(where, extract(entry), b"")
+        except ValueError as error:
+            yield Record(where, problem=str(error), raw=json.dumps(entry).encode())
+    yield from rest
 
 
 def _text(piece: Slice) -> Iterator[Record]:
@@ -194,11 +180,12 @@ def _text(piece: Slice) -> Iterator[Record]:
         if len(data) == LONG:
             chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
             yield Record(piece.path, raw=data[:KEPT], chunks=chunks)
-            return
-        try:
-            yield _document(piece.path, data.decode("utf-8-sig"), data)
-        except UnicodeDecodeError as error:
-            yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        else:
+            try:
+                yield _document(piece.path, data.decode("utf-8-sig"), data)
+            except UnicodeDecodeError as error:
+                yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        yield from _rest(piece.path, file)
 
 
 def _guarded(chunks: Iterator[str]) -> Iterator[str]:
@@ -210,68 +197,15 @@ def _guarded(chunks: Iterator[str]) -> Iterator[str]:
 
 
 def _table(piece: Slice, extract: Extract) -> Iterator[Record]:
-    """Parquet files, and the arrow files of a Hugging Face dataset saved to disk."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{piece.path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
-    try:
-        if piece.path.lower().endswith(".parquet"):
-            batches = _row_batches(parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=BUFFER))
-        else:
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
-        row = 0
-        for batch in batches:
-            for start in range(0, batch.num_rows, TABLE_ROWS):
-                for record in _rows(batch.slice(start, TABLE_ROWS)):
-                    where = f"{piece.path}:row {row}"
-                    row += 1
-                    try:
-                        yield _document(where, extract(record), b"")
-                    except ValueError as error:
-                        problem = _fault(record) or str(error)
-                        yield Record(where, problem=problem, raw=orjson.dumps(record, default=_plain))
-    except pyarrow.ArrowException as error:
-        yield Record(piece.path, problem=f"damaged table: {' '.join(str(error).split())}")
-
-
-def _rows(batch) -> list[dict]:
-    """The rows as Python objects. A value that can be none (text that is no UTF-8, a date beyond the year 9999) becomes
-    the error, which matters only where the text is taken from it."""
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):
-        return [{n: _value(c[i]) for n, c in zip(batch.schema.names, batch, strict=True)} for i in range(len(batch))]
-
-
-def _value(cell) -> object:
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError) as error:
-        return error
-
-
-def _fault(row: dict) -> str:
-    """What is wrong with the first value of a row that is an error; empty where none is."""
-    for name, value in row.items():
-        if isinstance(value, UnicodeDecodeError):
-            return f"invalid UTF-8: field {name!r} at byte {value.start}"
-        if isinstance(value, Exception):
-            return f"field {name!r} cannot be read: {value}"
-    return ""
-
-
-def _plain(value: object) -> str:
-    """What JSON does not know, and what stood where a text is no UTF-8."""
-    return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
-
-
-def _row_batches(table):
-    """Batches of a parquet file, of fewer rows where rows are large."""
-    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-    return table.iter_batches(batch_size=max(1, min(TABLE_ROWS, TABLE_BYTES // max(1, largest))))
+    """The rows of a table; of each the fields that the text is made of."""
+    for where, row, problem in tables.rows(piece.path, extract.fields):
+        if problem:
+            yield Record(where, problem=problem)
+            continue
+        try:
+            yield _document(where, extract(row), b"")
+        except ValueError as error:
+            yield Record(where, problem=tables.fault(row) or str(error), raw=tables.as_json(row))
 
 
 def _document(where: str, found: str | Marked, raw: bytes) -> Record:
@@ -287,8 +221,8 @@ def _document(where: str, found: str | Marked, raw: bytes) -> Record:
         return Record(where, text, len(text), borders=borders)
     try:
         return Record(where, text, len(text.encode()), borders=borders)
-    except UnicodeEncodeError as error:  # half of a \\ud83d pair is no text that any tokenizer can take
-        return Record(where, problem=f"invalid UTF-8: lone surrogate at character {error.start}", raw=raw)
+    except UnicodeEncodeError as error:
+        return Record(where, problem=tolerant.no_text(error), raw=raw)
 
 
 def _too_long(where: str, raw: bytes) -> Record:

@@ -1,5 +1,6 @@
 """Sources that cannot be read twice or in the middle (stdin, a hub's stream) are first written to one .jsonl file."""
 
+import json
 import os
 import shutil
 import sys
@@ -38,7 +39,7 @@ def spool(name: str, folder: str) -> str:
                     raise UserError(
                         f"{name} broke off after {number} records: {_line(error)}; the same command streams it again"
                     ) from error
-                file.write(orjson.dumps(record, default=str) + b"\n")
+                file.write(_packed(record) + b"\n")
     os.replace(path + ".partial", path)
     return path
 
@@ -56,6 +57,15 @@ def _hub(name: str):
         raise UserError(f"{name}: streaming from the hub takes the package datasets; `pip install datasets`") from error
     except Exception as error:  # whatever the network or the hub says
         raise UserError(f"{name} cannot be streamed: {_line(error)}") from error
+
+
+def _packed(record: object) -> bytes:
+    """One line of JSON; what orjson does not write (half a surrogate pair, a large integer, a key that is a number) is
+    written as Python's library does."""
+    try:
+        return orjson.dumps(record, default=str)
+    except TypeError:
+        return json.dumps(record, default=str).encode()
 
 
 def _line(error: Exception) -> str:

@@ -59,7 +59,7 @@ def expand_prefixes(names: list[str]) -> list[str]:
     for name in names:
         if os.path.isdir(name):
             here = _found(os.path.join(glob.escape(name), "*"))
-        elif glob.has_magic(name):
+        elif glob.has_magic(name) and not os.path.exists(name.removesuffix(".idx").removesuffix(".bin") + ".idx"):
             here = _found(name.removesuffix(".idx"))
         else:
             here = [name.removesuffix(".idx").removesuffix(".bin")]

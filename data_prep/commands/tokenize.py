@@ -15,7 +15,7 @@ from pathlib import Path
 
 import orjson
 
-from data_prep import fast, inputs, manifest
+from data_prep import fast, inputs, manifest, remote
 from data_prep.ahead import Ahead
 from data_prep.extract import add_text_arguments, extractor, marks_learned, text_options
 from data_prep.hashing import hash_file
@@ -34,14 +34,12 @@ from megatron_taipan.errors import UserError
 
 INPUT_HELP = (
     f"files, folders or globs ({inputs.known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
-    " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset"
+    " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or globs; kinds: " + inputs.known_kinds()
-    )
+    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
@@ -91,8 +89,13 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, started: float) -> None:
     """The run, alone on its output."""
     spooled = args.output + ".spool"
-    files = inputs.expand([spool(name, spooled) if is_stream(name) else name for name in args.input])
-    sizes = [(path, size_of(path)) for path in files]
+    remotes = {name: remote.find(name, spooled) for name in args.input if remote.is_remote(name)}
+    sources = {path: source for found in remotes.values() for path, source in found.items()}
+    files = inputs.expand(
+        [spool(name, spooled) if is_stream(name) else name for name in args.input],
+        {name: list(found) for name, found in remotes.items()},
+    )
+    sizes = [(path, sources[path].bytes if path in sources else size_of(path)) for path in files]
     if not sum(size for _, size in sizes):
         raise UserError(f"the input is empty: {len(files)} file(s) with 0 bytes, the first is {files[0]}")
     wants_fast = args.backend == "auto" and not args.allow_special
@@ -126,7 +129,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         "on_error": args.on_error,
         "shard_tokens": args.shard_tokens,
     }
-    identity = _identity(sizes, tokenizer, options, spooled)
+    identity = _identity(sizes, tokenizer, options, spooled, sources)
     before = manifest.read(args.output)
     if before is not None and before.get("identity") == identity and manifest.present(args.output, before):
         for folder in (job.work, spooled):  # a run killed while it cleaned up
@@ -141,6 +144,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
             " --output, or give --overwrite"
         )
     _claim(job.work, identity)
+    remote.fetch(sources)
     twin = _fast_twin(job, args.tokenizer, loaded) if wants_fast else None
     plan = _Plan(job, twin, args.workers)
     with plan.pool() as pool:
@@ -149,7 +153,8 @@ def _run(args: argparse.Namespace, started: float) -> None:
         with Joiner(job, args.output, args.shard_tokens) as joiner:
             notes = plan.make_parts(pool, joiner)
             encoded = time.monotonic()
-            _finish(job, notes, joiner, args, files, sizes, options, identity, {"bos": bos, "eod": eod}, started)
+            added = {"bos": bos, "eod": eod}
+            _finish(job, notes, joiner, args, files, sizes, options, identity, added, started, sources)
     print(
         f"of this {ready - started:.2f} s to load and prove the tokenizer, {encoded - ready:.2f} s to tokenize,"
         f" {time.monotonic() - encoded:.2f} s to end"
@@ -219,7 +224,7 @@ class _Plan:
         return [self.notes[number] for number in range(len(self.job.pieces))]
 
 
-def _finish(job, notes, joiner, args, files, sizes, options, identity, added, started) -> None:
+def _finish(job, notes, joiner, args, files, sizes, options, identity, added, started, sources) -> None:
     """Names the shards, writes the manifest, reports."""
     documents, tokens, text = (sum(note[key] for note in notes) for key in ("documents", "tokens", "text_bytes"))
     problems: dict[str, int] = {}
@@ -239,12 +244,13 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, added, st
         manifest.concatenate([part + ".skipped" for part in parts], skipped)
     else:
         Path(skipped).unlink(missing_ok=True)
-    manifest.write(
-        args.output,
-        manifest.describe(
-            job, notes, shards, sizes, options, identity, args.tokenizer, added, problems, documents, tokens, text
-        ),
+    content = manifest.describe(
+        job, notes, shards, sizes, options, identity, args.tokenizer, added, problems, documents, tokens, text
     )
+    for entry in content["inputs"]:
+        if source := sources.get(entry["path"]):  # by its address, and not where it was fetched to
+            entry |= {"path": source.url, "etag": source.etag}
+    manifest.write(args.output, content)
     shutil.rmtree(job.work)
     shutil.rmtree(args.output + ".spool", ignore_errors=True)
     seconds = time.monotonic() - started
@@ -286,15 +292,20 @@ def _added(special: dict | None) -> str:
     return "nothing added" if special is None else f"{special['token']!r}, id {special['id']} ({special['said']})"
 
 
-def _identity(sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str) -> str:
-    """What must be equal for parts of an earlier run to be taken over. A file that has just been written by `spool`
-    is known by its content, any other by path, size and time of its last change."""
-    files = [
-        (os.path.basename(path), size, hash_file(path))
-        if os.path.dirname(path) == spooled
-        else (os.path.abspath(path), size, _changed(path))
-        for path, size in sizes
-    ]
+def _identity(
+    sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str, sources: dict[str, remote.Source]
+) -> str:
+    """What must be equal for parts of an earlier run to be taken over. A remote file is known by address, size and tag,
+    one that has just been written by `spool` by its content, any other by path, size and time of its last change."""
+
+    def known(path: str, size: int) -> tuple[str, int, str | int]:
+        if path in sources:
+            return sources[path].url, size, sources[path].etag
+        if os.path.dirname(path) == spooled:
+            return os.path.basename(path), size, hash_file(path)
+        return os.path.abspath(path), size, _changed(path)
+
+    files = [known(path, size) for path, size in sizes]
     return sha256(orjson.dumps([files, tokenizer.digest, options], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -105,7 +105,7 @@ def test_bos_and_eod_stand_once(tmp_path, model):
 BAD_LINES = [
     (b'{"text": "cut', "broken JSON"),
     (b'{"text": "\xff"}', "invalid UTF-8"),
-    (b'{"text": "\\ud800"}', "broken JSON"),
+    (b'{"text": "\\ud800"}', "invalid UTF-8: lone surrogate at character 0"),
     (b'{"txt": "x"}', "no field 'text'"),
     (b'{"text": 3}', "field 'text' is no text but a int"),
     (b'["x"]', "no JSON object but a list"),

@@ -1,0 +1,108 @@
+"""The files of a folder that are read, and what is passed over."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import orjson
+
+from data_prep.kinds import COMPRESSED, DESCRIPTIONS, kind_of
+from megatron_taipan.errors import UserError
+
+# names of splits in names of files and folders, as Hugging Face datasets knows them, and what they mean
+SPLIT = re.compile(
+    r"(?:^|[-._ /\d])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?=[-._ /\d]|$)"
+)
+MEANT = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}  # by their first letters
+
+
+def inside(folder: str, passed: dict[str, str]) -> list[str]:
+    """Files of a known kind in a folder, to the bottom, through links to folders too. Nothing is passed over in
+    silence: a folder that cannot be read is refused, a link to nothing is taken, to be reported by its reader, and what
+    is not taken stands in `passed`, each path with what it is told as.
+
+    Raises:
+        UserError: a folder cannot be read, or holds several splits of a saved dataset.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    found: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(str(Path(folder)), onerror=refuse, followlinks=True):
+        folders.sort()  # of several ways to one folder always the same is taken
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # copies that tools keep for themselves, as .ipynb_checkpoints
+        passed.update({os.path.join(place, name): f"folder {name}" for name in folders if name.startswith(".")})
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "dataset_dict.json" in files:
+            _refuse_splits(place, folders)
+        data = _saved(place) if "state.json" in files else []
+        taken = data or [name for name in files if is_data(name)]
+        found += [path for name in taken if kind_of(path := os.path.join(place, name))]
+        passed.update({os.path.join(place, name): described(name) for name in set(files) - set(taken)})
+    return found
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of a folder is taken for data."""
+    return bool(kind_of(name)) and name not in DESCRIPTIONS and not name.startswith(".")
+
+
+def described(name: str) -> str:
+    """What a file that is passed over is told as: its ending, mostly."""
+    if name in DESCRIPTIONS:
+        return name
+    stem, ending = os.path.splitext(name.lower())
+    if ending in COMPRESSED:
+        ending = os.path.splitext(stem)[1] + ending
+    return "hidden" if name.startswith(".") else ending or "without an ending"
+
+
+def told(kinds: Iterable[str]) -> str:
+    """`3 .csv, 1 .md`: how many of each, most first."""
+    counts = sorted(Counter(kinds).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {what}" for what, count in counts)
+
+
+def tell(name: str, passed: Iterable[str], taken: list[str]) -> None:
+    """Prints what of an input was passed over, and whether the names of what is taken are those of several splits."""
+    if left := told(passed):
+        print(f"{name}: passed over {left}")
+    if len(set(found := splits(taken))) > 1:
+        print(f"{name}: several splits are read together, by their names: {told(found)}; name one if not so")
+
+
+def splits(paths: list[str]) -> list[str]:
+    """The split to which each file belongs whose name tells it, below the folder that all have in common."""
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    named = (SPLIT.search(os.path.relpath(path, top).lower()) for path in paths)
+    return [MEANT[match[1][:2]] for match in named if match]
+
+
+def _refuse_splits(folder: str, folders: list[str]) -> None:
+    """A DatasetDict that was saved: which of its splits is meant must be said."""
+    counts = {name: len(_saved(os.path.join(folder, name))) for name in folders}
+    counts = {name: count for name, count in counts.items() if count}
+    if len(counts) > 1:
+        held = ", ".join(f"{name} ({count} file(s))" for name, count in counts.items())
+        raise UserError(
+            f"{folder} holds several splits of a dataset: {held}; name those that are meant, as"
+            f" {os.path.join(folder, next(iter(counts)))}"
+        )
+
+
+def _saved(folder: str) -> list[str]:
+    """The files of a dataset that Hugging Face datasets saved: no others, since `map` leaves its results beside them,
+    and all of them, since a missing one must be reported. Empty for any other folder."""
+    try:
+        return [entry["filename"] for entry in orjson.loads(Path(folder, "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,126 @@
+"""The rows of tables: parquet; arrow and feather, as a file (IPC file format) or as a stream (IPC stream format).
+
+Only the columns that are asked for are read: a column of pictures beside the text costs neither time nor memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from megatron_taipan.errors import UserError
+
+ROWS, BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
+BUFFER = 1 << 20
+ARROW_FILE, FEATHER_1 = b"ARROW1\0\0", b"FEA1"
+
+
+def rows(path: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict, str]]:
+    """(where, row, problem): each row with the columns that dotted paths begin in, or why there is none (any more).
+
+    Raises:
+        UserError: pyarrow is not installed.
+        OSError: the file cannot be read.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise UserError(f"{path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
+    try:
+        names, batches = _parquet(path, fields) if path.lower().endswith(".parquet") else _arrow(path, fields)
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            problem = f"several columns of one name: {names.count(doubles[0])} are called {doubles[0]!r}; rename them"
+            yield path, {}, problem
+            return
+        number = 0
+        for batch in batches:
+            for start in range(0, batch.num_rows, ROWS):
+                for row in _as_python(batch.slice(start, ROWS)):
+                    yield f"{path}:row {number}", row, ""
+                    number += 1
+    except (pyarrow.ArrowException, _NoTable) as error:
+        yield path, {}, f"damaged table: {' '.join(str(error).split())}"
+
+
+class _NoTable(Exception):
+    """A file is no table that we read; the message says why."""
+
+
+def _parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
+    """The wanted columns of a parquet file, and its batches, of fewer rows where rows are large."""
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
+    names = table.schema_arrow.names
+    wanted = [names[i] for i in _wanted(names, fields)]
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    roots = tuple(name + "." for name in wanted)
+    leaves = [i for i in range(len(table.schema)) if (table.schema.column(i).path + ".").startswith(roots)]
+    largest = max((_bytes(group, leaves) // max(1, group.num_rows) for group in groups), default=0)
+    return wanted, table.iter_batches(max(1, min(ROWS, BYTES // max(1, largest))), columns=wanted)
+
+
+def _bytes(group: Any, leaves: list[int]) -> int:
+    """Of some columns of a row group, not packed."""
+    return sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
+
+
+def _arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
+    """The wanted columns of an arrow file of either form, and its batches."""
+    import pyarrow
+
+    source = pyarrow.memory_map(path)
+    begin = source.read(len(ARROW_FILE))
+    source.seek(0)
+    if begin.startswith(FEATHER_1):
+        raise _NoTable("feather of version 1, which is written no more; save it as parquet")
+    read = pyarrow.ipc.open_file if begin == ARROW_FILE else pyarrow.ipc.open_stream
+    names = read(source).schema.names
+    wanted = _wanted(names, fields)
+    source.seek(0)
+    table = read(source, options=pyarrow.ipc.IpcReadOptions(included_fields=wanted or [0]))
+    batches = (table.get_batch(i) for i in range(table.num_record_batches)) if begin == ARROW_FILE else iter(table)
+    if not wanted:
+        batches = (batch.select([]) for batch in batches)
+    return [names[i] for i in wanted], batches
+
+
+def _wanted(names: list[str], fields: tuple[str, ...]) -> list[int]:
+    """The columns in which fields begin."""
+    return [i for i, name in enumerate(names) if any((field + ".").startswith(name + ".") for field in fields)]
+
+
+def _as_python(batch: Any) -> list[dict]:
+    """The rows as Python objects. A value that can be none (text that is no UTF-8, a date beyond the year 9999) becomes
+    the error, which matters only where the text is taken from it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [{n: _value(c[i]) for n, c in zip(batch.schema.names, batch, strict=True)} for i in range(len(batch))]
+
+
+def _value(cell: Any) -> object:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        return error
+
+
+def fault(row: dict) -> str:
+    """What is wrong with the first value of a row that is an error; empty where none is."""
+    for name, value in row.items():
+        if isinstance(value, UnicodeDecodeError):
+            return f"invalid UTF-8: field {name!r} at byte {value.start}"
+        if isinstance(value, Exception):
+            return f"field {name!r} cannot be read: {value}"
+    return ""
+
+
+def as_json(row: dict) -> bytes:
+    """What was read of a row, for quarantine."""
+    return orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _plain(value: object) -> str:
+    """What JSON does not know, and what stood where a text is no UTF-8."""
+    return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
