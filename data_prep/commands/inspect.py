@@ -6,7 +6,8 @@ import itertools
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer, load_tokenizer, refuse_other_data
+from data_prep.blocks import refuse_foreign
+from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.errors import UserError
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"with a loss mask: what is learned stands in {LEARNED.format(' ')}")
     for index in range(args.first, min(args.first + args.documents, reader.n_documents)):
         ids = reader.document(index)
+        if tokenizer:
+            refuse_foreign(reader, reader.start(index), ids, tokenizer)
         learned = mask.document(index) if mask else np.zeros(len(ids), np.uint8)
         print(f"\ndocument {index}, {len(ids)} tokens" + (f", {np.count_nonzero(learned)} learned" if mask else ""))
         ends = (slice(None),) if args.full or len(ids) <= 2 * SHOWN else (slice(SHOWN), slice(-SHOWN, None))
@@ -47,8 +50,6 @@ def run(args: argparse.Namespace) -> None:
 
 def show(ids: np.ndarray, tokenizer: Tokenizer | None, learned: np.ndarray) -> str:
     """Ids as text on one line, or as numbers; `learned` is 0 or 1 for each."""
-    if tokenizer is not None:
-        refuse_other_data(int(ids.max(initial=0)), tokenizer)
     borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     out, shown = [], 0
     for begin, end in itertools.pairwise(borders):

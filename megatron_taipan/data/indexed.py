@@ -194,6 +194,10 @@ class IndexedReader:
             return bisect_right(self._offsets, position * self.dtype.itemsize) - 1
         return bisect_right(range(self.n_documents), position, key=self.start) - 1
 
+    def where(self, position: int) -> tuple[str, int, int]:
+        """Of a token, for messages: the prefix of its pair, its number in that .bin and its document's in that pair."""
+        return self.prefix, position, self.find(position)
+
     def boundaries(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions at which a document begins, in each of n stretches [start, stop) of tokens, int64 [n].
 

@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
-from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabulary, check_ids
+from megatron_taipan.data.batch import Batch, BatchReader, Block, check_ids
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
+from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import attach_mask
 from megatron_taipan.data.permutation import derive_key
@@ -241,12 +242,12 @@ def _refuse_doubles(sources: list[DataSource], where: str) -> None:
 
 
 def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
-    """Looks through the first 32 MB for ids that the model does not have; `tokens` looks at every sample again."""
+    """Looks through the first 16 million ids for some that the model does not have; every batch is looked at again."""
     if reader.dtype.kind == "u" and 1 << 8 * reader.dtype.itemsize <= vocab_size:
         return
     count = 1 << 20
     for at in range(0, min(reader.n_tokens, 16 * count), count):
         out = np.empty(min(count, reader.n_tokens - at), reader.dtype)
         reader.read_into(at, out)
-        if (top := int(out.view(f"u{out.itemsize}").max())) >= vocab_size:
-            raise beyond_vocabulary(reader, top, vocab_size)
+        if not all_below(out, vocab_size):
+            raise beyond_model(reader, at + first_outside(out, vocab_size), vocab_size)

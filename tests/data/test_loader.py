@@ -349,13 +349,29 @@ def test_a_dataset_travels_to_another_process(tmp_path):
 def test_ids_beyond_the_vocabulary(tmp_path):
     prefix = corpus(tmp_path / "x", [50])
     assert len(dataset(prefix, vocab_size=51))
-    with pytest.raises(UserError, match="holds id 50 and the model's vocabulary has 50"):
+    with pytest.raises(UserError, match="x.bin holds id 50 at token 49 .in document 0. and .* has 50 ids"):
         dataset(prefix, vocab_size=50)
     # far into a file it is found when the sample is read
     data = dataset(prefix, vocab_size=51)
     data.vocab_size = 20
     with pytest.raises(UserError, match="vocabulary has 20"):
         epoch_inputs(data)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(-5, "no id is negative"), (2_000_000_000, "vocabulary has 100 ids")])
+def test_an_id_that_no_model_has_is_told_with_its_place(tmp_path, bad, message):
+    """At the start, and when a sample is read whose stretch goes round the held-out documents."""
+    prefix = corpus(tmp_path / "x", [4] * 16, dtype=np.int32)
+    stored = np.fromfile(prefix + ".bin", "<i4")
+    held = held_out_documents(IndexedReader(prefix), 0.3).tolist()
+    at = 5 * next(d for d in range(1, 16) if d - 1 in held and d not in held) + 2
+    good, stored[at] = dataset(prefix, vocab_size=100, valid_fraction=0.3), bad
+    stored.tofile(prefix + ".bin")
+    wanted = f"x.bin holds id {bad} at token {at} .in document {at // 5}.*{message}"
+    with pytest.raises(UserError, match=wanted):
+        dataset(prefix, vocab_size=100)
+    with pytest.raises(UserError, match=wanted):
+        epoch_inputs(good)
 
 
 def test_an_error_in_a_worker_is_the_same_error(tmp_path):
