@@ -6,12 +6,12 @@ laid end to end are the same whoever made them and in however many runs.
 
 import glob
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from megatron_taipan.data.sources import natural
 from megatron_taipan.errors import UserError
 
 KINDS = (".jsonl", ".txt", ".parquet", ".arrow")
@@ -40,11 +40,6 @@ def kind_of(path: str) -> str | None:
     packed = ending if ending in COMPRESSED else ""
     kind = os.path.splitext(stem)[1] if packed else ending
     return kind + packed if kind in KINDS and not (packed and kind in TABLES) else None
-
-
-def natural(path: str) -> list:
-    """Sort key that puts part_2 before part_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def expand(inputs: list[str]) -> list[str]:

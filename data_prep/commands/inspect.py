@@ -10,6 +10,7 @@ from data_prep.blocks import refuse_foreign
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
+from megatron_taipan.data.sources import open_source
 from megatron_taipan.errors import UserError
 
 SHOWN = 40  # tokens at each end of a document
@@ -17,7 +18,7 @@ LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHI
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--tokenizer", help="what it was made with; without it ids are printed")
     parser.add_argument("--documents", type=int, default=3, help="how many to print (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="number of the first one (default: 0)")
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints counts, documents, histogram."""
-    reader = IndexedReader(args.prefix)
+    reader = open_source(args.prefix)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.first < 0 or (reader.n_documents and args.first >= reader.n_documents):
         raise UserError(f"--first {args.first}: {args.prefix} has documents 0 to {reader.n_documents - 1}")

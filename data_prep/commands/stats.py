@@ -10,19 +10,19 @@ from data_prep.blocks import blocks, refuse_foreign
 from data_prep.commands.inspect import histogram
 from data_prep.commands.verify import count_learned
 from data_prep.tokenizers import load_tokenizer
-from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
+from megatron_taipan.data.sources import open_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--tokenizer", help="shows tokens by their text")
     parser.add_argument("--top", type=int, default=20, help="most frequent tokens to list (default: 20)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Reads all tokens once."""
-    reader = IndexedReader(args.prefix)
+    reader = open_source(args.prefix)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     counts = np.zeros(1, np.int64)
     for at, block in blocks(reader):

@@ -13,6 +13,7 @@ from data_prep.tokenizers import load_tokenizer, refuse_other_data
 from megatron_taipan.data.ids import refuse_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask
+from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
 
 SHOWN = 24
@@ -37,7 +38,10 @@ def run(args: argparse.Namespace) -> None:
             f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"
         )
     folder = os.path.dirname(args.prefix)
-    shards = said["shards"] if said else [{"prefix": os.path.basename(args.prefix)}]
+    if said:
+        shards = said["shards"]
+    else:
+        shards = [{"prefix": os.path.basename(pair)} for pair in find_pairs(args.prefix)]
     documents = tokens = learned = masks = 0
     for shard in shards:
         prefix = os.path.join(folder, shard["prefix"])

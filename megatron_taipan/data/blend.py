@@ -56,15 +56,15 @@ def exact_weights(weights: list[float]) -> list[int]:
     return [number // common for number in whole]
 
 
-def raised(weights: list[float]) -> list[tuple[int, Fraction, Fraction]]:
-    """Sources that are drawn more often than their weights say, since a share is at least one step: of each its
-    number, the share that its weight says and the share that it gets."""
+def misdrawn(weights: list[float]) -> list[tuple[int, Fraction, Fraction]]:
+    """Sources whose share `whole_weights` moves by a tenth of itself or more: of each its number, the share that its
+    weight says and the share that it gets. Only shares below ten steps can be."""
     whole, exact = whole_weights(weights), exact_weights(weights)
     period, total = sum(whole), sum(exact)
     return [
-        (k, Fraction(exact[k], total), Fraction(1, period))
+        (k, Fraction(exact[k], total), Fraction(whole[k], period))
         for k in range(len(whole))
-        if whole[k] == 1 and exact[k] * period < total
+        if 10 * abs(whole[k] * total - exact[k] * period) >= exact[k] * period
     ]
 
 

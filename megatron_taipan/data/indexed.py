@@ -50,7 +50,8 @@ class IndexedReader:
     Attributes:
         n_documents, n_sequences, n_tokens: counts.
         dtype: numpy type of the stored ids.
-        fingerprint: hash of the index, the size of the .bin and a few blocks of its content.
+        fingerprint: hash of the index, the size of the .bin and 16 blocks of 4,096 bytes of it; a token that changes
+            between them is not seen (checksums.py sees it).
         loss_mask: a pair that says which tokens are learned, where somebody put it here (loss_mask.py).
 
     Raises:
@@ -232,7 +233,11 @@ class IndexedReader:
 
     def read_bytes(self, position: int, out: memoryview) -> None:
         """Fills the bytes `out` with the tokens from `position` on, as the file holds them."""
-        start, size = position * self.dtype.itemsize, len(out)
+        self.read_raw(position * self.dtype.itemsize, out)
+
+    def read_raw(self, start: int, out: memoryview) -> None:
+        """Fills the bytes `out` with those from byte `start` of the .bin on."""
+        size = len(out)
         got = os.preadv(self._bin_fd, [out], start)
         while got < size:
             more = os.preadv(self._bin_fd, [out[got:]], start + got)

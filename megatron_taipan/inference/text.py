@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_taipan.config import DataConfig
-from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.sources import open_source, standing
 from megatron_taipan.errors import UserError
 
 # How Llama-3's tokenizer cuts text before joining bytes, and the special tokens behind its ranks. data_prep numbers
@@ -142,9 +142,9 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
     """
     codec, texts = load_codec(tokenizer), []
     for source in data.train:
-        if not Path(f"{source.prefix}.idx").is_file():
+        if not standing(source.prefix):
             continue
-        reader = IndexedReader(source.prefix)
+        reader = open_source(source.prefix)
         step = max(1, reader.n_documents * len(data.train) // count)
         for index in range(0, reader.n_documents, step):
             ids = reader.document(index)[:longest].tolist()

@@ -135,6 +135,27 @@ def test_validation_sets(tmp_path):
     assert len(epoch_inputs(dataset(prefix, valid=other, valid_fraction=0.2))) == 1000  # nothing held out then
 
 
+def test_a_source_with_nothing_held_out_is_left_out_of_validation(tmp_path):
+    """The others are validated on as they would be without it, and it is trained on."""
+    a, b = corpus(tmp_path / "a", [9] * 60), corpus(tmp_path / "b", [9] * 60, base=2000)
+    small, single = corpus(tmp_path / "small", [3] * 20, base=4000), corpus(tmp_path / "single", [50], base=5000)
+    options = {"valid_fraction": 0.1, "seq_len": 16}
+    assert set(dataset([a, small, single, b], **options).epochs(9)) == {a, small, single, b}
+    trained = epoch_inputs(dataset([a, small, single, b], **options))
+    assert set(range(5000, 5048)) <= set(trained.tolist())  # all of the single document
+    with pytest.warns(UserWarning) as caught:
+        valid = dataset([a, small, single, b], "valid", **options)
+    said = [str(warning.message) for warning in caught]
+    assert "small is left out of it" in said[0] and "8 tokens" in said[0] and "= 17" in said[0]
+    assert "single is left out of it" in said[1] and "1 document" in said[1] and len(said) == 2
+    assert torch.equal(epoch_inputs(valid), epoch_inputs(dataset([a, b], "valid", **options)))
+    for nothing in (small, [small], [single, small]):  # where none is left it is an error
+        with pytest.raises(UserError, match="validation: .*set data.valid"):
+            dataset(nothing, "valid", **options)
+    with pytest.raises(UserError, match="validation: .*set data.valid"):
+        dataset([small, single], "valid", **options)
+
+
 def test_long_samples_never_cross_documents(tmp_path):
     lengths = [3, 100, 7, 64, 63, 40, 200]
     data = dataset(corpus(tmp_path / "x", lengths), seq_len=64, one_document=True)
