@@ -386,7 +386,10 @@ def test_an_id_that_no_model_has_is_told_with_its_place(tmp_path, bad, message):
     stored = np.fromfile(prefix + ".bin", "<i4")
     held = held_out_documents(IndexedReader(prefix), 0.3).tolist()
     at = 5 * next(d for d in range(1, 16) if d - 1 in held and d not in held) + 2
-    good, stored[at] = dataset(prefix, vocab_size=100, valid_fraction=0.3), bad
+    good = dataset(prefix, vocab_size=100, valid_fraction=0.3)
+    for index, place in enumerate(good._places([*range(len(good))])):
+        assert stored[[place.token(number) for number in range(9)]].tolist() == good.tokens(index)[0].tolist()
+    stored[at] = bad
     stored.tofile(prefix + ".bin")
     wanted = f"x.bin holds id {bad} at token {at} .in document {at // 5}.*{message}"
     with pytest.raises(UserError, match=wanted):
