@@ -40,12 +40,15 @@ def document_ends(data: DataConfig, bos: int | None, eos: int | None) -> Documen
 
 
 def _of_manifest(prefix: str) -> DocumentEnds | None:
-    """What the manifest of a pair says: its own, or one in the same folder that names it as a shard."""
+    """What the manifest of a pair, or of an output in shards, says: its own, or one in the same folder that names it as
+    a shard."""
     folder = Path(prefix).parent
     beside = [path.with_suffix("") for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
     for place in dict.fromkeys([prefix, *map(str, beside)]):
         said = manifest.read(place)
-        if said is not None and any(shard["prefix"] == os.path.basename(prefix) for shard in said["shards"]):
+        name = os.path.basename(prefix)
+        own = place == prefix and said is not None and all(s["prefix"].startswith(name) for s in said["shards"])
+        if said is not None and (own or any(shard["prefix"] == name for shard in said["shards"])):
             options = said["options"]
             return DocumentEnds(options.get("bos"), options.get("eod"))
     return None

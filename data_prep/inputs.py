@@ -6,12 +6,12 @@ laid end to end are the same whoever made them and in however many runs.
 
 import glob
 import os
-import re
 from dataclasses import dataclass
 
 from data_prep import folders
 from data_prep.folders import inside
 from data_prep.kinds import SPLITTABLE, kind_of, known_kinds
+from megatron_taipan.data.sources import natural
 from megatron_taipan.errors import UserError
 
 PIECES = 64  # aimed at
@@ -28,11 +28,6 @@ class Slice:
 
 
 Piece = tuple[Slice, ...]
-
-
-def natural(path: str) -> list:
-    """Sort key that puts part_2 before part_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list[str]:

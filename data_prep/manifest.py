@@ -12,6 +12,7 @@ from data_prep.job import Job
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.data.made_with import described, tokenizer_of
+from megatron_taipan.data.manifests import NUMBER
 
 
 def read(prefix: str) -> dict | None:
@@ -48,9 +49,10 @@ def remove(prefix: str) -> None:
 def forget(prefix: str) -> None:
     """Deletes the manifest of a pair whose content is about to be replaced by something that it does not describe; one
     that names other shards stays."""
-    before = read(prefix) or {"shards": []}
-    if any(shard["prefix"] == os.path.basename(prefix) for shard in before["shards"]):
-        Path(prefix + ".json").unlink()
+    for name in {prefix, NUMBER.sub("", prefix)}:
+        before = read(name) or {"shards": []}
+        if any(shard["prefix"] == os.path.basename(prefix) for shard in before["shards"]):
+            Path(name + ".json").unlink()
 
 
 def carry(sources: list[str], about: dict) -> None:

@@ -3,6 +3,7 @@ the kernel."""
 
 import errno
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -13,27 +14,56 @@ from data_prep import manifest
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import CHUNK, MAX_SEQUENCE, IndexedReader, commit, sync_and_close, write_index
 from megatron_taipan.data.loss_mask import find_mask
+from megatron_taipan.data.shards import Shards
+from megatron_taipan.data.sources import open_source
 from megatron_taipan.errors import UserError
 
 COPY_AT_ONCE = 1 << 30
 
 
 class Source:
-    """A pair whose documents are taken, with its loss mask where it has one. As a context manager it is open."""
+    """A pair whose documents are taken, or the shards of one output, with its loss mask where it has one.
+
+    Attributes:
+        pairs: prefixes of the pair or of the shards.
+    """
 
     def __init__(self, prefix: str):
-        self.reader = IndexedReader(prefix)
+        self.reader = open_source(prefix)
         self.mask = find_mask(self.reader)
+        self._parts = self.reader.pairs if isinstance(self.reader, Shards) else [self.reader]
+        self.pairs = [pair.prefix for pair in self._parts]
+        self._open = -1  # number of the pair whose files are open: documents are taken in order
+        self._files: list[BinaryIO] = []
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[list[BinaryIO], IndexedReader, int, int]]:
+        """Documents [first, last) by pair: its open files (.bin, and its mask's), it, and [first, last) in it."""
+        before = 0
+        for number, pair in enumerate(self._parts):
+            begin, end = max(first - before, 0), min(last - before, pair.n_documents)
+            if begin < end:
+                yield self._files_of(number), pair, begin, end
+            before += pair.n_documents
+
+    def _files_of(self, number: int) -> list[BinaryIO]:
+        if number != self._open:
+            self.close()
+            prefix = self.pairs[number]
+            names = [prefix, prefix + loss_mask.SUFFIX] if self.mask else [prefix]
+            self._files = [open(name + ".bin", "rb") for name in names]
+            self._open = number
+        return self._files
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files, self._open = [], -1
 
     def __enter__(self) -> "Source":
-        self.bin = open(self.reader.prefix + ".bin", "rb")
-        self.mask_bin = open(self.mask.prefix + ".bin", "rb") if self.mask else None
         return self
 
     def __exit__(self, *exception) -> None:
-        for file in (self.bin, self.mask_bin):
-            if file is not None:
-                file.close()
+        self.close()
 
 
 class ShardWriter:
@@ -68,10 +98,11 @@ class ShardWriter:
         self.tokens += count
 
     def take_documents(self, source: Source, first: int, last: int) -> None:
-        """Appends documents [first, last) of a pair, in pieces."""
-        for at in range(first, last, CHUNK):
-            starts = source.reader.starts(np.arange(at, min(at + CHUNK, last) + 1))
-            self.take(source.bin, int(starts[0]), np.diff(starts), source.mask_bin)
+        """Appends documents [first, last), in pieces."""
+        for files, pair, begin, end in source.pieces(first, last):
+            for at in range(begin, end, CHUNK):
+                starts = pair.starts(np.arange(at, min(at + CHUNK, end) + 1))
+                self.take(files[0], int(starts[0]), np.diff(starts), *files[1:])
 
     def close(self) -> None:
         """Everything is written: the pair goes to the disk, still under its temporary names."""

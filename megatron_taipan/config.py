@@ -169,13 +169,33 @@ class ParallelConfig(Section):
 class DataSource(Section):
     """One tokenized dataset of a blend."""
 
-    prefix: str = option(..., "path of the .bin/.idx pair without its ending")
-    weight: float = option(1.0, "share of the blend, relative to the others", gt=0, allow_inf_nan=False)
+    prefix: str = option(
+        ...,
+        "path of the .bin/.idx pair without its ending, of the shards of one output without -00000, or a glob over"
+        " prefixes",
+    )
+    weight: float | Literal["tokens"] = option(
+        1.0, "share of the blend, relative to the others; tokens: by size, for all sources or none"
+    )
     loss_mask: Literal["auto", "require", "ignore"] = option(
         "auto",
         "auto: only the tokens that PREFIX_loss_mask marks are learned, all where there is none; require: an error"
         " where there is none; ignore: all are learned",
     )
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _positive(cls, weight: Any) -> Any:
+        """Read here: of a union pydantic would say twice what is wrong."""
+        if weight == "tokens":
+            return weight
+        try:
+            number = float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(f"{weight!r} is no number, and not `tokens` (by size)") from None
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{weight} must be above 0 and finite")
+        return number
 
 
 class DataConfig(Section):
@@ -184,8 +204,9 @@ class DataConfig(Section):
     train: list[DataSource] = option(
         ...,
         "tokenized datasets to train on: a prefix, or a list of prefixes or of {prefix: P, weight: 1.0, loss_mask:"
-        " auto}; auto: where PREFIX_loss_mask.idx stands only the tokens that it marks are learned; require: it must"
-        " stand there; ignore: all tokens are learned",
+        " auto}; {prefix: [P, Q], weight: tokens} takes a list by size; the shards of one output are one source, by"
+        " its prefix or a glob; auto: where PREFIX_loss_mask.idx stands only the tokens that it marks are learned;"
+        " require: it must stand there; ignore: all tokens are learned",
         min_length=1,
     )
     valid: list[DataSource] | None = option(
@@ -199,17 +220,45 @@ class DataConfig(Section):
     one_document: bool = option(
         False, "every sample lies inside one document of more than seq_len tokens; shorter ones are left out"
     )
+    verify: bool = option(
+        False,
+        "read every byte of the data before the run and compare it with the checksums in the manifests; the files are"
+        " spread over all ranks",
+    )
     workers: int = option(0, "loader processes per rank; 0 loads in the training process", ge=0)
 
     @field_validator("train", "valid", mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        """A path, or a list of paths, stands for sources of equal weight."""
-        if isinstance(value, str):
+        """A path, or a list of paths, stands for sources of equal weight, {prefix: [P, Q], weight: tokens} for several
+        by size."""
+        if isinstance(value, str | dict):
             value = [value]
         if isinstance(value, list):
             value = [{"prefix": v} if isinstance(v, str) else v for v in value]
+            value = [one for v in value for one in _spread(v)]
         return value
+
+    @field_validator("train", "valid")
+    @classmethod
+    def _one_measure(cls, sources: list[DataSource] | None) -> list[DataSource] | None:
+        by_size = [source for source in sources or [] if source.weight == "tokens"]
+        if by_size and len(by_size) < len(sources or []):
+            raise ValueError(
+                f"{len(by_size)} of {len(sources or [])} sources have weight: tokens (the first is {by_size[0].prefix})"
+                " and the others a number, which cannot be compared: give all of them `tokens`, or all a number"
+            )
+        return sources
+
+
+def _spread(source: Any) -> list[Any]:
+    """The sources that a prefix which is a list stands for; they must go by size, or it would not be said whether a
+    number is the weight of each or of all."""
+    if not isinstance(source, dict) or not isinstance(source.get("prefix"), list):
+        return [source]
+    if source.get("weight") != "tokens":
+        raise ValueError("a list of prefixes in one entry needs weight: tokens; give each its own entry and weight")
+    return [source | {"prefix": prefix} for prefix in source["prefix"]]
 
 
 class OptimConfig(Section):

@@ -2,6 +2,7 @@
 equal hash are compared."""
 
 import argparse
+import os
 from hashlib import blake2b
 
 import numpy as np
@@ -13,7 +14,7 @@ from megatron_taipan.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--output", required=True, help="prefix of the result")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     source = Source(args.prefix)
     reader = source.reader
     refuse_existing(args.output, args.overwrite)
-    if args.output == args.prefix:
+    if os.path.abspath(args.output) in map(os.path.abspath, [args.prefix, *source.pairs]):
         raise UserError("--output must differ from the input")
     kept = np.flatnonzero(~repeated(reader, source.mask))
     with ShardWriter(args.output, reader.dtype, source.mask is not None) as writer, source:

@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer, refuse_other_data, tokenizer_of_data
+from data_prep.blocks import refuse_foreign
+from data_prep.tokenizers import Tokenizer, tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
+from megatron_taipan.data.sources import open_source
 from megatron_taipan.errors import UserError
 
 SHOWN = 40  # tokens at each end of a document
@@ -16,7 +18,7 @@ LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHI
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--tokenizer", help="what it was made with; without it ids are printed")
     parser.add_argument("--documents", type=int, default=3, help="how many to print (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="number of the first one (default: 0)")
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints counts, documents, histogram."""
-    reader = IndexedReader(args.prefix)
+    reader = open_source(args.prefix)
     tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     if args.first < 0 or (reader.n_documents and args.first >= reader.n_documents):
         raise UserError(f"--first {args.first}: {args.prefix} has documents 0 to {reader.n_documents - 1}")
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"with a loss mask: what is learned stands in {LEARNED.format(' ')}")
     for index in range(args.first, min(args.first + args.documents, reader.n_documents)):
         ids = reader.document(index)
+        if tokenizer:
+            refuse_foreign(reader, reader.start(index), ids, tokenizer)
         learned = mask.document(index) if mask else np.zeros(len(ids), np.uint8)
         print(f"\ndocument {index}, {len(ids)} tokens" + (f", {np.count_nonzero(learned)} learned" if mask else ""))
         ends = (slice(None),) if args.full or len(ids) <= 2 * SHOWN else (slice(SHOWN), slice(-SHOWN, None))
@@ -47,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
 
 def show(ids: np.ndarray, tokenizer: Tokenizer | None, learned: np.ndarray) -> str:
     """Ids as text on one line, or as numbers; `learned` is 0 or 1 for each."""
-    if tokenizer is not None:
-        refuse_other_data(int(ids.max(initial=0)), tokenizer)
     borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
     out, shown = [], 0
     for begin, end in itertools.pairwise(borders):

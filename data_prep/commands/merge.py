@@ -5,16 +5,18 @@ import glob
 import os
 
 from data_prep import manifest
-from data_prep.inputs import named_twice, natural
+from data_prep.inputs import named_twice
 from data_prep.shards import ShardWriter, Source, refuse_existing
-from megatron_taipan.data.loss_mask import SUFFIX
 from megatron_taipan.data.made_with import refuse_mixed
+from megatron_taipan.data.sources import find_pairs, glob_pairs
 from megatron_taipan.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prefixes", nargs="+", help="pairs, in this order; a glob or folder gives its own in natural order"
+        "prefixes",
+        nargs="+",
+        help="pairs, in this order; PREFIX of an output in shards gives its own, a glob or folder in natural order",
     )
     parser.add_argument("--output", required=True, help="prefix of the result")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Copies the .bin files and writes one index."""
     prefixes = expand_prefixes(args.prefixes)
     refuse_existing(args.output, args.overwrite)
-    if args.output in prefixes:
+    if os.path.abspath(args.output) in map(os.path.abspath, prefixes):
         raise UserError(f"{args.output} is one of the inputs; choose another --output")
     sources = [Source(prefix) for prefix in prefixes]
     first = sources[0]
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def expand_prefixes(names: list[str]) -> list[str]:
-    """Prefixes of pairs by prefix, by a glob over prefixes, or all in a folder.
+    """Prefixes of pairs by prefix, also of an output in shards, by a glob over prefixes, or all in a folder.
 
     Raises:
         UserError: something gives no pair, or one is named twice.
@@ -58,20 +60,12 @@ def expand_prefixes(names: list[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            here = _found(os.path.join(glob.escape(name), "*"))
-        elif glob.has_magic(name) and not os.path.exists(name.removesuffix(".idx").removesuffix(".bin") + ".idx"):
-            here = _found(name.removesuffix(".idx"))
+            here = glob_pairs(os.path.join(glob.escape(name), "*"))
+            if not here:
+                raise UserError(f"{name} gives no .bin/.idx pair")
+            found += here
         else:
-            here = [name.removesuffix(".idx").removesuffix(".bin")]
-        if not here:
-            raise UserError(f"{name} gives no .bin/.idx pair")
-        found += sorted(here, key=natural)
+            found += find_pairs(name.removesuffix(".idx").removesuffix(".bin"))
     if doubles := named_twice(found):
         raise UserError(f"{doubles[0]} is named twice; name it once")
     return found
-
-
-def _found(pattern: str) -> list[str]:
-    """Pairs of a glob over prefixes; loss masks are none, they come with theirs."""
-    found = [path[:-4] for path in glob.glob(pattern + ".idx")]
-    return [prefix for prefix in found if not prefix.endswith(SUFFIX)]

@@ -14,7 +14,7 @@ from megatron_taipan.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--output", required=True, help="prefix of the results")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--shard-tokens", type=int, help="OUTPUT-00000, ... of at most this many tokens, documents whole")

@@ -6,35 +6,31 @@ import argparse
 import numpy as np
 
 from data_prep import manifest
+from data_prep.blocks import blocks, refuse_foreign
 from data_prep.commands.inspect import histogram
 from data_prep.commands.verify import count_learned
-from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
-from megatron_taipan.data.indexed import IndexedReader
+from data_prep.tokenizers import tokenizer_of_data
 from megatron_taipan.data.loss_mask import find_mask
-
-BLOCK = 1 << 22
+from megatron_taipan.data.sources import open_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", help="path of the pair without .bin")
+    parser.add_argument("prefix", help="path of the pair without .bin, of its shards without -00000, or a glob")
     parser.add_argument("--tokenizer", help="shows tokens by their text")
     parser.add_argument("--top", type=int, default=20, help="most frequent tokens to list (default: 20)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Reads all tokens once."""
-    reader = IndexedReader(args.prefix)
+    reader = open_source(args.prefix)
     tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     counts = np.zeros(1, np.int64)
-    for at in range(0, reader.n_tokens, BLOCK):
-        block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
-        reader.read_into(at, block)
+    for at, block in blocks(reader):
+        refuse_foreign(reader, at, block, tokenizer)
         more = np.bincount(block)
         if len(more) > len(counts):
             counts = np.pad(counts, (0, len(more) - len(counts)))
         counts[: len(more)] += more
-    if tokenizer:
-        refuse_other_data(len(counts) - 1, tokenizer)
     print(f"{args.prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}")
     mask = find_mask(reader)
     if mask and reader.n_tokens:

@@ -7,13 +7,15 @@ import os
 import numpy as np
 
 from data_prep import manifest
+from data_prep.blocks import blocks
 from data_prep.hashing import hash_file
 from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
+from megatron_taipan.data.ids import refuse_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask
+from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
 
-BLOCK = 1 << 22  # tokens read at a time
 SHOWN = 24
 
 
@@ -36,7 +38,10 @@ def run(args: argparse.Namespace) -> None:
             f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"
         )
     folder = os.path.dirname(args.prefix)
-    shards = said["shards"] if said else [{"prefix": os.path.basename(args.prefix)}]
+    if said:
+        shards = said["shards"]
+    else:
+        shards = [{"prefix": os.path.basename(pair)} for pair in find_pairs(args.prefix)]
     documents = tokens = learned = masks = 0
     for shard in shards:
         prefix = os.path.join(folder, shard["prefix"])
@@ -99,30 +104,18 @@ def _checksums(prefix: str, said: dict) -> None:
 def count_learned(mask: IndexedReader) -> int:
     """How many tokens a mask marks; refuses one with other values than 0 and 1."""
     learned = 0
-    for at in range(0, mask.n_tokens, BLOCK):
-        block = np.empty(min(BLOCK, mask.n_tokens - at), mask.dtype)
-        mask.read_into(at, block)
+    for _, block in blocks(mask):
         check_mask(mask, block)
         learned += int(np.count_nonzero(block))
     return learned
 
 
 def _ids(reader: IndexedReader, vocab_size: int | None) -> int:
-    """The largest id; refuses one outside the vocabulary."""
+    """The largest id, -1 where there is none; refuses one outside the vocabulary."""
     top = -1
-    for at in range(0, reader.n_tokens, BLOCK):
-        block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
-        reader.read_into(at, block)
-        if block.min() < 0:
-            raise UserError(
-                f"{reader.prefix}.bin holds the negative id {block.min()} at token {at + int(block.argmin())}"
-            )
+    for at, block in blocks(reader):
+        refuse_outside(reader, at, block, vocab_size or 1 << 63, "its vocabulary", "make it again")
         top = max(top, int(block.max()))
-        if vocab_size is not None and top >= vocab_size:
-            raise UserError(
-                f"{reader.prefix}.bin holds id {top} at token {at + int(block.argmax())}, and the vocabulary has"
-                f" {vocab_size}"
-            )
     return top
 
 

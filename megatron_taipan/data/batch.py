@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.loss_mask import check_mask
 from megatron_taipan.data.stream import Place
-from megatron_taipan.errors import UserError
 
 Batch = dict[str, torch.Tensor]
-UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 KEPT = 4  # pieces of memory that are kept: a step with one micro-batch needs two, the new one beside the last
 BUFFER = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
 
@@ -39,7 +37,7 @@ class BatchReader:
         """The samples at `places`, numbered `indices`, as one block.
 
         Raises:
-            UserError: an id is not below vocab_size, or a loss mask holds something else than 0 and 1.
+            UserError: an id is negative or not below vocab_size, or a loss mask holds something else than 0 and 1.
         """
         block = Block(len(places), self.seq_len, self._memory(Block.size(len(places), self.seq_len)))
         arrays = block.arrays
@@ -172,16 +170,8 @@ def learned(place: Place, seq_len: int) -> np.ndarray:
 
 def check_ids(places: list[Place], ids: np.ndarray, vocab_size: int) -> None:
     """Refuses ids [p, L + 1] (or [L + 1] of one place) beyond the vocabulary."""
-    unsigned = ids.view(UNSIGNED[ids.itemsize])  # a negative id is a large one too
-    if np.maximum.reduce(unsigned, axis=None) >= vocab_size:
-        tops = unsigned.reshape(len(places), -1).max(1)
-        row = int(np.flatnonzero(tops >= vocab_size)[0])
-        raise beyond_vocabulary(places[row].reader, int(tops[row]), vocab_size)
-
-
-def beyond_vocabulary(reader: IndexedReader, top: int, vocab_size: int) -> UserError:
-    """The error of an id that the model does not have."""
-    return UserError(
-        f"{reader.prefix}.bin holds id {top} and the model's vocabulary has {vocab_size} (ids 0 to {vocab_size - 1});"
-        f" set model.vocab_size to the tokenizer's size, above {top}, or tokenize with the model's tokenizer"
-    )
+    if all_below(ids, vocab_size):
+        return
+    for place, row in zip(places, ids.reshape(len(places), -1), strict=True):
+        if not all_below(row, vocab_size):
+            raise beyond_model(place.reader, place.token(first_outside(row, vocab_size)), vocab_size)

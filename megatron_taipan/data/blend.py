@@ -56,6 +56,18 @@ def exact_weights(weights: list[float]) -> list[int]:
     return [number // common for number in whole]
 
 
+def misdrawn(weights: list[float]) -> list[tuple[int, Fraction, Fraction]]:
+    """Sources whose share `whole_weights` moves by a tenth of itself or more: of each its number, the share that its
+    weight says and the share that it gets. Only shares below ten steps can be."""
+    whole, exact = whole_weights(weights), exact_weights(weights)
+    period, total = sum(whole), sum(exact)
+    return [
+        (k, Fraction(exact[k], total), Fraction(whole[k], period))
+        for k in range(len(whole))
+        if 10 * abs(whole[k] * total - exact[k] * period) >= exact[k] * period
+    ]
+
+
 def chairman_assignment(weights: list[int]) -> np.ndarray:
     """One period of the schedule: int32 [sum(weights)], the source of each sample.
 
@@ -95,9 +107,10 @@ class Blend:
         self.period = sum(self.weights)
         self.source = chairman_assignment(self.weights)  # [period]
         self.rank = np.empty(self.period, np.int32)  # [period], samples of the same source earlier in the period
-        for k in range(len(weights)):
-            mine = np.flatnonzero(self.source == k)
-            self.rank[mine] = np.arange(len(mine))
+        ends = np.cumsum(self.weights)  # source k has turns [ends[k - 1], ends[k]) of the turns sorted by source
+        self.rank[np.argsort(self.source, kind="stable")] = np.arange(self.period) - np.repeat(
+            ends - self.weights, self.weights
+        )
         self._weights = np.array(self.weights, np.int64)
 
     def __call__(self, sample: int) -> tuple[int, int]:

@@ -50,7 +50,8 @@ class IndexedReader:
     Attributes:
         n_documents, n_sequences, n_tokens: counts.
         dtype: numpy type of the stored ids.
-        fingerprint: hash of the index, the size of the .bin and a few blocks of its content.
+        fingerprint: hash of the index, the size of the .bin and 16 blocks of 4,096 bytes of it; a token that changes
+            between them is not seen (checksums.py sees it).
         loss_mask: a pair that says which tokens are learned, where somebody put it here (loss_mask.py).
 
     Raises:
@@ -194,6 +195,10 @@ class IndexedReader:
             return bisect_right(self._offsets, position * self.dtype.itemsize) - 1
         return bisect_right(range(self.n_documents), position, key=self.start) - 1
 
+    def where(self, position: int) -> tuple[str, int, int]:
+        """Of a token, for messages: the prefix of its pair, its number in that .bin and its document's in that pair."""
+        return self.prefix, position, self.find(position)
+
     def boundaries(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions at which a document begins, in each of n stretches [start, stop) of tokens, int64 [n].
 
@@ -228,7 +233,11 @@ class IndexedReader:
 
     def read_bytes(self, position: int, out: memoryview) -> None:
         """Fills the bytes `out` with the tokens from `position` on, as the file holds them."""
-        start, size = position * self.dtype.itemsize, len(out)
+        self.read_raw(position * self.dtype.itemsize, out)
+
+    def read_raw(self, start: int, out: memoryview) -> None:
+        """Fills the bytes `out` with those from byte `start` of the .bin on."""
+        size = len(out)
         got = os.preadv(self._bin_fd, [out], start)
         while got < size:
             more = os.preadv(self._bin_fd, [out[got:]], start + got)

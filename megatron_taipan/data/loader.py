@@ -6,6 +6,7 @@ the number of samples consumed; batch size, number of processes and number of st
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from itertools import count
 from threading import Thread
@@ -16,16 +17,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
-from megatron_taipan.data.batch import Batch, BatchReader, Block, beyond_vocabulary, check_ids
+from megatron_taipan.data.batch import Batch, BatchReader, Block, check_ids
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
+from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import attach_mask
 from megatron_taipan.data.made_with import refuse_mixed, refuse_other
 from megatron_taipan.data.permutation import derive_key
 from megatron_taipan.data.places import Places
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
+from megatron_taipan.data.sources import find_pairs, open_source
 from megatron_taipan.data.split import split_documents
-from megatron_taipan.data.stream import TokenStream, whole
+from megatron_taipan.data.weights import choose_weights, describe_blend
 from megatron_taipan.errors import UserError
 
 
@@ -42,7 +45,8 @@ class SampleDataset(Dataset):
 
     Attributes:
         sources: the samples of each source, in the order of the configuration.
-        fingerprint: hash of all that decides which tokens sample i holds; a resume with another one must be refused.
+        fingerprint: hash of all that decides which tokens sample i holds, though of a .bin only what `IndexedReader`
+            takes; a resume with another one must be refused.
     """
 
     def __init__(
@@ -92,6 +96,10 @@ class SampleDataset(Dataset):
         check_ids([place], out, self.vocab_size)
         return out, place.begins
 
+    def describe(self, chosen: list[DataSource], samples: int) -> str:
+        """How the sources, configured as `chosen`, are weighted, and what of each a run of `samples` samples takes."""
+        return describe_blend(chosen, self.sources, self.blend.drawn(samples))
+
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each source has been gone through after `samples` samples, by its prefix."""
         drawn = self.blend.drawn(samples)
@@ -105,6 +113,8 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         data: what to read; without `data.valid` each training source holds out `data.valid_fraction` of its documents.
         vocab_size: ids of the model's vocabulary; a larger id in the data is refused, here where the first part of a
             file shows it, otherwise when the sample is read.
+
+    A source of a blend of which nothing can be held out is left out of validation, with a warning.
 
     Raises:
         UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary, data made
@@ -121,19 +131,27 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         raise UserError("there is no validation data: set data.valid, or data.valid_fraction above 0")
     held_out = data.valid_fraction if data.valid is None else 0.0
     sources: list[Samples] = []
+    kept: list[DataSource] = []
     identity: list[object] = []
     for source in chosen:
-        reader = IndexedReader(source.prefix)
+        reader = open_source(source.prefix)
         if not reader.n_tokens:
             raise UserError(f"{source.prefix}.bin holds no tokens; tokenize a corpus with text in it")
         _check_ids(reader, vocab_size)
         attach_mask(reader, source.loss_mask, data)
-        train, valid = (whole(reader), None) if own else split_documents(reader, held_out)
-        sources.append(_samples(valid if valid is not None and split == "valid" else train, data, split, held_out))
+        try:
+            samples = _samples(reader, data, split, held_out, blended=len(chosen) > 1)
+        except NothingHeldOut as nothing:
+            if source is chosen[-1] and not sources:
+                raise
+            warnings.warn(f"{nothing}; as it is, {source.prefix} is left out of it", stacklevel=2)
+            continue
+        sources.append(samples)
+        kept.append(source)
         identity += [reader.fingerprint, source.weight]
         if reader.loss_mask is not None:
             identity += ["loss mask", reader.loss_mask.fingerprint]
-    weights = [source.weight for source in chosen]
+    weights = choose_weights(kept, sources)
     if sum(exact_weights(weights)) > MAX_PERIOD:  # how they are rounded decides the order too, and was another way once
         identity += whole_weights(weights)
     identity += [split, data.seq_len, data.seed, held_out, data.one_document]
@@ -225,34 +243,54 @@ def _end_for_the_trainer() -> None:
     os._exit(0)
 
 
-def _samples(stream: TokenStream, data: DataConfig, split: str, held_out: float) -> Samples:
+class NothingHeldOut(UserError):
+    """A source has no validation sample."""
+
+
+def _samples(reader: IndexedReader, data: DataConfig, split: str, held_out: float, blended: bool) -> Samples:
+    """The samples of one source for training, or of what of it is held out.
+
+    Raises:
+        NothingHeldOut: there are none for validation. A blend may do without this source, and trains on all of one that
+            is a single document; alone that document cannot be both.
+    """
     kind = LongSamples if data.one_document else PackedSamples
+    if blended and held_out and reader.n_documents < 2:
+        if split == "valid":
+            raise NothingHeldOut(
+                f"validation: {reader.prefix} has 1 document, so none is held out; set data.valid to another dataset"
+            )
+        held_out = 0.0
+    train, valid = split_documents(reader, held_out)
+    if split == "train" or valid is None:
+        return kind(train, data.seq_len, data.seed)
     try:
-        return kind(stream, data.seq_len, data.seed)
+        return kind(valid, data.seq_len, data.seed)
     except UserError as error:
-        if split == "valid" and data.valid is None:
-            raise UserError(
-                f"validation: {error}; or raise data.valid_fraction={held_out}, or set data.valid to another dataset"
-            ) from error
-        raise
+        raise NothingHeldOut(
+            f"validation: {error}; or raise data.valid_fraction={held_out}, or set data.valid to another dataset"
+        ) from error
 
 
 def _refuse_doubles(sources: list[DataSource], where: str) -> None:
     """The same data twice would draw the same samples twice at the same time."""
-    seen = set()
+    seen: dict[str, str] = {}
     for source in sources:
-        if (path := os.path.realpath(source.prefix + ".bin")) in seen:
-            raise UserError(f"{where} lists {source.prefix} twice; list it once with the sum of the weights")
-        seen.add(path)
+        for pair in find_pairs(source.prefix):
+            path = os.path.realpath(pair + ".bin")
+            if path in seen:
+                also = f" ({seen[path]} holds {pair} too)" if pair != source.prefix else ""
+                raise UserError(f"{where} lists {source.prefix} twice{also}; list it once with the sum of the weights")
+            seen[path] = source.prefix
 
 
 def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
-    """Looks through the first 32 MB for ids that the model does not have; `tokens` looks at every sample again."""
+    """Looks through the first 16 million ids for some that the model does not have; every batch is looked at again."""
     if reader.dtype.kind == "u" and 1 << 8 * reader.dtype.itemsize <= vocab_size:
         return
     count = 1 << 20
     for at in range(0, min(reader.n_tokens, 16 * count), count):
         out = np.empty(min(count, reader.n_tokens - at), reader.dtype)
         reader.read_into(at, out)
-        if (top := int(out.view(f"u{out.itemsize}").max())) >= vocab_size:
-            raise beyond_vocabulary(reader, top, vocab_size)
+        if not all_below(out, vocab_size):
+            raise beyond_model(reader, at + first_outside(out, vocab_size), vocab_size)

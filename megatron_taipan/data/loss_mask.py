@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
-from megatron_taipan.data.made_with import described
+from megatron_taipan.data.manifests import shard_entry
+from megatron_taipan.data.shards import Shards
 from megatron_taipan.errors import UserError
 
 SUFFIX = "_loss_mask"
@@ -53,9 +54,11 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
     Raises:
         UserError: there is none, though it is required or the manifest names it; or it is another pair's.
     """
+    if isinstance(reader, Shards):
+        return _find_masks(reader, required)
     prefix = reader.prefix + SUFFIX
     if not any(os.path.exists(prefix + ending) for ending in (".bin", ".idx")):
-        if required or promised(reader.prefix):
+        if required or "loss_mask" in shard_entry(reader.prefix)[1]:
             why = "loss_mask: require" if required else "its manifest names it"
             raise UserError(
                 f"{prefix}.idx does not exist and {why}: bring the mask of {reader.prefix} here (two files), or"
@@ -85,10 +88,19 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
     return mask
 
 
-def promised(prefix: str) -> bool:
-    """Whether the manifest of a pair, or of the shards of which it is one, says that it has a mask."""
-    found = described(prefix)
-    return found is not None and "loss_mask" in found[1]
+def _find_masks(shards: Shards, required: bool) -> Shards | None:
+    """The masks of all shards as one, or None where none has one."""
+    masks = [find_mask(pair, required) for pair in shards.pairs]
+    found = [mask for mask in masks if mask is not None]
+    if not found:
+        return None
+    if len(found) < len(masks):
+        bare = shards.pairs[masks.index(None)].prefix
+        raise UserError(
+            f"{bare} has no loss mask and {found[0].prefix} stands beside another shard of {shards.prefix}: bring the"
+            " mask here (two files), or name those with and without one as sources of their own"
+        )
+    return Shards(shards.prefix + SUFFIX, found)
 
 
 def check_mask(mask: IndexedReader, values: np.ndarray) -> None:

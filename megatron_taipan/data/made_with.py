@@ -16,13 +16,16 @@ from megatron_taipan.errors import UserError
 
 
 def described(prefix: str) -> tuple[dict, dict] | None:
-    """The manifest of a pair, or of the shards of which it is one (PREFIX-00000), and its entry for the pair."""
+    """The manifest of a pair, or of the shards of which it is one (PREFIX-00000), and its entry for the pair; of an
+    output in shards, by its PREFIX, with an empty entry."""
     for manifest in (prefix, re.sub(r"-\d{5,}$", "", prefix)):
         try:
             content = json.loads(Path(manifest + ".json").read_bytes())
             for shard in content["shards"]:
                 if shard["prefix"] == os.path.basename(prefix):
                     return content, shard
+            if manifest == prefix and all(s["prefix"].startswith(os.path.basename(prefix)) for s in content["shards"]):
+                return content, {}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # none, or none of ours
     return None

@@ -57,9 +57,8 @@ class Places:
         """Finds any samples, int64 [m]: of each source that they come from, stretches and their numbers by sample."""
         sources, numbers = self.blend.many(indices)
         found = []
-        for k, source in enumerate(self.sources):
-            mine = np.flatnonzero(sources == k)
-            if len(mine):
-                stretches = source.stream.locate(source.positions(numbers[mine]), source.seq_len + 1)
-                found.append((stretches, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
+        for k in np.unique(sources).tolist():  # of many sources few come
+            source, mine = self.sources[k], np.flatnonzero(sources == k)
+            stretches = source.stream.locate(source.positions(numbers[mine]), source.seq_len + 1)
+            found.append((stretches, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
         return found

@@ -27,6 +27,13 @@ class Place:
             for position, begin, end in self.runs:
                 self.reader.read_bytes(position, out[begin * size : end * size])
 
+    def token(self, number: int) -> int:
+        """Where in the file token `number` of the stretch is."""
+        for position, begin, end in self.runs or []:
+            if begin <= number < end:
+                return position + number - begin
+        return self.position + number
+
 
 @dataclass(slots=True)
 class Stretches:

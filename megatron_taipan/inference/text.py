@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_taipan.config import DataConfig
-from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.made_with import added_ids
+from megatron_taipan.data.sources import open_source, standing
 from megatron_taipan.data.special_tokens import find_role
 from megatron_taipan.errors import UserError
 
@@ -158,9 +158,9 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
     """
     codec, texts = load_codec(tokenizer, data), []
     for source in data.train:
-        if not Path(f"{source.prefix}.idx").is_file():
+        if not standing(source.prefix):
             continue
-        reader = IndexedReader(source.prefix)
+        reader = open_source(source.prefix)
         step = max(1, reader.n_documents * len(data.train) // count)
         for index in range(0, reader.n_documents, step):
             ids = reader.document(index)[:longest].tolist()

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from megatron_taipan.config import Config
+from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
@@ -48,11 +49,17 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
         " forward and backward"
     )
+    if config.data.verify:
+        verification = Verification(config.data)
+        while verification.unfinished:
+            verification.go_on()
+        yield f"checked    {verification.report()}"
     train_data = build_dataset(config.data, "train", config.model.vocab_size)
     yield (
         f"data       {len(train_data):,} samples an epoch, so the run is"
         f" {t.steps * t.global_batch / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
     )
+    yield f"sources    {train_data.describe(config.data.train, t.steps * t.global_batch)}"
 
 
 def largest_stage(model: Taipan, config: Config) -> int:

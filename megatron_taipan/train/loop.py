@@ -18,6 +18,7 @@ from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
 from megatron_taipan.config import Config
+from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
@@ -60,6 +61,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, config.data.seq_len)
         train_data, valid_data = agree(lambda: open_data(config))
+        verified = verify(config, place, device, watchdog) if config.data.verify else None
         lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         agree(lambda: remove_leftovers(directory) if writer else None)
         found = agree(lambda: find_checkpoint(config))
@@ -107,6 +109,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
                      f" {describe_optimizer(engine.basic_optimizer)}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
+        if verified:
+            metrics.note("data", verified)
+        metrics.note("data", train_data.describe(config.data.train, t.steps * t.global_batch))
         if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
@@ -252,6 +257,15 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
     if config.data.valid is None and config.data.valid_fraction == 0:
         return train_data, None
     return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
+
+
+def verify(config: Config, place: Place, device: torch.device, watchdog: Watchdog) -> str:
+    """Every rank reads its share of the data, a part at a time, so that who has less does not wait past a timeout."""
+    verification = agree(lambda: Verification(config.data, place.rank, place.world_size))
+    while any_rank(verification.unfinished, device):
+        agree(verification.go_on)
+        watchdog.beat()
+    return verification.report()
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

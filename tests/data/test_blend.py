@@ -1,5 +1,6 @@
 """Blends keep every source within one sample of its share, at every point."""
 
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -74,6 +75,31 @@ def test_a_blend_that_is_rounded_says_so_in_its_fingerprint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "whole_weights", lambda weights: [1] * len(weights))
         assert fingerprint(0.7, 0.3) == exact and fingerprint(0.7, 0.3333333) != rounded
+
+
+def test_a_share_that_is_rounded_by_a_tenth_or_more_is_told_with_numbers(tmp_path):
+    from megatron_taipan.config import DataConfig, DataSource
+    from megatron_taipan.data.indexed import IndexedWriter
+    from megatron_taipan.data.loader import build_dataset
+
+    for name in "abc":
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document(list(range(50)))
+
+    def told(*weights):
+        train = [DataSource(prefix=str(tmp_path / k), weight=w) for k, w in zip("abc", weights, strict=False)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            build_dataset(DataConfig(train=train, seq_len=8, valid_fraction=0), "train", 64)
+        return [str(warning.message) for warning in caught]
+
+    [said] = told(1, 1e-9)
+    assert f"{tmp_path}/b with weight 1e-09 is 1e-09 of the blend, and its share becomes 7.63e-06" in said
+    assert "steps of 1/131072: it is drawn 7629 times as often" in said  # 1e9 / 131072 = 7629.4
+    assert told(0.7, 0.3) == told(1.0, 1e-3) == told(1, 12.1 / 131072) == []
+    [said] = told(1, 1.4 / 131072)  # one step, not 1.4
+    assert "it is drawn 0.7143 times" in said
+    assert len(told(1, 1e-9, 1e-7)) == 2
 
 
 def test_an_infinite_weight_is_one_line():

@@ -135,6 +135,27 @@ def test_validation_sets(tmp_path):
     assert len(epoch_inputs(dataset(prefix, valid=other, valid_fraction=0.2))) == 1000  # nothing held out then
 
 
+def test_a_source_with_nothing_held_out_is_left_out_of_validation(tmp_path):
+    """The others are validated on as they would be without it, and it is trained on."""
+    a, b = corpus(tmp_path / "a", [9] * 60), corpus(tmp_path / "b", [9] * 60, base=2000)
+    small, single = corpus(tmp_path / "small", [3] * 20, base=4000), corpus(tmp_path / "single", [50], base=5000)
+    options = {"valid_fraction": 0.1, "seq_len": 16}
+    assert set(dataset([a, small, single, b], **options).epochs(9)) == {a, small, single, b}
+    trained = epoch_inputs(dataset([a, small, single, b], **options))
+    assert set(range(5000, 5048)) <= set(trained.tolist())  # all of the single document
+    with pytest.warns(UserWarning) as caught:
+        valid = dataset([a, small, single, b], "valid", **options)
+    said = [str(warning.message) for warning in caught]
+    assert "small is left out of it" in said[0] and "8 tokens" in said[0] and "= 17" in said[0]
+    assert "single is left out of it" in said[1] and "1 document" in said[1] and len(said) == 2
+    assert torch.equal(epoch_inputs(valid), epoch_inputs(dataset([a, b], "valid", **options)))
+    for nothing in (small, [small], [single, small]):  # where none is left it is an error
+        with pytest.raises(UserError, match="validation: .*set data.valid"):
+            dataset(nothing, "valid", **options)
+    with pytest.raises(UserError, match="validation: .*set data.valid"):
+        dataset([small, single], "valid", **options)
+
+
 def test_long_samples_never_cross_documents(tmp_path):
     lengths = [3, 100, 7, 64, 63, 40, 200]
     data = dataset(corpus(tmp_path / "x", lengths), seq_len=64, one_document=True)
@@ -349,13 +370,32 @@ def test_a_dataset_travels_to_another_process(tmp_path):
 def test_ids_beyond_the_vocabulary(tmp_path):
     prefix = corpus(tmp_path / "x", [50])
     assert len(dataset(prefix, vocab_size=51))
-    with pytest.raises(UserError, match="holds id 50 and the model's vocabulary has 50"):
+    with pytest.raises(UserError, match="x.bin holds id 50 at token 49 .in document 0. and .* has 50 ids"):
         dataset(prefix, vocab_size=50)
     # far into a file it is found when the sample is read
     data = dataset(prefix, vocab_size=51)
     data.vocab_size = 20
     with pytest.raises(UserError, match="vocabulary has 20"):
         epoch_inputs(data)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(-5, "no id is negative"), (2_000_000_000, "vocabulary has 100 ids")])
+def test_an_id_that_no_model_has_is_told_with_its_place(tmp_path, bad, message):
+    """At the start, and when a sample is read whose stretch goes round the held-out documents."""
+    prefix = corpus(tmp_path / "x", [4] * 16, dtype=np.int32)
+    stored = np.fromfile(prefix + ".bin", "<i4")
+    held = held_out_documents(IndexedReader(prefix), 0.3).tolist()
+    at = 5 * next(d for d in range(1, 16) if d - 1 in held and d not in held) + 2
+    good = dataset(prefix, vocab_size=100, valid_fraction=0.3)
+    for index, place in enumerate(good._places([*range(len(good))])):
+        assert stored[[place.token(number) for number in range(9)]].tolist() == good.tokens(index)[0].tolist()
+    stored[at] = bad
+    stored.tofile(prefix + ".bin")
+    wanted = f"x.bin holds id {bad} at token {at} .in document {at // 5}.*{message}"
+    with pytest.raises(UserError, match=wanted):
+        dataset(prefix, vocab_size=100)
+    with pytest.raises(UserError, match=wanted):
+        epoch_inputs(good)
 
 
 def test_an_error_in_a_worker_is_the_same_error(tmp_path):

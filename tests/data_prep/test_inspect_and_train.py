@@ -105,7 +105,10 @@ def test_inspect_bad_input(tmp_path, model, capsys):
     with IndexedWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_document([699, 700])
     assert cli.main(["inspect", str(tmp_path / "x"), "--tokenizer", model]) == 2
-    assert "id 700 is beyond this tokenizer's vocabulary of 700" in capsys.readouterr().err
+    assert (
+        "x.bin holds id 700 at token 1 (in document 0) and this tokenizer's vocabulary has 700"
+        in capsys.readouterr().err
+    )
     assert cli.main(["inspect", str(tmp_path / "x"), "--first", "9"]) == 2
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err

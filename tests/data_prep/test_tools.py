@@ -203,6 +203,24 @@ def test_a_tokenizer_of_other_data_is_one_line(made, tmp_path, capsys):
         assert "5000" in error and "380" in error and "with another tokenizer" in error
 
 
+@pytest.mark.parametrize("bad", [-5, 2_000_000_000])
+def test_an_id_that_no_tokenizer_has_is_one_line_with_its_place(made, tmp_path, capsys, bad):
+    _, model = made
+    prefix = write(tmp_path / "x", [[3, 5], [6, 7, 8]], np.int32)
+    ids = np.array([3, 5, 6, bad, 8], "<i4")
+    ids.tofile(prefix + ".bin")
+    for args in (
+        ("stats", prefix),
+        ("stats", prefix, "--tokenizer", model),
+        ("inspect", prefix, "--tokenizer", model),
+        ("verify", prefix, "--vocab-size", 380),
+    ):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{prefix}.bin holds id {bad} at token 3 (in document 1)" in error
+    assert run("inspect", prefix) == 0 and f"6 {bad} 8" in capsys.readouterr().out  # numbers, as they stand there
+
+
 def test_no_manifest_stays_beside_other_content(made, tmp_path, capsys):
     """`verify` would call the new pair damaged, and `tokenize` would call it complete."""
     prefix, model = made

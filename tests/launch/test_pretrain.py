@@ -69,6 +69,9 @@ def test_dry_run_says_parameters_layout_and_steps(config):
     assert "4 data x 1 tensor x 1 pipeline" in finished.stdout
     assert "6 steps = 1,536 tokens" in finished.stdout
     assert "1 micro-batches of 2 on each of 4 ranks" in finished.stdout
+    assert f"sources    {Path(config).parent / 'data'}, 0." in finished.stdout
+    unchecked = program("--config", config, "--dry-run", "data.verify=true")
+    assert unchecked.returncode == 2 and "has no checksum" in unchecked.stderr
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,8 +1,11 @@
 """Whole runs on two processes: stop, resume, refuse."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+import xxhash
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
 from megatron_taipan.config import load_config
@@ -39,6 +42,29 @@ def test_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, pref
             assert all(word in message for word in words), (words, message)
             assert "\n" not in message
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_data_is_verified_by_all_ranks_before_the_first_step(tmp_path):
+    """The shards of one output, one of which lacks its checksums, then one of which changed, then all well."""
+    paths = [write_data(tmp_path / f"o-0000{k}", seed=k) for k in range(3)]
+    sums = {f"{path}.{e}": xxhash.xxh3_128(Path(f"{path}.{e}").read_bytes()).hexdigest() for path in paths
+            for e in ("bin", "idx")}  # fmt: skip
+    shards = [
+        {"prefix": Path(path).name, **{f"{e}_xxh3_128": sums[f"{path}.{e}"] for e in ("bin", "idx")}} for path in paths
+    ]
+    tree = toy_tree(str(tmp_path / "o"), tmp_path / "run", train=SHORT, data={"verify": True})
+
+    def start(changed: dict) -> list:
+        (tmp_path / "o.json").write_text(json.dumps({"shards": [*shards[:2], shards[2] | changed]}))
+        return [results[0] for results in launch(2, runs, [tree])]
+
+    for message in start({"idx_xxh3_128": "0" * 32}):
+        assert "o-00002.idx has checksum" in message and "bytes of it changed" in message
+    assert not (tmp_path / "run/log.jsonl").exists()
+    assert start({}) == [0, 0]
+    checked, blend = (record["text"] for record in log(tmp_path / "run", "data"))
+    assert checked.startswith("every byte of 6 files, ") and "(data.verify)" in checked
+    assert blend.startswith(f"{tmp_path / 'o'} (3 shards), ") and "epochs" in blend
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, prefix):

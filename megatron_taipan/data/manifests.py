@@ -1,0 +1,31 @@
+"""What the manifest PREFIX.json of `data_prep tokenize` says of the pairs that it names."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+NUMBER = re.compile(r"-\d{5,}$")  # what `tokenize --shard-tokens` and `split --shard-tokens` append to PREFIX
+
+
+def named_shards(prefix: str) -> list[str]:
+    """The pairs that the manifest of an output names; empty where there is none, or none of ours."""
+    folder = prefix[: len(prefix) - len(os.path.basename(prefix))]
+    return [folder + shard["prefix"] for shard in _shards(prefix)]
+
+
+def shard_entry(prefix: str) -> tuple[str, dict]:
+    """The manifest of a pair, or of the shards of which it is one, and its entry there; empty where there is none."""
+    for name in (prefix, NUMBER.sub("", prefix)):
+        for shard in _shards(name):
+            if shard["prefix"] == os.path.basename(prefix):
+                return name + ".json", shard
+    return prefix + ".json", {}
+
+
+def _shards(prefix: str) -> list[dict]:
+    try:
+        shards = json.loads(Path(prefix + ".json").read_bytes())["shards"]
+        return [shard for shard in shards if isinstance(shard["prefix"], str)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # none, or none of ours
