@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,19 +27,25 @@ PROMPT = torch.arange(3, 43).view(2, 20)
 
 def pinned(library: str) -> str:
     """`library==version`, as constraints.txt has it."""
-    return re.search(rf"^{library}==\S+", (ROOT / "constraints.txt").read_text(), re.M).group()
+    name = re.sub("[-_]", "[-_]", library)
+    return re.search(rf"^{name}==\S+", (ROOT / "constraints.txt").read_text(), re.M | re.I).group()
+
+
+def install(site: Path, libraries: Sequence[str]) -> Path:
+    """The pinned releases of these libraries, without their dependencies, in a folder; skips where pip gets none."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    command += ["--retries", "1", "--no-deps", "--target", str(site), *map(pinned, libraries)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        pytest.skip(f"pip gets none of {libraries}: {done.stderr.strip().splitlines()[-1:]}")
+    return site
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict:
     """What `tuner.py` answered; `state`: what it was made from, `work`: the folder that it wrote into."""
     place = tmp_path_factory.mktemp("tuned")
-    site, folder, work = place / "site", place / "hf", place / "work"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    command += ["--retries", "1", "--no-deps", "--target", str(site), *map(pinned, LIBRARIES)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        pytest.skip(f"pip gets none of {LIBRARIES}: {done.stderr.strip().splitlines()[-1:]}")
+    site, folder, work = install(place / "site", LIBRARIES), place / "hf", place / "work"
     state = memory_state("M S W M A", vocab_size=600)
     export(state, folder, tokenizer=train_sentencepiece(place))
     work.mkdir()

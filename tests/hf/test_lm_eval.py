@@ -17,9 +17,14 @@ from megatron_taipan.inference.loading import load_model
 from megatron_taipan.inference.text import load_codec
 from tests.checkpoints.made import memory_state, train_sentencepiece
 from tests.checkpoints.test_text_of_exports import data_of, tokenize
+from tests.hf.test_libraries import install
 
-pytest.importorskip("lm_eval")
-pytest.importorskip("accelerate")
+# What `lm_eval --model hf` needs beyond the usual environment.
+NEEDS = (
+    "lm_eval accelerate evaluate sacrebleu rouge_score word2number pytablewriter more-itertools jsonlines nltk joblib"
+    " scikit-learn scipy threadpoolctl portalocker tabulate colorama chardet DataProperty mbstrdecoder pathvalidate"
+    " tabledata tcolorpy typepy tqdm-multiprocess sqlitedict"
+).split()
 
 TASK = """
 task: local_choice
@@ -35,6 +40,12 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> str:
+    """A folder with lm_eval in it, as constraints.txt has it."""
+    return str(install(tmp_path_factory.mktemp("lm_eval"), NEEDS))
+
+
 def log_likelihood(model, codec, begin: list[int], context: str, choice: str) -> float:
     """log P(choice | context) by one forward pass per choice, no batch, no padding. `begin`: ids before the context."""
     before, ids = begin + codec.encode(context), begin + codec.encode(context + choice)
@@ -45,7 +56,7 @@ def log_likelihood(model, codec, begin: list[int], context: str, choice: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--append-eod"], ["--prepend-bos", "--append-eod"]])
-def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options):
+def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options, site):
     tokenizer = train_sentencepiece(tmp_path)
     state = memory_state("M S W", vocab_size=600)
     data = data_of(tokenize(tmp_path, "data", tokenizer, *options))
@@ -65,7 +76,13 @@ def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options):
     command += ["--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"]
     command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--log_samples"]
     command += ["--output_path", str(tmp_path / "result")]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    paths = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
+    env = os.environ | {
+        "PYTHONPATH": paths,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     model, codec = load_model(tmp_path / "hf")[0], load_codec(tokenizer)
