@@ -11,8 +11,8 @@ from data_prep.hashing import hash_file
 from data_prep.job import Job
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
-from megatron_taipan.data.made_with import described, tokenizer_of
-from megatron_taipan.data.manifests import NUMBER
+from megatron_taipan.data.made_with import tokenizer_of
+from megatron_taipan.data.manifests import NUMBER, described
 
 
 def read(prefix: str) -> dict | None:
@@ -62,7 +62,7 @@ def carry(sources: list[str], about: dict) -> None:
     Args:
         about: prefix, documents and tokens of the pair, `loss_mask` (empty) if it has one.
     """
-    told = [found[0] for prefix in sources if (found := described(prefix)) and tokenizer_of(prefix)]
+    told = [found for prefix in sources if (found := described(prefix)) and tokenizer_of(prefix)]
     if len(told) < len(sources):
         return
     prefix, name = about["prefix"], os.path.basename(about["prefix"])

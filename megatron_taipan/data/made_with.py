@@ -5,36 +5,18 @@ tokenizer, and the ids that begin and end each document. Ids of two tokenizers l
 them apart. A pair without a manifest, as Megatron's own are, is taken as it is.
 """
 
-import json
 import os
-import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
+from megatron_taipan.data.manifests import described
 from megatron_taipan.errors import UserError
-
-
-def described(prefix: str) -> tuple[dict, dict] | None:
-    """The manifest of a pair, or of the shards of which it is one (PREFIX-00000), and its entry for the pair; of an
-    output in shards, by its PREFIX, with an empty entry."""
-    for manifest in (prefix, re.sub(r"-\d{5,}$", "", prefix)):
-        try:
-            content = json.loads(Path(manifest + ".json").read_bytes())
-            for shard in content["shards"]:
-                if shard["prefix"] == os.path.basename(prefix):
-                    return content, shard
-            if manifest == prefix and all(s["prefix"].startswith(os.path.basename(prefix)) for s in content["shards"]):
-                return content, {}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # none, or none of ours
-    return None
 
 
 def tokenizer_of(prefix: str) -> dict | None:
     """What the manifest of a pair says of the tokenizer (`name`, `sha256`, ...); None where there is none."""
-    found = described(prefix)
-    told = found[0].get("tokenizer") if found else None
+    told = described(prefix).get("tokenizer")
     return told if isinstance(told, dict) and isinstance(told.get("sha256"), str) else None
 
 
@@ -77,7 +59,7 @@ def added_ids(prefixes: Iterable[str]) -> dict[str, int]:
     """The ids that begin (`bos`) and end (`eod`) each document, where manifests tell of one and of no other."""
     told: dict[str, set[int]] = {"bos": set(), "eod": set()}
     for prefix in prefixes:
-        options = (described(prefix) or ({}, {}))[0].get("options")
+        options = described(prefix).get("options")
         for role, ids in told.items():
             if isinstance(options, dict) and isinstance(options.get(role), int):
                 ids.add(options[role])

@@ -11,21 +11,29 @@ NUMBER = re.compile(r"-\d{5,}$")  # what `tokenize --shard-tokens` and `split --
 def named_shards(prefix: str) -> list[str]:
     """The pairs that the manifest of an output names; empty where there is none, or none of ours."""
     folder = prefix[: len(prefix) - len(os.path.basename(prefix))]
-    return [folder + shard["prefix"] for shard in _shards(prefix)]
+    return [folder + shard["prefix"] for shard in _read(prefix).get("shards", [])]
 
 
 def shard_entry(prefix: str) -> tuple[str, dict]:
     """The manifest of a pair, or of the shards of which it is one, and its entry there; empty where there is none."""
     for name in (prefix, NUMBER.sub("", prefix)):
-        for shard in _shards(name):
+        for shard in _read(name).get("shards", []):
             if shard["prefix"] == os.path.basename(prefix):
                 return name + ".json", shard
     return prefix + ".json", {}
 
 
-def _shards(prefix: str) -> list[dict]:
+def described(prefix: str) -> dict:
+    """The manifest that describes a pair, the shards of which it is one, or an output in shards; empty: none does."""
+    path, entry = shard_entry(prefix)
+    content = _read(path.removesuffix(".json"))
+    whole = all(shard["prefix"].startswith(os.path.basename(prefix)) for shard in content.get("shards", []))
+    return content if entry or whole else {}
+
+
+def _read(prefix: str) -> dict:
     try:
-        shards = json.loads(Path(prefix + ".json").read_bytes())["shards"]
-        return [shard for shard in shards if isinstance(shard["prefix"], str)]
+        content = json.loads(Path(prefix + ".json").read_bytes())
+        return content if all(isinstance(shard["prefix"], str) for shard in content["shards"]) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # none, or none of ours
+        return {}  # none, or none of ours
