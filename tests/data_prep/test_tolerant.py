@@ -93,7 +93,9 @@ def test_whatever_python_writes_is_read(value):
     def same(a, b):
         if isinstance(a, list):
             return len(a) == len(b) and all(map(same, a, b))
-        return a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b) or isinstance(a, int) and a == int(b)
+        if isinstance(a, int) and isinstance(b, float):  # orjson's way with whole numbers beyond 64 bits
+            return abs(a) >= 2**63 and float(a) == b
+        return a == b or isinstance(a, float) and math.isnan(a) and math.isnan(b)
 
     assert same(value, tolerant.loads(json.dumps(value).encode()))
 
