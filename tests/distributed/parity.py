@@ -57,7 +57,10 @@ GATES: dict[str, tuple[dict[str, Any], list[tuple[float, float, float, bool]]]] 
          (0.1, 0.5, 8.0, False)],
     ),
     "layers": (
-        {"budget": "layers", "budget_lambda": 5.0, "noise": "none", "weight": "one", "input_gradient": "none"},
+        {
+            "budget": "layers", "budget_lambda": 5.0, "noise": "none", "weight": "one", "input_gradient": "none",
+            "refinement": "add",
+        },
         [(0.15, 1.0, 5.0, False)] * 5,
     ),
     "batch-all": (
@@ -182,6 +185,8 @@ def possible(case: Case) -> bool:
     if case.micro_batch * case.data > 4:  # of 4 rows
         return False
     if case.gate != "paper" and case.pattern != "taipan":
+        return False
+    if case.gate == "batch-all" and case.tensor > 1:  # its gates' gradients cancel to what float32 rounds away
         return False
     return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
 
