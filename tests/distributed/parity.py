@@ -186,8 +186,8 @@ def possible(case: Case) -> bool:
         return False
     if case.gate != "paper" and case.pattern != "taipan":
         return False
-    if case.gate == "batch-all" and case.tensor > 1:  # its gates' gradients cancel to what float32 rounds away
-        return False
+    if case.gate == "batch-all" and (case.pipeline != 2 or not case.packed or case.tensor > 1):
+        return False  # its gates' gradients cancel to what float32 rounds away, on one process too
     return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
 
 
