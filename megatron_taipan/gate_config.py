@@ -91,6 +91,10 @@ class GateConfig(Section):
         "of the selection in training; none: by the logits alone; random: a control, tokens are drawn with probability"
         " C in training and evaluation, whatever the gate says",
     )
+    estimator: Literal["straight-through", "reinmax"] = option(
+        "straight-through",
+        "gradient of the selection in training; reinmax: second order (arXiv 2304.08612), with noise=gumbel",
+    )
     init_bias: float = option(0.0, "s1 - s0 at initialisation: 2 selects 88 % of the tokens at first")
     threshold: float = option(0.0, "evaluation selects a token where s1 - s0 exceeds this (calibration overrides it)")
 
@@ -106,6 +110,14 @@ class GateConfig(Section):
                 case "budget_lambda" if number < 0:
                     raise ValueError(f"{number:g} must be at least 0")
         return value
+
+    @model_validator(mode="after")
+    def _estimator_has_draws(self) -> "GateConfig":
+        if self.estimator == "reinmax" and self.noise != "gumbel":
+            raise ValueError(
+                f"estimator=reinmax averages over what noise=gumbel draws; with noise={self.noise} use straight-through"
+            )
+        return self
 
     @property
     def final_capacity(self) -> float:

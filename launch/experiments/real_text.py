@@ -51,7 +51,7 @@ def plan(options: argparse.Namespace) -> list[dict]:
     ]  # fmt: skip
 
 
-def run(what: dict, gpu: str | None, *, prefix: Path, work: Path) -> dict:
+def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) -> dict:
     """Trains and scores one model."""
     name = "_".join([what["recipe"], str(what["seed"]), str(what["steps"]), *what["overrides"]]).replace("/", "_")
     directory = work / name[:200]
@@ -69,7 +69,7 @@ def run(what: dict, gpu: str | None, *, prefix: Path, work: Path) -> dict:
     call(
         ["-m", "launch.experiments.real_text_score", str(directory), "--out", str(scored)], directory / "said.txt", gpu
     )
-    for path in directory.glob("step_*"):
+    for path in [] if keep else directory.glob("step_*"):
         shutil.rmtree(path)  # the weights are not what this is about
     seconds = {"training": round(trained - began, 1), "scoring": round(time.perf_counter() - trained, 1)}
     return {**read_log(directory / "log.jsonl"), **json.loads(scored.read_text()), "seconds": seconds}
@@ -126,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/real_text/work"), help="folder of the runs")
     parser.add_argument("--minutes", type=float, help="start no run that would not end by then")
     parser.add_argument("--expect", type=float, default=0.0, help="seconds that a run takes, until one has ended")
+    parser.add_argument("--keep", action="store_true", help="keep the trained models in the folders of WORK")
     parser.add_argument("--prepare", action="store_true", help="only make the corpus, its tokenizer and its tokens")
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of every run")
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif not options.table:
         if not prefix.with_suffix(".idx").exists():
             raise UserError(f"--data={options.data}: no such .bin/.idx pair; --prepare makes it")
-        about, one = hardware(), partial(run, prefix=prefix, work=options.work.resolve())
+        about, one = hardware(), partial(run, prefix=prefix, work=options.work.resolve(), keep=options.keep)
         left = make(
             options.out, plan(options), lambda what, gpu: one(what, gpu) | {"about": about}, options.minutes,
             places=gpu_names(), expected=options.expect,

@@ -30,6 +30,9 @@ STEER: dict[str, Any] = {
     "budget": "batch", "input_gradient": "task", "gradient": "all", "refinement": "add", "weight": "one",
 }  # fmt: skip
 READ = {**STEER, "input_gradient": "none"}  # the gate reads the layers' output, and no gradient goes back through it
+# The layers together keep to C, by a gate that only reads, whose gradient is second order (ReinMax).
+WEIGH: dict[str, Any] = {**READ, "budget": "layers", "estimator": "reinmax", "capacity": {**FALLING, "end": 0.19}}
+LATER = {"start": 1.0, "end": 0.19, "after": 0.35, "until": 0.75}
 ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
 
 RECIPES = {
@@ -69,6 +72,10 @@ RECIPES = {
     "read-alpha": Recipe("S", {**READ, "weight": "alpha"}),
     "read-layers": Recipe("S", {**READ, "budget": "layers"}),
     "read-half": Recipe("S", {**READ, "capacity": 0.5}),  # not within the budget
+    "read-late": Recipe("S", {**READ, "budget": "layers", "noise": "none", "capacity": LATER, "init_bias": 2.0}),
+    "weigh": Recipe("S", WEIGH),
+    "weigh-open": Recipe("S", {**WEIGH, "capacity": LATER, "init_bias": 2.0}),
+    "weigh-all": Recipe("S", {**WEIGH, "input_gradient": "all"}),
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
     "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),

@@ -11,7 +11,10 @@ from megatron_taipan.section import Section
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
 # trained. What has changed is said (`changed_settings`).
 SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
-TRAINING = (*SCHEDULED, *(f"model.gate.{name}" for name in ("budget", "input_gradient", "gradient", "gradient_share")))
+TRAINING = (
+    *SCHEDULED,
+    *(f"model.gate.{name}" for name in ("budget", "input_gradient", "estimator", "gradient", "gradient_share")),
+)
 FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 
 

@@ -39,6 +39,21 @@ def straight_through(logits: Tensor, noise: Tensor | None, tau: Tensor | float) 
     return hard + soft - soft.detach(), hard
 
 
+def reinmax(logits: Tensor, noise: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
+    """As `straight_through`, with the gradient of ReinMax (arXiv 2304.08612, algorithm 2), second order in m.
+
+    For two classes of probabilities 1 - p and p it is (1 - p) / 2 times the loss's derivative where m = 1 was drawn and
+    p / 2 times where m = 0 was, in expectation p (1 - p) times the mean of both: exact for a loss quadratic in m. The
+    straight-through estimator takes the derivative at the value drawn for the difference, so that a token whose loss
+    is flat around m = 1 gets no credit for what it would lose at m = 0.
+    """
+    hard = ((logits + noise).diff(dim=-1)[..., 0] > 0).to(logits.dtype)
+    margin = logits.diff(dim=-1)[..., 0] / tau
+    p = margin.detach().sigmoid()
+    slope = torch.where(hard > 0, 1 - p, p) / 2
+    return hard + slope * (margin - margin.detach()), hard
+
+
 class Gate(WithFloat32Islands):
     """One linear layer d_model -> 2 in float32, and what follows from its logits.
 
@@ -57,6 +72,7 @@ class Gate(WithFloat32Islands):
         self.index, self.gates = letters[:layer].count("S"), letters.count("S")  # its place among the gates
         gate = build.config.gate
         self.noise, self.budget, self.input_gradient = gate.noise, gate.budget, gate.input_gradient
+        self.estimator = reinmax if gate.estimator == "reinmax" else straight_through
         build.parameters(self, prefix)
         self.register_buffer("threshold", torch.tensor(build.config.gate.threshold, dtype=torch.float32))
 
@@ -75,9 +91,9 @@ class Gate(WithFloat32Islands):
             m = hard = take_tokens(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
         elif self.training:
             noise = take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
-            m, hard = straight_through(logits, noise, ctx.gate.tau)
+            m, hard = self.estimator(logits, noise, ctx.gate.tau)
             if self.input_gradient == "task":
-                counted, _ = straight_through(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
+                counted, _ = self.estimator(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)
         rows = put_tokens(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
