@@ -4,10 +4,10 @@
     python -m launch.experiments.real_text --recipes samba mamba2 paper --seeds 0 1
     python -m launch.experiments.real_text --table
 
-Each run is the network of real_text.yaml with the layers and the gate of a recipe (launch/experiments/recipes.py), and
-becomes a line of OUT (see real_text_score.py and real_text_report.py). A run that has a result there is skipped, and
-with --minutes none starts that would not end in time, so the whole can be made in parts. With several GPUs each takes
-a run.
+Each run is the network of real_text.yaml (or real_text_deep.yaml) with the layers and the gate of a recipe
+(launch/experiments/recipes.py), and becomes a line of OUT (see real_text_score.py and real_text_report.py). A run that
+has a result there is skipped, and with --minutes none starts that would not end in time, so the whole can be made in
+parts. With several GPUs each takes a run.
 """
 
 import argparse
@@ -32,19 +32,25 @@ from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Path(__file__).with_suffix(".yaml")
 MEGABYTES, VOCABULARY = 220, 8192
-# Equal size: what is left of the attention layers' parameters goes into more Mamba-2 blocks, or fewer.
-PATTERNS = {"M": "(M*8)*2", "W": "(M*6 W)*2", "A": "(M*6 A)*2", "S": "(M*6 S)*2", "transformerpp": "A*8"}
+# Networks by the name of their file. Equal size: what is left of the attention layers' parameters goes into more
+# Mamba-2 blocks, or fewer.
+PATTERNS = {
+    "real_text": {"M": "(M*8)*2", "W": "(M*6 W)*2", "A": "(M*6 A)*2", "S": "(M*6 S)*2", "transformerpp": "A*8"},
+    "real_text_deep": {"M": "(M*8)*5", "W": "(M*6 W)*5", "A": "(M*6 A)*5", "S": "(M*6 S)*5", "transformerpp": "A*22"},
+}
 
 
 def plan(options: argparse.Namespace) -> list[dict]:
     """The runs asked for, and of each all that its outcome depends on."""
     text = f"{options.data.name} {IndexedReader(options.data).fingerprint[:8]}"
+    patterns = PATTERNS[options.network]
+    network = {} if options.network == "real_text" else {"network": options.network}  # lines from before there were two
     return [
         {
             "recipe": recipe, "seed": seed, "steps": options.steps, "data": text, "overrides": options.overrides,
-            "pattern": PATTERNS.get(recipe) or PATTERNS[RECIPES[recipe].attention], "gate": gate_options(recipe),
+            "pattern": patterns.get(recipe) or patterns[RECIPES[recipe].attention], "gate": gate_options(recipe),
+            **network,
         }
         for seed in options.seeds
         for recipe in options.recipes
@@ -53,7 +59,10 @@ def plan(options: argparse.Namespace) -> list[dict]:
 
 def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) -> dict:
     """Trains and scores one model."""
-    name = "_".join([what["recipe"], str(what["seed"]), str(what["steps"]), *what["overrides"]]).replace("/", "_")
+    network = what.get("network", "real_text")
+    name = "_".join([network, what["recipe"], str(what["seed"]), str(what["steps"]), *what["overrides"]]).replace(
+        "/", "_"
+    )
     directory = work / name[:200]
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
     directory.mkdir(parents=True)
@@ -63,7 +72,11 @@ def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) ->
         f"train.seed={what['seed']}", f"data.seed={what['seed']}", f"train.steps={what['steps']}", *what["overrides"],
     ]  # fmt: skip
     began = time.perf_counter()
-    call(["launch/pretrain.py", "--config", str(CONFIG), *settings], directory / "said.txt", gpu)
+    call(
+        ["launch/pretrain.py", "--config", str(Path(__file__).with_name(f"{network}.yaml")), *settings],
+        directory / "said.txt",
+        gpu,
+    )
     trained = time.perf_counter()
     scored = directory / "score.json"
     call(
@@ -118,6 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/real_text/data/text"), help="prefix of the tokens")
+    parser.add_argument(
+        "--network", choices=PATTERNS, default="real_text", help="file beside this one; default: %(default)s"
+    )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",
                         help=f"of {', '.join(RECIPES)}; default: all")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -56,6 +56,7 @@ def table(records: list[dict]) -> str:
         if "result" in record:
             run, result = record["run"], record["result"]
             about = f"{result['tokens'] / 1e6:.0f}M tokens of `{run['data']}`, {result['epochs']:.1f} epochs"
+            about = f"{run.get('network', 'real_text')}.yaml, {about}"
             label = " ".join([run["recipe"], *run["overrides"]])
             sets.setdefault(about, {}).setdefault(label, []).append(result)
     return "\n".join(f"{about}:\n\n{one_table(rows)}" for about, rows in sets.items())

@@ -32,6 +32,11 @@ STEER: dict[str, Any] = {
 READ = {**STEER, "input_gradient": "none"}  # the gate reads the layers' output, and no gradient goes back through it
 # The layers together keep to C, by a gate that only reads, whose gradient is second order (ReinMax).
 WEIGH: dict[str, Any] = {**READ, "budget": "layers", "estimator": "reinmax", "capacity": {**FALLING, "end": 0.19}}
+PRICE: dict[str, Any] = {
+    **WEIGH,
+    "capacity": {**FALLING, "end": 0.15},
+    "budget_lambda": {**READ["budget_lambda"], "end": 30.0},
+}  # fmt: skip
 LATER = {"start": 1.0, "end": 0.19, "after": 0.35, "until": 0.75}
 ALL, ADD, BATCH = {"gradient": "all"}, {"refinement": "add"}, {"budget": "batch"}
 
@@ -76,6 +81,19 @@ RECIPES = {
     "weigh": Recipe("S", WEIGH),
     "weigh-open": Recipe("S", {**WEIGH, "capacity": LATER, "init_bias": 2.0}),
     "weigh-all": Recipe("S", {**WEIGH, "input_gradient": "all"}),
+    "price": Recipe("S", PRICE),
+    "price-early": Recipe(
+        "S",
+        {
+            **PRICE,
+            "capacity": {**ANNEAL, "after": 0.05, "until": 0.4},
+            "budget_lambda": {**PRICE["budget_lambda"], "after": 0.05, "until": 0.4},
+        },
+    ),
+    "price-open": Recipe("S", {**PRICE, "capacity": {**FALLING, "start": 1.0, "end": 0.15}, "init_bias": 2.0}),
+    "price-all": Recipe("S", {**PRICE, "input_gradient": "all"}),
+    "price-alpha": Recipe("S", {**PRICE, "weight": "alpha"}),
+    "price-straight": Recipe("S", {**PRICE, "estimator": "straight-through"}),
     "anneal-sampled-add": Recipe("S", {"capacity": ANNEAL, "gradient": "sampled", "gradient_share": 0.1, **ADD}),
     "anneal-all-add-one": Recipe("S", {"capacity": ANNEAL, "weight": "one", **ALL, **ADD}),
     "anneal-none-all-add": Recipe("S", {"capacity": ANNEAL, "noise": "none", **ALL, **ADD}),
