@@ -136,7 +136,7 @@ def _on_its_gpu(kernel: Callable) -> Callable:
     """A kernel that runs where its tensors are: Triton launches on the current device, whatever it is given."""
 
     def run(first: torch.Tensor, *args, **kwargs):
-        if first.get_device() == torch.cuda.current_device():
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():  # CPU: Triton's interpreter
             return kernel(first, *args, **kwargs)
         with torch.cuda.device(first.device):
             return kernel(first, *args, **kwargs)

@@ -105,10 +105,12 @@ def test_a_cache_lies_with_its_layers_and_may_come_from_another_device(devices):
     astray.state = whole.model.new_cache(2, first, torch.float64)
     for cache in (TaipanCache(), astray):
         parts = [(0, 9, first), (9, 10, first), (10, 12, second), (12, 20, first)]
-        logits = [
-            model(tokens[:, a:b].to(at), seq_idx=seq_idx[:, a:b].to(at), past_key_values=cache).logits.to(first)
-            for a, b, at in parts
-        ]
+        logits = []
+        for a, b, at in parts:
+            given = {"inputs_embeds": whole.get_input_embeddings()(tokens[:, a:b]).to(at)} if at == second else {}
+            given = given or {"input_ids": tokens[:, a:b]}
+            cache.reorder_cache(torch.arange(2, device=at))
+            logits.append(model(**given, seq_idx=seq_idx[:, a:b].to(at), past_key_values=cache).logits.to(first))
         same(torch.cat(logits, 1), wanted)
         places = [{t.device for t in state.tensors()} for state in cache.state.layers]
         assert places == [{devices[n % 2]} for n in range(len(places))]
@@ -122,9 +124,10 @@ def test_a_training_step_is_that_of_one_device(devices, tied, frugal):
     options, results = {"tie_embeddings": tied, "gate": {"budget_lambda": 0.5}}, []
     for model in (hf_model(**options).to(first), split(hf_model(**options), devices)):
         model.train().model._set_gradient_checkpointing(frugal)
-        labels = tokens.to(first if not results else second)
+        labels, mask = tokens.to(first if not results else second), torch.ones_like(tokens)
+        mask[:, 15:] = 0
         items = torch.tensor(50, device=first)
-        output = model(tokens, labels=labels, seq_idx=seq_idx, skip_logits=frugal, num_items_in_batch=items)
+        output = model(tokens, mask, labels=labels, seq_idx=seq_idx, skip_logits=frugal, num_items_in_batch=items)
         assert frugal or output.loss.device == output.logits.device
         output.loss.backward()
         results.append((output.loss.detach(), *(p.grad for p in model.parameters())))
