@@ -76,7 +76,7 @@ def within_texts(labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None) ->
     """The labels [b, l], not shifted, without padding and without first tokens of documents, which are not predicted
     from the document before."""
     if mask is not None:
-        labels = labels.masked_fill(mask[:, -labels.shape[1] :] == 0, IGNORED)
+        labels = labels.masked_fill(mask[:, -labels.shape[1] :].to(labels.device) == 0, IGNORED)
     if seq_idx is not None:
-        labels = labels.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)), IGNORED)
+        labels = labels.masked_fill(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).to(labels.device), IGNORED)
     return labels

@@ -14,7 +14,7 @@ from megatron_taipan.hf.arguments import check_arguments
 from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
 from megatron_taipan.hf.documents import IGNORED, within_texts
-from megatron_taipan.hf.network import TaipanModel, TaipanPreTrainedModel, check_tokens, documents_of, one_cache
+from megatron_taipan.hf.network import TaipanModel, TaipanPreTrainedModel, beside, check_tokens, documents_of, one_cache
 from megatron_taipan.ops.numerics import at_least_float32
 
 __all__ = ["TaipanCache", "TaipanForCausalLM", "TaipanForSequenceClassification", "TaipanModel"]
@@ -84,7 +84,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, output_hidden_states=output_hidden_states,
             cache=cache, return_dict=True,
         )  # fmt: skip
-        h = output.last_hidden_state
+        h = beside(self.lm_head, output.last_hidden_state)
         skip_logits = self.config.skip_logits if skip_logits is None else skip_logits
         logits = loss = None
         if labels is None or not (self.training and skip_logits):
@@ -92,7 +92,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         if labels is not None:
             following = torch.full_like(labels, IGNORED)  # [b, l] what each position should predict
             following[:, :-1] = within_texts(labels, attention_mask, seq_idx)[:, 1:]
-            loss = self._loss(h, logits, following.to(h.device), output.budget_loss, kwargs.get("num_items_in_batch"))
+            loss = self._loss(h, logits, following, output.budget_loss, kwargs.get("num_items_in_batch"))
             logits = None if logits is None else keep_positions(logits, logits_to_keep)
         kept: dict[str, Any] = {CACHE: cache, "hidden_states": output.hidden_states}
         result = CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
@@ -106,7 +106,13 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
                 counts.
             n_items: labels in the whole accumulated batch (what transformers' Trainer passes), whose losses it adds up:
                 each then brings its share of the means.
+
+        Returns:
+            the loss, where the logits are; what it is made of may lie elsewhere (accelerate's device_map).
         """
+        device = (h if logits is None else logits).device
+        following, budget = following.to(device), budget.to(device)
+        n_items = n_items.to(device) if isinstance(n_items, Tensor) else n_items
         counted = following != IGNORED
         count = counted.sum().clamp(min=1) if n_items is None else n_items
         if logits is None:
@@ -178,4 +184,4 @@ class TaipanForSequenceClassification(GenericForSequenceClassification, TaipanPr
 
 def keep_positions(x: Tensor, positions: int | Tensor) -> Tensor:
     """x [b, l, e] at the last so many positions (0: all), or at those of [n]."""
-    return x[:, positions] if isinstance(positions, Tensor) else x[:, -positions:]
+    return x[:, positions.to(x.device)] if isinstance(positions, Tensor) else x[:, -positions:]

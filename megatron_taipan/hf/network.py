@@ -97,6 +97,8 @@ class TaipanModel(TaipanPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
         self.embedding.weight = network.embedding.weight
         self.layers, self.final_norm = network.layers, network.final_norm
+        for layer in self.layers:
+            layer.register_forward_pre_hook(arguments_beside)
         self.ops, self.tp = network.ops, TensorParallel()
         self.gate_config, self.residual_fp32 = network.config.gate, network.config.residual_fp32
         self.recompute, self.gradient_checkpointing = "none", False
@@ -133,13 +135,14 @@ class TaipanModel(TaipanPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = TaipanCache()
-        embedded = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = self.embedding(beside(self.embedding, input_ids)) if inputs_embeds is None else inputs_embeds
         if seq_idx is None:
             seq_idx = documents_of(embedded.shape[:2], attention_mask, kwargs, cache)
         self._train_step += self.training
         h = at_least_float32(embedded) if self.residual_fp32 else embedded
         state = self._state_of(cache, h) if cache is not None else None
         step = self._train_step if self.training else 0
+        seq_idx = None if seq_idx is None else seq_idx.to(h.device)
         ctx = make_context(h[..., 0], seq_idx, None, step, settled(self.gate_config, step), state)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -151,7 +154,7 @@ class TaipanModel(TaipanPreTrainedModel):
                 selections += [] if selection is None else [selection]
         else:
             h, selections = run_layers(self.layers, h, ctx, self.recompute, 1, self.tp)
-        h = self.final_norm(h)
+        h = self.final_norm(beside(self.final_norm, h))
         kept: dict[str, Any] = {CACHE: cache, "hidden_states": (*between[:-1], h) if output_hidden_states else None}
         budget = sum((s.budget_loss.to(h.device) for s in selections), torch.zeros((), device=h.device))
         output = TaipanModelOutput(last_hidden_state=h, budget_loss=budget, **kept)
@@ -187,6 +190,22 @@ class TaipanModel(TaipanPreTrainedModel):
                 for layer, place in zip(self.layers, places, strict=True)
             ]
         )
+
+
+def beside(module: nn.Module, x: Any) -> Any:
+    """x, a tensor or what has a `to`, on the device of the module's weights, where layers are spread over several.
+
+    As it is where those lie on meta until accelerate's hook fetches them, which then moves x as well.
+    """
+    weight = next(module.parameters(), None)
+    return x if weight is None or weight.is_meta else x.to(weight.device)
+
+
+def arguments_beside(layer: nn.Module, args: tuple[Stream, Context, Any]) -> tuple[Stream, Context, Any]:
+    """Before a layer is called: its arguments on its device. The state moves itself, as layers change it in place."""
+    stream, ctx, *states = args
+    moved = (None if t is None else beside(layer, t) for t in stream)
+    return Stream(*moved), beside(layer, ctx), *(None if s is None else beside(layer, s) for s in states)
 
 
 def ops_of_modules() -> Ops:

@@ -15,11 +15,18 @@ class MambaState:
 
     def forget(self, rows: Tensor) -> None:
         """Zeroes the rows (bool [b]) whose next token starts another document."""
+        rows = rows.to(self.ssm.device)
         self.conv_tail = torch.where(rows[:, None, None], 0, self.conv_tail)
         self.ssm = torch.where(rows[:, None, None, None], 0, self.ssm)
 
     def select(self, index: Tensor) -> None:
+        index = index.to(self.ssm.device)
         self.conv_tail, self.ssm = self.conv_tail[index], self.ssm[index]
+
+    def to(self, device: torch.device | int | str) -> "MambaState":
+        """Moves itself to the layer's device; no copy where it is there."""
+        self.conv_tail, self.ssm = self.conv_tail.to(device), self.ssm.to(device)
+        return self
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.conv_tail, self.ssm
@@ -111,7 +118,14 @@ class KeyValueStore:
         self.used = keep
 
     def select(self, index: Tensor) -> None:
+        index = index.to(self.keys.device)
         self.keys, self.values = self.keys[index], self.values[index]
+
+    def to(self, device: torch.device | int | str) -> "KeyValueStore":
+        """Moves itself to the layer's device; no copy where it is there."""
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.origin = None if self.origin is None else self.origin.to(device)
+        return self
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.keys, self.values
@@ -142,6 +156,7 @@ class Cache:
         for layer in self.layers:
             layer.select(index)
         if self.last_seq_idx is not None:
+            index = index.to(self.last_seq_idx.device)
             self.last_seq_idx, self.document_start = self.last_seq_idx[index], self.document_start[index]
 
     def advance(self) -> None:

@@ -1,6 +1,6 @@
 """What a forward pass knows about its tokens: positions, documents, samples, and the cache they extend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,30 @@ class Context:
     gate: GateSettings
     cache: Cache | None = None
     single: bool = False  # one more token a row; its layers change the cache in place, see Taipan.step
+    copies: dict[torch.device, "Context"] = field(default_factory=dict)  # on other devices, see `to`
+
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Context":
+        """The same facts on a layer's device, where the layers lie on several; copied once for each device.
+
+        The cache is the same one, each layer's part of it where the layer is. accelerate calls this for arguments of
+        modules that it placed, as it calls `Tensor.to`.
+        """
+        position = self.position.to(device, non_blocking=non_blocking)
+        if position is self.position:
+            return self
+        if position.device not in self.copies:
+            there = position.device
+            self.copies[there] = replace(
+                self,
+                seq_idx=None if self.seq_idx is None else self.seq_idx.to(there),
+                position=position,
+                document_start=self.document_start.to(there),
+                samples=self.samples.to(there),
+                step=self.step.to(there) if isinstance(self.step, Tensor) else self.step,
+                gate=self.gate.to(there),
+                copies={},
+            )
+        return self.copies[position.device]
 
     def interval(self, window: int | None, row_stride: int, first: int | Tensor) -> tuple[Tensor, Tensor]:
         """The keys that each token sees, in a flattened [b, row_stride] key axis whose rows begin at position `first`.
@@ -66,14 +90,14 @@ def make_context(
     position = torch.arange(past, past + l, device=device)
     if samples is None:
         samples = torch.arange(b, device=device)
-    began = torch.full((b,), past, device=device) if not past else cache.document_start
+    began = torch.full((b,), past, device=device) if not past else cache.document_start.to(device)
     if seq_idx is None:
         start = began[:, None].expand(b, l)
     else:
         fresh = torch.ones(b, l, dtype=torch.bool, device=device)  # tokens that begin a document
         fresh[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         if past:
-            fresh[:, 0] = seq_idx[:, 0] != cache.last_seq_idx
+            fresh[:, 0] = seq_idx[:, 0] != cache.last_seq_idx.to(device)
             cache.forget(fresh[:, 0])
         start = torch.where(fresh, position, began[:, None]).cummax(1).values
     if cache is not None:

@@ -1,7 +1,7 @@
 """What the gates are told for one pass: where their schedules stand, and what the step before measured."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class GateSettings(NamedTuple):
         """From float32 [4 + S layers]: capacity, tau, lambda, every_query, shares; see train/schedule.py."""
         capacity, tau, budget_lambda, every = vector[:4].unbind()
         return GateSettings(capacity, tau, budget_lambda, every > 0.5, vector[4:], vector)
+
+    def to(self, device: torch.device) -> "GateSettings":
+        """The same on another device; plain numbers stay what they are."""
+        numbers: Any = (n.to(device) if isinstance(n, Tensor) else n for n in self)
+        return GateSettings(*numbers)
 
     def pack(self, gates: int, device: torch.device) -> Tensor:
         """The vector; where no trainer gave one and the shares are not known, C stands for each of them."""

@@ -112,7 +112,7 @@ def _mamba2_mix() -> Callable | None:
     if not torch.cuda.is_available() or "ssd" not in FAST:
         return None
     try:
-        return load_mamba2_mix()
+        return _on_its_gpu(load_mamba2_mix())
     except ImportError:
         return None
 
@@ -124,9 +124,22 @@ def takes_kernels(x: torch.Tensor) -> bool:
 
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:
     """The kernel for CUDA tensors in a dtype that kernels take, the reference for all others."""
+    fast = _on_its_gpu(fast)
 
     def run(first: torch.Tensor, *args, **kwargs):
         return (fast if takes_kernels(first) else reference)(first, *args, **kwargs)
+
+    return run
+
+
+def _on_its_gpu(kernel: Callable) -> Callable:
+    """A kernel that runs where its tensors are: Triton launches on the current device, whatever it is given."""
+
+    def run(first: torch.Tensor, *args, **kwargs):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():  # CPU: Triton's interpreter
+            return kernel(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return kernel(first, *args, **kwargs)
 
     return run
 

@@ -46,6 +46,16 @@ def test_fast_is_refused_without_a_gpu_and_names_the_kernel(monkeypatch, kernel)
         pick_ops("fast")
 
 
+def test_interpreted_kernels_take_cpu_tensors(monkeypatch, kernel):
+    monkeypatch.setattr(dispatch, "takes_kernels", lambda x: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        ops = pick_ops("auto")
+    x = torch.ones(2)
+    ops.rms_norm(x, x, 1e-5)
+    assert len(kernel) == 1 and kernel[0][0] is x
+
+
 def test_fast_is_refused_where_a_package_lacks(monkeypatch):
     def load():
         raise ImportError("No module named 'triton'")
