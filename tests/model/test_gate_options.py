@@ -200,6 +200,34 @@ def test_what_reaches_the_layers_before_through_the_gates_input(reach, of_task, 
             close(mine, its, 1e-12)
 
 
+def mean_gradient(gate, u: Tensor, loss, draws: int = 8000) -> list[Tensor]:
+    """Of loss(m [draws, L]) with respect to u [1, L, D] and the gate's parameters, over so many draws of the noise."""
+    ctx = make_context(tokens(draws, L), None, torch.arange(draws), 0, told())
+    selection = gate(u.expand(draws, L, D), ctx)
+    close(selection.m.detach(), selection.selected.double(), 1e-12)
+    return list(torch.autograd.grad(loss(selection.m).sum() / draws, [u, gate.weight, gate.bias]))
+
+
+@pytest.mark.parametrize("reach", ["all", "task"])
+def test_reinmax_has_the_gradient_of_the_expectation_of_a_quadratic_loss(reach):
+    """E f(m) = (1 - p) f(0) + p f(1), for f(m) = a m^2 + b m; the straight-through estimator has another."""
+    options = {"noise": "gumbel", "input_gradient": reach}
+    gate, plain, u = one_gate(**options, estimator="reinmax"), one_gate(**options), hidden()[:1].detach()
+    u.requires_grad_()
+    a, b = torch.randn(2, L, dtype=torch.float64)
+    p = logits_of(gate, u).softmax(-1)[..., 1]
+    exact = torch.autograd.grad((p * (a + b)).sum(), [u, gate.weight, gate.bias])
+    for ours, theirs in zip(mean_gradient(gate, u, lambda m: a * m**2 + b * m), exact, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+    straight = mean_gradient(plain, u, lambda m: a * m**2 + b * m)
+    assert (straight[0] - exact[0]).norm() > 0.2 * exact[0].norm()
+
+
+def test_reinmax_without_draws_is_refused():
+    with pytest.raises(ValueError, match="noise=none use straight-through"):
+        GateConfig(noise="none", estimator="reinmax")
+
+
 # --- what gates are told ---
 
 
