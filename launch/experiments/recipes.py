@@ -58,6 +58,12 @@ RECIPES = {
     "lambda-all-add": Recipe("S", {"budget_lambda": LAMBDA, **ALL, **ADD}),
     "anneal-batch-all-add": Recipe("S", {"capacity": ANNEAL, **BATCH, **ALL, **ADD}),
     "lambda-batch-all-add": Recipe("S", {"budget_lambda": STEEP_LAMBDA, **BATCH, **ALL, **ADD}),
+    "lambda-open": Recipe(
+        "S", {"budget_lambda": STEEP_LAMBDA, "init_bias": 2.0, "weight": "one", **BATCH, **ALL, **ADD}
+    ),
+    "lambda-open-layers": Recipe(
+        "S", {"budget_lambda": STEEP_LAMBDA, "init_bias": 2.0, "weight": "one", "budget": "layers", **ALL, **ADD}
+    ),
     "open-all-add": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ALL, **ADD}),
     "open-all": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ALL}),
     "open-add": Recipe("S", {"capacity": OPEN, "init_bias": 2.0, **ADD}),
