@@ -43,7 +43,7 @@ from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH, PREFILL = 2, 64, 40  # tokens of the check; the first 40 of a row in one pass, the rest from its cache
@@ -275,7 +275,7 @@ def trainer_logits(
 
 def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype in the file of every parameter and buffer; float32 islands and buffers stay float32."""
-    table = describe(config)
+    table = parameter_table(config)
     with torch.device("meta"):
         model = Taipan(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -10,7 +10,7 @@ from megatron_taipan.checkpoint.merge import TrainedState
 from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.weights import Stored, Weights
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 @exits_cleanly
@@ -67,7 +67,7 @@ def checkpoint_facts(path: Path) -> list[tuple[str, str]]:
 
 def tensor_lines(opened: Weights | TrainedState, every: bool) -> list[str]:
     """Shape, stored type and size of every tensor: one a line, or as a tree in which equal layers stand once."""
-    table, names = describe(opened.network), opened.names()
+    table, names = parameter_table(opened.network), opened.names()
     stored = {name: opened.stored(name) for name in names}
     total = sum(math.prod(spec.shape) for spec in table.values())
     islands = f"{sum(spec.float32 for spec in table.values())} of them float32 islands"

@@ -5,11 +5,13 @@ import re
 from checkpoints.run_metrics import Validation
 from checkpoints.tokenizer import SPLIT, Special
 from megatron_taipan.config import Config, ModelConfig
-from megatron_taipan.parallel.layout import describe
-from megatron_taipan.pattern import LETTERS
+from megatron_taipan.layer_kinds.mamba2 import MAMBA2
+from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.layer_kinds.selective import SELECTIVE_ATTENTION
+from megatron_taipan.parameters import parameter_table
 from megatron_taipan.versions import TRANSFORMERS_NEWEST, TRANSFORMERS_OLDEST
 
-MAMBA2, TAIPAN = "arXiv 2405.21060", "arXiv 2410.18572"
+MAMBA2_PAPER, TAIPAN_PAPER = "arXiv 2405.21060", "arXiv 2410.18572"
 
 
 def model_card(name: str, model: ModelConfig, dtype: str, training: str | None, tokenizer: str | None) -> str:
@@ -19,9 +21,10 @@ def model_card(name: str, model: ModelConfig, dtype: str, training: str | None, 
         training: `describe_run`; None: nothing is known. tokenizer: `describe_tokenizer`; None: the export has none.
     """
     has_tokenizer = tokenizer is not None
-    n_params = sum(_count(spec.shape) for spec in describe(model).values())
-    layers = ", ".join(f"{model.letters.count(k)} x {name}" for k, name in LETTERS.items() if k in model.letters)
-    growing = ", except for the keys and values of full attention layers" if "A" in model.letters else ""
+    n_params = sum(_count(spec.shape) for spec in parameter_table(model).values())
+    kinds = kinds_of(model.letters)
+    layers = ", ".join(f"{model.letters.count(kind.letter)} x {kind.name}" for kind in kinds)
+    growing = "".join(f", except for the keys and values of {kind.name}s" for kind in kinds if kind.growing)
     load_tokenizer = (
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if has_tokenizer else ""
     )
@@ -34,7 +37,7 @@ def model_card(name: str, model: ModelConfig, dtype: str, training: str | None, 
     selective = (
         f"- selective attention: window {model.attention.window}, capacity {model.gate.final_capacity:g}"
         " of the tokens\n"
-        if "S" in model.letters
+        if model.gated_layers
         else ""
     )
     releases = f"{TRANSFORMERS_OLDEST} or later (tested up to {TRANSFORMERS_NEWEST})"
@@ -152,21 +155,22 @@ def with_dtype(card: str, dtype: str) -> str:
 
 def family_of(letters: str) -> str:
     """The architecture of the layers `letters`, with its source."""
-    kinds = set(letters)
-    if kinds == {"M"}:
-        return f"Mamba-2 ({MAMBA2})"
-    if "S" in kinds:
-        others = "a Mamba-2 network" if "M" in kinds else "a transformer"
-        return f"Taipan, {others} with selective attention layers ({TAIPAN})"
-    attention = {"W": "sliding-window attention", "A": "full causal attention"}
-    names = " and ".join(name for letter, name in attention.items() if letter in kinds)
-    return f"a hybrid of Mamba-2 ({MAMBA2}) and {names} layers" if "M" in kinds else f"a transformer with {names}"
+    kinds = kinds_of(letters)
+    mamba = MAMBA2 in kinds
+    if SELECTIVE_ATTENTION in kinds:
+        others = "a Mamba-2 network" if mamba else "a transformer"
+        return f"Taipan, {others} with selective attention layers ({TAIPAN_PAPER})"
+    names = " and ".join(kind.mixer for kind in kinds if kind is not MAMBA2)
+    if not names:
+        return f"Mamba-2 ({MAMBA2_PAPER})"
+    return f"a hybrid of Mamba-2 ({MAMBA2_PAPER}) and {names} layers" if mamba else f"a transformer with {names}"
 
 
 def tags_of(letters: str) -> str:
     """The Hub's tags, separated by commas."""
-    tags = ["taipan", *["mamba2"] * ("M" in letters), *["selective-attention"] * ("S" in letters), "causal-lm"]
-    return ", ".join(tags)
+    kinds = kinds_of(letters)
+    tags = ["mamba2"] * (MAMBA2 in kinds) + ["selective-attention"] * (SELECTIVE_ATTENTION in kinds)
+    return ", ".join(["taipan", *tags, "causal-lm"])
 
 
 def _count(shape: tuple[int, ...]) -> int:

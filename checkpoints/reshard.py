@@ -32,7 +32,8 @@ from megatron_taipan.config import Config, dump_config, load_config, make_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.groups import data_parallel_size
-from megatron_taipan.parallel.layout import ParamSpec, describe
+from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.parameters import parameter_table
 
 
 @exits_cleanly
@@ -92,7 +93,7 @@ class Target:
 
     @cached_property
     def table(self) -> dict[str, ParamSpec]:
-        return describe(self.config.model, self.config.parallel.tensor)
+        return parameter_table(self.config.model, self.config.parallel.tensor)
 
     @cached_property
     def bounds(self) -> list[int]:

@@ -7,7 +7,7 @@ Names and orders are those of vLLM's `MambaMixer2` (vllm/model_executor/layers/m
 from dataclasses import dataclass
 
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows stand in it one after the other
     "in_proj.weight": ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt"),
@@ -42,7 +42,7 @@ def served_weights(network: ModelConfig) -> dict[str, Joined]:
 
     The gates' thresholds, buffers [] of the S layers, keep theirs too and are not in the table.
     """
-    table = {name: spec.shape for name, spec in describe(network).items()}
+    table = {name: spec.shape for name, spec in parameter_table(network).items()}
     joined: dict[str, Joined] = {}
     for name in table:
         head, _, last = name.rpartition(".")

@@ -21,9 +21,10 @@ from checkpoints.safetensors_files import write_sharded
 from megatron_taipan.checkpoint.weights import PREFIX, open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 @dataclass
@@ -68,7 +69,7 @@ def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Rep
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    names, table = match_layers(target.letters, source.letters), describe(target)
+    names, table = match_layers(target.letters, source.letters), parameter_table(target)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Taipan(target).state_dict().items()}
     report = Report(shapes, source.shapes, notes=[*source.notes])
@@ -124,14 +125,8 @@ def other_options(source: ModelConfig, target: ModelConfig) -> dict[str, tuple[A
 
     Only layers of kinds that both have matter. Vocabulary and head are compared by their tensors.
     """
-    both = set(source.letters) & set(target.letters)
-    names = ["d_model", "norm_eps"]
-    if "M" in both:
-        names += [f"mamba.{name}" for name in ("d_state", "headdim", "expand", "n_groups", "d_conv", "conv_bias")]
-    if both & set("SWA"):
-        names += ["d_ff", "attention.n_heads", "n_kv_heads", "head_dim"]
-    names += ["attention.window"] * bool(both & set("SW")) + ["attention.rope_theta"] * ("A" in both)
-    names += ["gate.refinement", "gate.weight"] * ("S" in both)  # the gate's other options are of training
+    both = "".join(set(source.letters) & set(target.letters))
+    names = dict.fromkeys(["d_model", "norm_eps", *(name for kind in kinds_of(both) for name in kind.options)])
     values = {name: (attrgetter(name)(source), attrgetter(name)(target)) for name in names}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.errors import UserError
+from megatron_taipan.layer_kinds.mamba2 import MAMBA2
+from megatron_taipan.layer_kinds.registry import kind_of
 
 
 class Norm(nn.Module):
@@ -148,8 +151,11 @@ def composition(config: ModelConfig, length: int) -> nn.Module:
     blocks: list[nn.Module] = []
     mask = window_mask(config.attention.window, length)
     for letter in config.letters:
-        if letter == "M":
+        kind = kind_of(letter)
+        if kind is MAMBA2:
             blocks.append(MambaSsmBlock(config))
+        elif not kind.attends:
+            raise UserError(f"no peer's {kind.name} stands beside ours")
         else:
             attention = WindowAttention(config.d_model, config.attention.n_heads, mask)
             blocks.append(nn.Sequential(attention, FeedForward(config.d_model, config.d_ff)))

@@ -13,6 +13,7 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS, GateConfig
+from megatron_taipan.layer_kinds.registry import kind_of, kinds_of
 from megatron_taipan.pattern import parse_pattern
 from megatron_taipan.section import Section, option
 
@@ -77,37 +78,19 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ModelConfig":
-        m, a = self.mamba, self.attention
-        if "M" in self.letters:
-            if self.d_inner % m.headdim:
-                raise ValueError(
-                    f"mamba.headdim={m.headdim} does not divide d_inner = expand * d_model ="
-                    f" {m.expand} * {self.d_model} = {self.d_inner} (remainder {self.d_inner % m.headdim})"
-                )
-            if self.mamba_heads % m.n_groups:
-                raise ValueError(
-                    f"mamba.n_groups={m.n_groups} does not divide the {self.mamba_heads} SSM heads"
-                    f" (d_inner / headdim = {self.d_inner} / {m.headdim}); choose {divisors(self.mamba_heads)}"
-                )
-        if set(self.letters) & set("SWA"):
-            if a.head_dim is None and self.d_model % a.n_heads:
-                raise ValueError(
-                    f"attention.n_heads={a.n_heads} does not divide d_model={self.d_model}"
-                    f" ({self.d_model} % {a.n_heads} = {self.d_model % a.n_heads}); choose {divisors(self.d_model)}"
-                )
-            if a.n_heads % self.n_kv_heads:
-                raise ValueError(
-                    f"attention.n_kv_heads={self.n_kv_heads} does not divide n_heads={a.n_heads}"
-                    f" ({a.n_heads} % {self.n_kv_heads} = {a.n_heads % self.n_kv_heads}); choose {divisors(a.n_heads)}"
-                )
-            if "A" in self.letters and self.head_dim % 2:
-                raise ValueError(f"the rotary embedding of A layers needs an even head size, not {self.head_dim}")
+        for kind in kinds_of(self.letters):
+            kind.check(self)
         return self
 
     @property
     def letters(self) -> str:
         """One letter a layer."""
         return parse_pattern(self.pattern).letters
+
+    @property
+    def gated_layers(self) -> list[int]:
+        """Indices of the layers that have a gate."""
+        return [index for index, letter in enumerate(self.letters) if kind_of(letter).gated]
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -440,11 +423,6 @@ class Config(Section):
                 " optim.grad_clip; use zero_stage 1"
             )
         return self
-
-
-def divisors(n: int) -> str:
-    """The divisors of n up to 64, as text for an error message."""
-    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

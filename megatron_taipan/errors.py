@@ -39,3 +39,8 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return error.exit_status
 
     return run
+
+
+def divisors(n: int) -> str:
+    """The divisors of n up to 64, as text for an error message."""
+    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)

@@ -9,13 +9,8 @@ Grammar: sequence = item*; item = (letter | "(" sequence ")") ["*" integer] | "|
 from dataclasses import dataclass
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.layer_kinds.registry import KINDS, known_kinds
 
-LETTERS = {
-    "M": "Mamba-2 block",
-    "S": "selective attention layer",
-    "W": "sliding-window attention layer",
-    "A": "full causal attention layer",
-}
 MAX_LAYERS = 4096
 
 
@@ -57,14 +52,13 @@ def parse_pattern(text: str) -> Pattern:
                 at += 1
                 if not item.strip("|"):
                     raise fail(opened, "this group holds no layer")
-            elif char in LETTERS:
+            elif char in KINDS:
                 item, at = char, at + 1
             elif char == "|":
                 out, at = out + "|", at + 1
                 continue
             else:
-                known = ", ".join(f"{k} ({v})" for k, v in LETTERS.items())
-                raise fail(at, f"unknown layer {char!r}; known are {known}")
+                raise fail(at, f"unknown layer {char!r}; known are {known_kinds()}")
             item, at = repeated(item, at)
             out += item
             if len(out.replace("|", "")) > MAX_LAYERS:

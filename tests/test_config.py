@@ -12,12 +12,11 @@ from megatron_taipan.config import (
     ModelConfig,
     ParallelConfig,
     describe_options,
-    divisors,
     dump_config,
     load_config,
     make_config,
 )
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import UserError, divisors
 from megatron_taipan.gate_config import Schedule
 
 TREE = {

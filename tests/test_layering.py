@@ -13,26 +13,53 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ("megatron_taipan", "data_prep", "checkpoints", "launch")
 BASICS = {"megatron_taipan", "megatron_taipan.errors"}  # the version and the exception: allowed everywhere
 
+KINDS = ("layer_kinds", "param_spec", "parameters")  # what layers are, and the table of their parameters
+
 # room -> rooms it may import; a room may always import itself
 ROOMS: dict[str, set[str]] = {
     "megatron_taipan.errors": set(),
-    "megatron_taipan.pattern": set(),
+    "megatron_taipan.param_spec": set(),
+    "megatron_taipan.layer_kinds": {"param_spec"},
+    "megatron_taipan.pattern": {"layer_kinds"},
     "megatron_taipan.section": set(),
     "megatron_taipan.gate_config": {"section"},
     "megatron_taipan.versions": set(),
-    "megatron_taipan.config": {"pattern", "section", "gate_config"},
+    "megatron_taipan.config": {"pattern", "section", "gate_config", "layer_kinds"},
     "megatron_taipan.ops": set(),
-    "megatron_taipan.parallel": {"config", "ops"},
-    "megatron_taipan.model": {"config", "gate_config", "pattern", "ops", "parallel"},
+    "megatron_taipan.parameters": {"config", "layer_kinds", "param_spec"},
+    "megatron_taipan.parallel": {"config", "ops", *KINDS},
+    "megatron_taipan.model": {"config", "gate_config", "ops", "parallel", *KINDS},
     "megatron_taipan.data": {"config"},
-    "megatron_taipan.checkpoint": {"config", "section", "pattern", "parallel", "data"},
+    "megatron_taipan.checkpoint": {"config", "section", "pattern", "parallel", "data", *KINDS},
     "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
-    "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference"},
-    "megatron_taipan.train": {"config", "gate_config", "pattern", "ops", "parallel", "model", "data", "checkpoint"},
-    "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference"},
+    "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference", *KINDS},
+    "megatron_taipan.train": {
+        "config",
+        "gate_config",
+        "pattern",
+        "ops",
+        "parallel",
+        "model",
+        "data",
+        "checkpoint",
+        *KINDS,
+    },
+    "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference", *KINDS},
     "data_prep": {"data"},
-    "checkpoints": {"config", "pattern", "versions", "model", "parallel", "checkpoint", "data", "inference", "hf"},
+    "checkpoints": {
+        "config",
+        "pattern",
+        "versions",
+        "model",
+        "parallel",
+        "checkpoint",
+        "data",
+        "inference",
+        "hf",
+        *KINDS,
+    },
     "launch": {
+        *KINDS,
         "config",
         "gate_config",
         "pattern",
@@ -70,9 +97,17 @@ def sources() -> list[Path]:
     return sorted(path for room in OURS for path in (ROOT / room).rglob("*.py"))
 
 
+def is_for_types(node: ast.AST) -> bool:
+    """Whether it is `if TYPE_CHECKING:`, which never runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, full module or name) of every import, wherever it stands."""
+    """(line, full module or name) of every import, wherever it stands, but for those that only types need."""
+    typing_only = {id(inner) for node in ast.walk(tree) if is_for_types(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

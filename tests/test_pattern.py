@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.pattern import LETTERS, MAX_LAYERS, parse_pattern
+from megatron_taipan.layer_kinds.registry import KINDS
+from megatron_taipan.pattern import MAX_LAYERS, parse_pattern
 
 # A tree of layers -> (how it may be written, the letters it stands for). Cuts are tested apart.
-LETTER = st.sampled_from(sorted(LETTERS)).map(lambda c: (c, c))
+LETTER = st.sampled_from(sorted(KINDS)).map(lambda c: (c, c))
 SPACE = st.sampled_from(["", " ", "  ", "\n"])
 
 
@@ -95,5 +96,5 @@ def test_any_text_is_parsed_or_refused(text):
         parsed = parse_pattern(text)
     except UserError:
         return
-    assert set(parsed.letters) <= set(LETTERS) and parsed.letters
+    assert set(parsed.letters) <= set(KINDS) and parsed.letters
     assert all(0 < cut < len(parsed.letters) for cut in parsed.cuts)

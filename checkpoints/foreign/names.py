@@ -11,7 +11,7 @@ from checkpoints.foreign.files import Read, Shapes
 from checkpoints.transplant import Source
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 SHOWN = 6  # names in one message
 
@@ -98,7 +98,7 @@ class Names:
                 f"{self.folder} holds {len(left)} tensors that this network has no place for ({_some(left)}): it would"
                 " compute something else without them"
             )
-        for name, spec in describe(network).items():
+        for name, spec in parameter_table(network).items():
             if self.ours[name][0] != spec.shape:
                 raise UserError(
                     f"{self.folder}: its tensor for {name} has shape {list(self.ours[name][0])}, config.json's"

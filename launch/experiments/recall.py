@@ -69,7 +69,7 @@ def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[
         model.parameters(), lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.95), fused=device.type == "cuda"
     )
     rows = torch.Generator(device).manual_seed(1000 + seed)
-    vectors = GateVectors(model.config.gate, s.steps, model.config.letters.count("S"), device)
+    vectors = GateVectors(model.config.gate, s.steps, len(model.config.gated_layers), device)
     one_document = torch.zeros(s.batch, s.seq_len, dtype=torch.int32, device=device)
     numbers = torch.arange(s.steps, device=device)
     losses, stats = [], []

@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import mean
 
 from launch.experiments.svg import Series, chart
+from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.pattern import parse_pattern
 
 
 def report(records: list[dict], out: Path) -> str:
@@ -100,7 +102,7 @@ def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
         if "gates" in records[0]["result"]:
             share = mean(figure(records, "evaluation", trained, "selected"))
         else:
-            share = float(bool(set(run["pattern"]) & set("WA")))
+            share = float(any(kind.attends for kind in kinds_of(parse_pattern(run["pattern"]).letters)))
         recipe, _, changes = name.partition(", ")
         point = (share, mean(figure(records, "evaluation", trained, "accuracy")), changes)
         series.setdefault(recipe, []).append(point)

@@ -17,7 +17,7 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe, take_shard
+from megatron_taipan.parameters import parameter_table, take_shard
 
 
 def open_any(path: Path) -> Weights | TrainedState:
@@ -59,7 +59,7 @@ def load_weights(
     weights, config = open_any(path), config or model.config
     if isinstance(weights, TrainedState):
         refuse_mixed([*(source.prefix for source in weights.config.data.train), *prefixes])
-    ours, theirs = describe(config), describe(weights.network)
+    ours, theirs = parameter_table(config), parameter_table(weights.network)
     if config.letters != weights.network.letters:
         raise UserError(
             f"checkpoint.init={path} has the layers {weights.network.letters}, model.pattern gives"
@@ -69,7 +69,7 @@ def load_weights(
         if name not in theirs or theirs[name].shape != spec.shape:
             other = list(theirs[name].shape) if name in theirs else "absent"
             raise UserError(f"checkpoint.init={path}: {name} is {other}, this model's is {list(spec.shape)}")
-    split = describe(config, model.tp.size)
+    split = parameter_table(config, model.tp.size)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         full = weights.load(name)
         tensor.copy_(take_shard(full, split[name], model.tp.size, model.tp.rank) if name in split else full)

@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_taipan.checkpoint.folder import STATE
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.layout import ParamSpec, describe, put_shard, take_shard
+from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.parameters import parameter_table, put_shard, take_shard
 
 INDEX = f"{STATE}/index.json"
 BLOCK = 1 << 24  # elements read at once
@@ -63,7 +64,7 @@ class StateReader:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.path / INDEX} cannot be read ({what})") from error
-        self.table = describe(self.model, self.tensor)
+        self.table = parameter_table(self.model, self.tensor)
 
     def full(self, name: str, kind: str) -> Tensor:
         """The whole parameter (or moment), float32, in the shape of the unsplit model.

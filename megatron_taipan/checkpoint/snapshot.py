@@ -22,7 +22,7 @@ from megatron_taipan.checkpoint.pieces import (
 from megatron_taipan.checkpoint.randomness import random_states
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _empty_like(source: Tensor) -> Tensor:
 
 def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemory) -> Snapshot:
     """Copies this rank's part of the state; training may go on as soon as it returns."""
-    table = describe(config.model, config.parallel.tensor)
+    table = parameter_table(config.model, config.parallel.tensor)
     file = f"rank_{dist.get_rank():05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {"parameters": {}, "buffers": {}}

@@ -23,7 +23,7 @@ from megatron_taipan.checkpoint.pieces import (
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 @dataclass
@@ -63,7 +63,7 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     refuse_other_run(str(path), metadata["identity"], identity)
     saved = load_config(path / folder.CONFIG)
     reader = StateReader(path, saved.model)
-    table = describe(config.model, config.parallel.tensor)
+    table = parameter_table(config.model, config.parallel.tensor)
     pieces = held_pieces(engine, groups.data_rank)
     tp = groups.tensor
     for kind in KINDS:

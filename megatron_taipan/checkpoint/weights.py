@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 PREFIX = "model."  # of every tensor's name in the files, as transformers has it
 
@@ -92,7 +92,7 @@ def open_weights(path: Path) -> Weights:
         where |= dict.fromkeys(opened.keys(), opened)
     if not where:
         raise UserError(f"{path} holds no .safetensors file")
-    missing = [name for name in describe(network) if PREFIX + name not in where]
+    missing = [name for name in parameter_table(network) if PREFIX + name not in where]
     if missing:  # a shard that was never copied: nobody wants its layers drawn anew
         raise UserError(f"{path} lacks {len(missing)} tensors of its network: {', '.join(missing[:5])}")
     return Weights(path, network, where)

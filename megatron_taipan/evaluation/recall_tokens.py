@@ -24,6 +24,7 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import INPUTS, Score, make_parser, mean, parse, read_batches, read_models
+from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 
 EDGES = (64, 512, 2048, 4096)
@@ -143,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def default_edges(networks: list[ModelConfig]) -> list[int]:
     """EDGES and the window of every network that has layers with one."""
-    windows = {network.attention.window for network in networks if set(network.letters) & set("SW")}
+    with_one = [network for network in networks if any(kind.windowed for kind in kinds_of(network.letters))]
+    windows = {network.attention.window for network in with_one}
     return sorted({*EDGES, *windows})
 
 

@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightRenaming
 MIXER = ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt", "out_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-MATRICES = frozenset(MIXER + ATTENTION + MLP)  # last parts of names in the table (parallel/layout.py)
+MATRICES = frozenset(MIXER + ATTENTION + MLP)  # last parts of names in the table (parameters.py)
 
 
 def hold_in_linears(network: nn.Module) -> None:
@@ -26,7 +26,7 @@ def hold_in_linears(network: nn.Module) -> None:
 
 
 def table_name(name: str) -> str:
-    """What the table (parallel/layout.py) calls a parameter of the transformers classes."""
+    """What the table (parameters.py) calls a parameter of the transformers classes."""
     if name == "lm_head.weight":
         return "head.weight"
     name = name.removeprefix("model.")

@@ -13,6 +13,7 @@ from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
 from megatron_taipan.hf.documents import documents_from_mask, documents_from_positions
 from megatron_taipan.hf.linears import hold_in_linears, register_names, table_name
+from megatron_taipan.model.blocks import BLOCKS
 from megatron_taipan.model.cache import Cache as TaipanState
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Selection
@@ -30,7 +31,7 @@ from megatron_taipan.ops.selected_rows import (
     select_rows_reference,
 )
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 register_names(TaipanConfig.model_type)
 
@@ -50,7 +51,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True  # no assisted decoding: states cannot be rolled back
-    _no_split_modules = ["MambaBlock", "AttentionBlock", "SelectiveAttentionBlock"]
+    _no_split_modules = sorted({block.__name__ for block in BLOCKS.values()})
     _input_embed_layer = "embedding"
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]  # where only the network under the head is loaded
 
@@ -58,7 +59,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Gives a parameter that no file held its initial value from our table (`model/init.py`)."""
         config = self.config.model_config()
-        table = describe(config)
+        table = parameter_table(config)
         names = {id(parameter): table_name(name) for name, parameter in self.named_parameters()}
         for parameter in module.parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
@@ -80,7 +81,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     def _float32_names(self, prefix: str) -> list[str]:
         """Names, as a class's state_dict has them, of what stays float32 in a bf16 or fp16 model."""
-        islands = [name for name, spec in describe(self.config.model_config()).items() if spec.float32]
+        islands = [name for name, spec in parameter_table(self.config.model_config()).items() if spec.float32]
         return [f"{prefix}{name}" for name in (*islands, *dict(self.base_model.named_buffers()))]
 
 

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from megatron_taipan.layer_kinds.attention import FULL_ATTENTION, WINDOW_ATTENTION
+from megatron_taipan.layer_kinds.mamba2 import MAMBA2
+from megatron_taipan.layer_kinds.record import LayerKind
+from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.layer_kinds.selective import SELECTIVE_ATTENTION
 from megatron_taipan.model.attention import Attention
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore, MambaState
@@ -15,15 +20,24 @@ from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.collectives import enter_block, leave_block, take_tokens
 
+BLOCKS: dict[str, "type[Block]"] = {}  # by letter; see Block.__init_subclass__
+
 
 class Block(nn.Module):
-    """What every layer answers. In the subclasses' formulas h is the value of the stream: `Stream.total()`."""
+    """What every layer answers. In the subclasses' formulas h is the value of the stream: `Stream.total()`.
 
-    letter: str
+    A subclass names the kinds that it computes and becomes their block:
 
-    def __init__(self, build: Build, layer: int):
+        class MambaBlock(Block, kinds=(MAMBA2,))
+    """
+
+    def __init_subclass__(cls, kinds: tuple[LayerKind, ...] = (), **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        BLOCKS.update({kind.letter: cls for kind in kinds})
+
+    def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
-        self.config, self.layer = build.config, layer
+        self.config, self.layer, self.kind = build.config, layer, kind_of(build.config.letters[layer])
 
     def num_params(self) -> int:
         """Parameters over all tensor ranks."""
@@ -31,16 +45,26 @@ class Block(nn.Module):
 
     def num_flops_per_token(self, seq_len: int) -> float:
         """Forward operations per token in documents of seq_len tokens."""
-        return layer_flops(self.config, self.letter, seq_len)
+        return layer_flops(self.config, self.kind.letter, seq_len)
 
 
-class MambaBlock(Block):
+def make_layer(build: Build, index: int) -> Block:
+    """The layer that the pattern has at this place.
+
+    Raises:
+        KeyError: no block was written for its kind.
+    """
+    kind = kind_of(build.config.letters[index])
+    if kind.letter not in BLOCKS:
+        raise KeyError(f"no block computes {kind.name}s: import the module of one that names it as its kind")
+    return BLOCKS[kind.letter](build, f"layers.{index}", index)
+
+
+class MambaBlock(Block, kinds=(MAMBA2,)):
     """`M`: h + Mamba2(RMSNorm(h))."""
 
-    letter = "M"
-
     def __init__(self, build: Build, prefix: str, layer: int):
-        super().__init__(build, layer)
+        super().__init__(build, prefix, layer)
         self.norm = StreamNorm(build, f"{prefix}.norm")
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
@@ -52,13 +76,13 @@ class MambaBlock(Block):
         return self.mixer.new_state(batch, device, dtype)
 
 
-class AttentionBlock(Block):
+class AttentionBlock(Block, kinds=(WINDOW_ATTENTION, FULL_ATTENTION)):
     """`W` and `A`: h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h))."""
 
-    def __init__(self, build: Build, prefix: str, layer: int, letter: str):
-        super().__init__(build, layer)
-        self.letter, self.tp = letter, build.tp
-        window, rope = (build.config.attention.window, False) if letter == "W" else (None, True)
+    def __init__(self, build: Build, prefix: str, layer: int):
+        super().__init__(build, prefix, layer)
+        self.tp = build.tp
+        window, rope = (build.config.attention.window, False) if self.kind.windowed else (None, True)
         self.norm = StreamNorm(build, f"{prefix}.norm")
         self.attention = Attention(build, f"{prefix}.attention", window=window, rope=rope)
         self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
@@ -81,7 +105,7 @@ class AttentionBlock(Block):
         return self.attention.new_state(batch, device, dtype)
 
 
-class SelectiveAttentionBlock(Block):
+class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
     """`S`: the gate picks tokens; those take alpha of a window attention's output; then SwiGLU for all.
 
         h_i <- h_i + m_i alpha_i (o_i - h_i)    with refinement "add": h_i + m_i alpha_i o_i
@@ -93,10 +117,8 @@ class SelectiveAttentionBlock(Block):
     a call of their own.
     """
 
-    letter = "S"
-
     def __init__(self, build: Build, prefix: str, layer: int):
-        super().__init__(build, layer)
+        super().__init__(build, prefix, layer)
         gate = build.config.gate
         self.tp, self.ops, self.gradient = build.tp, build.ops, gate.gradient
         self.adds, self.weighs = gate.refinement == "add", gate.weight == "alpha"

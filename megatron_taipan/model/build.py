@@ -10,7 +10,8 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import ParamSpec, take_shard
+from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.parameters import take_shard
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ class Gate(WithFloat32Islands):
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
         self.tp, self.layer, self.seed = build.tp, layer, build.seed
-        letters = build.config.letters
-        self.index, self.gates = letters[:layer].count("S"), letters.count("S")  # its place among the gates
+        gated = build.config.gated_layers
+        self.index, self.gates = gated.index(layer), len(gated)  # its place among the gates
         gate = build.config.gate
         self.noise, self.budget, self.input_gradient = gate.noise, gate.budget, gate.input_gradient
         self.estimator = reinmax if gate.estimator == "reinmax" else straight_through

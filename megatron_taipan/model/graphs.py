@@ -130,10 +130,10 @@ class GraphedLayers:
 
 
 def split(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Groups that end behind an attention layer or are LONGEST layers long."""
+    """Groups that end behind a layer whose kind says so, or are LONGEST layers long."""
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)
-        if getattr(layer, "letter", "M") != "M" or len(groups[-1]) == LONGEST:
+        if layer.kind.ends_graph or len(groups[-1]) == LONGEST:  # type: ignore[union-attr]
             groups.append([])
     return [group for group in groups if group]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.parallel.layout import ParamSpec
+from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.param_spec import ParamSpec
 
 
 def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
@@ -26,7 +27,7 @@ def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) ->
         return torch.empty(spec.shape).normal_(0.0, std, generator=generator)
 
     # Every projection back into the residual stream is scaled down by the square root of their number.
-    residual = 1.0 / math.sqrt(sum(1 if letter == "M" else 2 for letter in config.letters))
+    residual = 1.0 / math.sqrt(sum(kind_of(letter).residuals for letter in config.letters))
     match spec.init:
         case "zeros":
             return torch.zeros(spec.shape)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.model.blocks import AttentionBlock, Block, MambaBlock, SelectiveAttentionBlock
+from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.model.blocks import make_layer
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.context import Context, make_context, step_context
@@ -23,7 +24,7 @@ from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.collectives import gather_tokens
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 class TaipanOutput(NamedTuple):
@@ -34,19 +35,6 @@ class TaipanOutput(NamedTuple):
     ce_loss: Tensor | None = None  # sum of masked cross entropies times ce_scale
     budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
     gate_stats: list[dict[str, Tensor]] | None = None  # one for each S layer: 0-dim float32, detached
-
-
-def make_layer(build: Build, letter: str, index: int) -> Block:
-    """The layer that a pattern's letter stands for."""
-    prefix = f"layers.{index}"
-    match letter:
-        case "M":
-            return MambaBlock(build, prefix, index)
-        case "S":
-            return SelectiveAttentionBlock(build, prefix, index)
-        case "W" | "A":
-            return AttentionBlock(build, prefix, index, letter)
-    raise ValueError(f"unknown layer {letter!r}")
 
 
 class Taipan(nn.Module):
@@ -78,9 +66,9 @@ class Taipan(nn.Module):
         self.config, self.tp, self.ops = config, tensor_parallel or TensorParallel(), ops or pick_ops()
         self.recompute, self.recompute_every = recompute, recompute_every
         self.graphs: GraphedLayers | None = None  # set by `capture`
-        build = Build(config, describe(config, self.tp.size), seed, self.tp, self.ops)
+        build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops)
         self.embedding = Embedding(build, "embedding")
-        self.layers = nn.ModuleList(make_layer(build, letter, i) for i, letter in enumerate(config.letters))
+        self.layers = nn.ModuleList(make_layer(build, i) for i in range(config.n_layers))
         self.final_norm = RMSNorm(build, "final_norm")
         self.head = Head(build, "head")
 
@@ -159,9 +147,9 @@ class Taipan(nn.Module):
     @property
     def graphable(self) -> bool:
         """Whether no layer needs the host on a GPU: references of attention and of picking rows read numbers there."""
-        config, kernels = self.config, self.ops.kernels
-        size = config.head_dim if set(config.letters) - {"M"} else 64
-        return {"interval_attention", "select_rows"} <= kernels and fit_tiles(size)
+        kinds = kinds_of(self.config.letters)
+        fits = fit_tiles(self.config.head_dim) or not any(kind.attends for kind in kinds)
+        return fits and {"interval_attention", "select_rows"} <= self.ops.kernels and all(k.capturable for k in kinds)
 
     def capture(self, batch: int, length: int) -> None:
         """Lets training on [batch, length] micro-batches with seq_idx replay CUDA graphs (see model/graphs.py).

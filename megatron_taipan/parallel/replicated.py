@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_taipan.ops.copies import copy_all
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import ParamSpec
+from megatron_taipan.param_spec import ParamSpec
 
 AHEAD = "summed_ahead"  # attribute of tensors whose gradients are summed over the ranks elsewhere
 
@@ -22,7 +22,7 @@ def sum_gradients(tp: TensorParallel, *tensors: Tensor) -> tuple[Tensor, ...]:
     ahead = [hasattr(t, AHEAD) for t in tensors]
     if tp.size == 1 or all(ahead):
         return tensors
-    assert not any(ahead), "the table (parallel/layout.py) says of some of these parameters only that they are summed"
+    assert not any(ahead), "the table (parameters.py) says of some of these parameters only that they are summed"
     return _SumGradients.apply(tp, *tensors)
 
 

@@ -23,8 +23,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.layer_kinds.registry import kind_of
 from megatron_taipan.ops.cross_entropy import CHUNK_ELEMENTS
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 
 @dataclass
@@ -39,6 +40,72 @@ class Traffic:
         self.bytes[collective] += n_bytes * calls
 
 
+class LayerTraffic(Traffic):
+    """Adds up what layers send in one micro-batch's forward and backward pass, step by step."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tensor: int,
+        sequence: bool,
+        batch: int,
+        length: int,
+        selected: list[int],
+        width: int,
+    ):
+        super().__init__()
+        self.config, self.tensor, self.sequence, self.batch, self.width = config, tensor, sequence, batch, width
+        self.tokens = batch * length
+        self.stream = self.tokens * config.d_model * width  # bytes of the residual stream
+        self._selected = iter(selected)
+
+    def next_selected(self) -> int:
+        """Tokens that the next gated layer selects."""
+        return next(self._selected)
+
+    def all_reduce(self, n_bytes: int, calls: int = 1) -> None:
+        """All-reduces of so many bytes each."""
+        self.add("all_reduce", n_bytes, calls)
+
+    def all_gather(self, n_bytes: int) -> None:
+        """An all-gather that gives every rank so many bytes."""
+        self.add("all_gather", n_bytes)
+
+    def into_block(self) -> None:
+        """The stream comes into a block, whose gradient goes back."""
+        if self.sequence:
+            self.all_gather(self.stream)
+            self.add("reduce_scatter", self.stream)
+        else:
+            self.all_reduce(self.stream)  # backward
+
+    def input_for_weights(self) -> None:
+        """A product's input, once more, for the gradient of its weights."""
+        if self.sequence:
+            self.all_gather(self.stream)
+
+    def out_of_block(self) -> None:
+        """A block's partial sums go into the stream."""
+        if self.sequence:
+            self.add("reduce_scatter", self.stream)
+            self.all_gather(self.stream)
+        else:
+            self.all_reduce(self.stream)  # forward
+
+    def norm(self) -> None:
+        """The gradient of a norm's weight."""
+        if self.sequence:
+            self.all_reduce(4 * self.config.d_model)
+
+    def mlp(self) -> None:
+        """SwiGLU behind its norm."""
+        self.norm()
+        self.into_block()
+        self.input_for_weights()
+        self.out_of_block()
+
+
 def expected_traffic(
     config: ModelConfig, *, tensor: int, sequence: bool, batch: int, length: int, selected: list[int], width: int = 4
 ) -> Traffic:
@@ -48,71 +115,22 @@ def expected_traffic(
         selected: number of selected tokens of the micro-batch in each S layer.
         width: bytes of an element in the compute precision; 4 for float32.
     """
-    t = Traffic()
+    t = LayerTraffic(
+        config, tensor=tensor, sequence=sequence, batch=batch, length=length, selected=selected, width=width
+    )
     if tensor == 1:
         return t
-    d = config.d_model
-    stream = batch * length * d * width
-
-    def into_block() -> None:
-        if sequence:
-            t.add("all_gather", stream)
-            t.add("reduce_scatter", stream)
-        else:
-            t.add("all_reduce", stream)  # backward
-
-    def again() -> None:
-        if sequence:
-            t.add("all_gather", stream)
-
-    def out_of_block() -> None:
-        if sequence:
-            t.add("reduce_scatter", stream)
-            t.add("all_gather", stream)
-        else:
-            t.add("all_reduce", stream)  # forward
-
-    def norm() -> None:
-        if sequence:
-            t.add("all_reduce", 4 * d)
-
-    table = describe(config, tensor)
-    counts = iter(selected)
-    out_of_block()  # the embedding
+    table = parameter_table(config, tensor)
+    t.out_of_block()  # the embedding
     for index, letter in enumerate(config.letters):
         shared = [spec for name, spec in table.items() if name.startswith(f"layers.{index}.") and spec.summed]
         if shared:
-            t.add("all_reduce", 4 * sum(math.prod(spec.shape) for spec in shared))
-        norm()
-        into_block()
-        if letter == "M":
-            if config.mamba.n_groups < tensor:
-                t.add("all_reduce", 4 * batch * length * config.mamba.n_groups, calls=2)
-            again()
-            out_of_block()
-            continue
-        if letter == "S":
-            if sequence:
-                t.add("all_reduce", 4 * (2 * d + 2))  # gradients of the gate
-                t.add("all_reduce", 4 * batch)  # selected fraction of each row
-                t.add("all_gather", batch * length)  # which tokens
-                t.add("all_reduce", 4 * 4)  # statistics
-            rows = next(counts)
-            if sequence:
-                out_of_block()
-            else:
-                t.add("all_reduce", rows * d * width)
-        else:
-            out_of_block()
-        norm()
-        into_block()
-        again()
-        out_of_block()
-    norm()
-    into_block()  # the head
-    tokens = batch * length
-    rows_per_chunk = max(1, min(tokens, CHUNK_ELEMENTS // table["embedding.weight"].local_shape(tensor)[0]))
-    chunks = -(-tokens // rows_per_chunk)
+            t.all_reduce(4 * sum(math.prod(spec.shape) for spec in shared))
+        kind_of(letter).traffic(t)
+    t.norm()
+    t.into_block()  # the head
+    rows_per_chunk = max(1, min(t.tokens, CHUNK_ELEMENTS // table["embedding.weight"].local_shape(tensor)[0]))
+    chunks = -(-t.tokens // rows_per_chunk)
     t.calls["all_reduce"] += 2 * chunks
-    t.bytes["all_reduce"] += 3 * 4 * tokens
+    t.bytes["all_reduce"] += 3 * 4 * t.tokens
     return t

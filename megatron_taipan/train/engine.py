@@ -15,8 +15,9 @@ from torch import nn
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups, data_parallel_size
-from megatron_taipan.parallel.layout import ParamSpec, check_tensor_size, describe
 from megatron_taipan.parallel.stages import stage_bounds
+from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.parameters import check_tensor_size, parameter_table
 from megatron_taipan.train.distributed import import_deepspeed
 from megatron_taipan.train.optimizer import make_optimizer
 from megatron_taipan.train.zero import quicken
@@ -32,7 +33,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     """
     deepspeed = import_deepspeed(device)
     cast(model, config.train.precision, device)
-    table = describe(config.model, config.parallel.tensor)
+    table = parameter_table(config.model, config.parallel.tensor)
     on_gpu = device.type == "cuda" and config.parallel.offload_optimizer == "none"
     optimizer = make_optimizer(parameter_groups(model, table, config), config.optim, on_gpu=on_gpu)
     with _islands_survive(config):
@@ -215,7 +216,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:
     if name not in table:
-        raise KeyError(f"parameter {name} is missing from parallel.layout.describe: add a row for it")
+        raise KeyError(f"parameter {name} is missing from parameters.parameter_table: add a row for it")
     return table[name]
 
 

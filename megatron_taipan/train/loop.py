@@ -87,7 +87,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         progress = loaded.progress
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
-        n_gates = config.model.letters.count("S")
+        n_gates = len(config.model.gated_layers)
         plan = agree(lambda: describe_gate(config.model.gate, progress.run_steps) if n_gates else "")
         # before the loader's threads: recording tolerates no other calls
         graphs = agree(lambda: capture_graphs(model, config, device, stack))

@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_taipan.config import Config
-from megatron_taipan.model.blocks import Block
+from megatron_taipan.model.blocks import Block, make_layer
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
@@ -35,11 +35,10 @@ from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.model.stream import Stream
-from megatron_taipan.model.taipan import make_layer
 from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 
 Payload = tuple[Tensor, ...]
 
@@ -54,7 +53,7 @@ class TaipanPipeline(PipelineModule):
     graphable = False  # no CUDA graphs: DeepSpeed's schedule keeps several micro-batches under way
 
     def __init__(self, config: Config, groups: Groups, ops: Ops):
-        table = describe(config.model, groups.tensor.size)
+        table = parameter_table(config.model, groups.tensor.size)
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
         self.bounds = pipeline_bounds(config.model, config.data.seq_len, config.parallel.pipeline)
         tied = config.model.tie_embeddings
@@ -72,7 +71,7 @@ class TaipanPipeline(PipelineModule):
             ),
             loss_fn=None,
         )
-        self.config, self.letters, self.tp = config, config.model.letters, groups.tensor
+        self.config, self.tp = config, groups.tensor
         self.records_on = next(self.parameters()).device
 
     def _partition_layers(self, method: str = "") -> None:
@@ -111,7 +110,7 @@ class TaipanPipeline(PipelineModule):
             other stages hold are 0, so that a sum over stages joins them.
         """
         width = len(STATS) + 1
-        gates = [i for i, letter in enumerate(self.letters) if letter == "S"]
+        gates = self.config.model.gated_layers
         joined = torch.zeros(3 + width * len(gates), dtype=torch.float64, device=self.records_on)
         for owner in self.recorders():
             if owner.records:
@@ -235,7 +234,7 @@ class PipelineLayer(nn.Module):
         self.ends = ends
         self.index, self.packed = index, config.data.mask_documents
         self.recompute, self.tp = config.parallel.recompute, build.tp
-        self.layer: Block = make_layer(build, config.model.letters[index], index)
+        self.layer: Block = make_layer(build, index)
         self.gate_config = config.model.gate
         self.gate: Tensor | None = None  # set by `gates_set_to`
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch

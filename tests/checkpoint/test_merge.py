@@ -12,7 +12,7 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.inference.loading import load_model
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, runs
@@ -76,7 +76,7 @@ def test_bf16_run_gives_its_float32_masters(trained, tmp_path):
     run = trained / "bf16"
     state = open_state(run)
     assert state.step == 3
-    merged, table = load_state(run), describe(state.config.model)
+    merged, table = load_state(run), parameter_table(state.config.model)
     assert list(merged) == [*table, "layers.1.gate.threshold"]
     for name, tensor in merged.items():
         assert tensor.dtype == torch.float32

@@ -15,7 +15,7 @@ from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.config import Config, ModelConfig, dump_config, make_config
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.inference.networks import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def write_checkpoint(out: Path, config: Config, load: Callable[[str], torch.Tens
     Args:
         load: gives a parameter's value by its name; asked for one after the other.
     """
-    table, kinds = describe(config.model), KINDS if moments else (MASTER,)
+    table, kinds = parameter_table(config.model), KINDS if moments else (MASTER,)
     contents = folder.FULL if moments else folder.WEIGHTS
     final = out / folder.folder_name(7, contents)
     temporary = final.with_name(final.name + folder.TEMPORARY)

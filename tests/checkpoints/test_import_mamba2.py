@@ -20,7 +20,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe, merge_shards
+from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.checkpoints.made import memory_state
 
 SIZES = {"d_state": 8, "headdim": 8, "n_groups": 1, "chunk_size": 8}
@@ -380,7 +380,7 @@ def test_weights_are_sliced_for_every_tensor_rank(tmp_path, source):
     for model in ranks:
         load_weights(model, tmp_path / "out")
     states = [model.state_dict() for model in ranks]
-    for name, spec in describe(weights.network, 2).items():
+    for name, spec in parameter_table(weights.network, 2).items():
         assert torch.equal(merge_shards([state[name] for state in states], spec), weights.load(name)), name
 
 

@@ -6,7 +6,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from checkpoints.serving import mamba_state_shapes, mixer_arguments, served_weights
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.inference.networks import small_config
 from tests.model.oracles import in_float64
 
@@ -18,7 +18,7 @@ def test_every_parameter_is_in_one_place():
     network = small_config("M S W M A", tie_embeddings=False)
     joined = served_weights(network)
     parts = [part for tensor in joined.values() for part in tensor.parts]
-    assert sorted(parts) == sorted(describe(network))
+    assert sorted(parts) == sorted(parameter_table(network))
     tensors = dict(Taipan(network).named_parameters())
     for name, tensor in joined.items():
         made = torch.cat([tensors[part] for part in tensor.parts])

@@ -25,7 +25,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.parallel.layout import describe, merge_shards
+from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.ops.interpreted import interpreted_ops
 
 VOCAB = 97  # odd on purpose: no tensor size divides it
@@ -331,7 +331,7 @@ def reference(case: Case, setting: Setting) -> Trace:
     """
     packed, config = case.packed, configure(case, setting)
     model = Taipan(config.model, seed=config.train.seed, ops=pick_ops("reference")).to(setting.device)
-    table = describe(config.model)
+    table = parameter_table(config.model)
     decayed = [p for n, p in model.named_parameters() if table[n].decay]
     others = [p for n, p in model.named_parameters() if not table[n].decay]
     o = config.optim
@@ -458,7 +458,7 @@ def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: 
     mine = (groups.tensor.rank, ours) if groups.data_rank == 0 else None
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    table = describe(config.model, groups.tensor.size)
+    table = parameter_table(config.model, groups.tensor.size)
     full = {}
     for name, spec in table.items():
         held = [(rank, shards[name]) for rank, shards in filter(None, everyone) if name in shards]

@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 def move_thresholds(model: Taipan, ids: list[int], shares: list[float]) -> None:
     """Thresholds at which the S layers select about these shares of a text."""
-    gates = [layer.gate for layer in model.layers if layer.letter == "S"]
+    gates = [layer.gate for layer in model.layers if layer.kind.gated]
     for gate, share in zip(gates, shares, strict=True):
         margins = []
         hook = gate.register_forward_hook(lambda _, __, s, into=margins: into.append(s.margin))

@@ -16,7 +16,7 @@ from megatron_taipan.model.context import step_context
 from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.hf.test_modeling import PATTERN, hf_model, naive_greedy, random_tokens
 from tests.inference.networks import small_config
 from tests.inference.test_decoding_gpu import SIZES
@@ -102,7 +102,7 @@ def test_a_hooked_matrix_is_called():
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_matrix_is_a_module_and_files_keep_the_trainers_names(tmp_path, tied):
     model = hf_model(tie_embeddings=tied).float()
-    table = describe(small_config(PATTERN, tie_embeddings=tied))
+    table = parameter_table(small_config(PATTERN, tie_embeddings=tied))
     assert {table_name(name) for name, _ in model.named_parameters()} == set(table)
     linears = {table_name(f"{name}.weight") for name, module in model.named_modules() if type(module) is nn.Linear}
     small = ("conv_", "embedding.", "gate.")  # matrices that are no product of tokens with a weight, or float32

@@ -181,9 +181,9 @@ def test_presets_of_one_size_share_recipe_and_size(family, size):
     ours, taipan = (load_config(ROOT / "launch" / "configs" / f"{name}_{size}.yaml") for name in (family, "taipan"))
     for section in ("data", "optim", "train", "parallel", "ops"):
         assert getattr(ours, section) == getattr(taipan, section), section
-    from megatron_taipan.parallel.layout import describe
+    from megatron_taipan.parameters import parameter_table
 
-    count = sum(torch_numel(spec.shape) for spec in describe(ours.model).values())
+    count = sum(torch_numel(spec.shape) for spec in parameter_table(ours.model).values())
     assert count == pytest.approx(SIZES[size], rel=0.02)
     assert ours.train.global_batch * ours.data.seq_len == 2**19
     assert (ours.optim.lr, ours.optim.min_lr, ours.optim.warmup_steps) == (5e-4, 1e-5, 2000)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import describe, merge_shards
+from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.model.small import small_config
 
 
@@ -55,7 +55,7 @@ def test_drawing_leaves_torchs_random_state_alone():
 def test_tensor_ranks_hold_slices_of_the_same_network(size):
     config = small_config("M S A", d_model=32, mamba={"n_groups": 2}, attention={"n_kv_heads": 2}, vocab_size=37)
     whole = dict(Taipan(config, seed=3).named_parameters())
-    table = describe(config, size)
+    table = parameter_table(config, size)
     ranks = [
         dict(Taipan(config, seed=3, tensor_parallel=TensorParallel(size, r)).named_parameters()) for r in range(size)
     ]
@@ -108,7 +108,7 @@ def test_attention_embedding_and_gate_are_normal_with_scaled_residual_projection
 
 def test_the_floor_of_dt_holds():
     config = small_config("M", d_model=512, mamba={"headdim": 1, "dt_init": (1e-6, 1e-2), "dt_init_floor": 1e-4})
-    spec = describe(config)["layers.0.mixer.dt_bias"]
+    spec = parameter_table(config)["layers.0.mixer.dt_bias"]
     dt = F.softplus(initial_value("layers.0.mixer.dt_bias", spec, config, 1).double())
     assert dt.min().item() == pytest.approx(1e-4, rel=1e-3)
     assert (dt < 1.01e-4).double().mean().item() == pytest.approx(0.5, abs=0.07)  # half of the range in logarithms

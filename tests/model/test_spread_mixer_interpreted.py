@@ -18,7 +18,7 @@ from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.ops.fast import load_mamba2_mix
 from megatron_taipan.parallel.counter import CommCounter
 from megatron_taipan.parallel.groups import TensorParallel, build_groups
-from megatron_taipan.parallel.layout import describe, take_shard
+from megatron_taipan.parameters import parameter_table, take_shard
 from tests.distributed.launch import ROOT, launch
 from tests.model.small import small_config, told
 from tests.ops.kernel_checks import error
@@ -37,14 +37,14 @@ def compare_with_the_whole(n_groups: int) -> tuple[dict[str, float], list[bool],
     size, rank = dist.get_world_size(), dist.get_rank()
     place = build_groups(world_size=size, rank=rank, tensor=size).tensor
     config = small_config("M", d_model=WIDTH, mamba={"d_state": 16, "headdim": 16, "n_groups": n_groups})
-    table, calls = describe(config, size), []
+    table, calls = parameter_table(config, size), []
 
     def mix(*args, **options):
         calls.append(options["reduce_sum"] is not None)
         return load_mamba2_mix()(*args, **options)
 
     def layer(tp: TensorParallel, **ops) -> mamba2.Mamba2:
-        build = Build(config, describe(config, tp.size), 1, tp, replace(pick_ops("reference"), **ops))
+        build = Build(config, parameter_table(config, tp.size), 1, tp, replace(pick_ops("reference"), **ops))
         return mamba2.Mamba2(build, "layers.0.mixer")
 
     def shard(name: str, full: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from megatron_taipan.train.engine import deepspeed_config, parameter_groups
 from tests.distributed.launch import launch
 from tests.train.toy import toy_config, write_data
@@ -85,7 +85,7 @@ def test_islands_stay_float32_and_are_trained_as_in_float32(tmp_path):
     cases |= {f"bf16 stage {s}": ({"zero_stage": s}, {"precision": "bf16"}) for s in (1, 2, 3)}
     results = launch(2, all_cases, write_data(tmp_path / "data"), cases)[0]
     config = toy_config("unused")
-    islands = {name for name, spec in describe(config.model).items() if spec.float32}
+    islands = {name for name, spec in parameter_table(config.model).items() if spec.float32}
     assert {name.rpartition(".")[2] for name in islands} >= {"A_log", "dt_bias", "D"}
     assert any(".gate." in name for name in islands)
     truth = results["fp32"]
@@ -128,7 +128,7 @@ def test_loss_does_not_depend_on_processes_micro_batches_or_stage(tmp_path):
 
 def test_biases_norms_and_decay_rates_take_no_weight_decay_and_types_are_never_mixed():
     config = toy_config("unused", train={"precision": "bf16"}, optim={"weight_decay": 0.1})
-    table = describe(config.model)
+    table = parameter_table(config.model)
     model = fake_model(table)
     groups = parameter_groups(model, table, config)
     names = {id(p): name for name, p in named(model, table)}
@@ -150,7 +150,7 @@ def test_a_parameter_that_the_table_does_not_know_is_an_error():
     model = nn.Module()
     model.surprise = nn.Parameter(torch.zeros(2))
     try:
-        parameter_groups(model, describe(config.model), config)
+        parameter_groups(model, parameter_table(config.model), config)
     except KeyError as error:
         assert "surprise" in str(error)
     else:

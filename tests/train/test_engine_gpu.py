@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
 from tests.train.toy import toy_config, write_data
 
@@ -62,7 +62,7 @@ def test_every_precision_keeps_the_islands_and_learns_the_same(tmp_path):
     cases = {"fp32": {"precision": "fp32", "stage": 1}, "tf32": {"precision": "fp32", "stage": 1}}
     cases |= {f"{p} stage {s}": {"precision": p, "stage": s} for p in ("bf16", "fp16") for s in (1, 2, 3)}
     results = launch(1, trained_on_gpu, prefix, cases, on_gpu=True, join=False, timeout=280)[0]
-    islands = {n for n, spec in describe(toy_config("x", model=SIZES).model).items() if spec.float32}
+    islands = {n for n, spec in parameter_table(toy_config("x", model=SIZES).model).items() if spec.float32}
     full = results["fp32"]["ce"]
     assert full[-1] < 0.9 * full[0], "nothing was learned"
     for name, result in results.items():

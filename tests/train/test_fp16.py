@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from megatron_taipan.parallel.layout import describe
+from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
 from tests.train.toy import toy_config, write_data
 
@@ -76,7 +76,7 @@ def trained(prefix: str, cases: dict[str, tuple[str, int]]) -> dict[str, dict]:
 def test_fp16_learns_what_fp32_learns_and_skips_what_overflows(tmp_path):
     cases = {"fp32": ("fp32", 1)} | {f"fp16 stage {stage}": ("fp16", stage) for stage in (1, 2, 3)}
     results = launch(1, trained, write_data(tmp_path / "data"), cases)[0]
-    islands = {name for name, spec in describe(toy_config("x").model).items() if spec.float32}
+    islands = {name for name, spec in parameter_table(toy_config("x").model).items() if spec.float32}
     full = results.pop("fp32")
     assert full["scales"] == [None] * (STEPS + 1) and not any(full["skipped"])
     for name, result in results.items():

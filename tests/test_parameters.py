@@ -11,7 +11,8 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel
-from megatron_taipan.parallel.layout import ParamSpec, describe, merge_shards, take_shard
+from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.parameters import merge_shards, parameter_table, take_shard
 
 PRESETS = {"taipan": "(M*2 S)*2", "mamba2": "M*2", "transformerpp": "A*2", "jamba": "M*2 A", "samba": "M*2 W"}
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -52,8 +53,8 @@ CONFIGS = st.builds(
 @given(CONFIGS, st.sampled_from(TENSOR_SIZES))
 def test_split_then_merge_is_the_identity(model, size):
     """For every parameter; every number of it stands on some rank, on each rank in the promised shape."""
-    whole = describe(model)
-    for name, spec in describe(model, size).items():
+    whole = parameter_table(model)
+    for name, spec in parameter_table(model, size).items():
         assert spec.shape == whole[name].shape
         full = torch.arange(1, math.prod(spec.shape) + 1).view(spec.shape)
         shards = [take_shard(full, spec, size, rank) for rank in range(size)]
@@ -70,7 +71,7 @@ def test_split_then_merge_is_the_identity(model, size):
 @settings(max_examples=15)
 @given(CONFIGS, st.sampled_from(TENSOR_SIZES))
 def test_table_and_built_model_name_the_same_parameters(model, size):
-    table = describe(model, size)
+    table = parameter_table(model, size)
     with torch.device("meta"):
         built = Taipan(model, tensor_parallel=TensorParallel(size, size - 1))
     named = dict(built.named_parameters())
@@ -86,7 +87,7 @@ def test_table_and_built_model_name_the_same_parameters(model, size):
 @pytest.mark.parametrize("n_groups", [1, 2, 4, 16])
 def test_heads_and_their_groups_stay_together(size, n_groups):
     """B and C are split where each rank has whole groups, else every rank has all of them and adds its gradient."""
-    table = describe(config("M S", n_groups=n_groups, n_kv_heads=2), size)
+    table = parameter_table(config("M S", n_groups=n_groups, n_kv_heads=2), size)
     for name in ("in_proj_B", "in_proj_C", "conv_B_weight", "conv_C_bias"):
         spec = table[f"layers.0.mixer.{name}"]
         assert (spec.split, spec.summed) == ((0, False) if n_groups % size == 0 else (None, True)), name
@@ -109,7 +110,7 @@ def test_heads_and_their_groups_stay_together(size, n_groups):
 
 def test_decay_and_float32_are_as_specified():
     """A_log, dt_bias, D, norms and biases take no decay; A_log, dt_bias, D and the gate stay float32."""
-    table = describe(config("M S A", tie_embeddings=False))
+    table = parameter_table(config("M S A", tie_embeddings=False))
     without = {name for name, spec in table.items() if not spec.decay}
     assert without == {n for n in table if n.endswith(("A_log", "dt_bias", ".D", "bias")) or "norm" in n}
     islands = {name for name, spec in table.items() if spec.float32}
@@ -127,7 +128,7 @@ def test_decay_and_float32_are_as_specified():
 )
 def test_sizes_that_do_not_fit_are_refused_with_numbers(pattern, sizes, tensor, words):
     with pytest.raises(UserError) as raised:
-        describe(config(pattern, **sizes), tensor)
+        parameter_table(config(pattern, **sizes), tensor)
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
@@ -138,13 +139,13 @@ def test_ranks_and_shared_groups_must_divide_one_another(section):
     tree["attention"] = {"n_heads": 12, "n_kv_heads": 12}
     tree["mamba" if section == "n_groups" else "attention"][section] = 4
     with pytest.raises(UserError, match=rf"parallel\.tensor=6.*{section}=4.*1, 2, 4 or a multiple of 4"):
-        describe(ModelConfig.model_validate(tree), 6)
+        parameter_table(ModelConfig.model_validate(tree), 6)
 
 
 def test_a_feed_forward_width_that_does_not_fit_is_refused():
     tree = config("W").model_dump() | {"d_ff": 50}
     with pytest.raises(UserError, match=r"d_ff=50 \(50 % 4 = 2\)"):
-        describe(ModelConfig.model_validate(tree), 4)
+        parameter_table(ModelConfig.model_validate(tree), 4)
 
 
 def test_shards_are_copies():

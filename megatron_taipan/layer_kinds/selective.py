@@ -1,0 +1,58 @@
+"""`S`: selective attention; a gate picks the tokens that attend (arXiv 2410.18572)."""
+
+from typing import TYPE_CHECKING
+
+from megatron_taipan.layer_kinds.common import (
+    ATTENTION_OPTIONS,
+    attention_flops,
+    attention_parameters,
+    attention_splits,
+    check_attention,
+    norm,
+)
+from megatron_taipan.layer_kinds.record import LayerKind
+from megatron_taipan.param_spec import ParamSpec
+
+if TYPE_CHECKING:
+    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.parallel.traffic import LayerTraffic
+
+
+def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
+    d = config.d_model
+    return {
+        "norm.weight": norm(d),
+        "gate.weight": ParamSpec((2, d), "normal", float32=True, on_stream=True),
+        "gate.bias": ParamSpec((2,), "gate_bias", decay=False, float32=True, on_stream=True),
+        **attention_parameters(config, tensor),
+    }
+
+
+def _flops(config: "ModelConfig", seq_len: int) -> float:
+    """With the share C of the queries, as at the end of training, and the gate."""
+    share = config.gate.final_capacity
+    return attention_flops(config, seq_len, config.attention.window, share) + 4 * config.d_model
+
+
+def _traffic(sent: "LayerTraffic") -> None:
+    d = sent.config.d_model
+    sent.norm()
+    sent.into_block()
+    if sent.sequence:
+        sent.all_reduce(4 * (2 * d + 2))  # gradients of the gate
+        sent.all_reduce(4 * sent.batch)  # selected fraction of each row
+        sent.all_gather(sent.tokens)  # which tokens
+        sent.all_reduce(4 * 4)  # statistics
+        sent.out_of_block()
+    else:
+        sent.all_reduce(sent.next_selected() * d * sent.width)  # the selected rows only
+    sent.mlp()
+
+
+SELECTIVE_ATTENTION = LayerKind(
+    letter="S", mixer="selective attention", noun="layer", parameters=_parameters, flops=_flops,
+    check=check_attention, splits=attention_splits, traffic=_traffic,
+    # the gate's other options are of training
+    options=(*ATTENTION_OPTIONS, "attention.window", "gate.refinement", "gate.weight"),
+    residuals=2, attends=True, windowed=True, gated=True, capturable=True, ends_graph=True,
+)  # fmt: skip
