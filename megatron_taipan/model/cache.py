@@ -1,9 +1,29 @@
 """What decoding remembers: constant memory for Mamba-2 and window attention, all keys for full attention."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class LayerState(Protocol):
+    """What one layer remembers of the tokens that it has seen."""
+
+    def forget(self, rows: Tensor) -> None:
+        """The rows (bool [b]) of which the next token starts another document no longer see the old one."""
+
+    def select(self, index: Tensor) -> None:
+        """Keeps, repeats or reorders rows: index [new b] of row numbers."""
+
+    def reserve(self) -> None:
+        """What the host does before one more token a row is remembered."""
+
+    def to(self, device: torch.device | int | str) -> "LayerState":
+        """Moves itself to the layer's device; no copy where it is there."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds, the batch first."""
 
 
 @dataclass
@@ -23,8 +43,10 @@ class MambaState:
         index = index.to(self.ssm.device)
         self.conv_tail, self.ssm = self.conv_tail[index], self.ssm[index]
 
+    def reserve(self) -> None:
+        """Nothing to do: its size does not change."""
+
     def to(self, device: torch.device | int | str) -> "MambaState":
-        """Moves itself to the layer's device; no copy where it is there."""
         self.conv_tail, self.ssm = self.conv_tail.to(device), self.ssm.to(device)
         return self
 
@@ -121,8 +143,10 @@ class KeyValueStore:
         index = index.to(self.keys.device)
         self.keys, self.values = self.keys[index], self.values[index]
 
+    def forget(self, rows: Tensor) -> None:
+        """Nothing to do: a query sees the keys of its document's interval (Context.interval)."""
+
     def to(self, device: torch.device | int | str) -> "KeyValueStore":
-        """Moves itself to the layer's device; no copy where it is there."""
         self.keys, self.values = self.keys.to(device), self.values.to(device)
         self.origin = None if self.origin is None else self.origin.to(device)
         return self
@@ -139,7 +163,7 @@ class Cache:
     new document starts and nothing of the old one is visible any more.
     """
 
-    layers: list[MambaState | KeyValueStore]
+    layers: list[LayerState]
     length: int = 0  # tokens consumed so far, the same for every row
     last_seq_idx: Tensor | None = None  # [b]
     document_start: Tensor | None = None  # [b] position at which the current document began
@@ -148,8 +172,7 @@ class Cache:
     def forget(self, rows: Tensor) -> None:
         """Makes the rows (bool [b]) whose next token starts another document forget the old one."""
         for layer in self.layers:
-            if isinstance(layer, MambaState):  # attention forgets through the intervals
-                layer.forget(rows)
+            layer.forget(rows)
 
     def select(self, index: Tensor) -> None:
         """Keeps, repeats or reorders rows: index [new b] of row numbers (beam search)."""
@@ -170,8 +193,7 @@ class Cache:
         self.position.fill_(self.length)
         self.length += 1
         for layer in self.layers:
-            if isinstance(layer, KeyValueStore):
-                layer.reserve()
+            layer.reserve()
 
     def tensors(self) -> list[Tensor | None]:
         """What a step reads and writes in place: as long as these are the same tensors, a captured step is valid."""
