@@ -44,7 +44,15 @@ else
 fi
 
 say "megatron_taipan and what it needs"
-pip install --quiet --constraint constraints.txt --editable '.[dev]'
+if [ -w . ]; then
+    pip install --quiet --constraint constraints.txt --editable '.[dev]'
+else # a checkout that belongs to others: setuptools would write into it
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    cp -r megatron_taipan data_prep launch checkpoints setup.py pyproject.toml README.md LICENSE "$copy"
+    chmod -R u+w "$copy"
+    pip install --quiet --constraint constraints.txt "$copy[dev]"
+fi
 # The tests' independent reader of .bin/.idx files; without its dependencies, which we do not need.
 pip install --quiet --no-deps --constraint constraints.txt megatron-core
 "$venv/bin/python" -c 'import torch; print(f"== torch {torch.__version__}, CUDA {torch.cuda.is_available()}")'

@@ -28,16 +28,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str | None:
-    """The commit of the source tree, with "+changes" where tracked files differ from it; None outside a repository."""
-    folder = Path(__file__).parent
+def git_commit(source: Path = Path(__file__)) -> str | None:
+    """The commit of the tree that `source` is a file of, with "+changes" where tracked files differ from it.
+
+    None where no repository has the file: an installed package may lie inside one that knows nothing of it. Whose the
+    repository is does not matter, though git minds: the code in it is what runs here.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+            ["git", "-c", "safe.directory=*", *arguments],
+            cwd=source.parent, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
 
     try:
+        git("ls-files", "--error-unmatch", source.name)
         commit = git("rev-parse", "HEAD")
         return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -34,6 +34,8 @@ def test_logits_are_what_they_were(place, name):
 
 def test_the_run_goes_on_as_it_did(tmp_path, monkeypatch):
     shutil.copytree(MADE, tmp_path / "made")
+    for copy in [tmp_path / "made", *(tmp_path / "made").rglob("*")]:
+        copy.chmod(0o755 if copy.is_dir() else 0o644)  # a checkout may be read-only
     monkeypatch.chdir(tmp_path / "made")  # its paths are relative
     tree = yaml.safe_load(Path("config.yaml").read_text())
     assert "gate" not in tree["model"] and "input_gradient" not in Path("run/step_00000002/config.yaml").read_text()

@@ -245,7 +245,8 @@ def test_workers_ignore_signals_meant_for_the_trainer(tmp_path):
     assert len(workers) == 2
     for worker in workers:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            subprocess.run(["kill", f"-{name.value}", str(worker.pid)], check=True)  # by another than their parent
+            command = f"kill -{name.value} {worker.pid}"  # by another than their parent; /bin/kill is not everywhere
+            subprocess.run(["sh", "-c", command], check=True)
     assert [b["sample"].tolist() for b in take(loader, 20)] == [[2 * i, 2 * i + 1] for i in range(1, 21)]
 
 

@@ -9,6 +9,7 @@ import xxhash
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
 from megatron_taipan.config import load_config
+from megatron_taipan.train.metadata import git_commit
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs, with_options
 from tests.train.toy import toy_tree, write_data
@@ -111,7 +112,7 @@ def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     assert share == log(tmp_path / "run")[-1]["gate0/selected"]
     assert metadata["progress"] == counters | {"recent": [], "rewinds": [], "run_steps": 5}
     assert {"torch", "deepspeed", "python"} <= set(metadata["versions"])
-    assert metadata["git_commit"]
+    assert metadata["git_commit"] == git_commit()  # None where there is no git
     assert len(metadata["identity"]["data.fingerprint"]) >= 16
     assert load_config(path / CONFIG).train.global_batch == 4
     assert (tmp_path / "run" / "latest").read_text() == "step_00000005\n"
