@@ -21,12 +21,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whichever one is installed
 
-from megatron_taipan.config import describe_options, load_config
-from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
-from megatron_taipan.train.dry_run import dry_run
-from megatron_taipan.train.engine import check_layout
-from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
+
+def incomplete_environment(error: ImportError) -> int:
+    """Says what to do, and gives the status of wrong input: the next start would lack the same package."""
+    traceback.print_exc()
+    print(f"error: {sys.executable} cannot import what training needs ({error}); make the environment with 'make venv',"
+          " and start with its python (launch/slurm/pretrain.sbatch: VENV)", file=sys.stderr, flush=True)  # fmt: skip
+    return 2
+
+
+try:
+    from megatron_taipan.config import describe_options, load_config
+    from megatron_taipan.errors import UserError
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+    from megatron_taipan.train.dry_run import dry_run
+    from megatron_taipan.train.engine import check_layout
+    from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
+except ImportError as error:
+    sys.exit(incomplete_environment(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,6 +117,8 @@ def report(error: UserError) -> int:
 if __name__ == "__main__":
     try:
         exit_status = main()
+    except ImportError as error:
+        exit_status = incomplete_environment(error)
     except Exception:
         traceback.print_exc()
         exit_status = 1

@@ -7,6 +7,7 @@ environment, and `find_place` reads them. `start_processes` then joins the run.
 import os
 import re
 import socket
+import subprocess
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,8 +19,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.train.waiting import Waiting
 
 Result = TypeVar("Result")
+
+
+class Unreachable(UserError):
+    """The processes of the run did not find each other; another start may do better."""
+
+    exit_status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,7 @@ def find_place(env: Mapping[str, str]) -> Place:
                 env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split("(")[0].split(",")[0]
             ),
             address=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
-            # every task of a job must name the same port and two jobs of one host should not: take it from the job
-            port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
+            port=_number(env, "MASTER_PORT", _slurm_port(env)),
             launcher="slurm",
         )
     else:
@@ -76,16 +83,37 @@ def find_place(env: Mapping[str, str]) -> Place:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: `gpu[003-005,9],login1` -> `gpu003`.
+    """The first host of a SLURM node list: `gpu[003-005,9],login1` -> `gpu003`, `r[1-2]n[03-04]` -> `r1n03`.
 
     Raises:
         UserError: the list is empty.
     """
-    match = re.match(r"\s*([^\[,\s]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if "[" in nodelist and (hosts := _expanded(nodelist)):
+        return hosts[0]
+    match = re.match(r"\s*((?:[^\[,\s]|\[[^\]]*\])+)", nodelist)
     if not match:
         raise UserError("SLURM names no host for this step (SLURM_STEP_NODELIST is empty); set MASTER_ADDR")
-    prefix, number, suffix = match.groups(default="")
-    return prefix + number + suffix
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match.group(1))
+
+
+def _expanded(nodelist: str) -> list[str]:
+    """All hosts of a list as SLURM itself expands it; none where its command is not installed or does not answer."""
+    try:
+        told = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return told.stdout.split()
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """The same for every task of a step, another for each step, for jobs that may share a host, and for a restart.
+
+    It stays below 32768, where Linux begins to take ports for outgoing connections.
+    """
+    job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
+    return 20000 + (job + 1009 * step + 4001 * _number(env, "SLURM_RESTART_COUNT", 0)) % 12000
 
 
 def free_port() -> int:
@@ -103,20 +131,29 @@ def pick_device(place: Place) -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
+    visible = torch.cuda.device_count()
+    if visible == 1 and place.launcher == "slurm":
+        # --gpus-per-task or --gpu-bind: every task sees its own GPU alone, unless the step has fewer GPUs than tasks
+        if _number(os.environ, "SLURM_GPUS_ON_NODE", place.local_size) >= place.local_size:
+            return torch.device("cuda", 0)
+    if place.local_rank >= visible:
         raise UserError(
-            f"process {place.local_rank} of this host has no GPU: {torch.cuda.device_count()} GPUs are visible"
+            f"process {place.local_rank} of this host has no GPU: {visible} GPUs are visible"
             f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one process per GPU"
         )
     return torch.device("cuda", place.local_rank)
 
 
 def start_processes(place: Place, device: torch.device, timeout_s: float) -> None:
-    """Joins the run: gloo on CPU, NCCL on GPU. Every collective that takes longer than `timeout_s` ends the process."""
+    """Joins the run: gloo on CPU, NCCL on GPU. Every collective that takes longer than `timeout_s` ends the process.
+
+    Raises:
+        Unreachable: the processes do not meet: rank 0's port is taken, or it is not reached in `timeout_s`.
+    """
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
+        LOCAL_RANK=str(device.index if device.type == "cuda" else place.local_rank),  # DeepSpeed's number of the GPU
         LOCAL_SIZE=str(place.local_size),  # what DeepSpeed's CPU accelerator takes for the number of devices
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
@@ -124,12 +161,25 @@ def start_processes(place: Place, device: torch.device, timeout_s: float) -> Non
     deepspeed = import_deepspeed(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    waiting = Waiting(
+        rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, address=place.address,
+        port=place.port, timeout_s=timeout_s,
+    )  # fmt: skip
+    try:
+        with waiting:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timedelta(seconds=timeout_s),
+                verbose=False,
+            )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise Unreachable(
+                f"rank 0 cannot listen on port {place.port} of {socket.gethostname()}, which another program uses; set"
+                " MASTER_PORT to another one, the same for all processes"
+            ) from error
+        raise Unreachable(f"the processes did not meet: {waiting.describe()}") from error
 
 
 def stop_processes() -> None:

@@ -4,9 +4,9 @@
         job = cluster.submit([SCRIPT, "config.yaml"], ["--time=5"], cwd=folder)
         cluster.until(job, "RUNNING")
 
-Key, sockets, ports, configuration: all are its own, and what it started is ended by process id when it is left. It needs
-Debian's packages `slurm-wlm` and `munge`; neither cgroups nor root. Both nodes are this host, under names that no
-resolver knows. A node has 8 processors whatever the host has, and no GPUs.
+Key, sockets, ports, configuration: all are its own, and what it started is ended by process id when it is left. It
+needs Debian's packages `slurm-wlm` and `munge`; neither cgroups nor root. Both nodes are this host, under names that no
+resolver knows. A node has 8 processors whatever the host has; the second one believes that it has two GPUs.
 """
 
 import getpass
@@ -22,10 +22,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 NODES = ("r1n03", "r1n04")
+ENDED = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # a login's, without an environment's python
 
-# A requeued job waits for cred_expire; less than 5 means 120 s, the default. The partitions are ways to be pre-empted by a job in `urgent`.
+# A requeued job waits for cred_expire; less than 5 means 120 s, the default. The partitions are ways of being
+# pre-empted by a job in `urgent`.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -53,8 +55,9 @@ KillWait=10
 SlurmdTimeout=15
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=1000
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=1000
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=1000 Gres=gpu:2
 PartitionName=requeue Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=cancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL
 PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=30
@@ -93,6 +96,9 @@ class Cluster:
             host=socket.gethostname().split(".")[0], ports=free_ports(3), user=getpass.getuser(), folder=folder,
             nodes=NODES,
         ))  # fmt: skip
+        # SLURM wants devices; it hands their numbers out and leaves them alone
+        gpus = [f"NodeName={NODES[1]} Name=gpu File=/dev/{device}\n" for device in ("null", "zero")]
+        (folder / "gres.conf").write_text("".join(gpus))
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         self.env |= {"PATH": SEARCH, "SLURM_CONF": str(configuration), "USER": getpass.getuser()}
 
@@ -144,6 +150,10 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
+    def finish(self, text: str, options: Sequence[str], *, cwd: Path, **env: str | None) -> None:
+        """Runs a batch script of one line to its end, which must be a good one; its log lies as with `submit`."""
+        self.until(self.submit([f"--wrap={text}"], options, cwd=cwd, **env), "COMPLETED")
+
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says of a job, by name; {} once the job is forgotten."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
@@ -151,16 +161,26 @@ class Cluster:
 
     def until(self, number: str, *states: str, timeout: float = 60.0) -> dict[str, str]:
         """Waits until the job is in one of the states; gives what `job` does."""
-        wait_for(
-            lambda: self.job(number).get("JobState") in states, f"job {number} to be {' or '.join(states)}", timeout,
-            lambda: self.run("scontrol", "show", "job", number) + self.logs(),
-        )  # fmt: skip
+
+        def there() -> bool:
+            state = self.job(number).get("JobState")
+            assert state in states or state not in ENDED, f"job {number} is {state}\n{self.explain(number)}"
+            return state in states
+
+        what = f"job {number} to be {' or '.join(states)}"
+        wait_for(there, what, timeout, lambda: self.explain(number))
         return self.job(number)
+
+    def explain(self, number: str) -> str:
+        """What SLURM knows of a job, and the end of what it printed."""
+        job = self.job(number)
+        log = Path(job.get("StdOut", "")).read_text(errors="replace") if "StdOut" in job else ""
+        return f"{job}\n{log[-3000:]}"
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for a failure's message."""
         files = sorted([*self.folder.glob("*.out"), *self.folder.glob("*.log")])
-        return "\n".join(f"--- {file.name} ---\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+        return "\n".join(f"--- {file.name} ---\n{file.read_text(errors='replace')[-500:]}" for file in files)
 
 
 def wait_for(

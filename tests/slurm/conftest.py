@@ -78,4 +78,4 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def real_python() -> str:
-    return f"OMP_NUM_THREADS=1 PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)}"
+    return f"env OMP_NUM_THREADS=1 PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)}"
