@@ -113,7 +113,7 @@ def _slurm_port(env: Mapping[str, str]) -> int:
     It stays below 32768, where Linux begins to take ports for outgoing connections.
     """
     job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
-    return 20000 + (job + 1009 * step + 4001 * _number(env, "SLURM_RESTART_COUNT", 0)) % 12000
+    return 20000 + (job + 1009 * step + 251 * _number(env, "SLURM_RESTART_COUNT", 0)) % 12000
 
 
 def free_port() -> int:

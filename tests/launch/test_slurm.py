@@ -1,9 +1,8 @@
 """The batch script, with stand-ins for SLURM's two commands: what is run of SLURM here is the script, not SLURM.
 
-`srun` starts the real program on one task; `scontrol` notes what it was asked for.
+`srun` starts the real program on one task; `scontrol` notes what it was asked for. tests/slurm runs it under SLURM.
 """
 
-import json
 import os
 import re
 import shlex
@@ -29,19 +28,21 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def slurm(tmp_path: Path, srun: str, state: object = ("RUNNING",), **env: str) -> dict[str, str]:
+RUNNING = "JobState=RUNNING Reason=None"
+
+
+def slurm(tmp_path: Path, srun: str, state: str = RUNNING, **env: str) -> dict[str, str]:
     """The environment of a job of one task, where `srun` does what the text says.
 
     Args:
-        state: the job's, as `scontrol --json` tells it; None: it does not know that option.
+        state: what `scontrol show job` says of it.
     """
     (tmp_path / "bin").mkdir(exist_ok=True)
     script(tmp_path / "bin" / "srun", srun)
-    (tmp_path / "job.json").write_text(json.dumps({"jobs": [{"job_state": state}]}) if state else "no such option")
     script(
         tmp_path / "bin" / "scontrol",
-        f"""if [[ $1 == --json ]]; then
-    [[ "$*" == "--json show job 4711" ]] && cat {tmp_path}/job.json
+        f"""if [[ $1 == --oneliner ]]; then
+    [[ "$*" == "--oneliner show job "* ]] && echo "JobId=4711 Restarts=${{SLURM_RESTART_COUNT:-0}} {state} BatchFlag=1"
 else
     echo "$@" >> {tmp_path}/scontrol
 fi
@@ -49,10 +50,18 @@ fi
     )
     (tmp_path / "venv/bin").mkdir(parents=True, exist_ok=True)
     (tmp_path / "venv/bin/activate").write_text("")
+    config = tmp_path / "config.yaml"
+    if not config.exists():
+        config.write_text(yaml.safe_dump(toy_tree("data", tmp_path / "run")))
     return os.environ | {
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"),
-        "SLURM_JOB_ID": "4711", "USER": "user", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env,
+        "SLURM_JOB_ID": "4711", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env,
     }  # fmt: skip
+
+
+def run_script(tmp_path: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = ["bash", SCRIPT, tmp_path / "config.yaml"]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
 def asked_scontrol(tmp_path: Path) -> list[str]:
@@ -61,41 +70,81 @@ def asked_scontrol(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "status, restarts, ends_with, requeued",
+    "status, ends_with, requeued",
     [
-        (0, 0, 0, False),
-        (2, 0, 2, False),  # a wrong configuration would be wrong again
-        (75, 99, 0, True),  # pre-emption is no failure, however often
-        (143, 0, 0, True),
-        (137, 3, 0, True),  # a killed rank
-        (70, 10, 70, False),
+        (0, 0, False),
+        (2, 2, False),  # a wrong configuration would be wrong again
+        (75, 0, True),
+        (143, 0, True),
+        (137, 0, True),  # a killed rank
+        (70, 0, True),
     ],
 )
-def test_exit_status_decides_about_the_queue(tmp_path, status, restarts, ends_with, requeued):
-    env = slurm(tmp_path, f"exit {status}\n", SLURM_RESTART_COUNT=str(restarts))
-    done = subprocess.run(
-        ["bash", SCRIPT, "config.yaml"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+def test_exit_status_decides_about_the_queue(tmp_path, status, ends_with, requeued):
+    env = slurm(tmp_path, f"exit {status}\n", SLURM_RESTART_COUNT="99")
+    done = run_script(tmp_path, env)
     assert done.returncode == ends_with, done.stderr
     assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
 
 
+@pytest.mark.parametrize("first", [2, 1])
+def test_the_first_task_to_fail_decides_and_not_those_that_srun_then_ends(tmp_path, first):
+    said = ["a line", f"srun: error: n1: task 1: Exited with exit code {first}", "srun: error: n2: task 0: Terminated"]
+    env = slurm(tmp_path, "".join(f"echo '{line}' >&2\n" for line in said) + "exit 143\n")
+    done = run_script(tmp_path, env)
+    assert done.returncode == (2 if first == 2 else 0)
+    assert done.stderr.splitlines()[:3] == said
+
+
 @pytest.mark.parametrize(
     "state, requeued",
-    [(["CANCELLED", "COMPLETING"], False), ("CANCELLED", False), (["TIMEOUT", "COMPLETING"], True), (None, True)],
+    [
+        ("JobState=COMPLETING Reason=None EndTime=2026-11-28T21:19:52 PreemptTime=None", False),
+        ("JobState=COMPLETING Reason=None", False),
+        ("JobState=CANCELLED Reason=None", False),
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        ("JobState=COMPLETING Reason=None PreemptTime=2026-11-28T21:19:52", True),
+        ("JobState=COMPLETING Reason=None Restarts=1 PreemptTime=2026-11-28T21:19:52", False),  # SLURM did it
+        ("slurm_load_jobs error: Unable to contact slurm controller", False),
+    ],
 )
 def test_a_cancelled_job_does_not_come_back(tmp_path, state, requeued):
-    """States as newer and older versions of SLURM tell them."""
-    env = slurm(tmp_path, "exit 75\n", state)
-    done = subprocess.run(["bash", SCRIPT, "c"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    """In SLURM's words: a job that it ends, and that neither met its time limit nor was pre-empted, was cancelled."""
+    done = run_script(tmp_path, slurm(tmp_path, "exit 75\n", state))
     assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
     assert done.returncode == (0 if requeued else 75)
 
 
+def test_restarts_that_bring_no_checkpoint_end(tmp_path):
+    env = slurm(tmp_path, "exit 75\n", MAX_RESTARTS="2")
+    assert [run_script(tmp_path, env).returncode for _ in range(3)] == [0, 0, 75]
+    assert asked_scontrol(tmp_path) == ["requeue 4711"] * 2
+    (tmp_path / "run" / "slurm_restarts.json").unlink()
+    new_checkpoint = f"""step={tmp_path}/run/step_0000000$((${{SLURM_RESTART_COUNT:-0}} + 1))
+mkdir -p $step
+echo '{{"format": 1, "files": {{}}}}' > $step/manifest.json
+"""
+    env = slurm(tmp_path, f"{new_checkpoint}exit 75\n", MAX_RESTARTS="0")
+    runs = [run_script(tmp_path, env | {"SLURM_RESTART_COUNT": str(restart)}) for restart in (0, 1, 2, 2)]
+    assert [run.returncode for run in runs] == [0, 0, 0, 75]
+
+
+def test_a_task_of_an_array_is_named_by_the_array(tmp_path):
+    env = slurm(tmp_path, "exit 75\n", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="3")
+    run_script(tmp_path, env)
+    assert asked_scontrol(tmp_path) == ["requeue 4711_3"]
+
+
+def test_without_its_environment_a_job_ends(tmp_path):
+    env = slurm(tmp_path, "exit 0\n", VENV="/nowhere")
+    done = run_script(tmp_path, env)
+    assert done.returncode == 2 and "VENV=/nowhere" in done.stderr
+
+
 def test_script_survives_the_signal_that_ends_its_step(tmp_path):
     env = slurm(tmp_path, "trap 'sleep 0.3; exit 75' TERM\necho up\nsleep 60 & wait\n")
-    job = subprocess.Popen(["bash", SCRIPT, "c"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True,
-                           start_new_session=True)  # fmt: skip
+    job = subprocess.Popen(["bash", SCRIPT, tmp_path / "config.yaml"], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                           text=True, start_new_session=True)  # fmt: skip
     assert job.stdout.readline() == "up\n"
     os.killpg(job.pid, signal.SIGTERM)  # script and step, as pre-emption does
     assert job.wait(30) == 0

@@ -42,7 +42,7 @@ class Checkout:
     def stand_in(self, text: str) -> None:
         """Makes .venv, where python is a shell script that plays the trainer. It notes every start in `starts`."""
         # the script's own question about restarts is answered by the real program
-        self._make(f"""case $1 in launch/slurm/*) {real_python()} "$@"; exit ;; esac
+        self._make(f"""case $1 in launch/slurm/* | -c) {real_python()} "$@"; exit ;; esac
 echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS, restart ${{SLURM_RESTART_COUNT:-0}}: $*" >> starts
 {text}
 """)

@@ -24,8 +24,10 @@ def test_scancel_ends_a_job_for_good(slurm: Cluster, checkout: Checkout, trainer
     assert "cancelled, so not again" in checkout.log()
 
 
-@pytest.mark.parametrize("partition", ["grace", "cancel", "requeue"])
-@pytest.mark.parametrize("trainer", [TRAINS, STARTS], ids=["training", "starting"])
+@pytest.mark.parametrize(
+    "partition, trainer", [("grace", TRAINS), ("grace", STARTS), ("cancel", TRAINS), ("requeue", TRAINS)],
+    ids=["grace-training", "grace-starting", "cancel", "requeue"],
+)  # fmt: skip
 def test_a_preempted_job_comes_back(slurm: Cluster, checkout: Checkout, partition: str, trainer: str):
     """SIGTERM and time to save; SIGTERM and the end; the same with SLURM itself putting the job back."""
     checkout.stand_in(f"[ ${{SLURM_RESTART_COUNT:-0}} = 1 ] && exit 0\n{trainer}")

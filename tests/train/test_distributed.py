@@ -1,9 +1,15 @@
 """Finding one's place in the run, and agreeing on errors."""
 
+import io
+import re
+import socket
+from contextlib import redirect_stderr
+
 import pytest
+import torch
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import agree, find_place, first_host
+from megatron_taipan.train.distributed import Unreachable, agree, find_place, first_host, pick_device, start_processes
 from tests.distributed.launch import launch
 
 TORCHRUN = {
@@ -37,6 +43,58 @@ def test_srun():
     assert find_place(SRUN | TORCHRUN).rank == 3
 
 
+def test_steps_restarts_and_neighbouring_jobs_take_different_ports():
+    """Below 32768: from there on Linux takes ports for outgoing connections."""
+    one = SRUN | {"SLURM_STEP_NODELIST": "gpu07"}
+    ports = [
+        find_place(one | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s), "SLURM_RESTART_COUNT": str(r)}).port
+        for j in range(4000, 4040) for s in range(5) for r in range(3)
+    ]  # fmt: skip
+    assert len(set(ports)) == len(ports)
+    assert all(1024 <= port < 32768 for port in ports)
+
+
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
+    """--gpus-per-task, --gpu-bind. Not under torchrun: two processes there would share it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert pick_device(find_place(SRUN)) == torch.device("cuda", 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert pick_device(find_place(SRUN)) == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="process 1 of this host has no GPU: 1 GPUs are visible"):
+        pick_device(find_place(TORCHRUN))
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    with pytest.raises(UserError, match="process 1 of this host has no GPU"):
+        pick_device(find_place(SRUN))
+
+
+def meet_where_nobody_is(address: str, port: int) -> tuple[str, str, int]:
+    from megatron_taipan.train import waiting
+
+    waiting.SAY_EVERY_S = 0.2
+    place = find_place({"RANK": "0" if address == "127.0.0.1" else "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": address, "MASTER_PORT": str(port)})  # fmt: skip
+    with pytest.raises(Unreachable) as error, redirect_stderr(io.StringIO()) as said:
+        start_processes(place, torch.device("cpu"), 2.0)
+    return said.getvalue(), str(error.value), error.value.exit_status
+
+
+def test_processes_that_do_not_meet_say_what_they_wait_for():
+    ((said, message, status),) = launch(1, meet_where_nobody_is, "nobody.invalid", 23, join=False)
+    assert re.search(r"rank 1 has waited \d s for rank 0 at nobody.invalid:23 \(.* does not know that name: .*\)", said)
+    assert "the processes did not meet" in message and status == 69
+
+
+def test_a_port_that_another_program_has_is_named():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ((_, message, status),) = launch(1, meet_where_nobody_is, "127.0.0.1", port, join=False)
+    assert f"cannot listen on port {port}" in message and "MASTER_PORT" in message and status == 69
+
+
 def test_a_batch_script_outside_srun_is_one_process():
     batch = {k: v for k, v in SRUN.items() if not k.startswith("SLURM_STEP")}
     assert find_place(batch).world_size == 1
@@ -51,6 +109,8 @@ def test_a_batch_script_outside_srun_is_one_process():
         ("gpu[003-005,9],login1", "gpu003"),
         ("gpu-a[12,14]-ib,x", "gpu-a12-ib"),
         ("r1c[1-2]", "r1c1"),
+        ("r[1-2]n[03-04]", "r1n03"),
+        ("a,b[1-2]", "a"),
         ("node.with.dots,b", "node.with.dots"),
     ],
 )
