@@ -6,9 +6,9 @@
     srun python launch/pretrain.py --config ...            (launch/slurm/pretrain.sbatch)
 
 Options of the configuration are given as section.option=value and override the file. Exit status: 0 finished (or
-stopped at train.stop_at), 2 the input is wrong (one line says what), 70 nothing moved for train.hang_after_s, 74 the
-last checkpoint could not be written, 75 stopped by a signal with a checkpoint: start the same command again
-(docs/reliability.md).
+stopped at train.stop_at), 2 the input is wrong (one line says what), 69 the processes did not meet, 70 nothing moved
+for train.hang_after_s, 74 the last checkpoint could not be written, 75 stopped by a signal with a checkpoint: start
+the same command again (docs/reliability.md).
 """
 
 import argparse
