@@ -96,6 +96,16 @@ def test_the_first_task_to_fail_decides_and_not_those_that_srun_then_ends(tmp_pa
     assert done.stderr.splitlines()[:3] == said
 
 
+@pytest.mark.parametrize("trouble", ["log", "temporary files"])
+def test_a_full_disk_of_the_head_node_does_not_end_the_run(tmp_path, trouble):
+    env = slurm(tmp_path, f"for i in {{1..2000}}; do echo a line of the tasks >&2; done\ntouch {tmp_path}/done\n")
+    env |= {"TMPDIR": "/dev/null/no"} if trouble == "temporary files" else {}
+    with open("/dev/full" if trouble == "log" else tmp_path / "log", "w") as log:
+        command = ["bash", SCRIPT, tmp_path / "config.yaml"]
+        assert subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, timeout=60).returncode == 0
+    assert (tmp_path / "done").exists()
+
+
 @pytest.mark.parametrize(
     "state, requeued",
     [

@@ -53,6 +53,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1
 KillWait=10
 SlurmdTimeout=15
+ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
