@@ -17,7 +17,7 @@ def test_two_steps_of_one_allocation_take_two_ports(slurm: Cluster, checkout: Ch
     assert checkout.log().count("met\n") == 2
 
 
-@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpus-per-node=2", "--gpus-per-node=2 --gpu-bind=single:1"])
+@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpus-per-node=2 --gpu-bind=single:1"])
 def test_each_task_takes_a_gpu_of_its_own(slurm: Cluster, checkout: Checkout, option: str):
     checkout.real()
     slurm.finish(f"srun {PROGRAM} gpu", ["--ntasks=2", *option.split()], cwd=checkout.folder)
