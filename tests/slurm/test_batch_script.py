@@ -59,9 +59,14 @@ def test_no_environment_is_wrong_input(slurm: Cluster, checkout: Checkout):
     assert "VENV=.venv" in checkout.log()
 
 
-@pytest.mark.parametrize("text", ["[ $SLURM_PROCID = 0 ] && exit 2\nexec sleep 60\n", None], ids=["input", "import"])
+@pytest.mark.parametrize(
+    "text", ["[ $SLURM_PROCID = 0 ] && sleep 1 && exit 2\nexec sleep 60\n", None], ids=["input", "import"]
+)
 def test_what_would_be_wrong_again_ends_the_job(slurm: Cluster, checkout: Checkout, text: str | None):
-    """Two tasks: the first to end has srun end the other by SIGTERM, and srun's status is the highest, 143."""
+    """Two tasks: the first to end has srun end the other by SIGTERM, and srun's status is the highest, 143.
+
+    The stand-in lives for a second first: a signal to a task that is not there yet is lost, and srun waits (--wait).
+    """
     if text is None:
         checkout.real("-S")  # without site-packages
     else:
