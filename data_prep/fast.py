@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.ahead import ONE_THREAD
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
+from data_prep.limits import USUAL, Limits
 from data_prep.long_text import BrokenText
 from data_prep.readers import read
 from data_prep.sentencepiece_json import tokenizer_json
@@ -96,12 +97,12 @@ def difference(reference: Tokenizer, fast: Tokenizer, texts: list[str]) -> str:
     return ""
 
 
-def sample(pieces: list[Piece], extract: Extract, scratch: str | None = None) -> Iterator[str]:
+def sample(pieces: list[Piece], extract: Extract, scratch: str | None = None, limits: Limits = USUAL) -> Iterator[str]:
     """Documents, or their beginnings, from pieces spread over the corpus; then the hard texts."""
     step = max(1, len(pieces) // SAMPLE_PIECES)
     for piece in pieces[::step]:
         taken = 0
-        for record in read(piece[0], extract, scratch):
+        for record in read(piece[0], extract, scratch, limits):
             try:
                 text = record.text or (next(record.chunks, "") if record.chunks else "")
             except BrokenText:

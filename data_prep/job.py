@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
+from data_prep.limits import USUAL, Limits
 from data_prep.tokenizers import Tokenizer
 
 OnError = Literal["fail", "skip", "quarantine"]
@@ -27,6 +28,7 @@ class Job:
     on_error: OnError
     allow_special: bool = False  # text may spell special tokens
     marked: bool = False  # texts say which parts of them are learned: a loss mask is made
+    limits: Limits = USUAL
     report: Callable[[int, int, int], None] = lambda bytes, tokens, documents: None  # adds to the progress shown
 
     def part(self, number: int) -> str:

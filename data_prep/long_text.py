@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from data_prep import tolerant
+from data_prep.limits import USUAL, too_large
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 20
@@ -57,6 +58,9 @@ def blocks_of(first: bytes, file) -> Iterator[bytes]:
 class LongLine:
     """One line of JSON, read to its end.
 
+    Args:
+        limit: bytes of a line from which on nothing of it is kept.
+
     Attributes:
         size: bytes of the line.
         skeleton: the line with marks in place of long strings, or None where it cannot be JSON.
@@ -66,7 +70,7 @@ class LongLine:
         UserError: there is no room for its long strings.
     """
 
-    def __init__(self, first: bytes, file, scratch: str | None):
+    def __init__(self, first: bytes, file, scratch: str | None, limit: int = USUAL.record):
         self.scratch = scratch
         self.spool: IO[bytes] | None = None
         self.mark = f"<long string {secrets.token_hex(16)} "
@@ -80,14 +84,26 @@ class LongLine:
         block = first
         while block:
             self.size += len(block)
+            if self.size > limit and not self.problem:
+                self.problem = too_large(limit)
             if not self.problem:
                 self._feed(block)
+            if self.problem:
+                self._drop()
             if block.endswith(b"\n"):
                 break
             block = file.readline(BLOCK)
         if self.inside and not self.problem:
             self.problem = "broken JSON: the line ends inside a string"
         self.skeleton = None if self.problem else bytes(self.out)
+
+    def _drop(self) -> None:
+        """Gives back what was kept of a line that gives nothing."""
+        if self.spool is not None:
+            self.spool.close()
+        self.spool = None
+        self.out.clear()
+        self.held.clear()
 
     def _feed(self, block: bytes) -> None:
         at = 0

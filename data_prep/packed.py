@@ -2,6 +2,8 @@
 
 A file is a row of members (streams, frames), each whole in itself. Nothing that was unpacked is lost to what follows
 it: what stands behind the last member and begins none is told as `garbage`, after the content has ended.
+
+Whatever a file holds, no more than a few MB of it are in memory, besides the window that it asks for.
 """
 
 import bz2
@@ -11,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any, cast
 
+from data_prep.limits import USUAL
 from megatron_taipan.errors import UserError
 
 try:
@@ -25,15 +28,24 @@ BUFFER = 1 << 20
 GZIP, BZIP2, XZ = (b"\x1f\x8b",), (b"BZh",), (b"\xfd7zXZ\x00",)
 ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60)))
 
+RLE, RESERVED = 1, 3  # kinds of blocks of zstandard: one byte many times, and none
+LARGEST_BLOCK = 128 << 10  # bytes of a block of zstandard, packed or not
+BLOCKS = 16  # unpacked at a time
+BESIDE = 16 << 20  # bytes that xz takes besides its dictionary, at most
+
 
 class Damaged(Exception):
     """Compressed data is not what it should be; the message says why."""
 
 
-def open_packed(path: str) -> io.BufferedReader:
+class TooWide(Exception):
+    """Compressed data takes more memory than it may; the message says so."""
+
+
+def open_packed(path: str, window: int = USUAL.window) -> io.BufferedReader:
     """The content of a file whose name ends in .gz, .zst, .zstd, .bz2 or .xz. Reading raises EOFError where the file
-    ends within a member or has none, and Damaged."""
-    return io.BufferedReader(Unpacked(path), BUFFER)
+    ends within a member or has none, Damaged, and TooWide where unpacking takes a window of more bytes."""
+    return io.BufferedReader(Unpacked(path, window), BUFFER)
 
 
 def garbage(file: Any) -> str:
@@ -49,8 +61,8 @@ class Unpacked(io.RawIOBase):
             tapes are filled.
     """
 
-    def __init__(self, path: str):
-        self.magic, self.new = _form(path)
+    def __init__(self, path: str, window: int = USUAL.window):
+        self.magic, self.new = _form(path, window)
         self.file = open(path, "rb", buffering=0)
         self.left = b""  # read, and not yet given to a member
         self.member: Any = None
@@ -72,6 +84,8 @@ class Unpacked(io.RawIOBase):
             data, self.left = self.left, b""
             try:
                 out = self.member.decompress(data, len(buffer))
+            except TooWide:
+                raise
             except Exception as error:  # every library has its own, and bz2 raises a plain OSError
                 raise Damaged(" ".join(str(error).split())) from error
             if self.member.eof:
@@ -109,7 +123,7 @@ class Unpacked(io.RawIOBase):
         return True
 
 
-def _form(path: str) -> tuple[tuple[bytes, ...], Callable[[], Any]]:
+def _form(path: str, window: int) -> tuple[tuple[bytes, ...], Callable[[], Any]]:
     """What a member begins with, and what unpacks one: an object like bz2.BZ2Decompressor."""
     ending = os.path.splitext(path.lower())[1]
     if ending == ".gz":
@@ -117,13 +131,16 @@ def _form(path: str) -> tuple[tuple[bytes, ...], Callable[[], Any]]:
     if ending == ".bz2":
         return BZIP2, bz2.BZ2Decompressor
     if ending == ".xz":
-        return XZ, lzma.LZMADecompressor
+        return XZ, lambda: _Xz(window)
     try:
         import zstandard
     except ImportError as error:
         raise UserError(f"{path}: reading {ending} takes the package zstandard; `pip install zstandard`") from error
-    window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    return ZSTANDARD, lambda: _Zstandard(window.decompressobj())
+    return ZSTANDARD, lambda: _Zstandard(zstandard, window)
+
+
+def _too_wide(what: str, window: int) -> TooWide:
+    return TooWide(f"{what} takes more memory than the {window >> 20} MB of --max-window-mb; give more if you trust it")
 
 
 class _Gzip:
@@ -151,22 +168,104 @@ class _Gzip:
         return self.inner.unused_data
 
 
-class _Zstandard:
-    """One frame of zstandard. The library gives all that a block holds; it is kept here until it is asked for."""
+class _Xz:
+    """One stream of xz."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.out = b""
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.inner = lzma.LZMADecompressor(lzma.FORMAT_XZ, window + BESIDE)
 
     def decompress(self, data: bytes, limit: int) -> bytes:
-        if data:
-            self.out += self.inner.decompress(data)
-        out, self.out = self.out[:limit], self.out[limit:]
-        return out
+        try:
+            return self.inner.decompress(data, limit)
+        except lzma.LZMAError as error:
+            if "limit exceeded" in str(error):
+                raise _too_wide("the dictionary of this xz stream", self.window) from error
+            raise
 
     @property
     def needs_input(self) -> bool:
-        return not self.out
+        return self.inner.needs_input
+
+    @property
+    def eof(self) -> bool:
+        return self.inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self.inner.unused_data
+
+
+class _Zstandard:
+    """One frame of zstandard (RFC 8878), given to the library a few blocks at a time.
+
+    The library unpacks all that it is given, and 64 kB can hold 2 GB. But a frame is a row of blocks, each with its
+    packed size before it, which hold at most 128 kB each.
+    """
+
+    def __init__(self, library: Any, window: int) -> None:
+        self.library, self.window = library, window
+        self.inner = library.ZstdDecompressor(max_window_size=window).decompressobj()
+        self.raw = bytearray()  # what the library was not given yet
+        self.out = memoryview(b"")  # what it gave, and nobody asked for yet
+        self.begun = False  # whether the library was given the header
+        self.to_skip = 0  # bytes left of a frame that is to be passed over
+        self.checksum = 0  # bytes behind the last block
+
+    def decompress(self, data: bytes, limit: int) -> memoryview:
+        self.raw += data
+        if not self.out and (count := self._whole()):
+            self.begun, self.to_skip = True, max(0, self.to_skip - count)
+            self.out = memoryview(self.inner.decompress(bytes(memoryview(self.raw)[:count])))
+            del self.raw[:count]
+        out, self.out = self.out[:limit], self.out[limit:]
+        return out
+
+    def _whole(self) -> int:
+        """Bytes of `raw` that the library may be given: the header, and some blocks that are all there."""
+        at = 0
+        if not self.begun and not (at := self._read_header()):
+            return 0
+        if self.to_skip:
+            return min(self.to_skip, len(self.raw))
+        for _ in range(BLOCKS):
+            if len(self.raw) < at + 3:
+                break
+            head = int.from_bytes(self.raw[at : at + 3], "little")
+            last, kind, size = head & 1, head >> 1 & 3, head >> 3
+            stop = at + 3 + (1 if kind == RLE else size) + last * self.checksum
+            if kind == RESERVED or size > LARGEST_BLOCK:
+                return len(self.raw)  # the library says what is wrong
+            if stop > len(self.raw):
+                break
+            at = stop
+            if last:
+                break
+        return at
+
+    def _read_header(self) -> int:
+        """Bytes of the header, 0 where it is not all there.
+
+        Raises:
+            TooWide: the window is.
+        """
+        if len(self.raw) < 8:  # no frame is shorter
+            return 0
+        if not self.raw.startswith(ZSTANDARD[0]):
+            self.to_skip = self.to_skip or 8 + int.from_bytes(self.raw[4:8], "little")
+            return 8
+        size = self.library.frame_header_size(bytes(self.raw[:18]))
+        if len(self.raw) < size:
+            return 0
+        about = self.library.get_frame_parameters(bytes(self.raw[:size]))
+        if about.window_size > self.window:
+            raise _too_wide(f"the window of {about.window_size:,} bytes of this zstandard frame", self.window)
+        self.checksum = 4 * about.has_checksum
+        return size
+
+    @property
+    def needs_input(self) -> bool:
+        return not self.out and not self._whole()
 
     @property
     def eof(self) -> bool:
@@ -174,4 +273,4 @@ class _Zstandard:
 
     @property
     def unused_data(self) -> bytes:
-        return self.inner.unused_data
+        return self.inner.unused_data + bytes(self.raw)

@@ -37,7 +37,7 @@ def make_part(job: Job, number: int) -> dict:
     part = _Part(job, path)
     try:
         for piece in job.pieces[number]:
-            for record in read(piece, job.extract, job.work):
+            for record in read(piece, job.extract, job.work, job.limits):
                 part.add(record)
         part.flush()
     finally:

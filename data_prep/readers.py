@@ -6,14 +6,15 @@ A document of more than LONG bytes is never held as a whole (but where a table h
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_prep import tables, tolerant
 from data_prep.extract import Extract, Marked
 from data_prep.inputs import Slice
 from data_prep.kinds import COMPRESSED, SPLITTABLE, TABLES, TEXTS, is_json, kind_of
+from data_prep.limits import USUAL, Limits, too_large
 from data_prep.long_text import BLOCK, BrokenText, LongLine, blocks_of, decoded
-from data_prep.packed import Damaged, garbage, open_packed
+from data_prep.packed import Damaged, TooWide, garbage, open_packed
 
 BUFFER = 1 << 20
 BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
@@ -36,28 +37,50 @@ class Record:
     borders: tuple[int, ...] = ()  # of `text`, as in Marked; empty where nothing is marked
 
 
-def read(piece: Slice, extract: Extract, scratch: str | None = None) -> Iterator[Record]:
+def read(piece: Slice, extract: Extract, scratch: str | None = None, limits: Limits = USUAL) -> Iterator[Record]:
     """The records of one slice in order. Unreadable files end in a record with a problem, never in silence.
 
     Args:
         scratch: folder for what a long line of JSON is decoded into; None: the system's.
+        limits: a larger record gives a problem, a file that needs a larger window too.
     """
-    kind = kind_of(piece.path)
     try:
-        if kind in TABLES:
-            yield from _table(piece, extract)
-        elif kind.startswith(TEXTS):
-            yield from _text(piece)
-        elif is_json(kind) and _one_value(piece.path):
-            if not piece.start:
-                yield from _entries(piece.path, extract)
-        else:
-            yield from _lines(piece, extract, scratch)
+        for record in _records(piece, extract, scratch, limits):
+            yield _within(record, limits.record)
     except UNREADABLE as error:
         yield Record(piece.path, problem=_unreadable(error))
 
 
-UNREADABLE = (EOFError, Damaged, OSError)
+def _records(piece: Slice, extract: Extract, scratch: str | None, limits: Limits) -> Iterator[Record]:
+    kind = kind_of(piece.path)
+    if kind in TABLES:
+        yield from _table(piece, extract)
+    elif kind.startswith(TEXTS):
+        yield from _text(piece, limits)
+    elif is_json(kind) and _one_value(piece.path, limits):
+        if not piece.start:
+            yield from _entries(piece.path, extract, limits)
+    else:
+        yield from _lines(piece, extract, scratch, limits)
+
+
+def _within(record: Record, limit: int) -> Record:
+    """The record, or a problem where its text has more bytes; of one in chunks that shows when they are used."""
+    if record.size > limit:
+        return Record(record.where, problem=too_large(limit), raw=record.raw[:KEPT])
+    return record if record.chunks is None else replace(record, chunks=_until(record.chunks, limit))
+
+
+def _until(chunks: Iterator[str], limit: int) -> Iterator[str]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk) if chunk.isascii() else len(chunk.encode(errors="replace"))
+        if size > limit:
+            raise BrokenText(too_large(limit))
+        yield chunk
+
+
+UNREADABLE = (EOFError, Damaged, TooWide, OSError)
 
 
 def _unreadable(error: Exception) -> str:
@@ -66,13 +89,15 @@ def _unreadable(error: Exception) -> str:
         return "file ends before its compressed data does"
     if isinstance(error, Damaged):
         return f"damaged compressed data: {error}"
+    if isinstance(error, TooWide):
+        return f"window too large: {error}"
     return "cannot be read: " + " ".join(str(getattr(error, "strerror", None) or error).split())  # arrow's have lines
 
 
-def _open(path: str):
+def _open(path: str, limits: Limits):
     """The (decompressed) bytes of a file as a buffered stream."""
     if path.lower().endswith(COMPRESSED):
-        return open_packed(path)
+        return open_packed(path, limits.window)
     return open(path, "rb", buffering=BUFFER)
 
 
@@ -82,10 +107,10 @@ def _rest(path: str, file) -> Iterator[Record]:
         yield Record(path, problem=f"garbage behind compressed data that is whole: {found}")
 
 
-def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Record]:
+def _lines(piece: Slice, extract: Extract, scratch: str | None, limits: Limits) -> Iterator[Record]:
     """JSON lines. A line belongs to the slice in which its first byte lies."""
     whole = kind_of(piece.path) not in SPLITTABLE
-    with _open(piece.path) as file:
+    with _open(piece.path, limits) as file:
         at = piece.start
         if at and not whole:
             file.seek(at - 1)
@@ -102,7 +127,7 @@ def _lines(piece: Slice, extract: Extract, scratch: str | None) -> Iterator[Reco
             if not at and line.startswith(BOM):
                 line, where = line[3:], f"{piece.path}:byte 3"
             if size == LONG and not line.endswith(b"\n"):
-                long = LongLine(line, file, scratch)
+                long = LongLine(line, file, scratch, limits.record)
                 size += long.size - len(line)
                 if long.skeleton is None or not long.skeleton.isspace():
                     yield _parse_long(where, line, long, extract)
@@ -138,10 +163,10 @@ def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> R
     return _document(where, text, raw)
 
 
-def _one_value(path: str) -> bool:
+def _one_value(path: str, limits: Limits) -> bool:
     """Whether a .json file is one array, or one record over several lines (the second begins with a name), and not
     lines."""
-    with _open(path) as file:
+    with _open(path, limits) as file:
         lines = (line for line in iter(lambda: file.readline(BLOCK), b"") if line.strip())
         first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
@@ -150,9 +175,9 @@ def _one_value(path: str) -> bool:
     return goes_on and second.lstrip().startswith(b'"')
 
 
-def _entries(path: str, extract: Extract) -> Iterator[Record]:
+def _entries(path: str, extract: Extract, limits: Limits) -> Iterator[Record]:
     """The entries of a file that is one array of JSON, or one record."""
-    with _open(path) as file:
+    with _open(path, limits) as file:
         data = file.read(ARRAY + 1)
         if len(data) > ARRAY:
             problem = f"array too large: one JSON value of over {ARRAY} bytes; make a line of each entry: jq -c '.[]'"
@@ -173,9 +198,9 @@ def _entries(path: str, extract: Extract) -> Iterator[Record]:
     yield from rest
 
 
-def _text(piece: Slice) -> Iterator[Record]:
+def _text(piece: Slice, limits: Limits) -> Iterator[Record]:
     """A text file is one document."""
-    with _open(piece.path) as file:
+    with _open(piece.path, limits) as file:
         data = file.read(LONG)
         if len(data) == LONG:
             chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))

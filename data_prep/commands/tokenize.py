@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from data_prep.extract import add_text_arguments, extractor, marks_learned, text
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
+from data_prep.limits import USUAL, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
 from data_prep.progress import Progress
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
     )
     add_text_arguments(parser)
+    add_limit_arguments(parser)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin token")
     parser.add_argument("--eod-token", help="spelling of the end-of-document token, where the tokenizer does not say")
@@ -120,6 +122,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         on_error=args.on_error,
         allow_special=args.allow_special,
         marked=marks_learned(args),
+        limits=limits_of(args),
     )
     options = {
         **text_options(args),
@@ -128,6 +131,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         "allow_special": args.allow_special,
         "on_error": args.on_error,
         "shard_tokens": args.shard_tokens,
+        **({} if job.limits == USUAL else {"limits": asdict(job.limits)}),  # outputs of before had the usual ones
     }
     identity = _identity(sizes, tokenizer, options, spooled, sources)
     before = manifest.read(args.output)
@@ -191,8 +195,9 @@ class _Plan:
         """The workers; nothing that they inherit has encoded a text yet."""
         kinds: dict[str, Callable[[int], object]] = {"make": self._maker(self.job)}
         if self.twin is not None:
-            twin, texts = self.twin, list(fast.sample(self.job.pieces, self.job.extract, self.job.work))
-            kinds["compare"] = lambda share: fast.difference(self.job.tokenizer, twin, texts[share :: self.workers])
+            job, twin = self.job, self.twin
+            texts = list(fast.sample(job.pieces, job.extract, job.work, job.limits))
+            kinds["compare"] = lambda share: fast.difference(job.tokenizer, twin, texts[share :: self.workers])
             kinds["make fast"] = self._maker(replace(self.job, tokenizer=twin))
         return Pool(self.workers, kinds)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep import inputs
 from data_prep.extract import add_text_arguments, extractor
+from data_prep.limits import add_limit_arguments, limits_of
 from data_prep.long_text import BrokenText
 from data_prep.readers import read, size_of
 from megatron_taipan.data.indexed import sync_and_close
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, special and byte tokens included")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     add_text_arguments(parser)
+    add_limit_arguments(parser)
     parser.add_argument(
         "--max-bytes", type=int, default=1 << 30, help="stop reading after this much text (default: 2^30)"
     )
@@ -101,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
     """The documents in lines that the trainer takes, cut at white space where they are too long."""
-    extract = extractor(args)
+    extract, limits = extractor(args), limits_of(args)
     for path in files:
-        for record in read(inputs.Slice(path, 0, size_of(path)), extract):
+        for record in read(inputs.Slice(path, 0, size_of(path)), extract, limits=limits):
             if record.problem:
                 if args.on_error == "fail":
                     raise UserError(f"{record.where}: {record.problem}; leave such records out with --on-error skip")
