@@ -4,12 +4,12 @@ A checkpoint names its tokenizer and data in its configuration; a folder has the
 changed since, for good reasons. So they are copied as they are.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
 
 TOKENIZER = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it holds something else.
     """
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_taipan.checkpoint.folder import flush_folder, hash_file
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import plain_name
 
 SUMS = "SHA256SUMS"
 EDITED = {"README.md", SUMS}
@@ -37,7 +38,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     sums = {}
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name or Path(name).name != name:
+        if len(digest) != 64 or not plain_name(name):
             raise UserError(f"{folder / SUMS} line {number} is no SHA-256 and file name; the file is damaged")
         sums[name] = digest
     return sums

@@ -1,9 +1,10 @@
 """What a run's log says of a checkpoint: its last validation, for the model card."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_taipan.untrusted import parse_json
 
 LOG = "log.jsonl"  # in the run's folder, beside its checkpoints (megatron_taipan/train/logs.py)
 
@@ -46,7 +47,7 @@ def last_validation(checkpoint: Path, step: int) -> Validation | None:
 def _record(line: bytes) -> dict[str, Any] | None:
     """A validation's record; None for another line, one cut in two, or numbers that were not finite."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     if not isinstance(record, dict) or record.get("event") != "valid":

@@ -10,6 +10,7 @@ import orjson
 
 from data_prep.kinds import COMPRESSED, DESCRIPTIONS, kind_of
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import plain_name
 
 # names of splits in names of files and folders, as Hugging Face datasets knows them, and what they mean
 SPLIT = re.compile(
@@ -101,8 +102,19 @@ def _refuse_splits(folder: str, folders: list[str]) -> None:
 
 def _saved(folder: str) -> list[str]:
     """The files of a dataset that Hugging Face datasets saved: no others, since `map` leaves its results beside them,
-    and all of them, since a missing one must be reported. Empty for any other folder."""
+    and all of them, since a missing one must be reported. Empty for any other folder.
+
+    Raises:
+        UserError: it names a file in another folder.
+    """
     try:
-        return [entry["filename"] for entry in orjson.loads(Path(folder, "state.json").read_bytes())["_data_files"]]
+        names = [entry["filename"] for entry in orjson.loads(Path(folder, "state.json").read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    for name in names:
+        if not plain_name(name):
+            raise UserError(
+                f"{os.path.join(folder, 'state.json')} names {str(name)[:200]!r} as one of its files, which is no name"
+                " of a file beside it; if you want that file, give it as an input"
+            )
+    return names

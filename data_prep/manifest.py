@@ -12,16 +12,39 @@ from data_prep.job import Job
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.data.made_with import tokenizer_of
-from megatron_taipan.data.manifests import NUMBER, described
+from megatron_taipan.data.manifests import NUMBER, described, refuse_foreign_names
+from megatron_taipan.errors import UserError
+
+# that are relied on; those inside may be absent or null
+FIELDS = {"shards": list, "documents": int, "tokens": int, "tokenizer": dict, "options": dict}
+INSIDE = {"tokenizer": {"vocab_size": int, "sha256": str}, "options": {"bos": int, "eod": int}}
 
 
 def read(prefix: str) -> dict | None:
-    """The manifest of a prefix, or None where there is none (or none of ours)."""
+    """The manifest of a prefix, or None where there is none (or none of ours).
+
+    Raises:
+        UserError: it is damaged, or names files in another folder.
+    """
     try:
         found = orjson.loads(Path(prefix + ".json").read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == "data_prep manifest 1" else None
+    if not isinstance(found, dict) or found.get("format") != "data_prep manifest 1":
+        return None
+    for name, kind in FIELDS.items():
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{prefix}.json is damaged: its {name} is no {kind.__name__}; delete it, or make it again")
+    for name, inside in INSIDE.items():
+        for key, kind in inside.items():
+            if found[name].get(key) is not None and not isinstance(found[name][key], kind):
+                raise UserError(
+                    f"{prefix}.json is damaged: its {name}.{key} is no {kind.__name__}; delete it, or make it again"
+                )
+    if not all(isinstance(shard, dict) and isinstance(shard.get("prefix"), str) for shard in found["shards"]):
+        raise UserError(f"{prefix}.json is damaged: a shard has no prefix; delete it, or make it again")
+    refuse_foreign_names(prefix, found)
+    return found
 
 
 def write(prefix: str, content: dict) -> None:

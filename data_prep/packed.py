@@ -84,7 +84,7 @@ class Unpacked(io.RawIOBase):
             data, self.left = self.left, b""
             try:
                 out = self.member.decompress(data, len(buffer))
-            except TooWide:
+            except (TooWide, MemoryError):
                 raise
             except Exception as error:  # every library has its own, and bz2 raises a plain OSError
                 raise Damaged(" ".join(str(error).split())) from error

@@ -58,7 +58,7 @@ def finished_part(job: Job, number: int) -> dict | None:
     try:
         note = orjson.loads(Path(path + ".json").read_bytes())
         whole = all(hash_file(path + ending) == digest for ending, digest in note["hashes"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return note if whole else None
 

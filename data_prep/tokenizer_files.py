@@ -3,12 +3,12 @@
 The configuration beside the file says which tokens begin and end a text, so it is fetched with it.
 """
 
-import json
 import os
 from pathlib import Path
 
 from megatron_taipan.data.special_tokens import CONFIGS
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
 
 KNOWN = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 EXPECTED = "a tokenizer.json, a sentencepiece or tiktoken .model file, or a folder or hub repository with one"
@@ -35,7 +35,7 @@ def tokenizer_file(name: str) -> str:
 def what_it_is(path: str) -> str:
     """Of a .json file that is no tokenizer.json: what it is instead and what helps; empty where that is unknown."""
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = parse_json(Path(path).read_bytes())
     except (OSError, ValueError):
         return ""
     if not isinstance(content, dict):

@@ -15,6 +15,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS, GateConfig
 from megatron_taipan.layer_kinds.registry import kind_of, kinds_of
 from megatron_taipan.pattern import parse_pattern
+from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
 from megatron_taipan.section import Section, option
 
 
@@ -432,13 +433,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: the file is missing or no mapping, a key is unknown, a value does not fit.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        with open(path, encoding="utf-8") as file:
+            tree = parse_yaml(file.read(LONGEST_YAML + 1))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is no text: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections (model, data, train, ...)")
     for override in overrides:
@@ -490,9 +492,9 @@ def _apply_override(tree: dict, override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        node[last] = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is no valid YAML") from error
+        node[last] = _number(parse_yaml(text))
+    except ValueError as error:
+        raise ConfigError(f"override {override[:200]!r}: {error}") from error
 
 
 def _number(value: Any) -> Any:

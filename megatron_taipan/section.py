@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Section(BaseModel):
@@ -14,3 +14,10 @@ class Section(BaseModel):
 def option(default: Any, help: str, **bounds: Any) -> Any:
     """A field with its meaning. `...` as default makes it required."""
     return Field(default, description=help, **bounds)
+
+
+def faults(error: ValidationError) -> str:
+    """What does not fit, in one line: `progress.step: input should be a valid integer`."""
+    found = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()[:3]]
+    more = len(error.errors()) - len(found)
+    return "; ".join(found) + (f" and {more} more" if more else "")

@@ -1,6 +1,5 @@
 """A folder that another library wrote: its config.json and its tensors. Files are read as data; none can run code."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json, plain_name
 
 Shapes = dict[str, tuple[int, ...]]
 Read = Callable[[str], Tensor]  # gives a tensor by its name, in float32
@@ -56,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read: what lies beside them, such as another format's copy, is not opened.
 
     Raises:
-        UserError: there is none, or an index names a file that is not there.
+        UserError: there is none, or an index names a file that is not there, or one in another folder.
     """
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{whole}.index.json"
@@ -66,7 +66,14 @@ def weight_files(folder: Path) -> list[Path]:
             named = _read_json(index)
             if not isinstance(named, dict) or not isinstance(named.get("weight_map"), dict):
                 raise UserError(f"{index} holds no weight_map")
-            files = [folder / Path(str(name)).name for name in sorted(set(named["weight_map"].values()))]
+            names = list(named["weight_map"].values())
+            for name in names:
+                if not plain_name(name):
+                    raise UserError(
+                        f"{index} names {str(name)[:200]!r} as a file of the folder, which is no name of a file beside"
+                        " it; the folder is damaged, or means harm"
+                    )
+            files = [folder / name for name in sorted(set(names))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{folder} lacks {len(missing)} of its {len(files)} files: {', '.join(missing[:5])}")
@@ -79,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Checks everything, prints what was found, raises UserError at the first fault."""
     said = manifest.read(args.prefix)
-    vocab_size = args.vocab_size or (said["tokenizer"]["vocab_size"] if said else None)
-    options = said["options"] if said else {"eod": None}
-    eod = options["eod"]
+    vocab_size = args.vocab_size or (said["tokenizer"].get("vocab_size") if said else None)
+    options = said["options"] if said else {}
+    eod = options.get("eod")
     tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
-    if said and tokenizer and tokenizer.digest != said["tokenizer"]["sha256"]:
+    if said and tokenizer and tokenizer.digest != said["tokenizer"].get("sha256"):
         raise UserError(
-            f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer']['name']})"
+            f"{args.tokenizer} is not the tokenizer that {args.prefix} was made with ({said['tokenizer'].get('name')})"
         )
     folder = os.path.dirname(args.prefix)
     if said:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         top = _ids(reader, vocab_size)
         if eod is not None:
             # text may spell the token with --allow-special, and some tokenizers have one token for both ends
-            _ends(reader, eod, inside=options["allow_special"], first=options["bos"] == eod)
+            _ends(reader, eod, inside=options.get("allow_special", False), first=options.get("bos") == eod)
         documents += reader.n_documents
         tokens += reader.n_tokens
         if tokenizer:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from megatron_taipan.errors import UserError
+from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -51,11 +50,12 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(file.read(LONGEST_YAML + 1))
     except OSError as error:
         raise UserError(f"there is no recipe {name}; shipped are {', '.join(names())}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no recipe: {' '.join(str(error).split())}") from error
     known = {field.name for field in fields(Recipe)}
     required = {"name", "source", "licence", "about", "verified", "schema", "example", "renders"}
     wrong = (set(content) - known) | (required - set(content)) if isinstance(content, dict) else required

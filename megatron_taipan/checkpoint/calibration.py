@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_taipan.checkpoint.folder import write_text
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
 
 FILE = "calibration.json"
 
@@ -32,7 +33,7 @@ def read_thresholds(checkpoint: Path) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     try:
-        return {str(name): float(value) for name, value in json.loads(text)["thresholds"].items()}
+        return {str(name): float(value) for name, value in parse_json(text)["thresholds"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint / FILE} is damaged ({error}); delete it and calibrate again") from error
 
@@ -40,6 +41,6 @@ def read_thresholds(checkpoint: Path) -> dict[str, float]:
 def read_capacity(checkpoint: Path) -> float | None:
     """The share of held-out tokens that the thresholds were calibrated to select; None where they were not."""
     try:
-        return float(json.loads((checkpoint / FILE).read_text())["capacity"])
+        return float(parse_json((checkpoint / FILE).read_text())["capacity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # `read_thresholds` tells of a damaged file

@@ -23,7 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.errors import UserError
+from megatron_taipan.section import faults
+from megatron_taipan.untrusted import parse_json, plain_name
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
@@ -101,27 +106,48 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         UserError: there is none, or it is damaged.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest = parse_json((path / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise UserError(f"it has no {MANIFEST}, so it was never completed") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    for name in files:
+        if not plain_name(name.removeprefix(STATE + "/")):
+            raise UserError(f"its {MANIFEST} names {name[:200]!r}, which is no file of a checkpoint")
+    return files
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `metadata.json` holds.
 
     Raises:
-        UserError: it is missing, damaged or of another format version.
+        UserError: it is missing, damaged, of another format version, or a field is of another type.
     """
     try:
-        metadata = json.loads((path / METADATA).read_text())
+        raw = (path / METADATA).read_bytes()
+        metadata = parse_json(raw)
     except (OSError, ValueError) as error:
         raise UserError(f"{path / METADATA} cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {metadata.get('format')}; this version reads format {FORMAT}")
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}")
+    try:
+        _Metadata.model_validate_json(raw)
+    except ValidationError as error:
+        raise UserError(f"{path / METADATA} is damaged: {faults(error)}") from error
     return metadata
+
+
+class _Metadata(BaseModel):
+    """What the fields that are read have to be; others may stand beside them."""
+
+    model_config = ConfigDict(strict=True)
+
+    progress: Progress
+    identity: dict[str, Any]
+    layout: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
 
 
 def locate(place: str) -> Path:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
+
 
 def seed_all(seed: int) -> None:
     """Gives every generator of this process a start."""
@@ -34,17 +37,33 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Restores what `random_states` gave; generators that the states do not name stay as they are."""
-    if "python" in states:
-        version, internal, gauss = _from_bytes(states["python"])
-        random.setstate((version, tuple(internal), gauss))
-    if "numpy" in states:
-        name, keys, position, has_gauss, cached = _from_bytes(states["numpy"])
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    if "torch" in states:
-        torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    """Restores what `random_states` gave; generators that the states do not name stay as they are.
+
+    Raises:
+        UserError: one is no state of its generator.
+    """
+    setters = {"python": _set_python, "numpy": _set_numpy, "torch": torch.set_rng_state}
+    if torch.cuda.is_available():
+        setters["cuda"] = torch.cuda.set_rng_state
+    for name, set_state in setters.items():
+        if name in states:
+            try:
+                set_state(states[name])
+            except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+                raise UserError(
+                    f"the checkpoint's state of the random numbers of {name} is damaged:"
+                    f" {' '.join(str(error).split())[:200]}; go on from another checkpoint"
+                ) from error
+
+
+def _set_python(state: Tensor) -> None:
+    version, internal, gauss = _from_bytes(state)
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _set_numpy(state: Tensor) -> None:
+    name, keys, position, has_gauss, cached = _from_bytes(state)
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 def _as_bytes(value: list) -> Tensor:
@@ -53,4 +72,4 @@ def _as_bytes(value: list) -> Tensor:
 
 
 def _from_bytes(tensor: Tensor) -> list:
-    return json.loads(bytes(tensor.numpy()))
+    return parse_json(bytes(tensor.numpy()))

@@ -8,23 +8,69 @@
 The files are mapped, never read whole, and cannot hold code.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE
+from megatron_taipan.checkpoint.pieces import SCALER_FIELDS
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table, put_shard, take_shard
+from megatron_taipan.section import faults
+from megatron_taipan.untrusted import plain_name
 
 INDEX = f"{STATE}/index.json"
 BLOCK = 1 << 24  # elements read at once
+
+
+def _beside(name: str) -> str:
+    if not plain_name(name):
+        raise ValueError(f"{name[:200]!r} is no name of a file beside it")
+    return name
+
+
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, AfterValidator(_beside)]
+
+
+class _Index(BaseModel):
+    """What stands in the index."""
+
+    model_config = ConfigDict(strict=True)
+
+    tensor: int = Field(ge=1)
+    processes: Count = 0
+    optimizer_step: Count
+    scaler: dict[str, int | float] | None
+    buffers: dict[str, FileName]
+    parameters: dict[str, list[tuple[FileName, Count, Count, Count]]]  # each as a Run
+
+    @field_validator("scaler")
+    @classmethod
+    def _whole(cls, scaler: dict[str, int | float] | None) -> dict[str, int | float] | None:
+        if scaler is not None and (missing := set(SCALER_FIELDS) - scaler.keys()):
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        return scaler
+
+
+def _read_index(path: Path) -> _Index:
+    """
+    Raises:
+        UserError: it is missing or damaged, or names a file in another folder.
+    """
+    try:
+        return _Index.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {faults(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -53,17 +99,10 @@ class StateReader:
     _last_full: tuple[tuple[str, str], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        try:
-            index = json.loads((self.path / INDEX).read_text())
-            self.tensor: int = index["tensor"]
-            self.processes: int = index.get("processes", 0)
-            self.optimizer_step: int = index["optimizer_step"]
-            self.scaler: dict[str, float] | None = index["scaler"]
-            self.buffers: dict[str, str] = index["buffers"]
-            self.runs = {name: [Run(*run) for run in runs] for name, runs in index["parameters"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.path / INDEX} cannot be read ({what})") from error
+        index = _read_index(self.path / INDEX)
+        self.tensor, self.processes = index.tensor, index.processes
+        self.optimizer_step, self.scaler, self.buffers = index.optimizer_step, index.scaler, index.buffers
+        self.runs = {name: [Run(*run) for run in runs] for name, runs in index.parameters.items()}
         self.table = parameter_table(self.model, self.tensor)
 
     def full(self, name: str, kind: str) -> Tensor:
@@ -106,15 +145,21 @@ class StateReader:
         """A buffer as it was saved."""
         if name not in self.buffers:
             raise UserError(f"checkpoint {self.path} holds no {name}")
-        return torch.from_numpy(self._file(self.buffers[name]).get_tensor(f"{name}|buffer"))
+        return self._whole(self.buffers[name], f"{name}|buffer")
 
     def random_states(self, rank: int) -> dict[str, Tensor]:
         """States of random number generators for a process; one of more processes than saved takes another's."""
         if not self.processes:
             return {}
-        file = self._file(f"rank_{rank % self.processes:05d}.safetensors")
-        names = [name for name in file.keys() if name.endswith("|random")]
-        return {name.removesuffix("|random"): torch.from_numpy(file.get_tensor(name)) for name in names}
+        file_name = f"rank_{rank % self.processes:05d}.safetensors"
+        names = [name for name in self._file(file_name).keys() if name.endswith("|random")]
+        return {name.removesuffix("|random"): self._whole(file_name, name) for name in names}
+
+    def _whole(self, file: str, name: str) -> Tensor:
+        try:
+            return torch.from_numpy(self._file(file).get_tensor(name))
+        except (SafetensorError, TypeError, ValueError) as error:  # of a type that numpy does not have, too
+            raise UserError(f"{self.path / STATE / file} is damaged: {name}: {error}") from error
 
     def _elements(self, name: str, kind: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """Elements start to start + count of one saved tensor rank's flattened shard."""
@@ -126,6 +171,11 @@ class StateReader:
                     slices = self._file(run.file).get_slice(f"{name}|{kind}")
                 except SafetensorError as error:
                     raise UserError(f"{self.path / STATE / run.file} is damaged: {error}") from error
+                if (slices.get_shape(), slices.get_dtype()) != ([run.count], "F32"):
+                    raise UserError(
+                        f"{self.path / STATE / run.file} is damaged: {name}|{kind} is {slices.get_dtype()} of shape"
+                        f" {slices.get_shape()}, and the index says F32 of shape {[run.count]}"
+                    )
                 for at in range(first, last, BLOCK):  # a slice is a copy
                     end = min(at + BLOCK, last)
                     out[at - start : end - start] = torch.from_numpy(slices[at - run.start : end - run.start])

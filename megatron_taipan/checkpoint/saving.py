@@ -13,9 +13,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.snapshot import Snapshot, join_indices
-from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.checkpoint.tensorfile import write_tensors
 from megatron_taipan.config import Config, dump_config
 from megatron_taipan.errors import UserError

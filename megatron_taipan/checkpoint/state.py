@@ -3,7 +3,7 @@
 A rank asks for its own pieces, and `StateReader` finds them in whatever layout they were written.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,12 @@ from megatron_taipan.checkpoint.pieces import (
     set_scaler_state,
     spread_masters,
 )
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import Config, load_config
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import parameter_table
-
-
-@dataclass
-class Progress:
-    """How far a run has come: the learning rate, the order of samples and the gate's noise are pure functions of these
-    counters and of seeds."""
-
-    step: int = 0  # optimizer steps taken, skipped ones included
-    samples: int = 0  # samples consumed: the loader's place
-    tokens: int = 0  # tokens consumed, masked ones included
-    skipped: int = 0  # steps skipped because of a non-finite loss or gradient
-    recent: list[float] = field(default_factory=list)  # the last losses, where spikes are looked for (train/spikes.py)
-    run_steps: int = 0  # train.steps when the run began: what the fractions in schedules are of
-    shares: list[float] = field(default_factory=list)  # selected by each gate in the last step, for budget=batch
-    rewinds: list[dict[str, Any]] = field(default_factory=list)  # each: from which step to which, samples passed over
 
 
 @dataclass(frozen=True)
@@ -74,6 +61,9 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     set_optimizer_step(pieces, reader.optimizer_step)
     set_scaler_state(engine, reader.scaler)
     for name, value in buffers(engine.module):
-        value.copy_(reader.buffer(name))
+        kept = reader.buffer(name)
+        if kept.shape != value.shape:
+            raise UserError(f"{path} is damaged: {name} has shape {list(kept.shape)}, not {list(value.shape)}")
+        value.copy_(kept)
     spread_masters(engine)
     return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()), saved)

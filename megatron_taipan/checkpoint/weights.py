@@ -4,7 +4,6 @@
 `checkpoint.init=FOLDER`, in any layout: each rank takes its shard of every tensor, one tensor at a time.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.untrusted import parse_json
 
 PREFIX = "model."  # of every tensor's name in the files, as transformers has it
 
@@ -72,7 +72,7 @@ def open_weights(path: Path) -> Weights:
         UserError: it is not such a folder, or a file is damaged or missing.
     """
     try:
-        described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        described = parse_json((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/config.json cannot be read: {error}") from error
     if not isinstance(described, dict) or described.get("network") is None:

@@ -1,9 +1,11 @@
 """What the manifest PREFIX.json of `data_prep tokenize` says of the pairs that it names."""
 
-import json
 import os
 import re
 from pathlib import Path
+
+from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json, plain_name
 
 NUMBER = re.compile(r"-\d{5,}$")  # what `tokenize --shard-tokens` and `split --shard-tokens` append to PREFIX
 
@@ -33,7 +35,23 @@ def described(prefix: str) -> dict:
 
 def _read(prefix: str) -> dict:
     try:
-        content = json.loads(Path(prefix + ".json").read_bytes())
-        return content if all(isinstance(shard["prefix"], str) for shard in content["shards"]) else {}
+        content = parse_json(Path(prefix + ".json").read_bytes())
+        if not all(isinstance(shard["prefix"], str) for shard in content["shards"]):
+            return {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # none, or none of ours
+    refuse_foreign_names(prefix, content)
+    return content
+
+
+def refuse_foreign_names(prefix: str, content: dict) -> None:
+    """Raises UserError if a manifest, which has shards with prefixes, names a pair in another folder: who follows it
+    would read or delete what is none of its business."""
+    for shard in content["shards"]:
+        if not plain_name(shard["prefix"]):
+            raise UserError(
+                f"{prefix}.json names the pair {shard['prefix'][:200]!r}, and a manifest names pairs beside it only: it"
+                " was not written by data_prep; delete it, or make the data again"
+            )
+        if not isinstance(shard.get("loss_mask", {}), dict):
+            raise UserError(f"{prefix}.json is damaged: loss_mask of {shard['prefix']} holds no checksums")

@@ -6,12 +6,12 @@ special tokens of a usual spelling count. A token that the tokenizer does not ma
 ordinary piece, which text may hold too, as `<s>` is in Qwen's vocabulary and `</s>`, a tag of HTML, in Gemma's.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
 
 # Spellings that released tokenizers give to a role. Some have several of them, of which only the configuration tells
 # the right one: Qwen's and Llama-3's base models end with another token than their chat models, with the same file.
@@ -113,7 +113,7 @@ def _spelling(said: object) -> str | None:
 def _read(path: Path) -> dict:
     """A configuration, empty where there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.train.waiting import Waiting
 
 Result = TypeVar("Result")
+OMPI_LOCAL = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
 class Unreachable(UserError):
@@ -51,7 +52,7 @@ def find_place(env: Mapping[str, str]) -> Place:
     SLURM_PROCID and SLURM_NTASKS too, and would wait for tasks that never start.
 
     Raises:
-        UserError: a variable is missing or no number.
+        UserError: a variable is missing or no number, or an MPI launcher started several processes.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         place = Place(
@@ -76,10 +77,25 @@ def find_place(env: Mapping[str, str]) -> Place:
             launcher="slurm",
         )
     else:
+        refuse_mpi(env)
         place = Place(0, 1, 0, 1, "127.0.0.1", free_port(), "none")
     if not 0 <= place.rank < place.world_size:
         raise UserError(f"rank {place.rank} is not among {place.world_size} processes (0 to {place.world_size - 1})")
     return place
+
+
+def refuse_mpi(env: Mapping[str, str]) -> None:
+    """Raises UserError if `mpirun` started several processes and nobody translated its variables.
+
+    It does not tell where rank 0 listens, so each of them would train alone (Open MPI, MPICH and MVAPICH).
+    """
+    for mpi in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
+        if _number(env, f"{mpi}SIZE", 1) > 1:
+            raise UserError(
+                f"{mpi}SIZE={env[f'{mpi}SIZE']}: mpirun started this process, and says neither RANK nor where rank 0"
+                " listens; start through torchrun, deepspeed or srun, or give every process RANK, WORLD_SIZE,"
+                f" LOCAL_RANK (as RANK=${mpi}RANK), MASTER_ADDR and MASTER_PORT"
+            )
 
 
 def first_host(nodelist: str) -> str:
@@ -158,6 +174,8 @@ def start_processes(place: Place, device: torch.device, timeout_s: float) -> Non
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
     )
+    if OMPI_LOCAL in os.environ:  # of an mpirun further out; DeepSpeed fails where it is not LOCAL_RANK
+        os.environ[OMPI_LOCAL] = str(place.local_rank)
     deepspeed = import_deepspeed(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

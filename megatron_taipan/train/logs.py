@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
+from megatron_taipan.untrusted import parse_json
 
 LOG = "log.jsonl"
 TEXT = "logs"
@@ -90,7 +91,7 @@ def records_backwards(path: Path) -> Iterator[dict[str, Any]]:
             end, rest = start, first
             for line in reversed(lines if start else [first, *lines]):
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError:
                     continue
 

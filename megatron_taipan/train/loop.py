@@ -16,6 +16,7 @@ from megatron_taipan.checkpoint.folder import remove_leftovers, remove_taken_bac
 from megatron_taipan.checkpoint.identity import changed_settings, identity
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
@@ -81,7 +82,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             "identity": ours, "layout": layout(config, groups), "name": config.name, "versions": versions(),
             "git_commit": git_commit(),
         }  # fmt: skip
-        loaded = state.Loaded(state.Progress(), {})
+        loaded = state.Loaded(Progress(), {})
         if found:
             loaded = state.load(engine, found.path, config=config, identity=ours, groups=groups)
         progress = loaded.progress
@@ -99,7 +100,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             )  # fmt: skip
 
         loader = open_loader(progress.samples)
-        set_random_states(loaded.random)  # after the loader, which draws from one of them
+        agree(lambda: set_random_states(loaded.random))  # after the loader, which draws from one of them
         metrics = stack.enter_context(agree(lambda: Metrics(
             config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
         )))  # fmt: skip

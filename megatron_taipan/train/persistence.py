@@ -3,8 +3,8 @@
 import time
 
 from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed
-from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import CheckpointConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.metrics import Metrics

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_old
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed, Saving
 from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
-from megatron_taipan.checkpoint.state import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.metrics import Metrics

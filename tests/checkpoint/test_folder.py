@@ -38,7 +38,7 @@ def make(directory: Path, step: int, text: str = "weights") -> Path:
     temporary = directory / (folder_name(step) + ".tmp")
     (temporary / "state").mkdir(parents=True)
     (temporary / "state" / "w.pt").write_text(f"{text} {step}")
-    (temporary / METADATA).write_text(json.dumps({"format": 1, "step": step}))
+    (temporary / METADATA).write_text(json.dumps({"format": 1, "progress": {"step": step}, "identity": {}}))
     names = ["state/w.pt", METADATA]
     write_manifest(temporary, {name: hash_file(temporary / name, flush=True) for name in names})
     publish(temporary, directory / folder_name(step))
@@ -53,7 +53,7 @@ def test_newest_complete_one_is_found_and_latest_points_at_it(tmp_path):
     assert (tmp_path / LATEST).read_text().strip() == "step_00000100"
     assert incomplete(tmp_path / "step_00000100") is None
     assert wrong_hashes(tmp_path / "step_00000100", ["state/w.pt", METADATA]) == []
-    assert read_metadata(tmp_path / "step_00000100")["step"] == 100
+    assert read_metadata(tmp_path / "step_00000100")["progress"]["step"] == 100
 
 
 @given(step=st.integers(0, 10**12))

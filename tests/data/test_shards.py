@@ -146,7 +146,16 @@ def test_a_replaced_shard_takes_the_manifest_with_it(tmp_path):
     """Or `verify` would call it damaged."""
     name, merged = sharded(tmp_path, [[5], [6]])
     (tmp_path / "o.json").write_text(
-        json.dumps({"format": "data_prep manifest 1", "shards": [{"prefix": "o-00000"}, {"prefix": "o-00001"}]})
+        json.dumps(
+            {
+                "format": "data_prep manifest 1",
+                "shards": [{"prefix": "o-00000"}, {"prefix": "o-00001"}],
+                "documents": 2,
+                "tokens": 11,
+                "tokenizer": {},
+                "options": {},
+            }
+        )
     )
     assert cli.main(["merge", merged, "--output", f"{name}-00001", "--overwrite"]) == 0
     assert not (tmp_path / "o.json").exists()

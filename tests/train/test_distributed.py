@@ -11,6 +11,8 @@ import torch
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.distributed import Unreachable, agree, find_place, first_host, pick_device, start_processes
 from tests.distributed.launch import launch
+from tests.train.runs import runs
+from tests.train.toy import toy_tree, write_data
 
 TORCHRUN = {
     "RANK": "3",
@@ -24,6 +26,14 @@ SRUN = {
     "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
     "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "4242", "SLURM_NTASKS": "16",
 }  # fmt: skip
+
+OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+def test_mpirun_of_one_process_or_with_our_variables():
+    assert find_place({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}).world_size == 1
+    assert find_place(OMPI | TORCHRUN).rank == 3
+    assert find_place(SRUN | {"PMI_RANK": "9", "PMI_SIZE": "16"}).rank == 9  # srun --mpi=pmi2
 
 
 def test_torchrun_and_deepspeed():
@@ -125,6 +135,9 @@ def test_first_host(nodes, host):
         (TORCHRUN | {"RANK": "x"}, ["RANK", "x"]),
         (TORCHRUN | {"RANK": "4"}, ["rank 4", "4 processes"]),
         (SRUN | {"SLURM_STEP_NODELIST": ""}, ["MASTER_ADDR"]),
+        (OMPI, ["OMPI_COMM_WORLD_SIZE=2", "mpirun", "torchrun, deepspeed or srun", "RANK=$OMPI_COMM_WORLD_RANK"]),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, ["PMI_SIZE=4", "mpirun"]),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, ["OMPI_COMM_WORLD_SIZE", "no whole number"]),
     ],
 )
 def test_broken_environments(env, words):
@@ -157,3 +170,9 @@ def disagree() -> list[str]:
 
 def test_an_error_on_one_rank_is_raised_on_all():
     assert launch(2, disagree) == [["0", "bad on 0", "rank 1: bad on 1"], ["1", "bad on 0", "rank 1: bad on 1"]]
+
+
+def test_the_local_rank_of_an_mpirun_further_out_does_not_matter(tmp_path):
+    """DeepSpeed's engine asserts that it is LOCAL_RANK, which a torchrun under mpirun gives its own value."""
+    tree = toy_tree(write_data(tmp_path / "data"), tmp_path / "run", train={"steps": 1})
+    assert launch(1, runs, [tree], env={"OMPI_COMM_WORLD_LOCAL_RANK": "7", "OMPI_COMM_WORLD_SIZE": "8"}) == [[0]]

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.state import Progress
+from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.signals import EXIT_REQUEUE
