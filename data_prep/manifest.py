@@ -16,8 +16,11 @@ from megatron_taipan.data.manifests import NUMBER, described, refuse_foreign_nam
 from megatron_taipan.errors import UserError
 
 # that are relied on; those inside may be absent or null
-FIELDS = {"shards": list, "documents": int, "tokens": int, "tokenizer": dict, "options": dict}
-INSIDE = {"tokenizer": {"vocab_size": int, "sha256": str}, "options": {"bos": int, "eod": int}}
+FIELDS: dict[str, type] = {"shards": list, "documents": int, "tokens": int, "tokenizer": dict, "options": dict}
+INSIDE: dict[str, dict[str, type]] = {
+    "tokenizer": {"vocab_size": int, "sha256": str},
+    "options": {"bos": int, "eod": int},
+}
 
 
 def read(prefix: str) -> dict | None:
