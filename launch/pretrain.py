@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pretrains a Taipan (or a baseline of the same family).
 
-    deepspeed --num_gpus 8 launch/pretrain.py --config launch/configs/taipan_190m.yaml train.steps=1000
+    deepspeed --num_gpus 8 launch/pretrain.py --config launch/configs/taipan_190m.yaml train.steps=20000
     torchrun --nproc_per_node 8 launch/pretrain.py --config ...
     srun python launch/pretrain.py --config ...            (launch/slurm/pretrain.sbatch)
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
+from megatron_taipan.checkpoint.folder import find_newest, read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
@@ -12,6 +14,8 @@ from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
 from megatron_taipan.train.engine import accumulation, count_parameters
+from megatron_taipan.train.schedule import describe_gate
+from megatron_taipan.train.shortfalls import shortfalls
 
 
 def dry_run(config: Config, processes: int) -> Iterator[str]:
@@ -49,6 +53,15 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
         " forward and backward"
     )
+    step, run_steps = 0, t.steps
+    if found := find_newest(Path(config.checkpoint.dir)):
+        progress = read_metadata(found.path)["progress"]
+        step, run_steps = progress["step"], progress.get("run_steps") or t.steps
+        yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
+    if "S" in config.model.letters and (plan := describe_gate(config.model.gate, run_steps)):
+        yield f"gate       {plan}"
+    for shortfall in shortfalls(config, step, run_steps):
+        yield f"warning    {shortfall}"
     if config.data.verify:
         verification = Verification(config.data)
         while verification.unfinished:

@@ -33,10 +33,11 @@ from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
-from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
+from megatron_taipan.train.persistence import FolderGuard, insist_on_saving, where_to_go_on
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate
+from megatron_taipan.train.shortfalls import shortfalls
 from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
@@ -116,6 +117,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
+        for shortfall in shortfalls(config, progress.step, progress.run_steps):
+            metrics.note("warning", shortfall)
         if unlike:
             metrics.note("init", f"the network of checkpoint.init={c.init} computed otherwise: {'; '.join(unlike)}")
         if loaded.config is not None:
@@ -192,14 +195,15 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 data_wait_s=waited, loss_scale=loss_scale(engine), epochs=train_data.epochs(progress.samples),
             )  # fmt: skip
             if streak == t.max_skipped:
-                if before_streak.step > 0:
+                saver.finish()
+                if before_streak.step > 0 and saver.finite():
                     insist_on_saving(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
                 if writer:
                     remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
-                    f" {before_streak.step + 1} on; nothing was updated since, and the checkpoint of step"
-                    f" {before_streak.step} continues there. Lower optim.lr, or look at the data of these steps"
+                    f" {before_streak.step + 1} on; {where_to_go_on(directory, before_streak.step)}. Lower optim.lr, or"
+                    " look at the data of these steps"
                 )
 
             if spike is not None:

@@ -8,8 +8,10 @@ from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_old
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed, Saving
 from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
+from megatron_taipan.checkpoint.soundness import held_state_is_finite
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.train.distributed import any_rank
 from megatron_taipan.train.metrics import Metrics
 
 
@@ -86,10 +88,25 @@ class Saver:
         if must and failures:
             raise failures[0]
 
+    def finite(self) -> bool:
+        """Whether every parameter and moment of the training state is finite."""
+        return not any_rank(not held_state_is_finite(self.engine, self.groups.data_rank), self.engine.device)
+
     def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
-        """Copies the state and lets it be written behind the training; what was pending is completed first."""
+        """Copies the state and lets it be written behind the training; what was pending is completed first.
+
+        A state that nobody could go on from is not written: it would push out the last one that is sound.
+        """
         self.finish()
         began = time.perf_counter()
+        if not self.finite():
+            self.last = time.monotonic()
+            self.metrics.note(
+                "alarm",
+                f"step {progress.step}: a parameter or a moment is not finite, so this state is not saved; the"
+                " checkpoint before is kept",
+            )
+            return
         snapshot = take_snapshot(self.engine, self.config, self.groups, self.memory)
         for kind in kinds:
             part = snapshot if kind == FULL else snapshot.weights()

@@ -113,5 +113,7 @@ def jumps(before: Config, now: Config, step: int, run_steps: int) -> list[str]:
     ]
     pairs = [(name, value, values[1][name]) for name, value in values[0].items()]
     return [
-        f"{name} from {old:.4g} to {new:.4g}" for name, old, new in pairs if not math.isclose(old, new, rel_tol=1e-3)
+        f"{name} from {old:.4g} to {new:.4g}" + (f", {new / old:.3g} times as high" if old else "")
+        for name, old, new in pairs
+        if not math.isclose(old, new, rel_tol=1e-3)
     ]

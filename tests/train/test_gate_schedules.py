@@ -75,7 +75,7 @@ def test_other_settings_of_training_are_taken_and_said_another_network_is_refuse
     ]  # fmt: skip
     warned = [r["text"] for r in log(directory, "jump")]
     assert warned[0].startswith("at step 4 this start takes the learning rate from ")  # the cosine of 20 steps
-    assert warned[1:] == ["at step 7 this start takes model.gate.capacity from 0.1 to 0.4"]
+    assert warned[1:] == ["at step 7 this start takes model.gate.capacity from 0.1 to 0.4, 4 times as high"]
     assert "model.gate.refinement: checkpoint has replace, this run add" in statuses[3]
 
 

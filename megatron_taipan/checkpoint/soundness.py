@@ -1,0 +1,63 @@
+"""Whether a training state can be gone on from: one with a value that is not finite never recovers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest
+from megatron_taipan.checkpoint.pieces import KINDS, held_pieces
+from megatron_taipan.checkpoint.reader import BLOCK
+from megatron_taipan.checkpoint.verification import damage, newest_first, share
+
+
+def held_state_is_finite(engine: Any, data_rank: int) -> bool:
+    """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
+    extremes: list[Tensor] = []
+    for piece in held_pieces(engine, data_rank):
+        for kind in KINDS:
+            extremes += torch.aminmax(piece.tensor(kind))  # one pass without a copy; NaN comes through
+    return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())
+
+
+def newest_sound(directory: Path) -> Found | None:
+    """The newest checkpoint of a run that is complete, unchanged and finite; collective, the same on every rank."""
+    passed_over: list[str] = []
+    for path in newest_first(directory):
+        fault = damage(path) or _not_finite(path)
+        if fault is None:
+            return Found(path, passed_over)
+        passed_over.append(f"{path.name}: {fault}")
+    return None
+
+
+def _not_finite(path: Path) -> str | None:
+    """What is not finite in a complete checkpoint, None if all is; the files are shared out over the ranks."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    sizes = [(size, name) for name, (size, _) in read_manifest(path).items() if name.endswith(".safetensors")]
+    names = [found for file in share(sizes, world, rank) if (found := _first_not_finite(path / file))]
+    answers: list[Any] = [names]
+    if world > 1:
+        answers = [None] * world
+        dist.all_gather_object(answers, names)
+    first = next((name for answer in answers for name in answer), None)
+    return first
+
+
+def _first_not_finite(file: Path) -> str | None:
+    try:
+        with safe_open(file, framework="np") as opened:
+            for name in opened.keys():
+                if name.rpartition("|")[2] in KINDS:
+                    view = opened.get_slice(name)
+                    (count,) = view.get_shape()  # a run of elements, see reader.py
+                    for at in range(0, count, BLOCK):
+                        if not np.isfinite(view[at : min(at + BLOCK, count)]).all():
+                            return f"{name.replace('|', ' (')}) in {STATE}/{file.name} is not finite"
+    except (SafetensorError, ValueError, TypeError) as error:
+        return f"{STATE}/{file.name} is damaged: {error}"
+    return None
