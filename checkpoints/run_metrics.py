@@ -40,7 +40,7 @@ def last_validation(checkpoint: Path, step: int) -> Validation | None:
     if found is None:
         return None
     shares = [value for name, value in found.items() if name.startswith("gate") and name.endswith("/selected")]
-    selected = sum(shares) / len(shares) if shares and None not in shares else None
+    selected = sum(shares) / len(shares) if shares and all(isinstance(s, int | float) for s in shares) else None
     return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], selected)
 
 

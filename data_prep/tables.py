@@ -38,7 +38,7 @@ def rows(path: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict, str]]:
                 for row in _as_python(batch.slice(start, ROWS)):
                     yield f"{path}:row {number}", row, ""
                     number += 1
-    except (pyarrow.ArrowException, _NoTable) as error:
+    except (pyarrow.ArrowException, _NoTable, UnicodeDecodeError) as error:  # the last of a column's name
         yield path, {}, f"damaged table: {' '.join(str(error).split())}"
 
 
@@ -53,16 +53,10 @@ def _parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[An
     table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
     names = table.schema_arrow.names
     wanted = [names[i] for i in _wanted(names, fields)]
+    # not of the wanted columns alone: pyarrow ends the process when it looks at a column whose description is damaged
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    roots = tuple(name + "." for name in wanted)
-    leaves = [i for i in range(len(table.schema)) if (table.schema.column(i).path + ".").startswith(roots)]
-    largest = max((_bytes(group, leaves) // max(1, group.num_rows) for group in groups), default=0)
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return wanted, table.iter_batches(max(1, min(ROWS, BYTES // max(1, largest))), columns=wanted)
-
-
-def _bytes(group: Any, leaves: list[int]) -> int:
-    """Of some columns of a row group, not packed."""
-    return sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
 
 
 def _arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
@@ -80,9 +74,28 @@ def _arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]
     source.seek(0)
     table = read(source, options=pyarrow.ipc.IpcReadOptions(included_fields=wanted or [0]))
     batches = (table.get_batch(i) for i in range(table.num_record_batches)) if begin == ARROW_FILE else iter(table)
+    batches = (_checked(batch) for batch in batches)
     if not wanted:
         batches = (batch.select([]) for batch in batches)
     return [names[i] for i in wanted], batches
+
+
+def _checked(batch: Any) -> Any:
+    """A batch whose values lie where it says. It is used as it stands in the file, so others would be read from outside
+    of it.
+
+    Raises:
+        pyarrow.ArrowException: they do not.
+    """
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # looked at last, and the fault of a row alone
+                raise
+    return batch
 
 
 def _wanted(names: list[str], fields: tuple[str, ...]) -> list[int]:

@@ -3,10 +3,17 @@
 import json
 from typing import Any
 
+LONGEST_NAME = 255  # bytes, as file systems have it
+
 
 def plain_name(name: object) -> bool:
     """Whether something that stands in a file is the name of a file beside it, and no path to another place."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= LONGEST_NAME
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
 
 
 def parse_json(raw: bytes | str) -> Any:

@@ -29,9 +29,11 @@ def read_thresholds(checkpoint: Path) -> dict[str, float]:
         UserError: the file is there and damaged.
     """
     try:
-        text = (checkpoint / FILE).read_text()
+        text = (checkpoint / FILE).read_bytes()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"{checkpoint / FILE} cannot be read: {error.strerror}") from error
     try:
         return {str(name): float(value) for name, value in parse_json(text)["thresholds"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -41,6 +43,6 @@ def read_thresholds(checkpoint: Path) -> dict[str, float]:
 def read_capacity(checkpoint: Path) -> float | None:
     """The share of held-out tokens that the thresholds were calibrated to select; None where they were not."""
     try:
-        return float(parse_json((checkpoint / FILE).read_text())["capacity"])
+        return float(parse_json((checkpoint / FILE).read_bytes())["capacity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # `read_thresholds` tells of a damaged file

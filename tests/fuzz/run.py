@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing, for as long as you like (needs `pip install atheris`; not part of the tests).
 
     python -m tests.fuzz.run index -max_total_time=600 CORPUS_FOLDER
-    python -m tests.fuzz.run lines -max_total_time=600 CORPUS_FOLDER
+    python -m tests.fuzz.run lines -max_total_time=600 CORPUS_FOLDER       and so on: tests/fuzz/targets.py
 
 What it finds is written as crash-... and raises with a traceback. The options are libFuzzer's.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["megatron_taipan.data.indexed", "data_prep.long_text", "data_prep.readers"]):
+READERS = ["megatron_taipan.data.indexed", "data_prep.long_text", "data_prep.readers", "data_prep.packed"]
+with atheris.instrument_imports(include=READERS):
     from tests.fuzz import targets
 
-from tests.fuzz.test_fuzz import SEEDS
+from tests.fuzz.seeds import seeds  # noqa: E402
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     for corpus in sys.argv[1:]:
         if not corpus.startswith("-"):
             Path(corpus).mkdir(parents=True, exist_ok=True)
-            for number, seed in enumerate(SEEDS[name]):
+            for number, seed in enumerate(seeds(name)):
                 (Path(corpus) / f"seed{number}").write_bytes(seed)
     atheris.Setup(sys.argv, lambda data: getattr(targets, name)(folder, data))
     atheris.Fuzz()
