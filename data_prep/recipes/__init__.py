@@ -60,7 +60,11 @@ def load_recipe(name: str) -> Recipe:
     required = {"name", "source", "licence", "about", "verified", "schema", "example", "renders"}
     wrong = (set(content) - known) | (required - set(content)) if isinstance(content, dict) else required
     if wrong:
-        raise UserError(f"{path} is no recipe: missing or unknown {', '.join(sorted(wrong))}")
+        raise UserError(f"{path} is no recipe: missing or unknown {', '.join(sorted(map(str, wrong)))}")
+    for name, value in content.items():
+        kind = dict if name in ("schema", "example") else str
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{path}: {name} is no {'mapping' if kind is dict else 'text'}")
     if bool(content.get("text_field")) == bool(content.get("template")):
         raise UserError(f"{path}: exactly one of text_field and template must be given")
     return Recipe(**content)

@@ -3,8 +3,8 @@
     python -m tests.fuzz.count --executions 1000000                   all targets in turn
     python -m tests.fuzz.count --executions 100000 --only packed      one
 
-An input that makes a target raise anything but the user's error, ends the process, or takes more than 20 s or 2 GB, is a
-finding: it is kept in --kept, told with its traceback, and the exit status is 1. What is tried follows from --first
+An input that makes a target raise anything but the user's error, ends the process, or takes more than 20 s or 2 GB, is
+a finding: it is kept in --kept, told with its traceback, and the exit status is 1. What is tried follows from --first
 alone. Targets that are quick have more turns.
 """
 

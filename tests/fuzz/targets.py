@@ -19,10 +19,10 @@ from checkpoints.checksums import read_sums
 from checkpoints.foreign.files import read_settings, weight_files
 from checkpoints.run_metrics import last_validation
 from data_prep import inputs, long_text, manifest, readers
-from data_prep.extract import field_extractor
+from data_prep.extract import field_extractor, template_extractor
 from data_prep.inputs import Slice
 from data_prep.limits import MB, Limits
-from data_prep.recipes import load_recipe
+from data_prep.recipes import Recipe, load_recipe
 from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds
 from megatron_taipan.checkpoint.folder import CONFIG, incomplete, read_metadata
 from megatron_taipan.checkpoint.progress import Progress
@@ -177,11 +177,15 @@ def beside(folder: Path, data: bytes) -> None:
             lambda: find_pairs(prefix), lambda: added_ids([prefix]), lambda: manifest.read(prefix),
             lambda: manifest.forget(prefix + "-00001"),
         ],
-        "recipe.yaml": [lambda: load_recipe(str(path))],
+        "recipe.yaml": [lambda: _extractor(load_recipe(str(path)))],
     }  # fmt: skip
     for attempt in attempts[name]:
         _refused_or_done(attempt)
     path.unlink(missing_ok=True)
+
+
+def _extractor(recipe: Recipe) -> object:
+    return template_extractor(recipe.template) if recipe.template else field_extractor(recipe.text_field)
 
 
 def _refused_or_done(attempt: Callable[[], object]) -> None:
