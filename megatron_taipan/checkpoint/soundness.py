@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest
+from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest, step_of
 from megatron_taipan.checkpoint.pieces import KINDS, held_pieces
 from megatron_taipan.checkpoint.reader import BLOCK
 from megatron_taipan.checkpoint.verification import damage, newest_first, share
@@ -33,6 +33,16 @@ def newest_sound(directory: Path) -> Found | None:
             return Found(path, passed_over)
         passed_over.append(f"{path.name}: {fault}")
     return None
+
+
+def where_to_go_on(directory: Path, step: int) -> str:
+    """Which checkpoint a run whose loss was last finite at `step` can go on from; collective."""
+    sound = newest_sound(directory)
+    if sound is None:
+        return f"no checkpoint in {directory} is sound: start anew, in another checkpoint.dir or with this one emptied"
+    unsound = "".join(f"; {text}: delete it, or a resume takes it" for text in sound.passed_over)
+    last = "nothing was updated since, and " if step_of(sound.path) == step else ""
+    return f"{last}{sound.path} is sound (complete, every value finite): the same command goes on from there{unsound}"
 
 
 def _not_finite(path: Path) -> str | None:

@@ -18,6 +18,7 @@ from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.opening import load_weights
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
+from megatron_taipan.checkpoint.soundness import where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
@@ -33,7 +34,7 @@ from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
-from megatron_taipan.train.persistence import FolderGuard, insist_on_saving, where_to_go_on
+from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate

@@ -1,13 +1,10 @@
 """What a run does so that its work reaches the disk: it watches its folder, and insists on its last checkpoint."""
 
 import time
-from pathlib import Path
 
-from megatron_taipan.checkpoint.folder import step_of
 from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed
-from megatron_taipan.checkpoint.soundness import newest_sound
 from megatron_taipan.config import CheckpointConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.metrics import Metrics
@@ -67,13 +64,8 @@ def insist_on_saving(
 
     Raises:
         Unsaved: on all ranks, when checkpoint.last_tries tries have failed.
-        UserError: on all ranks, if the state is not finite: it is not written.
+        UserError: on all ranks, if the state is not finite; see Saver.
     """
-    if not saver.finite():
-        raise UserError(
-            f"a parameter or a moment of the optimizer is not finite at step {progress.step}, so it is not saved;"
-            f" {where_to_go_on(saver.directory, progress.step)}. Lower optim.lr, or look at the data"
-        )
     for left in reversed(range(checkpoint.last_tries)):
         if guard is not None:
             guard.check()
@@ -91,13 +83,3 @@ def insist_on_saving(
             )
         watchdog.beat()
         time.sleep(checkpoint.retry_s)
-
-
-def where_to_go_on(directory: Path, step: int) -> str:
-    """Which checkpoint a run whose loss was last finite at `step` can go on from; collective."""
-    sound = newest_sound(directory)
-    if sound is None:
-        return f"no checkpoint in {directory} is sound: start anew, in another checkpoint.dir or with this one emptied"
-    unsound = "".join(f"; {text}: delete it, or a resume takes it" for text in sound.passed_over)
-    last = "nothing was updated since, and " if step_of(sound.path) == step else ""
-    return f"{last}{sound.path} is sound (complete, every value finite): the same command goes on from there{unsound}"

@@ -8,8 +8,9 @@ from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_old
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed, Saving
 from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
-from megatron_taipan.checkpoint.soundness import held_state_is_finite
+from megatron_taipan.checkpoint.soundness import held_state_is_finite, where_to_go_on
 from megatron_taipan.config import Config
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.distributed import any_rank
 from megatron_taipan.train.metrics import Metrics
@@ -95,18 +96,18 @@ class Saver:
     def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
         """Copies the state and lets it be written behind the training; what was pending is completed first.
 
-        A state that nobody could go on from is not written: it would push out the last one that is sound.
+        Raises:
+            UserError: on all ranks, if the state is not finite: nobody could go on from it, and it would push out the
+                last one that is sound.
         """
         self.finish()
         began = time.perf_counter()
         if not self.finite():
-            self.last = time.monotonic()
-            self.metrics.note(
-                "alarm",
-                f"step {progress.step}: a parameter or a moment is not finite, so this state is not saved; the"
-                " checkpoint before is kept",
+            raise UserError(
+                f"at step {progress.step} a parameter or a moment of the optimizer is not finite, which no step mends,"
+                f" so it is not saved and the run ends; {where_to_go_on(self.directory, progress.step)}. Lower"
+                " optim.lr, or look at the data"
             )
-            return
         snapshot = take_snapshot(self.engine, self.config, self.groups, self.memory)
         for kind in kinds:
             part = snapshot if kind == FULL else snapshot.weights()

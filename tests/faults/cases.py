@@ -1,12 +1,18 @@
 """Every fault that is tried. A case disturbs a run, and then sees the same command end with the undisturbed weights."""
 
+import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from megatron_taipan.checkpoint.folder import checkpoints, incomplete
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_taipan.checkpoint.folder import checkpoints, hash_file, incomplete, read_manifest, write_manifest
 from megatron_taipan.train.signals import EXIT_REQUEUE, EXIT_UNSAVED
 from megatron_taipan.train.watchdog import EXIT_HANG
 from tests.faults.bench import LAYOUTS, STEPS, Bench, Run, fill, remount, small_file_system
@@ -290,6 +296,173 @@ def newest_incomplete(bench: Bench, seed: int) -> None:
     damaged(bench, seed, "newest incomplete", damage)
 
 
+# ---- files that mean harm, and numbers that are none ----
+
+
+def refused(bench: Bench, seed: int, name: str, damage: Callable[[Run, Path], str]) -> None:
+    """Stops a run and rewrites its newest checkpoint, whose manifest agrees: the next start says in one line what is
+    wrong and changes nothing; without that checkpoint the same command goes on from the one before.
+
+    Args:
+        damage: gives words of that line.
+    """
+    run = make(bench, name, seed)
+    job = run.start()
+    run.wait_until(lambda: run.newest() >= 6, job, "two checkpoints")
+    job.kill()
+    job.wait()
+    newest = [path for path in checkpoints(run.directory) if incomplete(path) is None][-1]
+    words = damage(run, newest)
+    write_manifest(newest, {n: hash_file(newest / n, flush=False) for n in read_manifest(newest)})
+    is_refused(run, words)
+    shutil.rmtree(newest)
+    run.continues_the_same()
+
+
+def is_refused(run: Run, words: str) -> None:
+    """A start ends with status 2, with one line that has these words, and with the checkpoints that were there."""
+    before = sorted(path.name for path in run.directory.iterdir())
+    job = run.start()
+    status, text = job.wait(), job.output()
+    assert status == 2 and words in text and "Traceback" not in text, f"{status}: {text}"
+    assert [line for line in text.splitlines() if line.startswith("error: ")], text
+    assert sorted(path.name for path in run.directory.iterdir()) == before
+
+
+def newest_of_wrong_types(bench: Bench, seed: int) -> None:
+    """Progress, index or random states of the newest checkpoint are of another type, its manifest is right: refused."""
+
+    def damage(run: Run, path: Path) -> str:
+        choice = run.rng.randrange(4)
+        if choice == 0:
+            file = path / "state" / "rank_00000.safetensors"
+            save_file(load_file(file) | {"python|random": torch.zeros(run.rng.randrange(9), dtype=torch.uint8)}, file)
+            return "random numbers of python is damaged"
+        name, place, value, words = [
+            ("metadata.json", ("progress", "samples"), "many", "progress.samples"),
+            ("metadata.json", ("identity",), [], "identity: "),
+            ("state/index.json", ("optimizer_step",), None, "optimizer_step"),
+        ][choice - 1]
+        rewrite(path / name, place, value)
+        return words
+
+    refused(bench, seed, "newest of wrong types", damage)
+
+
+def newest_names_other_places(bench: Bench, seed: int) -> None:
+    """The newest checkpoint's index names files outside its folder: refused."""
+
+    def damage(run: Run, path: Path) -> str:
+        name = run.rng.choice(["../../secret.safetensors", "/etc/passwd", "..", "state/x", "a\0b"])
+        index = json.loads((path / "state" / "index.json").read_text())
+        parameter = run.rng.choice(sorted(index["parameters"]))
+        rewrite(path / "state" / "index.json", ("parameters", parameter, 0, 0), name)
+        return "no name of a file beside it"
+
+    refused(bench, seed, "newest names other places", damage)
+
+
+def newest_nested_without_end(bench: Bench, seed: int) -> None:
+    """The newest checkpoint's texts are nested so that reading them would take for ever, or all memory: refused."""
+
+    def damage(run: Run, path: Path) -> str:
+        if run.rng.random() < 0.5:
+            (path / "config.yaml").write_text(LAUGHS)
+            return "aliases"
+        (path / "metadata.json").write_text("[" * 100_000)
+        return "metadata.json cannot be read: too deeply nested"
+
+    refused(bench, seed, "newest nested without end", damage)
+
+
+def manifest_names_other_places(bench: Bench, seed: int) -> None:
+    """The newest checkpoint's manifest names a file outside its folder: it is passed over."""
+
+    def damage(run: Run, path: Path) -> None:
+        rewrite(
+            path / "manifest.json", ("files", run.rng.choice(["../x", "/etc/passwd", ".."])), {"bytes": 1, "sha256": ""}
+        )
+
+    damaged(bench, seed, "manifest names other places", damage)
+
+
+def configuration_nested_without_end(bench: Bench, seed: int) -> None:
+    """The configuration is a YAML of aliases of aliases at one start: refused at once; the right one goes on."""
+    run = make(bench, "configuration nested without end", seed)
+    job = run.start()
+    run.random_moment(job, first=3)
+    job.kill()
+    job.wait()
+    write, run.write_config = run.write_config, lambda: [path := write(), path.write_text(LAUGHS)][0]
+    is_refused(run, "aliases")
+    run.write_config = write
+    run.continues_the_same()
+
+
+def data_damaged(bench: Bench, seed: int) -> None:
+    """The data is cut short, changed in its index or gone at one start: refused; put back, the run goes on."""
+    run = make(bench, "data damaged", seed)
+    data = run.home / "data"
+    for ending in (".bin", ".idx"):
+        shutil.copyfile(f"{bench.prefix}{ending}", f"{data}{ending}")
+    run.sections = {**run.sections, "data": {"train": str(data)}}
+    job = run.start()
+    run.random_moment(job, first=3)
+    job.kill()
+    job.wait()
+    victim = Path(f"{data}{run.rng.choice(['.bin', '.idx'])}")
+    whole, content = victim.read_bytes(), bytearray(victim.read_bytes())
+    match run.rng.randrange(3):
+        case 0:
+            os.truncate(victim, run.rng.randrange(len(whole)))
+        case 1 if victim.suffix == ".idx":
+            content[run.rng.randrange(len(whole))] ^= 1 << run.rng.randrange(8)
+            victim.write_bytes(content)
+        case _:
+            victim.unlink()
+    is_refused(run, "data")
+    victim.write_bytes(whole)
+    run.continues_the_same()
+
+
+def parameters_turn_nan(bench: Bench, seed: int) -> None:
+    """An update leaves a parameter that is NaN: no such state is saved, and the last line names a sound checkpoint."""
+    run = make(bench, "parameters turn nan", seed, train={"max_skipped": 3}, checkpoint={"keep_last": 1})
+    at = run.rng.randint(3, STEPS - 4)
+    job = run.start({"nan_at_step": at, "victim": run.rng.randrange(2)})
+    not_finite(run, job, at)
+
+
+def loss_not_finite(bench: Bench, seed: int) -> None:
+    """From a step on no loss is finite: the run ends with the checkpoint of before, and its last line names it."""
+    run = make(bench, "loss not finite", seed, train={"max_skipped": 3})
+    at = run.rng.randint(3, STEPS - 4)
+    not_finite(run, run.start({"loss_nan_from_step": at}), at)
+
+
+def not_finite(run: Run, job: Job, at: int) -> None:
+    """The run ends by itself; the checkpoint that it names is there and from before."""
+    status, text = job.wait(), job.output()
+    assert status == 2 and ("3 steps in a row" in text or "is not finite, which no step mends" in text), text
+    newest = run.newest()
+    assert 0 < newest < at + 1 and f"step_{newest:08d} is sound" in text, f"{newest} of {at}: {text}"
+    run.continues_the_same()
+
+
+def rewrite(file: Path, place: tuple, value: Any) -> None:
+    """Sets a value deep in a JSON file."""
+    content = inside = json.loads(file.read_text())
+    for step in place[:-1]:
+        inside = inside[step]
+    inside[place[-1]] = value
+    file.write_text(json.dumps(content))
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 # ---- others ----
 
 
@@ -336,5 +509,7 @@ KILLS: list[Callable[[Bench, int], None]] = [
 OTHERS: list[Callable[[Bench, int], None]] = [
     sigterm_in_a_step, sigterm_in_a_save, sigterm_in_an_evaluation, sigterm_at_start, full_disk, full_disk_to_the_end,
     read_only_file_system, folder_vanishes, folder_vanishes_and_killed, newest_truncated, newest_bit_flipped,
-    newest_incomplete, clock_jumps, second_job, hang,
+    newest_incomplete, newest_of_wrong_types, newest_names_other_places, newest_nested_without_end,
+    manifest_names_other_places, configuration_nested_without_end, data_damaged, parameters_turn_nan, loss_not_finite,
+    clock_jumps, second_job, hang,
 ]  # fmt: skip

@@ -7,6 +7,8 @@ A fault is a dictionary with the rank it is meant for (`rank`, null for all) and
     kill_at_operation: N            SIGKILL at the N-th file operation (open, fsync, rename, delete, ...) of its saves
     signal_in: evaluate | save | step | start, nth: N, signal: name      sends itself a signal there, the N-th time
     hang_at_step: N                 never returns from the N-th step
+    nan_at_step: N                  the N-th update leaves a parameter of this rank (of `victim`) that is not finite
+    loss_nan_from_step: N           from the N-th step on no loss is finite
     clock: seed                     the wall clock jumps by up to a year, back and forth, at every look
 """
 
@@ -26,6 +28,7 @@ import torch.utils.tensorboard
 
 import launch.pretrain
 from megatron_taipan.checkpoint import saving, tensorfile
+from megatron_taipan.checkpoint.pieces import held_pieces, spread_masters
 from megatron_taipan.train import loop, pipeline, saver  # noqa: F401
 from megatron_taipan.train.distributed import import_deepspeed
 
@@ -73,6 +76,10 @@ def prepare(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
         on_call(fault["signal_in"], fault.get("nth", 1), lambda: os.kill(os.getpid(), number))
     if "hang_at_step" in fault:
         on_call("step", fault["hang_at_step"], lambda: time.sleep(3600))
+    if "nan_at_step" in fault:
+        around_steps(lambda step, engine, run, groups: _leave_nan(fault, step, engine, run, groups))
+    if "loss_nan_from_step" in fault:
+        around_steps(lambda step, engine, run, groups: _with_nan(fault, step, engine, run))
     if "clock" in fault:
         jumping_clock(fault["clock"])
 
@@ -99,6 +106,42 @@ def on_call(place: str, nth: int, action: Callable[[], None]) -> None:
         return function(*args, **kwargs)
 
     setattr(module, name, counted)
+
+
+def around_steps(with_fault: Callable[..., Any]) -> None:
+    """Puts `with_fault(step, engine, run, groups)` in the place of every step, which `run()` takes."""
+    train_step = loop.train_step
+
+    def taken(engine: Any, batches: Any, *, step: int, groups: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            return train_step(engine, batches, step=step, groups=groups, **kwargs)
+
+        return with_fault(step + 1, engine, run, groups)
+
+    loop.train_step = taken
+
+
+def _leave_nan(fault: dict[str, Any], step: int, engine: Any, run: Callable[[], Any], groups: Any) -> Any:
+    result = run()
+    if step == fault["nan_at_step"]:
+        if int(os.environ["RANK"]) == fault["victim"]:
+            held_pieces(engine, groups.data_rank)[0].tensor("master")[0] = float("nan")
+        spread_masters(engine)
+    return result
+
+
+def _with_nan(fault: dict[str, Any], step: int, engine: Any, run: Callable[[], Any]) -> Any:
+    if step < fault["loss_nan_from_step"]:
+        return run()
+    parameters = list(engine.module.parameters())
+    values = [p.data for p in parameters] + [p.ds_tensor.data for p in parameters if hasattr(p, "ds_tensor")]
+    before = [value.clone() for value in values]
+    for value in values:
+        value.fill_(float("nan"))
+    result = run()
+    for value, was in zip(values, before, strict=True):
+        value.copy_(was)
+    return result
 
 
 class Operations:

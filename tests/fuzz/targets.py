@@ -6,6 +6,7 @@ import gzip
 import lzma
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -81,26 +82,31 @@ def packed(folder: Path, data: bytes) -> None:
     found = list(readers.read(Slice(str(path), 0, len(raw)), field_extractor("text"), None, Limits(8 * MB, 8 * MB)))
     if any(record.problem.startswith(("file ends", "damaged", "garbage", "window")) for record in found):
         return
+    bare = raw.rstrip(b"\0")
+    tails = (raw, bare + bytes(min(8, len(raw) - len(bare))), bare)  # some zeros may end a member
+    whole = [content for tail in tails if (content := unpacked(form, tail)) is not None]
+    assert whole, "no library unpacks it"
     plain = folder / "x.jsonl"
-    plain.write_bytes(unpacked(form, raw))
+    plain.write_bytes(whole[0])
     assert [(r.text, r.problem) for r in found] == [
-        (r.text, r.problem) for r in readers.read(Slice(str(plain), 0, plain.stat().st_size), field_extractor("text"))
+        (r.text, r.problem) for r in readers.read(Slice(str(plain), 0, len(whole[0])), field_extractor("text"))
     ]
 
 
-def unpacked(form: str, raw: bytes) -> bytes:
-    """By the standard library, or zstandard; without the zeros of a tape, more than a member may end in."""
-    bare = raw.rstrip(b"\0")
-    raw = raw if len(raw) - len(bare) < 8 else bare + bytes(8) * (form == ".gz")
-    match form:
-        case ".gz":
-            return gzip.decompress(raw)
-        case ".bz2":
-            return bz2.decompress(raw)
-        case ".xz":
-            return lzma.decompress(raw, lzma.FORMAT_XZ)
-    with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-        return file.read()
+def unpacked(form: str, raw: bytes) -> bytes | None:
+    """By the standard library, or zstandard; None where it refuses, as most do the zeros of a tape."""
+    try:
+        match form:
+            case ".gz":
+                return gzip.decompress(raw)
+            case ".bz2":
+                return bz2.decompress(raw)
+            case ".xz":
+                return lzma.decompress(raw, lzma.FORMAT_XZ)
+        with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
+            return file.read()
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
+        return None
 
 
 def text(folder: Path, data: bytes) -> None:
