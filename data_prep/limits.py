@@ -18,7 +18,7 @@ class Limits:
             the dictionary of xz). zstd itself takes no more than 128 MB either, without --long.
     """
 
-    record: int = 1024 * MB
+    record: int = 2048 * MB
     window: int = 128 * MB
 
 
