@@ -166,10 +166,10 @@ def test_an_unreadable_file_among_many(tmp_path, model, capsys, monkeypatch):
     (folder / "50.jsonl").symlink_to(tmp_path / "nothing")
     real = readers._open
 
-    def refusing(path):
+    def refusing(path, limits):
         if path.endswith("/120.jsonl"):
             raise PermissionError(13, "Permission denied", path)
-        return real(path)
+        return real(path, limits)
 
     monkeypatch.setattr(readers, "_open", refusing)
     for given in (folder, folder / "*"):
