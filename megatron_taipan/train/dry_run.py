@@ -58,7 +58,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         progress = read_metadata(found.path)["progress"]
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
-    if "S" in config.model.letters and (plan := describe_gate(config.model.gate, run_steps)):
+    if config.model.gated_layers and (plan := describe_gate(config.model.gate, run_steps)):
         yield f"gate       {plan}"
     for shortfall in shortfalls(config, step, run_steps):
         yield f"warning    {shortfall}"

@@ -20,7 +20,7 @@ def shortfalls(config: Config, step: int, run_steps: int) -> list[str]:
     if t.stop_at is not None and t.stop_at > t.steps:
         found.append(f"train.stop_at={t.stop_at} lies behind the last step, train.steps={t.steps}: it stops nothing")
     found += _of_the_learning_rate(config.optim, t.steps)
-    if "S" in config.model.letters:
+    if config.model.gated_layers:
         for name in GATE_SCHEDULES:
             value = getattr(config.model.gate, name)
             if isinstance(value, Schedule):
