@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="a checkpoint, a run's folder of checkpoints (the newest), an exported or imported folder",
     )
     parser.add_argument("out", type=Path, help="folder to write; must not exist unless --overwrite")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights; float32 islands stay float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of the weights; float32 ones of the network stay so"
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: what the checkpoint's config names")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="jinja template of conversations")
@@ -246,7 +248,7 @@ def trainer_logits(
     """The trainer's model on tokens [b, l], its weights read layer by layer.
 
     Args:
-        dtype: to which the weights are rounded, but for the float32 islands; compute: in which they are multiplied.
+        dtype: to which the weights are rounded, but for the float32 parameters; compute: in which they are multiplied.
         prefill: tokens of the first pass; the others are computed from its cache. None: one pass, no cache.
 
     Returns:
@@ -274,7 +276,7 @@ def trainer_logits(
 
 
 def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype in the file of every parameter and buffer; float32 islands and buffers stay float32."""
+    """Shape and dtype in the file of every parameter and buffer; float32 parameters and buffers stay float32."""
     table = parameter_table(config)
     with torch.device("meta"):
         model = Taipan(config)

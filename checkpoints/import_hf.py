@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.foreign.agreement import Answer, compare, our_logits
-from checkpoints.transplant import Source, other_options, transplant
+from checkpoints.map_weights import Source, map_weights, other_options
 from megatron_taipan.checkpoint.weights import Weights, open_weights
 from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = config.model if config else weights.network
     source = exported_source(weights, target)
     with writing(options.out):
-        report = transplant(target, source, options.out, config.train.seed if config else 0)
+        report = map_weights(target, source, options.out, config.train.seed if config else 0)
     print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0

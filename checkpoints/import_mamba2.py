@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoints.foreign.files import open_tensors, read_settings
 from checkpoints.foreign.hybrids import from_bamba, from_granite
 from checkpoints.foreign.mamba2 import from_mamba_ssm, from_transformers
-from checkpoints.transplant import Source, transplant
+from checkpoints.map_weights import Source, map_weights
 from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
     source = open_source(options.source, config.model)
     with writing(options.out):
-        report = transplant(config.model, source, options.out, config.train.seed)
+        report = map_weights(config.model, source, options.out, config.train.seed)
     print(report.text())
     print(f"wrote {options.out}; start with checkpoint.init={options.out}")
     return 0

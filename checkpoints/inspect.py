@@ -70,8 +70,8 @@ def tensor_lines(opened: Weights | TrainedState, every: bool) -> list[str]:
     table, names = parameter_table(opened.network), opened.names()
     stored = {name: opened.stored(name) for name in names}
     total = sum(math.prod(spec.shape) for spec in table.values())
-    islands = f"{sum(spec.float32 for spec in table.values())} of them float32 islands"
-    lines = [f"network     {opened.network.pattern}: {total:,} parameters in {len(table)} tensors, {islands}"]
+    fp32_params = f"{sum(spec.float32 for spec in table.values())} of them float32 parameters"
+    lines = [f"network     {opened.network.pattern}: {total:,} parameters in {len(table)} tensors, {fp32_params}"]
     if isinstance(opened, TrainedState):
         lines.append(f"held        float32 masters{''.join(f', {kind}' for kind in opened.moments)} of each parameter")
     if every:

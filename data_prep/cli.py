@@ -7,7 +7,7 @@ import signal
 import sys
 from importlib import import_module
 
-from data_prep.ahead import Ahead, guess
+from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
 from megatron_taipan.errors import UserError, exits_cleanly
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def program() -> None:
     os._exit(status)
 
 
-def _run(given: list[str], ahead: Ahead | None) -> int | None:
+def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
     parser = argparse.ArgumentParser(prog="data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = {given[0]: COMMANDS[given[0]]} if given and given[0] in COMMANDS else COMMANDS  # imports just that

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.ahead import ONE_THREAD
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
 from data_prep.limits import USUAL, Limits
 from data_prep.long_text import BrokenText
+from data_prep.prefetch_tokenizer import ONE_THREAD
 from data_prep.readers import read
 from data_prep.sentencepiece_json import tokenizer_json
 from data_prep.tokenizers import Encoded, HuggingFace, SentencePiece, TikToken, Tokenizer
@@ -56,11 +56,11 @@ class Fast(Tokenizer):
         return self.reference.decode(ids)
 
 
-def fast_twin(reference: Tokenizer, path: str, loaded=None) -> Fast:
+def fast_backend_of(reference: Tokenizer, path: str, loaded=None) -> Fast:
     """The fast form of a tokenizer, for forked workers: it has encoded nothing yet and starts no threads.
 
     Args:
-        loaded: what `Ahead` read of a tokenizer.json.
+        loaded: what `PrefetchedTokenizer` read of a tokenizer.json.
 
     Raises:
         ValueError: there is none; the message says why.

@@ -1,4 +1,4 @@
-"""Files on other machines (s3://, gs://, hf://, https://, whatever fsspec knows), fetched into the spool folder.
+"""Files on other machines (s3://, gs://, hf://, https://, whatever fsspec knows), fetched into the folder OUTPUT.spool.
 
 A file is known by its address, its size and its tag (the ETag, or what the store has instead). What was fetched is kept
 with a note of these, written last, so a run that was killed fetches only what is missing, and a file that has changed

@@ -25,7 +25,7 @@ from megatron_taipan.checkpoint.folder import find_newest, read_manifest
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import Place, find_place, pick_device, start_processes, stop_processes
+from megatron_taipan.train.distributed import RankInfo, find_place, pick_device, start_processes, stop_processes
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def run(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronous: bool, place: Place) -> Config:
+def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronous: bool, place: RankInfo) -> Config:
     """The configuration of one measurement, with data of random tokens."""
     options = [
         f"data.train={folder / 'data'}", "data.valid_fraction=0", f"checkpoint.dir={directory}",
@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronou
     return config
 
 
-def measure(config: Config, place: Place, device: torch.device) -> None:
+def measure(config: Config, place: RankInfo, device: torch.device) -> None:
     """Trains; the run's log.jsonl holds the figures."""
     from megatron_taipan.train.loop import train
 

@@ -64,7 +64,7 @@ def megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
 
 
 def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
-    from data_prep.fast import fast_twin
+    from data_prep.fast import fast_backend_of
     from data_prep.tokenizer_files import tokenizer_file
     from data_prep.tokenizers import load_tokenizer
 
@@ -74,7 +74,7 @@ def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     encoder = load_tokenizer(tokenizer)
     if not tokenizer.startswith("tiktoken:"):
         try:
-            encoder = fast_twin(encoder, tokenizer_file(tokenizer))
+            encoder = fast_backend_of(encoder, tokenizer_file(tokenizer))
         except ValueError:
             pass
     context = multiprocessing.get_context("fork")

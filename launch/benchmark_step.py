@@ -131,7 +131,7 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
 
     from megatron_taipan.train.engine import count_parameters, deepspeed_config
     from megatron_taipan.train.optimizer import make_optimizer
-    from megatron_taipan.train.zero import quicken
+    from megatron_taipan.train.zero import patch_zero12
 
     device, groups = join_processes(config)
     with torch.device(device):
@@ -140,7 +140,7 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
     settings = deepspeed_config(config, groups, count_parameters(model))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
     engine.optimizer.check_grad_overflow = True
-    quicken(engine.optimizer)
+    patch_zero12(engine.optimizer)
     compile_it(model)
     batch = random_batch(config, device)
 

@@ -1,6 +1,6 @@
 """One table describes every parameter: shape, split over tensor ranks, weight decay, float32, initial value.
 
-Initialisation, splitting, merging, resharding, weight-decay groups, float32 islands and exports are all read from
+Initialisation, splitting, merging, resharding, weight-decay groups, float32 parameters and exports are all read from
 it. A parameter that the table does not know is an error, never a default. What a layer's parameters are says its kind
 (layer_kinds/).
 """

@@ -113,8 +113,8 @@ def test_decay_and_float32_are_as_specified():
     table = parameter_table(config("M S A", tie_embeddings=False))
     without = {name for name, spec in table.items() if not spec.decay}
     assert without == {n for n in table if n.endswith(("A_log", "dt_bias", ".D", "bias")) or "norm" in n}
-    islands = {name for name, spec in table.items() if spec.float32}
-    assert islands == {n for n in table if n.endswith(("A_log", "dt_bias", ".D")) or ".gate." in n}
+    fp32_params = {name for name, spec in table.items() if spec.float32}
+    assert fp32_params == {n for n in table if n.endswith(("A_log", "dt_bias", ".D")) or ".gate." in n}
     assert all((len(spec.shape) == 2) == spec.decay for spec in table.values())
 
 

@@ -11,7 +11,7 @@ from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
 from checkpoints.foreign.settings import FREE_IN_TRANSFORMERS, Rules, Settings, build_network, judge, refuse
-from checkpoints.transplant import Source, refuse_other_options
+from checkpoints.map_weights import Source, refuse_other_options
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.foreign.files import Read, Shapes
-from checkpoints.transplant import Source
+from checkpoints.map_weights import Source
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.parameters import parameter_table

@@ -16,7 +16,6 @@ from pathlib import Path
 import orjson
 
 from data_prep import fast, inputs, manifest, remote
-from data_prep.ahead import Ahead
 from data_prep.extract import add_text_arguments, extractor, marks_learned, text_options
 from data_prep.hashing import hash_file
 from data_prep.job import Job
@@ -24,9 +23,10 @@ from data_prep.join import Joiner
 from data_prep.limits import USUAL, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
+from data_prep.prefetch_tokenizer import PrefetchedTokenizer
 from data_prep.progress import Progress
 from data_prep.readers import size_of
-from data_prep.spool import is_stream, spool
+from data_prep.stream_cache import cache_stream, is_stream
 from data_prep.tokenizer_files import tokenizer_file
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data import loss_mask
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     remotes = {name: remote.find(name, spooled) for name in args.input if remote.is_remote(name)}
     sources = {path: source for found in remotes.values() for path, source in found.items()}
     files = inputs.expand(
-        [spool(name, spooled) if is_stream(name) else name for name in args.input],
+        [cache_stream(name, spooled) if is_stream(name) else name for name in args.input],
         {name: list(found) for name, found in remotes.items()},
     )
     sizes = [(path, sources[path].bytes if path in sources else size_of(path)) for path in files]
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     wants_fast = args.backend == "auto" and not args.allow_special
     ahead = getattr(args, "ahead", None)
     if wants_fast and args.tokenizer.endswith(".json") and (ahead is None or ahead.path != args.tokenizer):
-        ahead = Ahead(args.tokenizer)
+        ahead = PrefetchedTokenizer(args.tokenizer)
     try:
         tokenizer = load_tokenizer(args.tokenizer, args.allow_special)
     finally:
@@ -149,8 +149,8 @@ def _run(args: argparse.Namespace, started: float) -> None:
         )
     _claim(job.work, identity)
     remote.fetch(sources)
-    twin = _fast_twin(job, args.tokenizer, loaded) if wants_fast else None
-    plan = _Plan(job, twin, args.workers)
+    fast_backend = _fast_backend_of(job, args.tokenizer, loaded) if wants_fast else None
+    plan = _Plan(job, fast_backend, args.workers)
     with plan.pool() as pool:
         job = plan.with_fastest(pool)
         ready = time.monotonic()
@@ -165,11 +165,11 @@ def _run(args: argparse.Namespace, started: float) -> None:
     )
 
 
-def _fast_twin(job: Job, name: str, loaded) -> Tokenizer | None:
+def _fast_backend_of(job: Job, name: str, loaded) -> Tokenizer | None:
     """The job's tokenizer in a faster library, not yet proved to give the same ids; None where there is none."""
     path = name if name.startswith("tiktoken:") else tokenizer_file(name)
     try:
-        return fast.fast_twin(job.tokenizer, path, loaded)
+        return fast.fast_backend_of(job.tokenizer, path, loaded)
     except ValueError as why:
         print(f"{job.tokenizer.library} tokenizes; no faster library: {why}")
         return None
@@ -180,11 +180,11 @@ class _Plan:
 
     Args:
         job: with the reference tokenizer.
-        twin: a faster one, used where it proves equal.
+        fast_backend: a faster one, used where it proves equal.
     """
 
-    def __init__(self, job: Job, twin: Tokenizer | None, workers: int):
-        self.job, self.twin = job, twin
+    def __init__(self, job: Job, fast_backend: Tokenizer | None, workers: int):
+        self.job, self.fast_backend = job, fast_backend
         self.notes = {number: note for number in range(len(job.pieces)) if (note := finished_part(job, number))}
         self.missing = [number for number in range(len(job.pieces)) if number not in self.notes]
         self.workers = min(workers, max(1, len(self.missing)))
@@ -194,26 +194,26 @@ class _Plan:
     def pool(self) -> Pool:
         """The workers; nothing that they inherit has encoded a text yet."""
         kinds: dict[str, Callable[[int], object]] = {"make": self._maker(self.job)}
-        if self.twin is not None:
-            job, twin = self.job, self.twin
+        if self.fast_backend is not None:
+            job, fast_backend = self.job, self.fast_backend
             texts = list(fast.sample(job.pieces, job.extract, job.work, job.limits))
-            kinds["compare"] = lambda share: fast.difference(job.tokenizer, twin, texts[share :: self.workers])
-            kinds["make fast"] = self._maker(replace(self.job, tokenizer=twin))
+            kinds["compare"] = lambda share: fast.difference(job.tokenizer, fast_backend, texts[share :: self.workers])
+            kinds["make fast"] = self._maker(replace(self.job, tokenizer=fast_backend))
         return Pool(self.workers, kinds)
 
     def _maker(self, job: Job) -> Callable[[int], dict]:
         return lambda number: make_part(replace(job, report=self.progress.adder(number)), number)
 
     def with_fastest(self, pool: Pool) -> Job:
-        """The job with the twin if it gives the same ids on samples of this corpus, else as it is."""
-        if self.twin is None:
+        """The job with the fast backend if it gives the same ids on samples of this corpus, else as it is."""
+        if self.fast_backend is None:
             return self.job
         found = [why for _, why in pool.run("compare", list(range(self.workers))) if why]
         if found:
             print(f"{self.job.tokenizer.library} tokenizes; the faster fastokens is not used: {found[0]}")
-            self.twin = None
+            self.fast_backend = None
             return self.job
-        return replace(self.job, tokenizer=self.twin)
+        return replace(self.job, tokenizer=self.fast_backend)
 
     def make_parts(self, pool: Pool, joiner: Joiner) -> list[dict]:
         """Notes of all parts, in order, each given to the joiner; parts that an earlier run finished are taken over."""
@@ -221,7 +221,7 @@ class _Plan:
             print(f"continuing: {len(self.notes)} of {len(self.job.pieces)} parts are done")
         for number in self.notes:
             joiner.add(number)
-        for number, note in pool.run("make fast" if self.twin else "make", self.missing, self.progress.show):
+        for number, note in pool.run("make fast" if self.fast_backend else "make", self.missing, self.progress.show):
             self.notes[number] = note
             self.progress.finished_input += self.weights[number]
             joiner.add(number)
@@ -301,7 +301,7 @@ def _identity(
     sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str, sources: dict[str, remote.Source]
 ) -> str:
     """What must be equal for parts of an earlier run to be taken over. A remote file is known by address, size and tag,
-    one that has just been written by `spool` by its content, any other by path, size and time of its last change."""
+    one that has just been written by `cache_stream` by its content, any other by path, size and time of its last change."""
 
     def known(path: str, size: int) -> tuple[str, int, str | int]:
         if path in sources:

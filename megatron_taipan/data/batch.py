@@ -14,7 +14,7 @@ import torch
 
 from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.loss_mask import check_mask
-from megatron_taipan.data.stream import Place
+from megatron_taipan.data.stream import TokenSpan
 
 Batch = dict[str, torch.Tensor]
 KEPT = 4  # pieces of memory that are kept: a step with one micro-batch needs two, the new one beside the last
@@ -33,7 +33,7 @@ class BatchReader:
         self._buffers: dict[np.dtype, tuple[np.ndarray, list[memoryview]]] = {}
         self._memory = Memory()
 
-    def __call__(self, places: list[Place], indices: list[int], vocab_size: int) -> "Block":
+    def __call__(self, places: list[TokenSpan], indices: list[int], vocab_size: int) -> "Block":
         """The samples at `places`, numbered `indices`, as one block.
 
         Raises:
@@ -135,7 +135,7 @@ def _arrived(memory: torch.Tensor, b: int, seq_len: int) -> Batch:
     return Block(b, seq_len, memory.numpy()).batch()
 
 
-def _dtype(place: Place) -> np.dtype:
+def _dtype(place: TokenSpan) -> np.dtype:
     return place.reader.dtype
 
 
@@ -153,7 +153,7 @@ def number_documents(begins: list[int], out: np.ndarray, first: int, stop: int) 
         out[first:stop] = np.repeat(np.arange(len(begins) + 1), counts)[:length]
 
 
-def learned(place: Place, seq_len: int) -> np.ndarray:
+def learned(place: TokenSpan, seq_len: int) -> np.ndarray:
     """Which labels the loss mask of a place's source marks: uint8 [L]; the label of position t is token t + 1.
 
     Of a document that begins before the sample none is: training would answer without having seen the question.
@@ -161,14 +161,14 @@ def learned(place: Place, seq_len: int) -> np.ndarray:
     mask = place.reader.loss_mask
     assert mask is not None
     marked = np.empty(seq_len + 1, mask.dtype)
-    Place(mask, place.position, place.runs, place.begins).read_into(marked.data)
+    TokenSpan(mask, place.position, place.runs, place.begins).read_into(marked.data)
     check_mask(mask, marked)
     if place.reader.start(place.reader.find(place.position)) != place.position:
         marked[: place.begins[0] if place.begins else None] = 0
     return marked[1:]
 
 
-def check_ids(places: list[Place], ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(places: list[TokenSpan], ids: np.ndarray, vocab_size: int) -> None:
     """Refuses ids [p, L + 1] (or [L + 1] of one place) beyond the vocabulary."""
     if all_below(ids, vocab_size):
         return

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_taipan.data.blend import Blend
 from megatron_taipan.data.samples import Samples
-from megatron_taipan.data.stream import Place, Stretches
+from megatron_taipan.data.stream import Stretches, TokenSpan
 
 AHEAD_SAMPLES, AHEAD_TOKENS = 512, 1 << 21  # found together at most, or the samples of one batch
 
@@ -24,7 +24,7 @@ class Places:
         self._found: list[tuple[Stretches, dict[int, int]]] = []  # and of each sample its number among them
         self._last = self._distance = 0  # first sample of the last batch, and how far it was from the one before
 
-    def __call__(self, indices: list[int]) -> list[Place]:
+    def __call__(self, indices: list[int]) -> list[TokenSpan]:
         """The places of the samples `indices`, in their order."""
         distance = indices[0] - self._last
         places = self._of(indices)
@@ -39,13 +39,13 @@ class Places:
         self._last, self._distance = indices[0], distance
         return places
 
-    def _of(self, indices: list[int]) -> list[Place] | None:
+    def _of(self, indices: list[int]) -> list[TokenSpan] | None:
         """The places of samples that have been found, or None where one has not."""
         try:
             if len(self._found) == 1:
                 found, number = self._found[0]
                 return found.places([number[index] for index in indices])
-            places: list[Place] = []
+            places: list[TokenSpan] = []
             for index in indices:
                 found, number = next(one for one in self._found if index in one[1])
                 places += found.places([number[index]])

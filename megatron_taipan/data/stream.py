@@ -8,7 +8,7 @@ import numpy as np
 from megatron_taipan.data.indexed import CHUNK, IndexedReader
 
 
-class Place:
+class TokenSpan:
     """One stretch of a stream: where its tokens are, and where in it other documents begin (above 0, rising)."""
 
     __slots__ = ("reader", "position", "runs", "begins")
@@ -51,10 +51,10 @@ class Stretches:
     begins: list[int]
     bounds: list[int]
 
-    def places(self, numbers: Iterable[int]) -> list[Place]:
+    def places(self, numbers: Iterable[int]) -> list[TokenSpan]:
         """Some of them."""
         position, runs, begins, bounds = self.position, self.runs, self.begins, self.bounds
-        return [Place(self.reader, position[k], runs.get(k), begins[bounds[k] : bounds[k + 1]]) for k in numbers]
+        return [TokenSpan(self.reader, position[k], runs.get(k), begins[bounds[k] : bounds[k + 1]]) for k in numbers]
 
 
 class TokenStream:

@@ -81,8 +81,8 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     def _float32_names(self, prefix: str) -> list[str]:
         """Names, as a class's state_dict has them, of what stays float32 in a bf16 or fp16 model."""
-        islands = [name for name, spec in parameter_table(self.config.model_config()).items() if spec.float32]
-        return [f"{prefix}{name}" for name in (*islands, *dict(self.base_model.named_buffers()))]
+        fp32_params = [name for name, spec in parameter_table(self.config.model_config()).items() if spec.float32]
+        return [f"{prefix}{name}" for name in (*fp32_params, *dict(self.base_model.named_buffers()))]
 
 
 class TaipanModel(TaipanPreTrainedModel):

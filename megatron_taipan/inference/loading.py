@@ -39,7 +39,7 @@ def build_model(config: ModelConfig, load: Callable[[str], Tensor], dtype: torch
 
     Args:
         load: gives the full float32 tensor of a parameter or buffer by name.
-        dtype: of the computation; float32 islands stay float32.
+        dtype: of the computation; float32 parameters stay float32.
     """
     with torch.device("meta"):
         model = Taipan(config)

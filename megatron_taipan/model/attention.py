@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.joined import take_rows
+from megatron_taipan.model.fused_params import take_rows
 from megatron_taipan.model.rope import rotate
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.selected_rows import Rows

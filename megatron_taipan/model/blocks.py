@@ -18,7 +18,7 @@ from megatron_taipan.model.layers import StreamNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.selected_rows import Rows
-from megatron_taipan.parallel.collectives import enter_block, leave_block, take_tokens
+from megatron_taipan.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel, shard_sequence
 
 BLOCKS: dict[str, "type[Block]"] = {}  # by letter; see Block.__init_subclass__
 
@@ -97,9 +97,9 @@ class AttentionBlock(Block, kinds=(WINDOW_ATTENTION, FULL_ATTENTION)):
         """What attention adds to the stream, shaped as u."""
         if ctx.single:
             return self.attention.step(u, ctx, state)
-        whole = enter_block(u, self.tp).view(ctx.batch, ctx.length, -1)
+        whole = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
         (o,) = self.attention(whole, ctx, store=state)
-        return leave_block(o.view(whole.shape), self.tp)
+        return reduce_from_tensor_parallel(o.view(whole.shape), self.tp)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)
@@ -133,13 +133,13 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         selection = self.gate(u, ctx)
         if ctx.single:
             return self._step(u, h, selection, ctx, state), selection
-        u = enter_block(u, self.tp).view(ctx.batch, ctx.length, -1)
+        u = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
         refine = self._weight(selection).to(h.dtype)
         every = self._every_query(ctx)
         computed = [chosen] if every is False else [chosen, ~chosen & every]
         if every is not True:  # what is not computed has no gradient
-            refine = torch.where(take_tokens(selection.selected, self.tp) | every, refine, 0)
+            refine = torch.where(shard_sequence(selection.selected, self.tp) | every, refine, 0)
         queries = [self.ops.select_rows(u, picked) for picked in computed]
         outputs = self.attention(u, ctx, queries, state)
         o = self._put_back(outputs, queries, u.shape)
@@ -171,9 +171,10 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         for rows, o in zip(queries, outputs, strict=True):
             # Only computed rows travel where every rank gets all of them. Where kernels pick the rows, the host does
             # not know their number and the buffer travels, as large as the sequence.
-            placed = self.ops.scatter_rows(o if sharded else leave_block(o, self.tp), rows, shape[0] * shape[1])
+            o = o if sharded else reduce_from_tensor_parallel(o, self.tp)
+            placed = self.ops.scatter_rows(o, rows, shape[0] * shape[1])
             whole = placed if whole is None else whole + placed
-        return leave_block(whole, self.tp) if sharded else whole.view(shape)
+        return reduce_from_tensor_parallel(whole, self.tp) if sharded else whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -39,7 +39,7 @@ class Build:
                     parameter.tensor_model_parallel = True
                 module.register_parameter(last, parameter)
                 if spec.float32:
-                    setattr(module, "islands", (*getattr(module, "islands", ()), last))  # noqa: B010
+                    setattr(module, "fp32_params", (*getattr(module, "fp32_params", ()), last))  # noqa: B010
 
     def _value(self, name: str, spec: ParamSpec) -> Tensor:
         """This rank's shard of the initial value; only its shape where the default device is meta."""
@@ -51,20 +51,20 @@ class Build:
         return take_shard(full, spec, self.tp.size, self.tp.rank).to(device)
 
 
-class WithFloat32Islands(nn.Module):
+class KeepsFp32Params(nn.Module):
     """A module some of whose own parameters and buffers stay float32 when it is cast to bf16 or fp16.
 
     Which parameters those are stands in the table; buffers of such a module always do. Any other move or cast
     (device, float64) applies to them too. Names are kept, not parameters: loaders may put new parameters in place.
     """
 
-    islands: tuple[str, ...] = ()
+    fp32_params: tuple[str, ...] = ()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WithFloat32Islands":
-        islands = {name: self._parameters[name].data for name in self.islands}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32Params":
+        fp32_params = {name: self._parameters[name].data for name in self.fp32_params}
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, before in islands.items():
+        for name, before in fp32_params.items():
             parameter = self._parameters[name]
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = before.to(parameter.device)

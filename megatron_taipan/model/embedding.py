@@ -5,7 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
-from megatron_taipan.parallel.collectives import all_reduce_max, all_reduce_sum, enter_block, leave_block
+from megatron_taipan.parallel.collectives import (
+    all_reduce_max,
+    all_reduce_sum,
+    copy_to_tensor_parallel,
+    reduce_from_tensor_parallel,
+)
 
 
 class Embedding(nn.Module):
@@ -26,7 +31,7 @@ class Embedding(nn.Module):
         local = tokens - self.tp.rank * rows
         here = (local >= 0) & (local < rows)
         found = F.embedding(torch.where(here, local, 0), self.weight)
-        return leave_block(torch.where(here[..., None], found, 0), self.tp)
+        return reduce_from_tensor_parallel(torch.where(here[..., None], found, 0), self.tp)
 
 
 class Head(nn.Module):
@@ -45,7 +50,7 @@ class Head(nn.Module):
         weight = self.weight if hasattr(self, "weight") else embedding
         if labels is None:
             return self._logits(h, weight)
-        h = enter_block(h, self.tp)
+        h = copy_to_tensor_parallel(h, self.tp)
         rows = weight.shape[0]
         start = self.tp.rank * rows
         return self.cross_entropy(

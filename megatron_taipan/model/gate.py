@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.model.build import Build, WithFloat32Islands
+from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise, uniform_noise
 from megatron_taipan.ops.numerics import at_least_float32
-from megatron_taipan.parallel.collectives import all_reduce_sum, gather_tokens, put_tokens, sum_over_shards, take_tokens
+from megatron_taipan.parallel.collectives import (
+    all_reduce_sum,
+    embed_shard,
+    gather_sequence,
+    shard_sequence,
+    sum_over_shards,
+)
 from megatron_taipan.parallel.replicated import stream_parameters
 
 
@@ -54,7 +60,7 @@ def reinmax(logits: Tensor, noise: Tensor, tau: Tensor | float) -> tuple[Tensor,
     return hard + slope * (margin - margin.detach()), hard
 
 
-class Gate(WithFloat32Islands):
+class Gate(KeepsFp32Params):
     """One linear layer d_model -> 2 in float32, and what follows from its logits.
 
     In training m is the selected-class entry of a hard Gumbel-softmax sample with straight-through gradient. In
@@ -88,19 +94,19 @@ class Gate(WithFloat32Islands):
         counters = (self.seed, ctx.step, ctx.samples, ctx.position, self.layer)
         counted = None  # m as the budget counts it
         if self.noise == "random":
-            m = hard = take_tokens(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
+            m = hard = shard_sequence(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
         elif self.training:
-            noise = take_tokens(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
+            noise = shard_sequence(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
             m, hard = self.estimator(logits, noise, ctx.gate.tau)
             if self.input_gradient == "task":
                 counted, _ = self.estimator(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)
-        rows = put_tokens(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
+        rows = embed_shard(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
         share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
         budget_loss = self._budget_loss(share, ctx)
         stats = self._stats(hard, above, alpha)
-        selected = gather_tokens(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
+        selected = gather_sequence(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
         return Selection(m, alpha, selected, margin, budget_loss, stats)
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:

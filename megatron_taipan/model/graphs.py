@@ -79,7 +79,7 @@ class GraphedLayers:
         device = stream.device
         gates = [module for module in layers.modules() if isinstance(module, Gate)]
         self.gates, self.of_batch = len(gates), any(gate.budget != "row" for gate in gates)
-        facts = (
+        batch_meta = (
             torch.zeros(b, l, dtype=torch.int32, device=device),
             torch.arange(b, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
@@ -91,7 +91,7 @@ class GraphedLayers:
             (
                 *(p.detach().requires_grad_() for p in group.own),
                 stream.clone().requires_grad_(),
-                *(t.clone() for t in facts),
+                *(t.clone() for t in batch_meta),
             )
             for group in groups
         )
@@ -120,10 +120,10 @@ class GraphedLayers:
     def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
         """As running the layers; of each selection only the budget loss and the statistics are known."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
-        facts = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
+        batch_meta = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
         selections = []
         for group in self.groups:
-            h, *gates = group(h, *facts)  # type: ignore[misc]
+            h, *gates = group(h, *batch_meta)  # type: ignore[misc]
             if gates:
                 selections += [Selection(None, None, None, None, *pair) for pair in zip(*gates, strict=True)]
         return h, selections

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
 from megatron_taipan.ops.product import Weight
-from megatron_taipan.parallel.linear import enter_linear, leave_linear
+from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
 from megatron_taipan.parallel.replicated import stream_parameters
 
 
@@ -54,5 +54,7 @@ class SwiGLU(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor) -> Tensor:
-        gated = self.silu_mul(*enter_linear(u, self.tp, self.gate_proj, self.up_proj))  # [b, l, d_ff] or [n, d_ff]
-        return leave_linear(gated, self.down_proj, self.tp)
+        gated = self.silu_mul(
+            *column_parallel_linear(u, self.tp, self.gate_proj, self.up_proj)
+        )  # [b, l, d_ff] or [n, d_ff]
+        return row_parallel_linear(gated, self.down_proj, self.tp)

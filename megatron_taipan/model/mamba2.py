@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.model.build import Build, WithFloat32Islands
+from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.joined import join_rows, take_rows
+from megatron_taipan.model.fused_params import join_rows, take_rows
 from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.product import Weight, bare, product
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.collectives import sum_over_ranks
-from megatron_taipan.parallel.linear import enter_linear, leave_linear
+from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
 from megatron_taipan.parallel.replicated import sum_gradients
 
 
-class Mamba2(WithFloat32Islands):
+class Mamba2(KeepsFp32Params):
     """The mixer of an `M` layer. Each tensor rank holds whole heads; z, x and dt are theirs alone.
 
     Where the ranks outnumber the groups, every rank holds all of B and C, uses the group of its heads, and the
@@ -67,11 +67,11 @@ class Mamba2(WithFloat32Islands):
             return self._step(u, state)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
-        parts = enter_linear(u, self.tp, *in_proj)
+        parts = column_parallel_linear(u, self.tp, *in_proj)
         zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
-            return leave_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj, self.tp)
+            return row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj, self.tp)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
         initial_tail = state.conv_tail if state else None
@@ -98,7 +98,7 @@ class Mamba2(WithFloat32Islands):
                 initial_state=state.ssm, return_state=True,
             )  # fmt: skip
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
-        return leave_linear(y, self.out_proj, self.tp)
+        return row_parallel_linear(y, self.out_proj, self.tp)
 
     def _step(self, u: Tensor, state: MambaState) -> Tensor:
         """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step.

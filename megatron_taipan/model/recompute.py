@@ -29,7 +29,7 @@ def recomputed(run: Callable[..., Any], mode: str, tp: TensorParallel, *args: An
     """
     if mode == "full":
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-    run = tp.kept.checkpointed(run)
+    run = tp.recompute_cache.checkpointed(run)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_products_contexts)
 
 

@@ -22,7 +22,7 @@ from megatron_taipan.model.recompute import run_layers
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import gather_tokens
+from megatron_taipan.parallel.collectives import gather_sequence
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parameters import parameter_table
 
@@ -109,7 +109,7 @@ class Taipan(nn.Module):
         h, selections = self._run_layers(h, ctx)
         stats = [dict(zip(STATS, s.stats, strict=True), budget=s.budget_loss.detach().float()) for s in selections]
         if labels is None:
-            h = gather_tokens(h, self.tp).view(*tokens.shape, -1)
+            h = gather_sequence(h, self.tp).view(*tokens.shape, -1)
             h = self.final_norm(h if all_logits else h[:, -1:])
             return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), gate_stats=stats)
         h = self.final_norm(h)

@@ -1,11 +1,12 @@
 """Collectives of the tensor-parallel group as autograd functions.
 
 A block reads a replicated (or sharded) stream, works on this rank's slice of the heads, and gives back a partial sum.
-`enter_block` and `leave_block` are those two edges; with sequence parallelism they gather and scatter the tokens
-instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+`copy_to_tensor_parallel` and `reduce_from_tensor_parallel` are those two edges (Megatron-LM's names); with sequence
+parallelism they gather and scatter the tokens instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198,
+section 4.2.2).
 
-    enter_block    forward: identity   | all-gather          backward: all-reduce | reduce-scatter
-    leave_block    forward: all-reduce | reduce-scatter      backward: identity   | all-gather
+    copy_to_tensor_parallel      forward: identity   | all-gather        backward: all-reduce | reduce-scatter
+    reduce_from_tensor_parallel  forward: all-reduce | reduce-scatter    backward: identity   | all-gather
 
 The shards are runs of the tokens of all b rows, one row behind the other: rank r holds tokens r n / tp to
 (r + 1) n / tp - 1 of n = b l. So what the collectives give and take lies in order in memory, whatever b is; shards of
@@ -25,14 +26,14 @@ from torch import Tensor
 from megatron_taipan.parallel.groups import TensorParallel
 
 
-def enter_block(x: Tensor, tp: TensorParallel) -> Tensor:
+def copy_to_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """The stream before products with column-split weights: [b, l, d] as it is, a shard [n/tp, d] as [n, d]."""
     if tp.size == 1:
         return x
     return _GatherShards.apply(x, tp) if tp.sequence_parallel else _SumGradient.apply(x, tp)
 
 
-def leave_block(x: Tensor, tp: TensorParallel) -> Tensor:
+def reduce_from_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sums the ranks' partial results [b, l, d] or [n, d] into the stream, of that shape or a shard [n/tp, d]."""
     if tp.size == 1:
         return x
@@ -49,17 +50,17 @@ def sum_over_shards(x: Tensor, tp: TensorParallel) -> Tensor:
     return _Sum.apply(x, tp) if tp.sequence_parallel else x
 
 
-def gather_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+def gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
     """Joins shards [n/tp, ...] to [n, ...] by a collective, without gradient; no-op without sequence parallelism."""
     return all_gather(x, tp) if tp.sequence_parallel else x
 
 
-def take_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+def shard_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
     """This rank's shard [n/tp, ...] of per-token data [b, l, ...]; no-op without sequence parallelism."""
     return x.flatten(0, 1).chunk(tp.size)[tp.rank] if tp.sequence_parallel else x
 
 
-def put_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+def embed_shard(x: Tensor, tp: TensorParallel) -> Tensor:
     """A shard [n/tp] at its place in zeros [n]; no-op without sequence parallelism."""
     if not tp.sequence_parallel:
         return x

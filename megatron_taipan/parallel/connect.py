@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
-from megatron_taipan.parallel.exchange import Exchange, Messages
+from megatron_taipan.parallel.exchange import Messages, OverlappedComm
 from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
 
 
@@ -30,7 +30,7 @@ def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Grou
     return replace(groups, tensor=replace(groups.tensor, exchange=exchange)), report
 
 
-def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -> tuple[Exchange | None, str]:
+def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -> tuple[OverlappedComm | None, str]:
     """The group's exchange, or None and why collectives serve instead; the same on all its ranks."""
     if not p.overlap:
         return None, "tokens travel by collectives (parallel.overlap=false)"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Trip(Protocol):
+class Transfer(Protocol):
     """One exchange: at most one piece to and from every other rank, all of one shape."""
 
     def send(self, peer: int, piece: Tensor) -> None:
@@ -38,7 +38,7 @@ class Trip(Protocol):
         """Everything received has been used."""
 
 
-class Exchange(ABC):
+class OverlappedComm(ABC):
     """Exchanges between the ranks of a tensor group."""
 
     def __init__(self, rank: int, size: int):
@@ -46,7 +46,7 @@ class Exchange(ABC):
         self.peers = [(rank + i) % size for i in range(1, size)]
 
     @abstractmethod
-    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
+    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Transfer:
         """Begins an exchange of pieces of that shape."""
 
     def gather(
@@ -118,7 +118,7 @@ class Fetch:
         whole: whether `whole` will be asked for.
     """
 
-    def __init__(self, exchange: Exchange, piece: Tensor, *, whole: bool = True):
+    def __init__(self, exchange: OverlappedComm, piece: Tensor, *, whole: bool = True):
         self.peers, self.received, self.placed = exchange.peers, dict[int, Tensor](), whole
         self.trip = exchange.start(piece.shape, piece.dtype, piece.device)
         for peer in self.peers:
@@ -155,14 +155,14 @@ def add_up(mine: Tensor, others: list[Tensor]) -> Tensor:
     return total.to(mine.dtype)
 
 
-class Messages(Exchange):
+class Messages(OverlappedComm):
     """Through the group's own messages: gloo on CPUs."""
 
     def __init__(self, rank: int, size: int, group: Any):
         super().__init__(rank, size)
         self.group = group
 
-    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
+    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Transfer:
         return _MessageTrip(self, shape, dtype, device)
 
 

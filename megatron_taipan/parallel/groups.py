@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.counter import CommCounter
-from megatron_taipan.parallel.exchange import Exchange
-from megatron_taipan.parallel.kept import Kept
+from megatron_taipan.parallel.exchange import OverlappedComm
+from megatron_taipan.parallel.recompute_cache import RecomputeCache
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class TensorParallel:
     group: Any = None
     sequence_parallel: bool = False
     counter: CommCounter = field(default_factory=CommCounter)
-    exchange: Exchange | None = None  # of shards, in pieces under the products; None: collectives, or no shards
-    kept: Kept = field(default_factory=Kept)
+    exchange: OverlappedComm | None = None  # of shards, in pieces under the products; None: collectives, or no shards
+    recompute_cache: RecomputeCache = field(default_factory=RecomputeCache)
 
     def count(self, collective: str, tensor: Tensor, pieces: int = 1) -> None:
         """Notes what is sent: a tensor as a whole, or as one of so many pieces of it."""

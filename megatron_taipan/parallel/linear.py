@@ -19,26 +19,30 @@ from megatron_taipan.parallel.exchange import Fetch
 from megatron_taipan.parallel.groups import TensorParallel
 
 
-def enter_linear(x: Tensor, tp: TensorParallel, *weights: Weight) -> tuple[Tensor, ...]:
-    """F.linear(enter_block(x), weight) for each column-split weight [e, d]: [b, l, e], or [n, e] from a shard."""
+def column_parallel_linear(x: Tensor, tp: TensorParallel, *weights: Weight) -> tuple[Tensor, ...]:
+    """F.linear(copy_to_tensor_parallel(x), weight) for each column-split weight [e, d].
+
+    Returns:
+        [b, l, e], or [n, e] from a shard.
+    """
     if tp.size == 1:
         return tuple(product(x, weight) for weight in weights)
-    return _EnterLinear.apply(tp, x, *weights)
+    return _ColumnParallelLinear.apply(tp, x, *weights)
 
 
-def leave_linear(x: Tensor, weight: Weight, tp: TensorParallel) -> Tensor:
-    """leave_block(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
-    return product(x, weight) if tp.size == 1 else _LeaveLinear.apply(tp, x, weight)
+def row_parallel_linear(x: Tensor, weight: Weight, tp: TensorParallel) -> Tensor:
+    """reduce_from_tensor_parallel(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
+    return product(x, weight) if tp.size == 1 else _RowParallelLinear.apply(tp, x, weight)
 
 
-class _EnterLinear(torch.autograd.Function):
+class _ColumnParallelLinear(torch.autograd.Function):
     """The input's gradient is on its way to the other ranks while the weights' gradients are computed."""
 
     @staticmethod
     def forward(ctx, tp, x, *weights):
         ctx.tp = tp
         ctx.save_for_backward(x, *weights)
-        return tp.kept(partial(_products, tp, x, weights))
+        return tp.recompute_cache(partial(_products, tp, x, weights))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -116,14 +120,14 @@ def _sum_over_weights(rows: list[Tensor], weights: list[Tensor], total: Tensor |
     return total
 
 
-class _LeaveLinear(torch.autograd.Function):
+class _RowParallelLinear(torch.autograd.Function):
     """x [..., e], weight [d, e] -> the ranks' sum [..., d], with sequence parallelism this rank's shard [n/tp, d]."""
 
     @staticmethod
     def forward(ctx, tp, x, weight):
         ctx.tp = tp
         ctx.save_for_backward(x, weight)
-        (total,) = tp.kept(partial(_summed_product, tp, x, weight))
+        (total,) = tp.recompute_cache(partial(_summed_product, tp, x, weight))
         return total
 
     @staticmethod

@@ -13,14 +13,14 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from megatron_taipan.parallel.exchange import Exchange, Trip
+from megatron_taipan.parallel.exchange import OverlappedComm, Transfer
 
 SLOTS = 2  # pieces of two exchanges may be under way at once
 ALIGNMENT = 512  # bytes
 SMALL = 2**19  # bytes that `sum` takes
 
 
-class PeerMemory(Exchange):
+class PeerMemory(OverlappedComm):
     """Through memory that all GPUs of the group see (torch's symmetric memory, NVLink or PCIe peer access).
 
     For each slot a rank has room for one piece of every rank, in their order, so that together they are one tensor. A
@@ -50,7 +50,7 @@ class PeerMemory(Exchange):
         room = self.sums[: x.numel()].view(x.shape)
         return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", self.group.group_name)
 
-    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Trip:
+    def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Transfer:
         n_bytes = dtype.itemsize * math.prod(shape)
         if not self.rooms or self.rooms[-1].capacity < n_bytes:
             self.make_room(n_bytes, device)

@@ -32,7 +32,7 @@ class Unreachable(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process's place among all processes of the run."""
 
     rank: int  # 0 <= rank < world_size
@@ -44,7 +44,7 @@ class Place:
     launcher: str  # who started us: "environment" (torchrun, deepspeed), "slurm" or "none"
 
 
-def find_place(env: Mapping[str, str]) -> Place:
+def find_place(env: Mapping[str, str]) -> RankInfo:
     """Reads this process's place from environment variables.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they
@@ -55,7 +55,7 @@ def find_place(env: Mapping[str, str]) -> Place:
         UserError: a variable is missing or no number, or an MPI launcher started several processes.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
-        place = Place(
+        place = RankInfo(
             rank=_number(env, "RANK"),
             world_size=_number(env, "WORLD_SIZE"),
             local_rank=_number(env, "LOCAL_RANK", _number(env, "RANK")),
@@ -65,7 +65,7 @@ def find_place(env: Mapping[str, str]) -> Place:
             launcher="environment",
         )
     elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        place = Place(
+        place = RankInfo(
             rank=_number(env, "SLURM_PROCID"),
             world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(env, "SLURM_LOCALID"),
@@ -78,7 +78,7 @@ def find_place(env: Mapping[str, str]) -> Place:
         )
     else:
         refuse_mpi(env)
-        place = Place(0, 1, 0, 1, "127.0.0.1", free_port(), "none")
+        place = RankInfo(0, 1, 0, 1, "127.0.0.1", free_port(), "none")
     if not 0 <= place.rank < place.world_size:
         raise UserError(f"rank {place.rank} is not among {place.world_size} processes (0 to {place.world_size - 1})")
     return place
@@ -139,7 +139,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def pick_device(place: Place) -> torch.device:
+def pick_device(place: RankInfo) -> torch.device:
     """This process's GPU, or the CPU where the host has none.
 
     Raises:
@@ -160,7 +160,7 @@ def pick_device(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def start_processes(place: Place, device: torch.device, timeout_s: float) -> None:
+def start_processes(place: RankInfo, device: torch.device, timeout_s: float) -> None:
     """Joins the run: gloo on CPU, NCCL on GPU. Every collective that takes longer than `timeout_s` ends the process.
 
     Raises:
@@ -230,7 +230,7 @@ def import_deepspeed(device: torch.device):
     return deepspeed
 
 
-def agree(action: Callable[[], Result]) -> Result:
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """Runs `action` on every rank; if it raises UserError on any of them, it is raised on all with one message.
 
     So a fault that one rank alone can see (a file missing on its host) ends the run at once, where otherwise the

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: built from our configuration, with float32 islands inside low-precision training.
+"""The DeepSpeed engine: built from our configuration, with float32 parameters inside low-precision training.
 
 DeepSpeed (0.19) casts every parameter as soon as `bf16.enabled` is set, and asks no module about exceptions. So the
 model is cast by its own rule *before* DeepSpeed sees it, and bf16 stays switched off there: ZeRO 1, 2 and 3 then keep
@@ -20,7 +20,7 @@ from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import check_tensor_size, parameter_table
 from megatron_taipan.train.distributed import import_deepspeed
 from megatron_taipan.train.optimizer import make_optimizer
-from megatron_taipan.train.zero import quicken
+from megatron_taipan.train.zero import patch_zero12
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
@@ -46,7 +46,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
         engine.optimizer.check_grad_overflow = True
-        quicken(engine.optimizer, pipeline=groups.pipeline_size > 1)
+        patch_zero12(engine.optimizer, pipeline=groups.pipeline_size > 1)
     if groups.pipeline_size > 1:
         # imports DeepSpeed, which comes late on purpose
         from megatron_taipan.train.pipeline_engine import mend_pipeline
@@ -91,7 +91,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
 
 
 def cast(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Turns the parameters to the compute precision in place; the model keeps its float32 islands itself."""
+    """Turns the parameters to the compute precision in place; the model keeps its float32 parameters itself."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -28,13 +28,13 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
-from megatron_taipan.train.distributed import Place, agree, any_rank
+from megatron_taipan.train.distributed import RankInfo, any_rank, run_on_all_ranks
 from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
-from megatron_taipan.train.persistence import FolderGuard, insist_on_saving
+from megatron_taipan.train.persistence import FolderGuard, save_with_retry
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate
@@ -45,7 +45,7 @@ from megatron_taipan.train.step import Batch, train_step
 from megatron_taipan.train.watchdog import Watchdog
 
 
-def train(config: Config, place: Place, device: torch.device) -> int:
+def train(config: Config, place: RankInfo, device: torch.device) -> int:
     """Trains as configured; every process of the run calls it after `start_processes`.
 
     Returns:
@@ -63,19 +63,19 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         settle_numerics(config)
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, config.data.seq_len)
-        train_data, valid_data = agree(lambda: open_data(config))
+        train_data, valid_data = run_on_all_ranks(lambda: open_data(config))
         verified = verify(config, place, device, watchdog) if config.data.verify else None
-        lock = agree(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
-        agree(lambda: remove_leftovers(directory) if writer else None)
-        found = agree(lambda: find_checkpoint(config))
-        ops = agree(lambda: pick_ops(config.ops.backend))
-        model = agree(lambda: build_model(config, groups, ops))
+        lock = run_on_all_ranks(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
+        run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
+        found = run_on_all_ranks(lambda: find_checkpoint(config))
+        ops = run_on_all_ranks(lambda: pick_ops(config.ops.backend))
+        model = run_on_all_ranks(lambda: build_model(config, groups, ops))
         trained_on = [source.prefix for source in config.data.train]
-        unlike = agree(
+        unlike = run_on_all_ranks(
             lambda: load_weights(model, Path(c.init), config.model, trained_on) if c.init and not found else []
         )
         flops_per_token = model.num_flops_per_token(config.data.seq_len)
-        engine = agree(lambda: build_engine(model, config, groups, device))
+        engine = run_on_all_ranks(lambda: build_engine(model, config, groups, device))
         set_timeouts(p.timeout_s)
 
         # --- load ---
@@ -91,9 +91,9 @@ def train(config: Config, place: Place, device: torch.device) -> int:
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
         n_gates = len(config.model.gated_layers)
-        plan = agree(lambda: describe_gate(config.model.gate, progress.run_steps) if n_gates else "")
+        plan = run_on_all_ranks(lambda: describe_gate(config.model.gate, progress.run_steps) if n_gates else "")
         # before the loader's threads: recording tolerates no other calls
-        graphs = agree(lambda: capture_graphs(model, config, device, stack))
+        graphs = run_on_all_ranks(lambda: capture_graphs(model, config, device, stack))
 
         def open_loader(first: int) -> Iterator[Batch]:
             return make_loader(
@@ -102,8 +102,8 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             )  # fmt: skip
 
         loader = open_loader(progress.samples)
-        agree(lambda: set_random_states(loaded.random))  # after the loader, which draws from one of them
-        metrics = stack.enter_context(agree(lambda: Metrics(
+        run_on_all_ranks(lambda: set_random_states(loaded.random))  # after the loader, which draws from one of them
+        metrics = stack.enter_context(run_on_all_ranks(lambda: Metrics(
             config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
         )))  # fmt: skip
         for reason in found.passed_over if found else []:
@@ -198,7 +198,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if streak == t.max_skipped:
                 saver.finish()
                 if before_streak.step > 0 and saver.finite():
-                    insist_on_saving(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
+                    save_with_retry(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
                 if writer:
                     remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
@@ -211,7 +211,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
                 metrics.note("spike", f"step {progress.step}: loss {result.ce:.4f} is {spike:.1f} standard deviations"
                              f" above the last {t.spike_window} (train.spike_z={t.spike_z:g})", z=spike)  # fmt: skip
                 saver.finish()
-                if t.spike_rewind and (good := agree(lambda: rewind_target(directory, c.save_every))):
+                if t.spike_rewind and (good := run_on_all_ranks(lambda: rewind_target(directory, c.save_every))):
                     saved = state.load(engine, good, config=config, identity=ours, groups=groups).progress
                     spiked = progress.step
                     progress = after_rewind(saved, progress, z=spike, train=t)
@@ -225,7 +225,7 @@ def train(config: Config, place: Place, device: torch.device) -> int:
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
             if stopping or progress.step == last:
-                insist_on_saving(saver, progress, c, guard=guard, metrics=metrics, watchdog=watchdog)
+                save_with_retry(saver, progress, c, guard=guard, metrics=metrics, watchdog=watchdog)
             else:
                 saver.save_due(progress, asked=save_now)
 
@@ -265,11 +265,11 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
     return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
 
 
-def verify(config: Config, place: Place, device: torch.device, watchdog: Watchdog) -> str:
+def verify(config: Config, place: RankInfo, device: torch.device, watchdog: Watchdog) -> str:
     """Every rank reads its share of the data, a part at a time, so that who has less does not wait past a timeout."""
-    verification = agree(lambda: Verification(config.data, place.rank, place.world_size))
+    verification = run_on_all_ranks(lambda: Verification(config.data, place.rank, place.world_size))
     while any_rank(verification.unfinished, device):
-        agree(verification.go_on)
+        run_on_all_ranks(verification.go_on)
         watchdog.beat()
     return verification.report()
 

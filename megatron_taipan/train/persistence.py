@@ -51,7 +51,7 @@ class FolderGuard:
         )
 
 
-def insist_on_saving(
+def save_with_retry(
     saver: Saver,
     progress: Progress,
     checkpoint: CheckpointConfig,

@@ -4,14 +4,14 @@ Between stages travels a tuple of three tensors:
 
     h       [b, l, d]    the residual stream (a shard of its tokens under sequence parallelism)
     budget  [1]          budget losses of the S layers so far
-    facts   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
+    batch_meta   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
 
 What has no gradient comes last: a stage between two others receives the n-th gradient into the memory that it made for
 the n-th tensor, and DeepSpeed looks at the size of that alone, not at its type.
 
 Within a stage a fourth tensor may follow, what the layer before left for the next norm to add to h (model/stream.py).
 
-The labels travel along, because head and loss are one operation that never holds the logits; `facts` is 48 bytes a
+The labels travel along, because head and loss are one operation that never holds the logits; `batch_meta` is 48 bytes a
 token beside the 4 d of the stream.
 """
 
@@ -186,10 +186,10 @@ def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int, gate: Te
 
 
 def pack_batch(batch: dict[str, Tensor], *, step: int, ce_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A micro-batch as (facts, labels) for the engine's data iterator; DeepSpeed wants the second, nothing reads it."""
+    """A micro-batch as (batch_meta, labels) for the engine's data iterator; DeepSpeed asks for the second."""
     weights = (batch["loss_mask"] * ce_scale).float()
     shape = batch["tokens"].shape
-    facts = torch.stack(
+    batch_meta = torch.stack(
         [
             batch["tokens"],
             batch["seq_idx"].long(),
@@ -200,7 +200,7 @@ def pack_batch(batch: dict[str, Tensor], *, step: int, ce_scale: Tensor) -> tupl
         ],
         -1,
     )
-    return facts, batch["labels"]
+    return batch_meta, batch["labels"]
 
 
 def packed(batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,17 +209,21 @@ def packed(batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> 
 
 
 class PipelineEmbedding(Embedding):
-    """First layer: facts -> (h, budget, facts)."""
+    """First layer: batch_meta -> (h, budget, batch_meta)."""
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "embedding")
         self.residual_fp32 = config.model.residual_fp32
 
-    def forward(self, facts: Tensor) -> Payload:
-        h = super().forward(facts[..., 0])
+    def forward(self, batch_meta: Tensor) -> Payload:
+        h = super().forward(batch_meta[..., 0])
         h = at_least_float32(h) if self.residual_fp32 else h
         # a leaf that wants a gradient: DeepSpeed sends one back for every floating-point tensor
-        return h, torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled()), facts
+        return (
+            h,
+            torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled()),
+            batch_meta,
+        )
 
 
 class PipelineLayer(nn.Module):
@@ -240,11 +244,13 @@ class PipelineLayer(nn.Module):
         self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
-        h, budget, facts, *branch = payload
+        h, budget, batch_meta, *branch = payload
         stream = Stream(h, *branch)
-        step = facts[0, 0, 5]
+        step = batch_meta[0, 0, 5]
         settings = settled(self.gate_config, step) if self.gate is None else GateSettings.unpack(self.gate)
-        ctx = make_context(facts[..., 0], facts[..., 1].int() if self.packed else None, facts[:, 0, 4], step, settings)
+        ctx = make_context(
+            batch_meta[..., 0], batch_meta[..., 1].int() if self.packed else None, batch_meta[:, 0, 4], step, settings
+        )
         if self.recompute == "none" or not torch.is_grad_enabled():
             stream, selection = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
@@ -253,8 +259,8 @@ class PipelineLayer(nn.Module):
             budget = budget + selection.budget_loss
             self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())
         if self.ends or stream.branch is None:
-            return stream.total(), budget, facts
-        return stream.h, budget, facts, stream.branch
+            return stream.total(), budget, batch_meta
+        return stream.h, budget, batch_meta, stream.branch
 
 
 class PipelineNorm(RMSNorm):
@@ -264,12 +270,12 @@ class PipelineNorm(RMSNorm):
         super().__init__(build, "final_norm")
 
     def forward(self, payload: Payload) -> Payload:
-        h, budget, facts = payload
-        return super().forward(h), budget, facts
+        h, budget, batch_meta = payload
+        return super().forward(h), budget, batch_meta
 
 
 class PipelineHead(Head):
-    """Last layer: (h, budget, facts) -> loss, with a weight of its own or the tied embedding's."""
+    """Last layer: (h, budget, batch_meta) -> loss, with a weight of its own or the tied embedding's."""
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "head")
@@ -278,9 +284,9 @@ class PipelineHead(Head):
         self.records: list[Tensor] = []  # [loss, ce, budget] of each micro-batch
 
     def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
-        h, budget, facts = payload
-        weights = facts[..., 3].int().view(torch.float32)
-        ce_loss = super().forward(h, embedding, facts[..., 2], weights)
+        h, budget, batch_meta = payload
+        weights = batch_meta[..., 3].int().view(torch.float32)
+        ce_loss = super().forward(h, embedding, batch_meta[..., 2], weights)
         settings = settled(self.gate_config) if self.gate is None else GateSettings.unpack(self.gate)
         loss = ce_loss + settings.budget_lambda * budget[0]
         self.records.append(torch.stack([t.detach().double() for t in (loss, ce_loss, budget[0])]))

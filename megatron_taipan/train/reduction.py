@@ -12,7 +12,7 @@ SMALL = 2**22  # elements; where a rank owns fewer, one all-reduce of many ranks
 
 
 @dataclass(eq=False)
-class Range:
+class GradBucket:
     """What travels at once."""
 
     values: Tensor  # float32 [n], a piece of a flat tensor
@@ -50,8 +50,8 @@ class OverlappedReduction:
         process_group: Any,
     ):
         self.process_group = process_group
-        self.ranges: list[Range] = []
-        self.ranges_of: dict[nn.Parameter, list[Range]] = {p: [] for p in views}
+        self.ranges: list[GradBucket] = []
+        self.ranges_of: dict[nn.Parameter, list[GradBucket]] = {p: [] for p in views}
         self.started = 0  # ranges of this step
         size = dist.get_world_size(process_group)
         position = {p: k for k, p in enumerate(order)}
@@ -59,7 +59,7 @@ class OverlappedReduction:
             for first, last, owner in cut(whole.numel(), size):
                 inside = [p for p in params if lies_within(views[p], first, last)]
                 if inside:  # else it is padding, zero on all ranks
-                    self.ranges.append(Range(whole[first:last], owner, inside, set(inside)))
+                    self.ranges.append(GradBucket(whole[first:last], owner, inside, set(inside)))
         # the earliest parameter of a range is the last one whose gradient appears
         self.ranges.sort(key=lambda r: (min(position[p] for p in r.params), r.values.storage_offset()), reverse=True)
         for part in self.ranges:

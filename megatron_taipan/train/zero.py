@@ -14,7 +14,7 @@ from megatron_taipan.train.reduction import OverlappedReduction
 TOGETHER = 2**24  # elements: the gradients of so many wait for each other (32 MiB in 16 bits) and are added up at once
 
 
-def quicken(optimizer: Any, *, pipeline: bool = False) -> None:
+def patch_zero12(optimizer: Any, *, pipeline: bool = False) -> None:
     """Replaces per-parameter loops of an optimizer of stage 1 or 2 in place; other optimizers stay as they are.
 
     - The search for infinities ran over every gradient of every parameter, and waited for the device; then came the

@@ -13,7 +13,7 @@ from checkpoints import chat_template, verify
 from checkpoints import tokenizer as tokenizer_module
 from checkpoints.checksums import SUMS
 from checkpoints.export_hf import export, main
-from checkpoints.transplant import Source, transplant
+from checkpoints.map_weights import Source, map_weights
 from megatron_taipan.errors import UserError
 from tests.checkpoints.made import memory_state, train_sentencepiece
 from tests.checkpoints.test_text_of_exports import TEMPLATE, data_of, tokenize
@@ -60,8 +60,8 @@ def test_an_export_is_exported_to_another_type(place, tmp_path, capsys):
     assert (tmp_path / "bf16/README.md").read_text() == card.replace("in float32, trained", "in bfloat16, trained")
     wide, lower = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "bf16"))
     assert all(torch.equal(lower[name], tensor.to(lower[name].dtype)) for name, tensor in wide.items())
-    islands = {name for name, tensor in lower.items() if tensor.dtype == torch.float32}
-    assert {"model.layers.0.mixer.A_log", "model.layers.1.gate.weight"} <= islands < lower.keys() == wide.keys()
+    fp32_params = {name for name, tensor in lower.items() if tensor.dtype == torch.float32}
+    assert {"model.layers.0.mixer.A_log", "model.layers.1.gate.weight"} <= fp32_params < lower.keys() == wide.keys()
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("bf16", "source"))
     assert ours == theirs | {"dtype": "bfloat16"}
 
@@ -86,7 +86,7 @@ def test_a_model_that_transformers_saved_is_exported(place, tmp_path):
 def test_imported_weights_are_exported_with_a_tokenizer(place, tmp_path, capsys):
     state = memory_state("M S", vocab_size=600)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
-    transplant(state.config.model, Source("MS", shapes, state.load), tmp_path / "weights", 0)
+    map_weights(state.config.model, Source("MS", shapes, state.load), tmp_path / "weights", 0)
     arguments = ["--tokenizer", str(place / "tok.model"), "--chat-template", str(place / "chat.jinja")]
     assert main([str(tmp_path / "weights"), str(tmp_path / "bare")]) == 0
     assert "nothing but the weights" in capsys.readouterr().err

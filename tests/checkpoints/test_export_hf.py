@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from checkpoints import export_files, export_hf, streamed, whole_folder
 from checkpoints.export_hf import export, find_tokenizer, main
-from checkpoints.transplant import Source, transplant
+from checkpoints.map_weights import Source, map_weights
 from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.config import DataSource, dump_config
 from megatron_taipan.errors import UserError
@@ -322,7 +322,7 @@ def test_what_cannot_be_written_is_one_line(program, tmp_path, monkeypatch, caps
     state = memory_state("M S")
     source = tmp_path / "source"
     if program == "import_hf":
-        transplant(state.config.model, Source("MS", shapes_of(state), state.load), source, 0)
+        map_weights(state.config.model, Source("MS", shapes_of(state), state.load), source, 0)
     elif program != "import_mamba2":
         write_checkpoint(source, state.config, state.load)
     options = {"export_hf": ["--no-tokenizer", "--max-shard-gb", "inf"]}.get(program, [])

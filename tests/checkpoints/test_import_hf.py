@@ -6,8 +6,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from checkpoints import import_hf
+from checkpoints.map_weights import Source, map_weights
 from checkpoints.safetensors_files import write_sharded
-from checkpoints.transplant import Source, transplant
 from megatron_taipan.inference.loading import load_model
 from tests.checkpoints.made import memory_state
 
@@ -21,7 +21,7 @@ def imports(tmp_path, capsys):
         if not (tmp_path / "theirs").exists():
             shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
             source = Source(state.config.model.letters, shapes, state.load)
-            transplant(state.config.model, source, tmp_path / "theirs", 0)
+            map_weights(state.config.model, source, tmp_path / "theirs", 0)
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(state.config.model_dump(mode="json")))
         arguments = [str(tmp_path / "theirs"), str(tmp_path / "out"), "--config", str(tmp_path / "c.yaml"), *options]
         capsys.readouterr()
@@ -84,6 +84,6 @@ def test_a_tensor_that_is_written_wrongly_is_noticed(imports, monkeypatch):
     def spoil(folder, tensors, load):
         write_sharded(folder, tensors, lambda name: load(name) + 0.01 * name.endswith("layers.0.mixer.D"))
 
-    monkeypatch.setattr("checkpoints.transplant.write_sharded", spoil)
+    monkeypatch.setattr("checkpoints.map_weights.write_sharded", spoil)
     status, said = imports("S A M", ["model.pattern=M S A"])
     assert status == 2 and "logits differ" in said and "nothing was written" in said

@@ -283,7 +283,7 @@ def test_a_tensor_that_is_written_wrongly_is_noticed(tmp_path, source, capsys, m
     def spoil(folder, tensors, load):
         write_sharded(folder, tensors, lambda name: load(name) + 0.01 * name.endswith("layers.3.mixer.D"))
 
-    monkeypatch.setattr("checkpoints.transplant.write_sharded", spoil)
+    monkeypatch.setattr("checkpoints.map_weights.write_sharded", spoil)
     arguments = [str(folder), str(tmp_path / "out"), *write_config(tmp_path / "c.yaml", "M M S M")]
     assert import_mamba2.main(arguments) == 2
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -385,11 +385,11 @@ def test_weights_are_sliced_for_every_tensor_rank(tmp_path, source):
 
 
 def test_import_hf_keeps_an_export_and_fits_it_into_another_pattern(tmp_path, capsys):
-    from checkpoints.transplant import Source, transplant
+    from checkpoints.map_weights import Source, map_weights
 
     state = memory_state("M S M")
     shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
-    transplant(state.config.model, Source("MSM", shapes, state.load), tmp_path / "first", 0)
+    map_weights(state.config.model, Source("MSM", shapes, state.load), tmp_path / "first", 0)
     assert import_hf.main([str(tmp_path / "first"), str(tmp_path / "same")]) == 0
     same = open_weights(tmp_path / "same")
     assert all(torch.equal(same.load(name), state.weights[name]) for name in state.weights)

@@ -260,16 +260,16 @@ def test_template_on_the_command_line(tmp_path, model, capsys):
 
 def test_the_fast_twin_of_a_trained_model_gives_its_ids(model, speeches):
     reference = load_tokenizer(model)
-    twin = fast.fast_twin(reference, model)
+    fast_backend = fast.fast_backend_of(reference, model)
     runs = [c * n for c in (" ", "a", "\n", "-", "\t", "ab") for n in (1, 2, 3, 7, 14, 15, 16, 17, 31, 64, 255)]
-    assert fast.difference(reference, twin, [*speeches[:20], *fast.HARD, *runs]) == ""
+    assert fast.difference(reference, fast_backend, [*speeches[:20], *fast.HARD, *runs]) == ""
 
 
 @settings(max_examples=200)
 @given(text=st.text(min_size=1))
 def test_the_fast_twin_on_any_text(model, text):
     reference = load_tokenizer(model)
-    assert fast.difference(reference, fast.fast_twin(reference, model), [text]) == ""
+    assert fast.difference(reference, fast.fast_backend_of(reference, model), [text]) == ""
 
 
 def test_text_that_spells_a_special_token_is_text(tmp_path, gpt2_like):
@@ -323,7 +323,7 @@ class Liar(Tokenizer):
 
 
 def test_a_fast_library_that_differs_is_not_used(tmp_path, gpt2_like, monkeypatch, capsys):
-    monkeypatch.setattr(fast, "fast_twin", lambda reference, *_: Liar(reference))
+    monkeypatch.setattr(fast, "fast_backend_of", lambda reference, *_: Liar(reference))
     args = ("--input", SAMPLE, "--tokenizer", gpt2_like, "--output", tmp_path / "o")
     assert tokenize(*args) == 0
     assert "is not used: it gives other ids for" in capsys.readouterr().out

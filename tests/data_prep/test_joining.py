@@ -12,9 +12,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.ahead import guess
 from data_prep.hashing import HashedFile
 from data_prep.join import Joiner
+from data_prep.prefetch_tokenizer import guess
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 
@@ -118,11 +118,11 @@ def test_the_fast_library_starts_no_thread_in_a_worker(gpt2_like):
     """Two workers on two cores would otherwise run four."""
     code = (
         "import os, sys\n"
-        "from data_prep.fast import fast_twin\n"
+        "from data_prep.fast import fast_backend_of\n"
         "from data_prep.tokenizers import load_tokenizer\n"
-        "twin = fast_twin(load_tokenizer(sys.argv[1]), sys.argv[1])\n"
+        "fast_backend = fast_backend_of(load_tokenizer(sys.argv[1]), sys.argv[1])\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "twin.encode(['some words, again and again. ' * 3000] * 64)\n"
+        "fast_backend.encode(['some words, again and again. ' * 3000] * 64)\n"
         "print(len(os.listdir('/proc/self/task')) - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, gpt2_like], cwd=ROOT, capture_output=True, text=True, check=True)

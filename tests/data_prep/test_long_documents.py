@@ -65,7 +65,7 @@ def test_windows_give_the_ids_of_the_whole_text(tmp_path, model, gpt2_like, spee
         args = ["--output", path, "--vocab-size", "600", "--model-type", "unigram"]
         assert cli.main(["train-tokenizer", "--input", str(tmp_path / "in.jsonl"), *args]) == 0
     tokenizer = load_tokenizer(path)
-    tokenizer = fast.fast_twin(tokenizer, path) if kind == "fast" else tokenizer
+    tokenizer = fast.fast_backend_of(tokenizer, path) if kind == "fast" else tokenizer
     sizes = []
     real = windows._ids
 

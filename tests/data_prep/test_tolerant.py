@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import cli, long_text, readers, spool, tolerant
+from data_prep import cli, long_text, readers, stream_cache, tolerant
 from data_prep.extract import field_extractor, template_extractor
 from data_prep.inputs import Slice
 from megatron_taipan.data.indexed import IndexedReader
@@ -102,5 +102,9 @@ def test_whatever_python_writes_is_read(value):
 
 def test_a_hub_record_is_written_whatever_it_holds():
     record = {"text": "a", "title": "\ud800", "n": 2**70, 3: "x"}
-    assert tolerant.loads(spool._packed(record)) == {"text": "a", "title": "\ud800", "n": 2**70, "3": "x"}
-    assert orjson.loads(spool._packed({"text": "\u00e9", "score": math.nan})) == {"text": "\u00e9", "score": None}
+    assert tolerant.loads(stream_cache._packed(record)) == {"text": "a", "title": "\ud800", "n": 2**70, "3": "x"}
+    packed = stream_cache._packed({"text": "\u00e9", "score": math.nan})
+    assert orjson.loads(packed) == {
+        "text": "\u00e9",
+        "score": None,
+    }

@@ -29,10 +29,10 @@ def test_islands_keep_type_and_bits(cast):
     before = {name: t.detach().clone() for name, t in tensors(model).items()}
     run, dtype = CASTS[cast]
     after = tensors(run(model))
-    islands = [name for name in after if name.endswith(ISLANDS)]
-    assert len(islands) == len(ISLANDS)
+    fp32_params = [name for name in after if name.endswith(ISLANDS)]
+    assert len(fp32_params) == len(ISLANDS)
     for name, tensor in after.items():
-        if name in islands:
+        if name in fp32_params:
             assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name]), name
         else:
             assert tensor.dtype == dtype, name

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from launch.benchmark_common import recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.exchange import Exchange, Fetch
+from megatron_taipan.parallel.exchange import Fetch, OverlappedComm
 from megatron_taipan.parallel.peer_memory import PeerMemory
 from tests.distributed.launch import launch
 from tests.parallel.shared_file import pretended_gpus
 
 
-def exchange_of(device: torch.device) -> Exchange:
+def exchange_of(device: torch.device) -> OverlappedComm:
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60)
     groups, report = connect(config, device, 64)
     assert groups.tensor.exchange is not None, report
@@ -33,7 +33,7 @@ def piece_of(
     return torch.randint(-8, 9, shape, generator=generator).to(device, dtype)
 
 
-def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
+def gathered(exchange: OverlappedComm, mine: torch.Tensor) -> torch.Tensor:
     """All pieces, by way of both things that `gather` offers, which must agree."""
     used = mine.new_empty(exchange.size * len(mine), *mine.shape[1:])
     pieces = used.chunk(exchange.size)
@@ -41,7 +41,7 @@ def gathered(exchange: Exchange, mine: torch.Tensor) -> torch.Tensor:
     return torch.stack([whole, used])
 
 
-def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
+def scattered(exchange: OverlappedComm, parts: torch.Tensor) -> torch.Tensor:
     """The ranks' sum of parts[this rank], which stays as it is."""
     before = parts.clone()
     total = exchange.scatter(lambda rank: parts[rank])
@@ -50,7 +50,7 @@ def scattered(exchange: Exchange, parts: torch.Tensor) -> torch.Tensor:
 
 
 def overlapping(
-    exchange: Exchange, mine: torch.Tensor, parts: torch.Tensor, pause: Callable[[], object] = lambda: None
+    exchange: OverlappedComm, mine: torch.Tensor, parts: torch.Tensor, pause: Callable[[], object] = lambda: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pieces, and the ranks' sum of parts[this rank]: two exchanges at once, as where a block is entered."""
     fetch, whole = Fetch(exchange, mine), []
@@ -66,7 +66,7 @@ def overlapping(
     return whole[0], total
 
 
-def check_all(exchange: Exchange, device: torch.device, pause: Callable[[], object] = lambda: None) -> None:
+def check_all(exchange: OverlappedComm, device: torch.device, pause: Callable[[], object] = lambda: None) -> None:
     """Sizes that grow and shrink, types that change, in the same order on every rank."""
     rank, size = exchange.rank, exchange.size
     for salt, (shape, dtype) in enumerate(

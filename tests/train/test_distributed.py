@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import Unreachable, agree, find_place, first_host, pick_device, start_processes
+from megatron_taipan.train.distributed import (
+    Unreachable,
+    find_place,
+    first_host,
+    pick_device,
+    run_on_all_ranks,
+    start_processes,
+)
 from tests.distributed.launch import launch
 from tests.train.runs import runs
 from tests.train.toy import toy_tree, write_data
@@ -162,7 +169,7 @@ def disagree() -> list[str]:
     messages = []
     for ranks in ((), (0, 1), (1,)):
         try:
-            messages.append(str(agree(fails_on(*ranks))))
+            messages.append(str(run_on_all_ranks(fails_on(*ranks))))
         except UserError as error:
             messages.append(str(error))
     return messages

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: float32 islands, and losses that do not depend on how the batch is split."""
+"""The DeepSpeed engine: float32 parameters, and losses that do not depend on how the batch is split."""
 
 import pytest
 import torch
@@ -85,15 +85,15 @@ def test_islands_stay_float32_and_are_trained_as_in_float32(tmp_path):
     cases |= {f"bf16 stage {s}": ({"zero_stage": s}, {"precision": "bf16"}) for s in (1, 2, 3)}
     results = launch(2, all_cases, write_data(tmp_path / "data"), cases)[0]
     config = toy_config("unused")
-    islands = {name for name, spec in parameter_table(config.model).items() if spec.float32}
-    assert {name.rpartition(".")[2] for name in islands} >= {"A_log", "dt_bias", "D"}
-    assert any(".gate." in name for name in islands)
+    fp32_params = {name for name, spec in parameter_table(config.model).items() if spec.float32}
+    assert {name.rpartition(".")[2] for name in fp32_params} >= {"A_log", "dt_bias", "D"}
+    assert any(".gate." in name for name in fp32_params)
     truth = results["fp32"]
     for stage in (1, 2, 3):
         result = results[f"bf16 stage {stage}"]
         for name, dtype in result["dtypes"].items():
-            assert dtype == (torch.float32 if name in islands else torch.bfloat16), (stage, name)
-        for name in islands:
+            assert dtype == (torch.float32 if name in fp32_params else torch.bfloat16), (stage, name)
+        for name in fp32_params:
             start = truth["before"][name]
             wanted, moved = truth["masters"][name] - start, result["masters"][name] - start
             assert wanted.abs().max() > 1e-3, name  # it was trained at all

@@ -1,4 +1,4 @@
-"""Training on a GPU in every precision: float32 islands, the loss scaler, the same losses; and no waiting for it."""
+"""Training on a GPU in every precision: float32 parameters, the loss scaler, the same losses; and no waiting for it."""
 
 import os
 
@@ -62,13 +62,13 @@ def test_every_precision_keeps_the_islands_and_learns_the_same(tmp_path):
     cases = {"fp32": {"precision": "fp32", "stage": 1}, "tf32": {"precision": "fp32", "stage": 1}}
     cases |= {f"{p} stage {s}": {"precision": p, "stage": s} for p in ("bf16", "fp16") for s in (1, 2, 3)}
     results = launch(1, trained_on_gpu, prefix, cases, on_gpu=True, join=False, timeout=280)[0]
-    islands = {n for n, spec in parameter_table(toy_config("x", model=SIZES).model).items() if spec.float32}
+    fp32_params = {n for n, spec in parameter_table(toy_config("x", model=SIZES).model).items() if spec.float32}
     full = results["fp32"]["ce"]
     assert full[-1] < 0.9 * full[0], "nothing was learned"
     for name, result in results.items():
         low = LOW[name.split()[0]]
         for parameter, dtype in result["dtypes"].items():
-            assert dtype == (torch.float32 if parameter in islands else low), (name, parameter)
+            assert dtype == (torch.float32 if parameter in fp32_params else low), (name, parameter)
         assert all(dtype == torch.float32 for dtype in result["buffers"].values()), name
         assert (result["loss_scale"] is not None) == name.startswith("fp16"), name
         taken = [ce for ce, skipped in zip(result["ce"], result["skipped"], strict=True) if not skipped]

@@ -1,4 +1,4 @@
-"""fp16 the whole way, on the CPU: islands, dynamic loss scale, a step that overflows, and what fp32 learns.
+"""fp16 the whole way, on the CPU: fp32_params, dynamic loss scale, a step that overflows, and what fp32 learns.
 
 DeepSpeed and our own check refuse fp16 on a CPU because it is slow there; both are told otherwise here.
 """
@@ -76,12 +76,12 @@ def trained(prefix: str, cases: dict[str, tuple[str, int]]) -> dict[str, dict]:
 def test_fp16_learns_what_fp32_learns_and_skips_what_overflows(tmp_path):
     cases = {"fp32": ("fp32", 1)} | {f"fp16 stage {stage}": ("fp16", stage) for stage in (1, 2, 3)}
     results = launch(1, trained, write_data(tmp_path / "data"), cases)[0]
-    islands = {name for name, spec in parameter_table(toy_config("x").model).items() if spec.float32}
+    fp32_params = {name for name, spec in parameter_table(toy_config("x").model).items() if spec.float32}
     full = results.pop("fp32")
     assert full["scales"] == [None] * (STEPS + 1) and not any(full["skipped"])
     for name, result in results.items():
         for parameter, dtype in result["dtypes"].items():
-            assert dtype == (torch.float32 if parameter in islands else torch.float16), (name, parameter)
+            assert dtype == (torch.float32 if parameter in fp32_params else torch.float16), (name, parameter)
         assert result["skipped"] == [step == 2 for step in range(STEPS)], name
         if not name.endswith("3"):  # there the module's own tensors are empty between steps
             assert result["moved"] == [step != 2 for step in range(STEPS)], name

@@ -17,7 +17,7 @@ from tests.train.toy import Ones, toy_config
 
 STEPS, MICRO, CLIP = 6, 2, 2.0
 SHAPES = {"a": (7, 5), "b": (41,), "d": (13,), "e": (3, 5)}
-LOW = {"a", "b"}  # bf16; the others are float32 islands
+LOW = {"a", "b"}  # bf16; the others are float32 parameters
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 # steps (from 0) whose gradient is not finite: in one micro-batch, of the last rank only
 BAD = {"none": (), "first": (0,), "middle": (2,), "twice": (2, 3), "first two and last": (0, 1, 5)}
@@ -94,7 +94,7 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
     )
     engine.optimizer.check_grad_overflow = True
     with nullcontext() if queued else mock.patch.object(zero, "QueuedStep", lambda optimizer: None):
-        zero.quicken(engine.optimizer)
+        zero.patch_zero12(engine.optimizer)
 
     log: list[str] = []
     noted = partial(noting, log)

@@ -14,7 +14,7 @@ from tests.train.toy import Ones, toy_config
 STEPS, MICRO, RANKS = 5, 4, 2
 # Elements; slices of two ranks end within b and within d, and each group but the last has padding at its end.
 SHAPES = {"a": (7, 5), "b": (41,), "c": (3, 3), "d": (13,), "e": (2,), "f": (6, 4)}
-LOW = {"a", "b", "c"}  # bf16; the others are float32 islands
+LOW = {"a", "b", "c"}  # bf16; the others are float32 parameters
 DECAYED = {"a", "b", "c", "f"}
 
 
@@ -64,7 +64,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.train.distributed import import_deepspeed
     from megatron_taipan.train.engine import deepspeed_config
-    from megatron_taipan.train.zero import quicken
+    from megatron_taipan.train.zero import patch_zero12
 
     import_deepspeed(torch.device("cpu"))
     rank, groups = dist.get_rank(), build_groups(world_size=RANKS, rank=dist.get_rank())
@@ -81,7 +81,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     partitions, full, started, copies = [], [], [], []
     if ours:
         with mock.patch.object(reduction, "RANGE", 16), mock.patch.object(reduction, "SMALL", small):
-            quicken(zero)
+            patch_zero12(zero)
         sums = zero.reduce_gradients.__self__
         hand_over = zero.reduce_gradients
         zero.reduce_gradients = lambda **options: (started.append(sums.reduction.started), hand_over(**options))

@@ -17,11 +17,11 @@ def both_ways(prefix: str, cases: dict[str, tuple[dict, dict]]) -> dict[str, tup
     results = {}
     for name, (parallel, train) in cases.items():
         ours = trained(prefix, parallel, train)
-        quicken, engine.quicken = engine.quicken, lambda *args, **options: None
+        patch_zero12, engine.patch_zero12 = engine.patch_zero12, lambda *args, **options: None
         try:
             results[name] = ours, trained(prefix, parallel, train)
         finally:
-            engine.quicken = quicken
+            engine.patch_zero12 = patch_zero12
     return results
 
 

@@ -9,7 +9,7 @@ from threading import Thread
 ONE_THREAD = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the workers are the parallelism
 
 
-class Ahead:
+class PrefetchedTokenizer:
     """Reads a tokenizer.json with fastokens in a thread of its own, while the reference library reads it too."""
 
     def __init__(self, path: str):
@@ -24,7 +24,7 @@ class Ahead:
             import fastokens
 
             self.model = fastokens.Tokenizer.from_file(self.path)
-        except Exception:  # `fast_twin` tries again and says what is wrong
+        except Exception:  # `fast_backend_of` tries again and says what is wrong
             self.model = None
 
     def result(self):
@@ -33,11 +33,11 @@ class Ahead:
         return self.model
 
 
-def guess(arguments: list[str]) -> Ahead | None:
+def guess(arguments: list[str]) -> PrefetchedTokenizer | None:
     """Starts reading what a plain `tokenize ... --tokenizer FILE.json ...` will need; any other form can wait."""
     if arguments[:1] != ["tokenize"] or "--tokenizer" not in arguments[:-1]:
         return None
     if "--backend" in arguments or "--allow-special" in arguments:
         return None
     path = arguments[arguments.index("--tokenizer") + 1]
-    return Ahead(path) if path.endswith(".json") and os.path.isfile(path) else None
+    return PrefetchedTokenizer(path) if path.endswith(".json") and os.path.isfile(path) else None

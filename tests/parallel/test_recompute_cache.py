@@ -47,7 +47,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tp, x, weight):
         ctx.save_for_backward(x, weight)
-        (y,) = tp.kept(lambda: (torch.cat([piece @ weight for piece in x.chunk(2)]),))
+        (y,) = tp.recompute_cache(lambda: (torch.cat([piece @ weight for piece in x.chunk(2)]),))
         return y
 
     @staticmethod
@@ -84,7 +84,7 @@ def test_a_forward_pass_alone_leaves_nothing():
 
     def run(x: Tensor) -> Tensor:
         product = Product.apply(tp, x, weight)
-        results.extend([weakref.ref(product), weakref.ref(tp.kept.segment)])
+        results.extend([weakref.ref(product), weakref.ref(tp.recompute_cache.segment)])
         return product.sin()
 
     loss = recomputed(run, "selective", tp, x).sum()

@@ -61,7 +61,7 @@ class Report:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def transplant(target: ModelConfig, source: Source, out: Path, seed: int) -> Report:
+def map_weights(target: ModelConfig, source: Source, out: Path, seed: int) -> Report:
     """Writes a folder of weights for `target` that `checkpoint.init` reads.
 
     Raises:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from megatron_taipan.model.joined import adjoin, join_rows, take_rows
+from megatron_taipan.model.fused_params import adjoin, join_rows, take_rows
 
 SHAPES = [(8, 6), (4, 6), (4, 6), (2, 6)]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Kept:
+class RecomputeCache:
     """Results of the checkpointed segment that runs now, by the order in which they are asked for."""
 
     def __init__(self) -> None:

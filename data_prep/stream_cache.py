@@ -18,7 +18,7 @@ def is_stream(name: str) -> bool:
     return name == "-" or name.startswith(HUB)
 
 
-def spool(name: str, folder: str) -> str:
+def cache_stream(name: str, folder: str) -> str:
     """Writes a stream to a file, whole or not at all, and returns its path; an earlier run's whole file of a hub
     dataset is taken over, stdin is always read anew."""
     os.makedirs(folder, exist_ok=True)
