@@ -429,23 +429,47 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file and applies dotted overrides such as `train.steps=100` (values are YAML).
 
+    A file may begin from another, `extends: other.yaml` (a path from its own folder): it then says only what differs.
+    Mappings are merged option by option, everything else is replaced.
+
     Raises:
-        ConfigError: the file is missing or no mapping, a key is unknown, a value does not fit.
+        ConfigError: the file or one that it extends is missing or no mapping, files extend each other in a circle, a
+            key is unknown, a value does not fit.
     """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_config(tree, str(path))
+
+
+def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
+    """The mapping of a file upon what it extends."""
+    where = "".join(f" (extended by {file})" for file in reversed(extended_by))
+    if path.resolve() in {file.resolve() for file in extended_by}:
+        raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
     try:
         with open(path, encoding="utf-8") as file:
             tree = parse_yaml(file.read(LONGEST_YAML + 1))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read the configuration {path}{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path} is no text: {error}") from error
+        raise ConfigError(f"the configuration {path}{where} is no text: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"the configuration {path} cannot be read: {error}") from error
+        raise ConfigError(f"the configuration {path}{where} cannot be read: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections (model, data, train, ...)")
-    for override in overrides:
-        _apply_override(tree, override)
-    return make_config(tree, str(path))
+        raise ConfigError(f"{path}{where} must hold a mapping of sections (model, data, train, ...)")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends={base!r} must be the path of one file")
+    return _merged(_read_tree(path.parent / base, (*extended_by, path)), tree)
+
+
+def _merged(base: dict, tree: dict) -> dict:
+    """`tree` upon `base`; where both hold a mapping, these are merged too."""
+    both = {k: _merged(base[k], v) for k, v in tree.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | tree | both
 
 
 def make_config(tree: dict, origin: str = "configuration") -> Config:

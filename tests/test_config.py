@@ -249,3 +249,34 @@ def test_a_schedule_is_read_from_yaml_and_the_command_line_and_comes_back_from_a
     assert load_config(tmp_path / "again.yaml", ["model.gate.capacity=0.2"]).model.gate.capacity == 0.2
     nested = load_config(tmp_path / "again.yaml", ["model.gate.capacity.end=0.1"])
     assert nested.model.gate.capacity.end == 0.1
+
+
+def test_a_file_that_extends_another_says_only_what_differs(tmp_path, path):
+    """Against a merge that is written out; extended files stand beside the extending one, wherever it is read from."""
+    (tmp_path / "more").mkdir()
+    middle, last = tmp_path / "more" / "middle.yaml", tmp_path / "last.yaml"
+    middle.write_text("extends: ../c.yaml\nmodel: {d_ff: 96, mamba: {headdim: 16}}\noptim: {betas: [0.8, 0.9]}\n")
+    last.write_text("extends: more/middle.yaml\nmodel: {mamba: {d_state: 32}}\noptim: {betas: [0.5, 0.6]}\n")
+    whole = yaml.safe_load(path.read_text())
+    whole["model"] |= {"d_ff": 96, "mamba": whole["model"].get("mamba", {}) | {"headdim": 16, "d_state": 32}}
+    whole["optim"] = whole.get("optim", {}) | {"betas": [0.5, 0.6]}
+    config = load_config(last, ["model.d_ff=64"])
+    whole["model"]["d_ff"] = 64
+    assert config == make_config(whole)
+    assert "extends" not in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: no.yaml", r"cannot read the configuration .*no\.yaml \(extended by .*b\.yaml\)"),
+        ("extends: b.yaml", r"b\.yaml extends itself: .*b\.yaml -> .*b\.yaml"),
+        ("extends: [c.yaml]", r"extends=\['c\.yaml'\] must be the path of one file"),
+        ("extends: c.yaml\nmodel: {extends: c.yaml}", "unknown key 'model.extends'"),
+        ("extends: c.yaml\nmodel: 3", "model"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, path, text, words):
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "b.yaml")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_taipan.config import ModelConfig
+from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.model.taipan import Taipan
 from tests.model.small import small_config, small_model, tokens
 
@@ -54,12 +54,9 @@ def test_baselines_count_as_their_published_layers_do(size, letter):
 
 def test_presets_have_the_tables_sizes():
     """The files under launch/configs, where they are part of the checkout."""
-    import yaml
-
     folder = Path(__file__).resolve().parents[2] / "launch" / "configs"
     for size, (d_model, heads, d_ff, count) in SIZES.items():
-        tree = yaml.safe_load((folder / f"taipan_{size}.yaml").read_text())["model"]
-        preset = ModelConfig.model_validate(tree)
+        preset = load_config(folder / f"taipan_{size}.yaml").model
         assert (preset.d_model, preset.attention.n_heads, preset.d_ff) == (d_model, heads, d_ff)
         assert preset.letters == config(size, PATTERNS[size]).letters
         assert preset.vocab_size == LLAMA3 and preset.tie_embeddings and preset.n_kv_heads == heads
