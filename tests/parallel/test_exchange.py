@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.benchmark_common import recorded
+from benchmarks.common import recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.exchange import Fetch, OverlappedComm

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from launch.benchmark_comm import measure
+from benchmarks.comm import measure
 from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
 from tests.distributed.launch import launch
 

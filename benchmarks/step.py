@@ -1,0 +1,194 @@
+"""`python -m benchmarks step`: whole training steps through DeepSpeed, ours and the peers'."""
+
+import argparse
+import cProfile
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.autotune import compile_ahead
+from benchmarks.common import Table, add_preset, join_processes, kernel_times, median_step_ms, preset
+from megatron_taipan.config import Config
+from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.train.step import StepResult
+
+
+@dataclass
+class Training:
+    """A model in training: `step` makes one training step on random tokens."""
+
+    engine: Any
+    step: Callable[[], None]
+    results: list[StepResult]  # ours only
+    graphs: ExitStack = field(default_factory=ExitStack)  # ours only: releases the recorded graphs
+
+    def end(self) -> None:
+        self.graphs.close()
+        self.engine.destroy()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes."""
+    add_preset(parser)
+    parser.add_argument("--only", nargs="*", help="rows whose names hold these words")
+    parser.add_argument("--profile", action="store_true", help="also our kernels' times")
+
+
+def run(options: argparse.Namespace) -> None:
+    table = Table("step", options.out)
+    config = preset(options)
+    rows = {
+        config.name: lambda: our_step(config, options.profile),
+        "transformer++ compiled": lambda: timed(transformer(config), config, options.profile),
+        "composition of today's parts, compiled": lambda: composition_step(config, options.profile),
+    }
+    for name, measure in rows.items():
+        if not options.only or any(part in name for part in options.only):
+            table.attempt(name, measure)
+    table.ratios(config.name, "tokens/s")
+
+
+def our_step(config: Config, profiled: bool) -> dict:
+    """Our trainer's own engine and step."""
+    began = time.perf_counter()
+    training = ours(config)
+    built = time.perf_counter() - began
+    numbers = timed(training, config, profiled) | {"build s": round(built, 1)}
+    losses, gates = [result.loss for result in training.results], training.results[-1].gates
+    numbers["loss"] = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+    if gates:
+        numbers["selected"] = round(sum(gate["selected"] for gate in gates) / len(gates), 3)
+    return numbers
+
+
+def ours(config: Config) -> Training:
+    """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
+    from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs
+    from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.step import train_step
+
+    device, groups = join_processes(config)
+    with torch.device(device):
+        model = build_model(config, groups, pick_ops(config.ops.backend))
+    select_capacity(model, config)
+    engine = build_engine(model, config, groups, device)
+    graphs = ExitStack()
+    print(capture_graphs(model, config, device, graphs), flush=True)
+    torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens
+    batches = [random_batch(config, device)] * accumulation(config, groups.data_size)
+    results: list[StepResult] = []
+
+    def step() -> None:
+        results.append(train_step(engine, batches, step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
+
+    return Training(engine, step, results, graphs)
+
+
+def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, one document a row."""
+    rows = config.train.micro_batch
+    tokens = torch.randint(0, config.model.vocab_size, (rows, config.data.seq_len + 1), device=device)
+    labels = tokens[:, 1:].contiguous()
+    return {
+        "tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": torch.zeros_like(labels, dtype=torch.int32),
+        "loss_mask": torch.ones(labels.shape, device=device), "sample": torch.arange(rows, device=device),
+    }  # fmt: skip
+
+
+def select_capacity(model: torch.nn.Module, config: Config) -> None:
+    """Makes every gate choose about C of the tokens, as a trained one does: weight 0, bias at log(C / (1 - C))."""
+    capacity = min(max(config.model.gate.final_capacity, 1e-6), 1 - 1e-6)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            torch.nn.init.zeros_(parameter)
+        if name.endswith("gate.bias"):
+            with torch.no_grad():
+                parameter.copy_(torch.tensor([0.0, capacity / (1 - capacity)], device=parameter.device))
+                parameter[1].log_()
+
+
+def transformer(config: Config) -> Training:
+    """Transformer++, compiled as one graph."""
+    return peer(peers.transformer, config, torch.nn.Module.compile)
+
+
+def composition_step(config: Config, profiled: bool) -> dict:
+    """The composition, its kernels' candidates compiled beforehand."""
+    seconds = compile_ahead(config.model.d_model, config.train.micro_batch, config.data.seq_len)
+    return timed(composition(config), config, profiled) | {"compiled ahead s": round(seconds, 1)}
+
+
+def composition(config: Config) -> Training:
+    """The composition of today's parts, compiled by regions."""
+    length = config.data.seq_len
+    build = lambda model: peers.composition(model, length)  # noqa: E731
+    return peer(build, config, peers.Stack.compile_regions)
+
+
+def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> Training:
+    """A peer through DeepSpeed with the same settings as ours, what we quickened there included."""
+    import deepspeed
+
+    from megatron_taipan.train.engine import count_parameters, deepspeed_config
+    from megatron_taipan.train.optimizer import make_optimizer
+    from megatron_taipan.train.zero import patch_zero12
+
+    device, groups = join_processes(config)
+    with torch.device(device):
+        model = build(config.model).to(torch.bfloat16)
+    optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim, on_gpu=True)
+    settings = deepspeed_config(config, groups, count_parameters(model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
+    engine.optimizer.check_grad_overflow = True
+    patch_zero12(engine.optimizer)
+    compile_it(model)
+    batch = random_batch(config, device)
+
+    def step() -> None:
+        engine.backward(engine(batch["tokens"], batch["labels"]))
+        engine.step()
+
+    return Training(engine, step, [])
+
+
+def timed(training: Training, config: Config, profiled: bool) -> dict:
+    """First step, median, tokens per second and peak memory; the engine is taken down."""
+    began = time.perf_counter()
+    training.step()
+    torch.cuda.synchronize()
+    numbers = step_numbers(training.step, config, time.perf_counter() - began)
+    if profiled:
+        print_profile(training.step)
+    training.end()
+    return numbers
+
+
+def print_profile(step: Callable[[], None], top: int = 45, host: bool = True) -> None:
+    """One step's kernels, then where the CPU spent another one."""
+    for name, ms in kernel_times(step, top).items():
+        print(f"    {ms:9.3f}  {name}", flush=True)
+    if not host:
+        return
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
+
+
+def step_numbers(step: Callable[[], None], config: Config, first: float) -> dict:
+    torch.cuda.reset_peak_memory_stats()
+    ms = median_step_ms(step)
+    tokens = config.train.micro_batch * config.data.seq_len
+    peak = torch.cuda.max_memory_reserved() / 2**30  # recorded graphs are in no count of live tensors
+    return {
+        "ms": round(ms, 1),
+        "tokens/s": round(tokens / ms * 1e3),
+        "GiB": round(peak, 1),
+        "first step s": round(first, 1),
+    }

@@ -1,0 +1,114 @@
+"""Tables and pictures of the runs of experiments/recall.py."""
+
+from pathlib import Path
+from statistics import mean
+
+from experiments.svg import Series, chart
+from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.pattern import parse_pattern
+
+
+def report(records: list[dict], out: Path) -> str:
+    """Markdown with a table for each setting, which is also written beside `out`, with its pictures.
+
+    Args:
+        records: lines of the file of runs; failed ones are named at the end.
+    """
+    stem, text = out.with_suffix(""), []
+    for number, (about, groups) in enumerate(by_setting([r for r in records if "result" in r]).items()):
+        settings = next(iter(groups.values()))[0]["run"]["settings"]
+        pairs = [str(n) for n in sorted({*settings["pairs"], *settings["score_pairs"]})]
+        trained = [str(n) for n in settings["pairs"]]
+        text.append(f"Rows of {about}:\n\n{table(groups, pairs, trained)}")
+        end = f"-{settings['seq_len']}-{number + 1}.svg"
+        stem.with_name(f"{stem.name}-pairs{end}").write_text(by_pairs(groups, pairs, settings["seq_len"]))
+        stem.with_name(f"{stem.name}-share{end}").write_text(by_share(groups, trained))
+    failed = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['error']}" for r in records if "error" in r]
+    whole = "\n".join([*text, *(["Failed:\n", *failed, ""] if failed else [])])
+    stem.with_suffix(".md").write_text(whole)
+    return whole
+
+
+def by_setting(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Settings in words, then the runs of each label: the seeds of one recipe."""
+    sorted_in: dict[str, dict[str, list[dict]]] = {}
+    for record in sorted(records, key=lambda r: (r["run"]["settings"]["seq_len"], r["run"]["seed"])):
+        s = record["run"]["settings"]
+        rest = {name: value for name, value in s.items() if name not in ("seq_len", "window")}
+        about = f"{s['seq_len']} tokens; " + ", ".join(f"{name} {value}" for name, value in rest.items() if value != [])
+        sorted_in.setdefault(about, {}).setdefault(label(record["run"]), []).append(record)
+    return sorted_in
+
+
+def label(run: dict) -> str:
+    """The recipe and what was changed of it."""
+    changed = dict(run["changes"])
+    if run["settings"]["window"] != run["settings"]["seq_len"]:
+        changed["window"] = run["settings"]["window"]
+    short = {"capacity": "C", "budget_lambda": "lambda"}
+    return ", ".join([run["recipe"], *(f"{short.get(name, name)}={value:g}" for name, value in changed.items())])
+
+
+def figure(records: list[dict], mode: str, pairs: list[str], name: str) -> list[float]:
+    """Each seed's mean over numbers of pairs."""
+    return [mean(r["result"]["scores"][mode][n][name] for n in pairs) for r in records]
+
+
+def told(values: list[float]) -> str:
+    """The mean and, of several, each."""
+    each = f" ({', '.join(f'{v:.2f}' for v in values)})" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{each}"
+
+
+def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -> str:
+    """One row a recipe, and where its gate has thresholds to calibrate, one with those."""
+    heads = ["recipe", "pattern", "parameters", *(f"{n} pairs" for n in pairs), "mix", "selected in training"]
+    heads += ["selected", "of asking tokens", "of others", "alpha", "entropy", "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, records in groups.items():
+        first = records[0]["result"]
+        gates = [r["result"]["gates"][0] for r in records if "gates" in r["result"]]
+        for mode in [m for m in ("evaluation", "calibrated") if m in first["scores"]]:
+            cells = [name + (", calibrated" if mode == "calibrated" else ""), f"`{records[0]['run']['pattern']}`"]
+            cells.append(f"{first['params']:,}")
+            cells += [told(figure(records, mode, [n], "accuracy")) for n in pairs]
+            cells.append(told(figure(records, mode, trained, "accuracy")))
+            if gates:
+                cells.append(told([g["selected"] for g in gates]))
+                cells += [told(figure(records, mode, trained, of)) for of in ("selected", "asking", "others")]
+                cells += [told([g[of] for g in gates]) for of in ("alpha", "entropy")]
+            else:
+                cells += ["–"] * 6
+            cells.append(f"{mean(r['result']['seconds'] for r in records):.0f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_pairs(groups: dict[str, list[dict]], pairs: list[str], seq_len: int) -> str:
+    """Accuracy in evaluation against the number of pairs."""
+    series = []
+    for name, records in groups.items():
+        means = [mean(figure(records, "evaluation", [n], "accuracy")) for n in pairs]
+        series.append(Series(name, list(enumerate(means))))
+    return chart(series, dict(enumerate(pairs)), f"accuracy against key-value pairs in {seq_len} tokens")
+
+
+def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
+    """Accuracy on the trained mix against the share of tokens that attend in evaluation, a point each label. Without a
+    gate that is all of them where a layer attends, else none."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for name, records in groups.items():
+        run = records[0]["run"]
+        if "gates" in records[0]["result"]:
+            share = mean(figure(records, "evaluation", trained, "selected"))
+        else:
+            share = float(any(kind.attends for kind in kinds_of(parse_pattern(run["pattern"]).letters)))
+        recipe, _, changes = name.partition(", ")
+        point = (share, mean(figure(records, "evaluation", trained, "accuracy")), changes)
+        series.setdefault(recipe, []).append(point)
+    lines = []
+    for recipe, unordered in series.items():
+        points = sorted(unordered)
+        lines.append(Series(recipe, [(share, accuracy) for share, accuracy, _ in points], tuple(p[2] for p in points)))
+    ticks = {share: f"{share:.2f}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    return chart(lines, ticks, "accuracy on the mix against the share of tokens selected")

@@ -1,0 +1,86 @@
+"""What the benchmarks share: the dispatcher, the table with its JSON, and the one table of peaks."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.common import Table, hardware
+from benchmarks.sync import COPIES, PARTS, count, parts_marked
+from megatron_taipan.train import peaks
+
+
+@pytest.mark.parametrize("what", [name for name, one in benchmarks.BENCHMARKS.items() if one.needs_gpu])
+def test_every_benchmark_has_a_program_and_says_without_a_gpu_that_it_needs_one(what, monkeypatch, capsys):
+    assert callable(importlib.import_module(f"benchmarks.{what}").run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmarks.main([what]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--saves", "--steps-between"])
+def test_no_save_is_nothing_to_measure(option, capsys):
+    assert benchmarks.main(["checkpoint", "--config", "launch/configs/quickstart.yaml", option, "0"]) == 2
+    assert f"{option} 0" in capsys.readouterr().err
+
+
+def test_rows_are_printed_and_kept_as_json_and_a_failure_is_a_row(tmp_path, capsys):
+    table = Table("toy", tmp_path)
+    table.attempt("fine", lambda: {"ms": 1.5})
+    table.attempt("lacking", lambda: importlib.import_module("no_such_peer"))
+    kept = json.loads((tmp_path / "benchmark_toy.json").read_text())
+    assert kept["about"]["torch"] == torch.__version__ and kept["rows"][0] == {"what": "fine", "ms": 1.5}
+    assert "no_such_peer" in kept["rows"][1]["failed"]
+    printed = capsys.readouterr().out
+    assert "ms 1.5" in printed and "torch: " in printed
+
+
+def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch):
+    assert peaks.known_peak("NVIDIA H100 80GB HBM3") == pytest.approx(989.4)
+    assert peaks.known_peak("NVIDIA H100 PCIe") == pytest.approx(756)
+    assert peaks.known_peak("NVIDIA H100 96GB Special") is None and peaks.known_peak(None) is None
+    assert peaks.known_peak("NVIDIA H100 80GB HBM3", "fp32") is None  # the table is of 16 bits
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H900")
+    assert hardware()["bf16 peak"] == "unknown peak"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    assert hardware()["bf16 peak"] == "989.4 TFLOP/s"
+
+
+def event(name, start, end=None):
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=start if end is None else end))
+
+
+def test_waiting_calls_are_counted_by_the_part_of_the_step_they_fall_in():
+    events = [
+        event("forward", 0, 10), event("backward", 10, 30), event("optimizer step", 40, 60), event("aten::mm", 3),
+        event("cudaStreamSynchronize", 5), event("aten::item", 4, 6), event("cudaStreamSynchronize", 12),
+        event("cudaStreamSynchronize", 35), event("Memcpy DtoH (Device -> Pinned)", 45),
+    ]  # fmt: skip
+    calls = count(events)
+    assert calls["forward"] == {"cudaStreamSynchronize": 1, "aten::item": 1}
+    assert calls["backward"] == calls["between them"] == {"cudaStreamSynchronize": 1}
+    assert calls["optimizer step"] == {COPIES: 1}
+
+
+def test_the_parts_of_a_step_are_named_in_its_profile_and_the_engine_is_left_as_it_was():
+    class Engine(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            return "stepped"
+
+    engine = Engine()
+    with parts_marked(engine), torch.profiler.profile() as trace:
+        engine.backward(engine(torch.ones((), requires_grad=True)))
+        assert engine.step() == "stepped"
+    calls = [e.name for e in trace.events() if e.name in PARTS]
+    assert calls == list(PARTS)
+    assert not {"forward", "backward", "step"} & vars(engine).keys()

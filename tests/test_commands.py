@@ -1,0 +1,52 @@
+"""Every command that the documentation and the programs' own texts print names a module or file that exists."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("megatron_taipan", "data_prep", "checkpoints", "launch", "benchmarks", "experiments", "tests")
+NAME = rf"(?:{'|'.join(OURS)})"
+MODULE = re.compile(rf"-m ({NAME}(?:\.\w+)*)(?![\w.]*{{)(?: (\w+))?")  # what code completes is no name
+PROGRAM = r"(?:python|deepspeed|torchrun|bash|sbatch)(?: -{1,2}\S+(?: \d\S*)?)*"  # with its own options
+SCRIPT = re.compile(rf"{PROGRAM} ({NAME}/[\w/.]+\.\w+)")
+
+
+def texts() -> list[Path]:
+    """Pages, scripts and sources; the changelog and the lab notes tell of what was."""
+    kinds = ("*.md", "*.py", "*.sh", "*.sbatch", "*.yaml", "Makefile")
+    found = [path for kind in kinds for path in ROOT.rglob(kind)]
+    history = {ROOT / "CHANGELOG.md", ROOT / "docs/lab-notes.md"}
+    rooms = (*OURS, "docs", "examples")
+    return sorted(p for p in found if p not in history and (p.parent == ROOT or p.relative_to(ROOT).parts[0] in rooms))
+
+
+def commands() -> list[tuple[str, str]]:
+    """(module or file, first word behind it) of every command, and where one of them stands."""
+    found: dict[tuple[str, str], None] = {}
+    for path in texts():
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        found |= dict.fromkeys((module, word or "") for module, word in MODULE.findall(text))
+        found |= dict.fromkeys((script, "") for script in SCRIPT.findall(text))
+    return sorted(found)
+
+
+def test_commands_are_found():
+    assert {("benchmarks", "step"), ("launch/pretrain.py", ""), ("data_prep", "tokenize")} <= set(commands())
+
+
+@pytest.mark.parametrize(("program", "word"), commands())
+def test_what_a_command_names_exists(program: str, word: str) -> None:
+    if "/" in program:
+        assert (ROOT / program).is_file()
+        return
+    spec = importlib.util.find_spec(program)
+    assert spec is not None, f"no module {program}"
+    if program == "benchmarks" and word:
+        from benchmarks.__main__ import BENCHMARKS
+
+        assert word in BENCHMARKS
+    if spec.submodule_search_locations:
+        assert importlib.util.find_spec(f"{program}.__main__"), f"{program} is a package without __main__"
