@@ -70,7 +70,7 @@ def our_step(config: Config, profiled: bool) -> dict:
 
 def ours(config: Config) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
-    from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs
+    from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs
     from megatron_taipan.train.loop import build_model
     from megatron_taipan.train.step import train_step
 
@@ -136,9 +136,9 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
     """A peer through DeepSpeed with the same settings as ours, what we quickened there included."""
     import deepspeed
 
-    from megatron_taipan.train.engine import count_parameters, deepspeed_config
-    from megatron_taipan.train.optimizer import make_optimizer
-    from megatron_taipan.train.zero import patch_zero12
+    from megatron_taipan.engine.build import count_parameters, deepspeed_config
+    from megatron_taipan.engine.optimizer import make_optimizer
+    from megatron_taipan.engine.zero import patch_zero12
 
     device, groups = join_processes(config)
     with torch.device(device):

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint import calibration, folder
-from megatron_taipan.checkpoint.pieces import KINDS, MASTER
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
+from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.groups import data_parallel_size

@@ -31,8 +31,9 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.parameters": {"config", "layer_kinds", "param_spec"},
     "megatron_taipan.parallel": {"config", "ops", *KINDS},
     "megatron_taipan.model": {"config", "gate_config", "ops", "parallel", *KINDS},
+    "megatron_taipan.engine": {"config", "ops", "parallel", "model", *KINDS},
     "megatron_taipan.data": {"config"},
-    "megatron_taipan.checkpoint": {"config", "section", "pattern", "parallel", "data", *KINDS},
+    "megatron_taipan.checkpoint": {"config", "section", "pattern", "parallel", "data", *KINDS, "engine"},
     "megatron_taipan.inference": {"config", "ops", "model", "data", "checkpoint", "parallel"},
     "megatron_taipan.evaluation": {"config", "ops", "model", "data", "checkpoint", "parallel", "inference", *KINDS},
     "megatron_taipan.train": {
@@ -45,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "data",
         "checkpoint",
         *KINDS,
+        "engine",
     },
     "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference", *KINDS},
     "data_prep": {"data", "plain_yaml"},
@@ -59,8 +61,10 @@ ROOMS: dict[str, set[str]] = {
         "inference",
         "hf",
         *KINDS,
+        "engine",
     },
     "launch": {
+        "engine",
         *KINDS,
         "config",
         "gate_config",
@@ -75,6 +79,7 @@ ROOMS: dict[str, set[str]] = {
         "train",
     },
     "benchmarks": {
+        "engine",
         *KINDS,
         "config",
         "gate_config",
@@ -89,6 +94,7 @@ ROOMS: dict[str, set[str]] = {
         "train",
     },
     "experiments": {
+        "engine",
         *KINDS,
         "config",
         "gate_config",
@@ -106,7 +112,12 @@ ROOMS: dict[str, set[str]] = {
 
 # Libraries that belong to a few rooms: the model must run where they are not installed, or not wanted.
 LIBRARIES: dict[str, set[str]] = {
-    "deepspeed": {"megatron_taipan.train", "megatron_taipan.checkpoint", "launch", "benchmarks", "experiments"},
+    "deepspeed": {
+        "megatron_taipan.engine",
+        "launch",
+        "benchmarks",
+        "experiments",
+    },
     "transformers": {
         "megatron_taipan.hf",
         "megatron_taipan.inference",
@@ -117,8 +128,8 @@ LIBRARIES: dict[str, set[str]] = {
         "experiments",
     },
     "triton": {"megatron_taipan.ops", "launch", "benchmarks", "experiments"},
-    "apex": {"megatron_taipan.train"},
-    "amp_C": {"megatron_taipan.train"},
+    "apex": {"megatron_taipan.engine"},
+    "amp_C": {"megatron_taipan.engine"},
     "mamba_ssm": {"megatron_taipan.ops", "launch", "benchmarks", "experiments"},
     "causal_conv1d": {"megatron_taipan.ops", "launch", "benchmarks", "experiments"},
     "flash_attn": {"megatron_taipan.ops", "launch", "benchmarks", "experiments"},

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate, read_metadata
-from megatron_taipan.checkpoint.pieces import MASTER, MOMENTS
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.weights import Stored
 from megatron_taipan.config import Config, ModelConfig, load_config
+from megatron_taipan.engine.state_shards import MASTER, MOMENTS
 
 
 def open_state(place: Path | str) -> "TrainedState":

@@ -1,4 +1,4 @@
-"""Reading the state of a checkpoint piece by piece, for any layout.
+"""Reading the state of a checkpoint shard by shard, for any layout.
 
     state/index.json               which file holds which elements of which parameter
     state/rank_00000.safetensors   one file a process: `NAME|master`, `NAME|exp_avg`, `NAME|exp_avg_sq`, each a run of
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE
-from megatron_taipan.checkpoint.pieces import SCALER_FIELDS
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.engine.state_shards import SCALER_FIELDS
 from megatron_taipan.errors import UserError
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table, put_shard, take_shard

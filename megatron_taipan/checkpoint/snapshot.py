@@ -1,6 +1,6 @@
 """A copy of this rank's part of the training state in host memory: what a checkpoint is written from.
 
-Every element of the state is in one rank's part: a rank holds the pieces that its optimizer updates (stage 0: its share
+Every element of the state is in one rank's part: a rank holds the shards that its optimizer updates (stage 0: its share
 of what all replicas hold), and of parameters that every tensor rank holds only tensor rank 0 keeps a copy.
 """
 
@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taipan.checkpoint.pieces import (
+from megatron_taipan.checkpoint.randomness import random_states
+from megatron_taipan.config import Config
+from megatron_taipan.engine.state_shards import (
     KINDS,
     MASTER,
     buffers,
-    held_pieces,
+    held_shards,
     optimizer_step,
     scaler_state,
 )
-from megatron_taipan.checkpoint.randomness import random_states
-from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import parameter_table
 
@@ -74,23 +74,23 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
     file = f"rank_{dist.get_rank():05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {"parameters": {}, "buffers": {}}
-    pieces = held_pieces(engine, groups.data_rank)
+    shards = held_shards(engine, groups.data_rank)
     whole = {
         "tensor": config.parallel.tensor,
         "processes": dist.get_world_size(),
-        "optimizer_step": optimizer_step(pieces),
+        "optimizer_step": optimizer_step(shards),
         "scaler": scaler_state(engine),
     }
     if config.parallel.zero_stage == 0:
-        pieces = [piece.part(groups.data_rank, groups.data_size) for piece in pieces]
-    for piece in pieces:
-        split = table[piece.name].split is not None
-        if piece.replica or not piece.count or (not split and groups.tensor.rank > 0):
+        shards = [shard.part(groups.data_rank, groups.data_size) for shard in shards]
+    for shard in shards:
+        split = table[shard.name].split is not None
+        if shard.replica or not shard.count or (not split and groups.tensor.rank > 0):
             continue
         for kind in KINDS:
-            tensors[f"{piece.name}|{kind}"] = memory.copy(f"{piece.name}|{kind}", piece.tensor(kind).float())
+            tensors[f"{shard.name}|{kind}"] = memory.copy(f"{shard.name}|{kind}", shard.tensor(kind).float())
         tensor_rank = groups.tensor.rank if split else 0
-        index["parameters"][piece.name] = [[file, tensor_rank, piece.start, piece.count]]
+        index["parameters"][shard.name] = [[file, tensor_rank, shard.start, shard.count]]
     if groups.data_rank == 0 and groups.tensor.rank == 0:
         for name, value in buffers(engine.module):
             tensors[f"{name}|buffer"] = memory.copy(f"{name}|buffer", value)

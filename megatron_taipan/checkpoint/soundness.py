@@ -10,17 +10,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest, step_of
-from megatron_taipan.checkpoint.pieces import KINDS, held_pieces
 from megatron_taipan.checkpoint.reader import BLOCK
 from megatron_taipan.checkpoint.verification import damage, newest_first, share
+from megatron_taipan.engine.state_shards import KINDS, held_shards
 
 
 def held_state_is_finite(engine: Any, data_rank: int) -> bool:
     """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
     extremes: list[Tensor] = []
-    for piece in held_pieces(engine, data_rank):
+    for shard in held_shards(engine, data_rank):
         for kind in KINDS:
-            extremes += torch.aminmax(piece.tensor(kind))  # one pass without a copy; NaN comes through
+            extremes += torch.aminmax(shard.tensor(kind))  # one pass without a copy; NaN comes through
     return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())
 
 

@@ -1,6 +1,6 @@
 """Loading the whole training state into an engine of any layout, and the counters that belong to it.
 
-A rank asks for its own pieces, and `StateReader` finds them in whatever layout they were written.
+A rank asks for its own shards, and `StateReader` finds them in whatever layout they were written.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.identity import refuse_other_run
-from megatron_taipan.checkpoint.pieces import (
+from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.reader import StateReader
+from megatron_taipan.config import Config, load_config
+from megatron_taipan.engine.state_shards import (
     KINDS,
     buffers,
-    held_pieces,
+    held_shards,
     set_optimizer_step,
     set_scaler_state,
     spread_masters,
 )
-from megatron_taipan.checkpoint.progress import Progress
-from megatron_taipan.checkpoint.reader import StateReader
-from megatron_taipan.config import Config, load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import parameter_table
@@ -51,14 +51,14 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     saved = load_config(path / folder.CONFIG)
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
-    pieces = held_pieces(engine, groups.data_rank)
+    shards = held_shards(engine, groups.data_rank)
     tp = groups.tensor
     for kind in KINDS:
-        for piece in pieces:
-            spec = table[piece.name]
-            values = reader.elements(piece.name, kind, spec, tp.size, tp.rank, piece.start, piece.count)
-            piece.tensor(kind).copy_(values)
-    set_optimizer_step(pieces, reader.optimizer_step)
+        for shard in shards:
+            spec = table[shard.name]
+            values = reader.elements(shard.name, kind, spec, tp.size, tp.rank, shard.start, shard.count)
+            shard.tensor(kind).copy_(values)
+    set_optimizer_step(shards, reader.optimizer_step)
     set_scaler_state(engine, reader.scaler)
     for name, value in buffers(engine.module):
         kept = reader.buffer(name)

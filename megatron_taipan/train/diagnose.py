@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_taipan.train.readback import send
+from megatron_taipan.engine.readback import send
 from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import Batch
 
@@ -59,7 +59,7 @@ def _first_module(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> 
 def _pass_again(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> Tensor:
     """One micro-batch's forward pass; its loss, 0 on a stage without the head."""
     if hasattr(engine.module, "modules_by_full_name"):
-        from megatron_taipan.train.pipeline import repeat_forward
+        from megatron_taipan.engine.pipeline import repeat_forward
 
         return repeat_forward(engine, batch, step=step, gate=gate)[0]
     return engine(

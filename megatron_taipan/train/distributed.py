@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.waiting import Waiting
 
@@ -204,30 +204,6 @@ def stop_processes() -> None:
     """Leaves the run in good order."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def import_deepspeed(device: torch.device):
-    """The deepspeed module, prepared for this device and silenced.
-
-    It is imported here and not at the top because it reads DS_ACCELERATOR while it loads, and because it takes
-    seconds that a typo in the configuration should not cost.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # DeepSpeed calls what torch 2.13 will rename; nothing a user can act on
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import logging
-
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # Compiled on first use, for two minutes; a killed build leaves a lock on which every later run waits for
-        # ever. Only DeepSpeed's inference uses it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def run_on_all_ranks(action: Callable[[], Result]) -> Result:

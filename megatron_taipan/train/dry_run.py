@@ -10,10 +10,10 @@ from megatron_taipan.checkpoint.folder import find_newest, read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.engine.build import accumulation, count_parameters
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
-from megatron_taipan.train.engine import accumulation, count_parameters
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.shortfalls import shortfalls
 

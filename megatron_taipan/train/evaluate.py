@@ -76,7 +76,7 @@ def evaluate(
 def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
     """[loss, ce, budget, gates'] of one micro-batch; entries that other stages hold are 0."""
     if groups.pipeline_size > 1:
-        from megatron_taipan.train.pipeline import score_pipeline
+        from megatron_taipan.engine.pipeline import score_pipeline
 
         return score_pipeline(engine, batch, mask)
     return collect(

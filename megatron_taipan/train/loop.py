@@ -22,6 +22,8 @@ from megatron_taipan.checkpoint.soundness import where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
+from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
+from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
@@ -29,11 +31,9 @@ from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import RankInfo, any_rank, run_on_all_ranks
-from megatron_taipan.train.engine import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics
-from megatron_taipan.train.optimizer import describe_optimizer, loss_scale
 from megatron_taipan.train.persistence import FolderGuard, save_with_retry
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
@@ -110,7 +110,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             metrics.note("warning", f"passed over checkpoint {reason}")
         metrics.note("start", f"{config.name}: {model.num_params():,} parameters, {place.world_size} processes on"
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
-                     f" {describe_optimizer(engine.basic_optimizer)}" + (f"; {travel}" if travel else "")
+                     f" {describe_optimizer(base_optimizer(engine))}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
         if verified:
             metrics.note("data", verified)
@@ -240,7 +240,7 @@ def build_model(config: Config, groups: Groups, ops: Ops) -> Any:
     """The network, or this process's pipeline stage of it."""
     p = config.parallel
     if p.pipeline > 1:
-        from megatron_taipan.train.pipeline import TaipanPipeline
+        from megatron_taipan.engine.pipeline import TaipanPipeline
 
         return TaipanPipeline(config, groups, ops)
     return Taipan(

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.parallel.groups import Groups, TensorParallel
-from megatron_taipan.train.readback import Readback, send
 from megatron_taipan.train.schedule import GateStep
 
 Batch = dict[str, Tensor]
@@ -73,7 +73,7 @@ def _run_stages(
     engine: Any, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
 ) -> tuple[Readback, float, bool]:
     """The step through pipeline stages: `_share` of this stage's means, gradient norm, skipped."""
-    from megatron_taipan.train.pipeline import run_pipeline
+    from megatron_taipan.engine.pipeline import run_pipeline
 
     means = run_pipeline(engine, batches, step=step, ce_scale=scale, gate=gate)
     return _share(means, flags), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)

@@ -10,10 +10,10 @@ import torch
 
 from checkpoints import reshard
 from megatron_taipan.checkpoint.folder import find_newest, read_metadata
-from megatron_taipan.checkpoint.pieces import KINDS
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.config import load_config, make_config
+from megatron_taipan.engine.state_shards import KINDS
 from megatron_taipan.errors import UserError
 from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.launch import launch
@@ -64,9 +64,9 @@ def convert(tree: dict, source: str) -> None:
     from megatron_taipan.checkpoint import state
     from megatron_taipan.checkpoint.saving import Saving
     from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
+    from megatron_taipan.engine.build import build_engine
     from megatron_taipan.ops.dispatch import pick_ops
     from megatron_taipan.parallel.connect import connect
-    from megatron_taipan.train.engine import build_engine
     from megatron_taipan.train.loop import build_model
 
     config = make_config(tree)
@@ -181,7 +181,7 @@ def assert_holds(path: Path, before: dict[tuple[str, str], torch.Tensor]) -> Non
         assert torch.equal(after[key], tensor), (path.parent.name, key)
     index = json.loads((path / INDEX).read_text())
     assert index["optimizer_step"] == 2
-    total = sum(count for pieces in index["parameters"].values() for *_, count in pieces)
+    total = sum(count for shards in index["parameters"].values() for *_, count in shards)
     table = StateReader(path, load_config(path / "config.yaml").model).table
     shards = {name: index["tensor"] if spec.split is not None else 1 for name, spec in table.items()}
     sizes = {name: torch.Size(spec.local_shape(index["tensor"])).numel() for name, spec in table.items()}

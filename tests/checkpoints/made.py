@@ -10,10 +10,10 @@ import sentencepiece
 import torch
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.pieces import KINDS, MASTER
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.config import Config, ModelConfig, dump_config, make_config
+from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parameters import parameter_table
 from tests.inference.networks import small_config

@@ -67,7 +67,7 @@ def serve() -> None:
 
     import torch
 
-    from megatron_taipan.train.distributed import import_deepspeed
+    from megatron_taipan.engine.startup import import_deepspeed
 
     torch.set_num_threads(1)
     import_deepspeed(torch.device("cpu"))

@@ -28,9 +28,10 @@ import torch.utils.tensorboard
 
 import launch.pretrain
 from megatron_taipan.checkpoint import saving, tensorfile
-from megatron_taipan.checkpoint.pieces import held_pieces, spread_masters
-from megatron_taipan.train import loop, pipeline, saver  # noqa: F401
-from megatron_taipan.train.distributed import import_deepspeed
+from megatron_taipan.engine import pipeline  # noqa: F401
+from megatron_taipan.engine.startup import import_deepspeed
+from megatron_taipan.engine.state_shards import held_shards, spread_masters
+from megatron_taipan.train import loop, saver
 
 import_deepspeed(torch.device("cpu"))
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed looks there at its first engine
@@ -125,7 +126,7 @@ def _leave_nan(fault: dict[str, Any], step: int, engine: Any, run: Callable[[], 
     result = run()
     if step == fault["nan_at_step"]:
         if int(os.environ["RANK"]) == fault["victim"]:
-            held_pieces(engine, groups.data_rank)[0].tensor("master")[0] = float("nan")
+            held_shards(engine, groups.data_rank)[0].tensor("master")[0] = float("nan")
         spread_masters(engine)
     return result
 

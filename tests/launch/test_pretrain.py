@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from megatron_taipan.config import describe_options, load_config
+from megatron_taipan.engine.build import check_layout
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train.dry_run import dry_run
-from megatron_taipan.train.engine import check_layout
 from tests.distributed.launch import ROOT, launch, process_env
 from tests.train.toy import toy_tree, write_data
 

@@ -20,7 +20,7 @@ STEPS = 8
 def fp16_on_a_cpu():
     from deepspeed.accelerator import get_accelerator
 
-    from megatron_taipan.train import engine
+    from megatron_taipan.engine import build as engine
 
     cast = engine.cast
 
@@ -38,10 +38,10 @@ def fp16_on_a_cpu():
 def trained(prefix: str, cases: dict[str, tuple[str, int]]) -> dict[str, dict]:
     """Steps of each case (precision, ZeRO stage); in the third the loss scale is far too large."""
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.engine.build import build_engine, set_learning_rate
+    from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train.engine import build_engine, set_learning_rate
-    from megatron_taipan.train.optimizer import loss_scale
     from megatron_taipan.train.step import train_step
 
     assert os.environ["WORLD_SIZE"] == "1"

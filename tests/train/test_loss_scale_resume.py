@@ -12,7 +12,7 @@ FIRST_POWER = 18  # of the first scale: 2^18 times the gradient overflows within
 
 
 def in_fp16(trees: list[dict]) -> list:
-    from megatron_taipan.train import engine
+    from megatron_taipan.engine import build as engine
 
     usual = engine.deepspeed_config
 

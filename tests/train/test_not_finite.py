@@ -26,7 +26,7 @@ def broken(trees: list[dict], at: int, kind: str, rank: int) -> list:
     """Runs like `runs`, but the update of step `at` leaves a value of rank `rank` that is not finite."""
     import torch.distributed as dist
 
-    from megatron_taipan.checkpoint.pieces import held_pieces, spread_masters
+    from megatron_taipan.engine.state_shards import held_shards, spread_masters
     from megatron_taipan.train import loop
 
     train_step = loop.train_step
@@ -35,7 +35,7 @@ def broken(trees: list[dict], at: int, kind: str, rank: int) -> list:
         result = train_step(engine, batches, step=step, groups=groups, **kwargs)
         if step == at - 1:
             if dist.get_rank() == rank:
-                held_pieces(engine, groups.data_rank)[-1].tensor(kind)[-1] = float("nan" if kind == "master" else "inf")
+                held_shards(engine, groups.data_rank)[-1].tensor(kind)[-1] = float("nan" if kind == "master" else "inf")
             spread_masters(engine)
         return result
 

@@ -117,8 +117,8 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
     """Runs like `runs`, but with an infinite activation in layer 2 of rank 1 at the given steps."""
     import torch.distributed as dist
 
+    from megatron_taipan.engine.pipeline import PipelineLayer
     from megatron_taipan.model.taipan import Taipan
-    from megatron_taipan.train.pipeline import PipelineLayer
 
     staged = PipelineLayer.forward
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.train.test_engine import trained
+from tests.engine.test_engine import trained
 from tests.train.toy import toy_config, write_data
 
 
 def both_ways(prefix: str, cases: dict[str, tuple[dict, dict]]) -> dict[str, tuple[dict, dict]]:
     """Each case with our methods and with DeepSpeed's."""
-    from megatron_taipan.train import engine
+    from megatron_taipan.engine import build as engine
 
     results = {}
     for name, (parallel, train) in cases.items():
@@ -30,9 +30,9 @@ def overflowing(prefix: str) -> list[tuple[bool, float, float]]:
     import torch.distributed as dist
 
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.engine.build import build_engine, set_learning_rate
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train.engine import build_engine, set_learning_rate
     from megatron_taipan.train.step import train_step
 
     config = toy_config(prefix, train={"precision": "bf16", "global_batch": 4})

@@ -10,7 +10,7 @@ import torch
 
 from megatron_taipan.train.loop import to_device
 from tests.distributed.launch import launch
-from tests.train.test_queued_step import BAD, check, trained
+from tests.engine.test_queued_step import BAD, check, trained
 
 pytestmark = pytest.mark.gpu
 SLEEP = 200_000_000  # cycles of the GPU before each group's AdamW, about 0.1 s: the host is done long before

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from megatron_taipan.config import Config
+from megatron_taipan.engine.optimizer import make_optimizer
+from megatron_taipan.engine.startup import import_deepspeed
+from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups, data_parallel_size
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import check_tensor_size, parameter_table
-from megatron_taipan.train.distributed import import_deepspeed
-from megatron_taipan.train.optimizer import make_optimizer
-from megatron_taipan.train.zero import patch_zero12
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
@@ -49,7 +49,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
         patch_zero12(engine.optimizer, pipeline=groups.pipeline_size > 1)
     if groups.pipeline_size > 1:
         # imports DeepSpeed, which comes late on purpose
-        from megatron_taipan.train.pipeline_engine import mend_pipeline
+        from megatron_taipan.engine.pipeline_engine import mend_pipeline
 
         mend_pipeline(engine)
     return engine

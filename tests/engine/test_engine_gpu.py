@@ -22,11 +22,11 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf
 def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     """A few steps of each case in this process; losses, norms, loss scale, types of the parameters."""
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.engine.build import build_engine, set_learning_rate
+    from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
-    from megatron_taipan.train.engine import build_engine, set_learning_rate
     from megatron_taipan.train.loop import settle_numerics, to_device
-    from megatron_taipan.train.optimizer import loss_scale
     from megatron_taipan.train.step import train_step
 
     place = find_place(os.environ)
@@ -107,9 +107,9 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from contextlib import ExitStack
 
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.engine.build import build_engine, capture_graphs, set_learning_rate
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
-    from megatron_taipan.train.engine import build_engine, capture_graphs, set_learning_rate
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
 

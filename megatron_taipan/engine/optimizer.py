@@ -1,7 +1,7 @@
 """AdamW, and whose kernel runs it: NVIDIA's apex where it is there, torch's fused one elsewhere, DeepSpeed's on wish.
 
 All three read and write each element once, which is what an AdamW step costs. torch's is what the rest of the step is
-made for: it takes the factor of clipping and loss scaling along (train/zero.py). apex has fused norms too; ours
+made for: it takes the factor of clipping and loss scaling along (engine/zero.py). apex has fused norms too; ours
 (ops/rms_norm_triton.py) also give the residual stream back, which saves a pass that apex's would add.
 """
 
@@ -32,6 +32,11 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_gpu: 
         return torch.optim.AdamW(groups, fused=True, **options)
     load, name = kernel
     return KernelAdamW(groups, load, name, **options)
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's optimizer inside of DeepSpeed's."""
+    return engine.basic_optimizer
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_taipan.engine.build import deepspeed_config, parameter_groups
 from megatron_taipan.parameters import parameter_table
-from megatron_taipan.train.engine import deepspeed_config, parameter_groups
 from tests.distributed.launch import launch
 from tests.train.toy import toy_config, write_data
 
@@ -18,9 +18,9 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     import torch.distributed as dist
 
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.engine.build import accumulation, build_engine, set_learning_rate
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train.engine import accumulation, build_engine, set_learning_rate
     from megatron_taipan.train.evaluate import evaluate
     from megatron_taipan.train.step import train_step
 

@@ -6,8 +6,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from megatron_taipan.train import reduction
-from megatron_taipan.train import zero as train_zero
+from megatron_taipan.engine import reduction
+from megatron_taipan.engine import zero as train_zero
 from tests.distributed.launch import launch
 from tests.train.toy import Ones, toy_config
 
@@ -61,10 +61,10 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
 
+    from megatron_taipan.engine.build import deepspeed_config
+    from megatron_taipan.engine.startup import import_deepspeed
+    from megatron_taipan.engine.zero import patch_zero12
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train.distributed import import_deepspeed
-    from megatron_taipan.train.engine import deepspeed_config
-    from megatron_taipan.train.zero import patch_zero12
 
     import_deepspeed(torch.device("cpu"))
     rank, groups = dist.get_rank(), build_groups(world_size=RANKS, rank=dist.get_rank())

@@ -1,4 +1,4 @@
-"""What this process holds of the training state: a piece of each parameter's float32 master and Adam moments.
+"""What this process holds of the training state: a shard of each parameter's float32 master and Adam moments.
 
 ZeRO cuts the state in its own ways: stage 1 and 2 lay all parameters of a group end to end and cut that once per
 data-parallel rank, stage 3 cuts each parameter. Both come down to the same thing, one run of elements of a flattened
@@ -17,14 +17,14 @@ KINDS = (MASTER, *MOMENTS)
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateShard:
     """Elements `start` to `start + count` of a flattened parameter (of this tensor rank's shard of it)."""
 
     name: str
     start: int
     count: int
-    flat: Tensor  # float32: the tensor that the optimizer steps, of which the piece is a part
-    offset: int  # of the piece in `flat`, flattened
+    flat: Tensor  # float32: the tensor that the optimizer steps, of which the shard is a part
+    offset: int  # of the shard in `flat`, flattened
     optimizer: torch.optim.Optimizer
     replica: bool  # a tied parameter's copy on a later pipeline stage, which another stage saves
 
@@ -33,65 +33,65 @@ class Piece:
         whole = self.flat if kind == MASTER else self.optimizer.state[self.flat][kind]
         return whole.detach().view(-1).narrow(0, self.offset, self.count)
 
-    def part(self, number: int, parts: int) -> "Piece":
-        """The piece's share `number` when it is cut in `parts`, nearly equal ones."""
+    def part(self, number: int, parts: int) -> "StateShard":
+        """The shard's share `number` when it is cut in `parts`, nearly equal ones."""
         first, last = self.count * number // parts, self.count * (number + 1) // parts
         return replace(self, start=self.start + first, count=last - first, offset=self.offset + first)
 
 
-def held_pieces(engine: Any, data_rank: int) -> list[Piece]:
-    """All that this rank's optimizer updates, empty pieces left out.
+def held_shards(engine: Any, data_rank: int) -> list[StateShard]:
+    """All that this rank's optimizer updates, empty shards left out.
 
     Args:
         data_rank: this rank's place among those that share the state.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = engine.basic_optimizer
-    pieces = []
+    shards = []
     for name, parameter in engine.module.named_parameters():
         replica = bool(getattr(parameter, "ds_pipe_replicated", False))
         if stage == 0:
-            piece = Piece(name, 0, parameter.numel(), parameter, 0, base, replica)
+            shard = StateShard(name, 0, parameter.numel(), parameter, 0, base, replica)
         elif stage == 3:
             group, offset, width = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = width * data_rank
             count = min(max(parameter.ds_numel - start, 0), width)
-            piece = Piece(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset, base, replica)
+            shard = StateShard(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset, base, replica)
         else:
             mapping = parameter._hp_mapping
             if mapping is None:  # another data-parallel rank's
                 continue
             flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            piece = Piece(name, here.start, here.numel, flat, there.start, base, replica)
-        if piece.count:
-            pieces.append(piece)
-    fill_in_moments(pieces)
-    return pieces
+            shard = StateShard(name, here.start, here.numel, flat, there.start, base, replica)
+        if shard.count:
+            shards.append(shard)
+    fill_in_moments(shards)
+    return shards
 
 
-def fill_in_moments(pieces: list[Piece]) -> None:
+def fill_in_moments(shards: list[StateShard]) -> None:
     """Gives every stepped tensor the state that Adam makes at its first step; before that there is nothing to view."""
-    for piece in pieces:
-        state = piece.optimizer.state[piece.flat]
+    for shard in shards:
+        state = shard.optimizer.state[shard.flat]
         if not state:
             # a float32 counter beside the parameters is what the fused implementation keeps
-            state["step"] = torch.zeros((), dtype=torch.float32, device=piece.flat.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=shard.flat.device)
             for kind in MOMENTS:
-                state[kind] = torch.zeros_like(piece.flat, memory_format=torch.preserve_format).detach()
+                state[kind] = torch.zeros_like(shard.flat, memory_format=torch.preserve_format).detach()
 
 
-def optimizer_step(pieces: list[Piece]) -> int:
+def optimizer_step(shards: list[StateShard]) -> int:
     """Updates that Adam has made; the same for every parameter."""
-    steps = {int(piece.optimizer.state[piece.flat]["step"]) for piece in pieces}
+    steps = {int(shard.optimizer.state[shard.flat]["step"]) for shard in shards}
     if len(steps) > 1:
         raise RuntimeError(f"parameters of one optimizer have made different numbers of steps: {sorted(steps)}")
     return steps.pop() if steps else 0
 
 
-def set_optimizer_step(pieces: list[Piece], step: int) -> None:
-    for piece in pieces:
-        piece.optimizer.state[piece.flat]["step"].fill_(step)
+def set_optimizer_step(shards: list[StateShard], step: int) -> None:
+    for shard in shards:
+        shard.optimizer.state[shard.flat]["step"].fill_(step)
 
 
 def spread_masters(engine: Any) -> None:

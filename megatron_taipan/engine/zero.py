@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.engine.readback import Readback
+from megatron_taipan.engine.reduction import OverlappedReduction
 from megatron_taipan.ops.copies import copy_all
-from megatron_taipan.train.readback import Readback
-from megatron_taipan.train.reduction import OverlappedReduction
 
 TOGETHER = 2**24  # elements: the gradients of so many wait for each other (32 MiB in 16 bits) and are added up at once
 

@@ -70,12 +70,12 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
     import deepspeed
     import torch.distributed as dist
 
-    from megatron_taipan.checkpoint.pieces import KINDS, held_pieces, optimizer_step
+    from megatron_taipan.engine import zero
+    from megatron_taipan.engine.build import deepspeed_config, set_learning_rate
+    from megatron_taipan.engine.readback import Readback
+    from megatron_taipan.engine.startup import import_deepspeed
+    from megatron_taipan.engine.state_shards import KINDS, held_shards, optimizer_step
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train import zero
-    from megatron_taipan.train.distributed import import_deepspeed
-    from megatron_taipan.train.engine import deepspeed_config, set_learning_rate
-    from megatron_taipan.train.readback import Readback
     from megatron_taipan.train.step import train_step
 
     import_deepspeed(torch.device(device))
@@ -120,7 +120,7 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
             result = train_step(
                 engine, batches, step=step, groups=groups, grad_clip=CLIP, requests=[step == 1 and rank == 0, False]
             )
-        pieces = held_pieces(engine, groups.data_rank)
+        pieces = held_shards(engine, groups.data_rank)
         steps.append({
             "result": result, "log": list(log),
             "counters": (engine.global_steps, engine.micro_steps, engine.skipped_steps, engine.was_step_applied(),
@@ -210,9 +210,9 @@ def test_a_step_that_reads_late_is_the_step_that_reads_first_bit_for_bit(ranks):
 
 def paths_taken() -> dict[str, bool]:
     """Whether the norm is read late, by stage, precision and optimizer."""
+    from megatron_taipan.engine import build as engines
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
-    from megatron_taipan.train import engine as engines
 
     groups = build_groups(world_size=2, rank=torch.distributed.get_rank())
     cases = {f"{p} stage {s}": (p, s, True) for p, s in (("bf16", 1), ("fp32", 1), ("bf16", 2))}
