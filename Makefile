@@ -21,7 +21,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): constraints.txt setup.py launch/install.sh
+$(STAMP): constraints.txt setup.py megatron_taipan/__init__.py launch/install.sh
 	launch/install.sh "$(PYTHON)" "$(VENV)"
 	@touch "$@"
 
