@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One thread a process: the tests and the quickstart start several processes on few cores.
 RUN := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-CODE := megatron_taipan data_prep checkpoints launch benchmarks experiments tests setup.py
+CODE := megatron_taipan data_prep checkpoints launch benchmarks experiments examples tests setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-all lint format clean
@@ -21,7 +21,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): constraints.txt setup.py launch/install.sh
+$(STAMP): constraints.txt setup.py megatron_taipan/__init__.py launch/install.sh
 	launch/install.sh "$(PYTHON)" "$(VENV)"
 	@touch "$@"
 

@@ -1,0 +1,79 @@
+"""The commands that the examples' pages print run as printed, in a folder that sees the checkout through links."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hf.test_libraries import install
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def commands(page: Path) -> list[str]:
+    """The blocks marked `sh`."""
+    return re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run(script: str, place: Path, *more: Path) -> str:
+    """What these commands print and log, run in `place`; they find this interpreter and the packages in `more`."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "HF_MODULES_CACHE": str(place / "modules")}
+    env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(map(str, [ROOT, *more]))}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(["bash", "-ec", script], cwd=place, env=env, text=True, **streams)
+    assert not done.returncode, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder with links to what the commands read, since a checkout may be read-only."""
+    place = tmp_path_factory.mktemp("examples")
+    for name in ("megatron_taipan", "data_prep", "checkpoints", "launch", "examples", "docs", "constraints.txt"):
+        (place / name).symlink_to(ROOT / name)
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(checkout) -> str:
+    """What the corpus example prints."""
+    return run("".join(commands(EXAMPLES / "own_corpus" / "README.md")), checkout)
+
+
+@pytest.mark.slow
+def test_a_corpus_of_ones_own_becomes_an_export_that_writes(trained, checkout):
+    losses = [float(found) for found in re.findall(r"validation loss ([\d.]+)", trained)]
+    assert losses[-1] < losses[0] - 1
+    assert (checkout / "runs/own_corpus/hf/model.safetensors").is_file()
+    assert re.search(r"^def forward\(self.+", trained, re.M)
+
+
+@pytest.mark.slow
+def test_an_export_is_fine_tuned_by_transformers_and_exported_again(trained, checkout, tmp_path):
+    site = install(tmp_path / "site", ["accelerate"])
+    _, tuning, export = commands(EXAMPLES / "finetune" / "README.md")  # the first installs accelerate
+    printed = run(tuning + export, checkout, site)
+    losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert losses[-1] < losses[0]
+    tuned, before = (checkout / f"runs/own_corpus/{name}/model.safetensors" for name in ("tuned_hf", "hf"))
+    assert tuned.read_bytes() != before.read_bytes()
+
+
+def test_every_example_is_listed_and_its_page_names_its_files():
+    pages = {page.parent.name: page.read_text(encoding="utf-8") for page in EXAMPLES.glob("*/README.md")}
+    listed = set(re.findall(r"\]\((\w+)/README\.md\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    assert listed == pages.keys() == {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
+    for name, page in pages.items():
+        files = [path.name for path in (EXAMPLES / name).iterdir() if path.suffix in (".py", ".yaml", ".sh")]
+        assert all(file in page for file in files), name
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.rglob("README.md")), ids=lambda page: page.parent.name)
+def test_links_of_the_examples_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
