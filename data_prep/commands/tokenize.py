@@ -301,7 +301,7 @@ def _identity(
     sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str, sources: dict[str, remote.Source]
 ) -> str:
     """What must be equal for parts of an earlier run to be taken over. A remote file is known by address, size and tag,
-    one that has just been written by `cache_stream` by its content, any other by path, size and time of its last change."""
+    one that `cache_stream` has just written by its content, any other by path, size and time of its last change."""
 
     def known(path: str, size: int) -> tuple[str, int, str | int]:
         if path in sources:
