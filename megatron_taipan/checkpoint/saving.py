@@ -19,6 +19,7 @@ from megatron_taipan.checkpoint.snapshot import Snapshot, join_indices
 from megatron_taipan.checkpoint.tensorfile import write_tensors
 from megatron_taipan.config import Config, dump_config
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.all_ranks import attempt_on_all_ranks, gather_objects
 
 
 class SaveFailed(UserError):
@@ -52,7 +53,7 @@ class Saving:
         self.snapshot, self.progress, self.config, self.metadata, self.kind = snapshot, progress, config, metadata, kind
         self.final = directory / folder.folder_name(progress.step, kind)
         self.temporary = directory / (self.final.name + folder.TEMPORARY)
-        on_all_ranks(self._make_folder)
+        save_on_all_ranks(self._make_folder)
         self.written: dict[str, tuple[int, str]] = {}
         self.fault: Exception | None = None
         self.seconds = 0.0  # of this rank's writing
@@ -71,10 +72,9 @@ class Saving:
         """
         self.thread.join()
         try:
-            on_all_ranks(self._raise_fault)
-            shares: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, (self.written, self.snapshot.index))
-            on_all_ranks(lambda: self._complete(shares) if dist.get_rank() == 0 else None)
+            save_on_all_ranks(self._raise_fault)
+            shares = gather_objects((self.written, self.snapshot.index))
+            save_on_all_ranks(lambda: self._complete(shares) if dist.get_rank() == 0 else None)
         except SaveFailed:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)  # a full disk has better use for the space
@@ -111,21 +111,16 @@ class Saving:
         folder.complete(self.temporary, self.final, texts, {k: v for written, _ in shares for k, v in written.items()})
 
 
-def on_all_ranks(action: Callable[[], Any]) -> Any:
-    """Runs `action`; if it fails on any rank, SaveFailed is raised on all.
-
-    Without this the others would wait for the failing rank in the next collective.
-    """
-    result, fault = None, None
-    try:
-        result = action()
-    except OSError as error:
-        fault = f"rank {dist.get_rank()}: {error.strerror or error} ({error.filename or 'checkpoint.dir'})"
-    except Exception as error:
-        fault = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    found = [text for text in faults if text is not None]
-    if found:
-        raise SaveFailed(f"the checkpoint was not written: {found[0]}")
+def save_on_all_ranks(action: Callable[[], Any]) -> Any:
+    """Runs `action`; if it fails on any rank, SaveFailed is raised on all."""
+    result, fault = attempt_on_all_ranks(action, Exception, _described)
+    if fault is not None:
+        rank, text = fault
+        raise SaveFailed(f"the checkpoint was not written: rank {rank}: {text}")
     return result
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} ({error.filename or 'checkpoint.dir'})"
+    return f"{type(error).__name__}: {error}"

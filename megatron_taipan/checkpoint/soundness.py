@@ -13,6 +13,7 @@ from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest, step_
 from megatron_taipan.checkpoint.reader import BLOCK
 from megatron_taipan.checkpoint.verification import damage, newest_first, share
 from megatron_taipan.engine.state_shards import KINDS, held_shards
+from megatron_taipan.parallel.all_ranks import gather_objects
 
 
 def held_state_is_finite(engine: Any, data_rank: int) -> bool:
@@ -50,12 +51,7 @@ def _not_finite(path: Path) -> str | None:
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sizes = [(size, name) for name, (size, _) in read_manifest(path).items() if name.endswith(".safetensors")]
     names = [found for file in share(sizes, world, rank) if (found := _first_not_finite(path / file))]
-    answers: list[Any] = [names]
-    if world > 1:
-        answers = [None] * world
-        dist.all_gather_object(answers, names)
-    first = next((name for answer in answers for name in answer), None)
-    return first
+    return next((name for answer in gather_objects(names) for name in answer), None)
 
 
 def _first_not_finite(file: Path) -> str | None:

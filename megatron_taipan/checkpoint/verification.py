@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_taipan.checkpoint.folder import Found, checkpoints, hash_file, incomplete, read_manifest
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.all_ranks import gather_objects
 
 MAX_THREADS = 4  # per rank: a host's ranks share its cores and its file system
 
@@ -52,10 +52,7 @@ def damage(path: Path) -> str | None:
     if fault is None:
         sizes = [(size, name) for name, (size, _) in read_manifest(path).items()]
         changed = wrong_hashes(path, share(sizes, _world(), _rank()))
-    answers: list[Any] = [(fault, changed)]
-    if _world() > 1:
-        answers = [None] * _world()
-        dist.all_gather_object(answers, (fault, changed))
+    answers = gather_objects((fault, changed))
     names = sorted(name for _, found in answers for name in found)
     first = next((text for text, _ in answers if text is not None), None)
     return first or (f"{', '.join(names)} changed since it was written" if names else None)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
+from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.parallel.exchange import Messages, OverlappedComm
 from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
 
@@ -36,10 +37,9 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
         return None, "tokens travel by collectives (parallel.overlap=false)"
     if device.type == "cpu":
         return Messages(tp.rank, tp.size, tp.group), "tokens travel in pieces"
-    hosts: list[str] = [""] * tp.size
-    dist.all_gather_object(hosts, socket.gethostname(), group=tp.group)
-    if len(set(hosts)) > 1:
-        return None, f"tokens travel by collectives (a tensor group on hosts {', '.join(sorted(set(hosts)))})"
+    hosts = sorted(set(gather_objects(socket.gethostname(), tp.group)))
+    if len(hosts) > 1:
+        return None, f"tokens travel by collectives (a tensor group on hosts {', '.join(hosts)})"
     reason = ""
     try:
         from megatron_taipan.parallel.peer_memory import PeerMemory  # not every torch has symmetric memory
@@ -48,8 +48,7 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
         exchange.make_room(1, device)
     except (RuntimeError, ImportError) as error:
         reason = repr(error)
-    reasons = [""] * tp.size
-    dist.all_gather_object(reasons, reason, group=tp.group)
+    reasons = gather_objects(reason, tp.group)
     if any(reasons):
         return None, f"tokens travel by collectives (symmetric memory: {next(filter(None, reasons))})"
     return exchange, "tokens travel through the GPUs' memory"

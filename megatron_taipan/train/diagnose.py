@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_taipan.engine.readback import send
+from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import Batch
 
@@ -24,9 +24,7 @@ def first_not_finite(engine: Any, batches: list[Batch], *, step: int, gate: Gate
         if name is not None and ours is None:
             samples = batch["sample"].tolist()
             ours = f"{name} (micro-batch {number}, samples {samples[0]} to {samples[-1]})"
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ours)
-    for rank, found in enumerate(everyone):  # earlier stages have lower ranks
+    for rank, found in enumerate(gather_objects(ours)):  # earlier stages have lower ranks
         if found is not None:
             return f"the first values that are not finite came out of {found} on rank {rank}"
     return "every layer's output is finite, so it is the gradient that overflowed"

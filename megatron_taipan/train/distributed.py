@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -204,29 +204,6 @@ def stop_processes() -> None:
     """Leaves the run in good order."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def run_on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Runs `action` on every rank; if it raises UserError on any of them, it is raised on all with one message.
-
-    So a fault that one rank alone can see (a file missing on its host) ends the run at once, where otherwise the
-    others would wait in the next collective until its timeout.
-    """
-    result, message = None, None
-    try:
-        result = action()
-    except UserError as error:
-        message = str(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-        failed = [rank for rank, text in enumerate(messages) if text is not None]
-        if failed:
-            where = "" if failed[0] == 0 else f"rank {failed[0]}: "
-            raise UserError(where + str(messages[failed[0]]))
-    elif message is not None:
-        raise UserError(message)
-    return result  # type: ignore[return-value]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

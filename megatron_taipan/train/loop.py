@@ -27,10 +27,11 @@ from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer,
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
+from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups, set_timeouts
 from megatron_taipan.train.diagnose import first_not_finite
-from megatron_taipan.train.distributed import RankInfo, any_rank, run_on_all_ranks
+from megatron_taipan.train.distributed import RankInfo, any_rank
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics

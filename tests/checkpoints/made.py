@@ -19,6 +19,8 @@ from megatron_taipan.parameters import parameter_table
 from tests.inference.networks import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
+# what every manifest of data_prep has; a test adds what it is about
+MANIFEST = {"format": "data_prep manifest 1", "documents": 1, "tokens": 9, "tokenizer": {"name": "t"}}
 
 
 @dataclass

@@ -25,7 +25,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import build_model, load_model
 from megatron_taipan.inference.text import load_codec
-from tests.checkpoints.made import MemoryState, memory_state, train_sentencepiece, write_checkpoint
+from tests.checkpoints.made import MANIFEST, MemoryState, memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY
 
 STRANGER = """
@@ -362,7 +362,7 @@ def test_the_data_says_whose_tokenizer_it_is_and_which_token_ends_a_text(tmp_pat
         update={"data": state.config.data.model_copy(update={"train": [source], "tokenizer": str(tokenizer)})}
     )
     digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    manifest = {"format": "data_prep manifest 1", "shards": [{"prefix": "data"}], "options": {"bos": None, "eod": 1}}
+    manifest = MANIFEST | {"shards": [{"prefix": "data"}], "options": {"bos": None, "eod": 1}}
     (tmp_path / "data.json").write_text(json.dumps(manifest | {"tokenizer": {"name": "t", "sha256": digest}}))
     assert find_tokenizer(state, None) == tokenizer
     assert load_codec(tokenizer, state.config.data).end_ids == (1,) and load_codec(tokenizer).end_ids == (2,)

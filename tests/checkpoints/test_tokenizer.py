@@ -15,7 +15,7 @@ from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, hostil
 from megatron_taipan.config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.text import TIKTOKEN_PATTERN, load_codec
-from tests.checkpoints.made import lines_of_text, train_sentencepiece
+from tests.checkpoints.made import MANIFEST, lines_of_text, train_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_an_ordinary_piece_is_no_special_token_and_the_data_decides_between_two(
     tokenizer.save(str(source))
     with pytest.raises(UserError, match=r"'<eos>' \(id 2\) and '<\|im_end\|>' \(id 3\).*tokenizer_config.json"):
         write_tokenizer(source, tmp_path / "two", [], 64)
-    said = {"format": "data_prep manifest 1", "shards": [{"prefix": "text"}], "options": {"bos": None, "eod": 3}}
+    said = MANIFEST | {"shards": [{"prefix": "text"}], "options": {"bos": None, "eod": 3}}
     (tmp_path / "text.json").write_text(json.dumps(said))
     data = DataConfig.model_validate({"train": str(tmp_path / "text")})
     assert write_tokenizer(source, tmp_path / "three", [], 64, data=data).settings["eos_token_id"] == 3

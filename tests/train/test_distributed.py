@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.train.distributed import (
     Unreachable,
     find_place,
     first_host,
     pick_device,
-    run_on_all_ranks,
     start_processes,
 )
 from tests.distributed.launch import launch
