@@ -33,10 +33,10 @@ def incomplete_environment(error: ImportError) -> int:
 try:
     from megatron_taipan.config import describe_options, load_config
     from megatron_taipan.engine.build import check_layout
-    from megatron_taipan.errors import UserError
+    from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
     from megatron_taipan.train.dry_run import dry_run
-    from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
+    from megatron_taipan.train.signals import StopSignals
 except ImportError as error:
     sys.exit(incomplete_environment(error))
 

@@ -6,6 +6,14 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
+# Exit statuses of launch/pretrain.py beside 0 (finished, or stopped at train.stop_at) and 1 (a defect of ours, with its
+# traceback); those above 2 by sysexits.h.
+EXIT_WRONG_INPUT = 2  # one line says what; another start would find the same
+EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: the processes did not meet; another start may do better
+EXIT_HANG = 70  # EX_SOFTWARE: nothing moved for train.hang_after_s
+EXIT_UNSAVED = 74  # EX_IOERR: the state at the end could not be written
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: a signal ended it early, with a checkpoint; the batch script starts it again
+
 
 class UserError(Exception):
     """Something the user gave is wrong: the message says what, with the numbers, and what to do.
@@ -14,7 +22,7 @@ class UserError(Exception):
     Anything else that is raised is a defect of ours and keeps its traceback.
     """
 
-    exit_status = 2
+    exit_status = EXIT_WRONG_INPUT
 
 
 @contextmanager

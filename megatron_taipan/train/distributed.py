@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.engine.startup import import_deepspeed
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import EXIT_UNREACHABLE, UserError
 from megatron_taipan.train.waiting import Waiting
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ OMPI_LOCAL = "OMPI_COMM_WORLD_LOCAL_RANK"
 class Unreachable(UserError):
     """The processes of the run did not find each other; another start may do better."""
 
-    exit_status = 69  # EX_UNAVAILABLE of sysexits.h
+    exit_status = EXIT_UNREACHABLE
 
 
 @dataclass(frozen=True)

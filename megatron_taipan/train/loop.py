@@ -24,7 +24,7 @@ from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
@@ -40,7 +40,7 @@ from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
 from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate
 from megatron_taipan.train.shortfalls import shortfalls
-from megatron_taipan.train.signals import EXIT_REQUEUE, StopSignals
+from megatron_taipan.train.signals import StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
 from megatron_taipan.train.watchdog import Watchdog

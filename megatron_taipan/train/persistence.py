@@ -6,10 +6,9 @@ from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed
 from megatron_taipan.config import CheckpointConfig
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import EXIT_UNSAVED, UserError
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.saver import Saver
-from megatron_taipan.train.signals import EXIT_UNSAVED
 from megatron_taipan.train.watchdog import Watchdog
 
 

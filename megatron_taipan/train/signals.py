@@ -9,10 +9,6 @@ from types import FrameType
 
 # SLURM sends SIGTERM before it takes the nodes away, and what `--signal` names before the time limit; Ctrl-C is SIGINT.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-# 75 is EX_TEMPFAIL of sysexits.h: "try again later". The batch script starts the job again on it.
-EXIT_REQUEUE = 75
-# 74 is EX_IOERR: the state at the end could not be written.
-EXIT_UNSAVED = 74
 # One Ctrl-C arrives twice under a launcher: from the terminal, and passed on.
 ONE_PRESS_S = 2.0
 

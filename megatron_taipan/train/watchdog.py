@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 
-EXIT_HANG = 70  # EX_SOFTWARE of sysexits.h
+from megatron_taipan.errors import EXIT_HANG
+
 GRACE_S = 30.0
 # What the others are given to print theirs: once a rank has gone, a launcher kills them, and collectives that wait for
 # it fail with less to say.

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_taipan.checkpoint.folder import checkpoints, hash_file, incomplete, read_manifest, write_manifest
-from megatron_taipan.train.signals import EXIT_REQUEUE, EXIT_UNSAVED
-from megatron_taipan.train.watchdog import EXIT_HANG
+from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, EXIT_UNSAVED
 from tests.faults.bench import LAYOUTS, STEPS, Bench, Run, fill, remount, small_file_system
 from tests.faults.zygote import Job, send
 

@@ -18,7 +18,7 @@ from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import load_config, make_config
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.train.signals import EXIT_REQUEUE
+from megatron_taipan.errors import EXIT_REQUEUE
 from tests.checkpoint.test_state import everything
 from tests.distributed.launch import run_program
 from tests.distributed.series import Job, launch_series

@@ -10,8 +10,7 @@ import pytest
 from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.config import TrainConfig
-from megatron_taipan.errors import UserError
-from megatron_taipan.train.signals import EXIT_REQUEUE
+from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
 from tests.distributed.launch import launch

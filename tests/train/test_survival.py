@@ -14,10 +14,9 @@ import yaml
 
 from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.lock import FolderLock
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from megatron_taipan.train.distributed import free_port
-from megatron_taipan.train.signals import EXIT_REQUEUE
-from megatron_taipan.train.watchdog import EXIT_HANG, Watchdog
+from megatron_taipan.train.watchdog import Watchdog
 from tests.distributed.launch import ROOT, launch, process_env, wait
 from tests.train.runs import log, numbers, runs, steps_so_far, with_options
 from tests.train.toy import toy_tree, write_data
