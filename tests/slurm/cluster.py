@@ -100,7 +100,8 @@ class Cluster:
         # SLURM wants devices; it hands their numbers out and leaves them alone
         gpus = [f"NodeName={NODES[1]} Name=gpu File=/dev/{device}\n" for device in ("null", "zero")]
         (folder / "gres.conf").write_text("".join(gpus))
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        ours = ("SLURM", "SBATCH", "SRUN", "VENV", "MAX_RESTARTS")  # make exports VENV where it is given to it
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         self.env |= {"PATH": SEARCH, "SLURM_CONF": str(configuration), "USER": getpass.getuser()}
 
         key = folder / "munge.key"
