@@ -1,4 +1,3 @@
-# ruff: noqa: B023  (every measurement runs inside the loop turn that defines it)
 """`python -m benchmarks attention`: the selective window attention against FlashAttention-2 and flex_attention."""
 
 import argparse

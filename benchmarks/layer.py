@@ -1,4 +1,3 @@
-# ruff: noqa: B023  (every measurement runs inside the loop turn that defines it)
 """`python -m benchmarks layer`: one Mamba-2 layer against mamba_ssm's."""
 
 import argparse

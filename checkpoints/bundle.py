@@ -47,7 +47,7 @@ def _needed_by(entry: str) -> dict[str, str]:
         text = _path_of(module).read_text(encoding="utf-8")
         needed = _our_imports(module, text)
         sources[f"{flat_name(module)}.py"] = _rewrite(text, needed)
-        waiting += [node.module for node in needed if not _needs_more(node.module)]
+        waiting += [name for name, _ in needed if not _needs_more(name)]
     return sources
 
 
@@ -68,8 +68,8 @@ def flat_name(module: str) -> str:
     return "taipan_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def _our_imports(module: str, text: str) -> list[ast.ImportFrom]:
-    """Every import of our own, nested ones included."""
+def _our_imports(module: str, text: str) -> list[tuple[str, ast.ImportFrom]]:
+    """(module, import) of every import of our own, nested ones included."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
@@ -80,20 +80,20 @@ def _our_imports(module: str, text: str) -> list[ast.ImportFrom]:
             if node.module and node.module.split(".")[0] == PACKAGE:
                 if not _path_of(node.module).is_file():
                     raise ImportError(f"{module}:{node.lineno}: {node.module} is no module; import from its files")
-                found.append(node)
+                found.append((node.module, node))
     return found
 
 
-def _rewrite(text: str, imports: list[ast.ImportFrom]) -> str:
+def _rewrite(text: str, imports: list[tuple[str, ast.ImportFrom]]) -> str:
     lines = text.split("\n")
-    for node in imports:
+    for module, node in imports:
         first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
-        if _needs_more(node.module):
+        if _needs_more(module):
             indent = " " * node.col_offset
             lines[first] = f'{indent}raise ImportError("kernels are not part of an export: install megatron_taipan")'
             lines[first + 1 : last + 1] = [""] * (last - first)
         else:
-            old, new = f"from {node.module} import", f"from .{flat_name(node.module)} import"
+            old, new = f"from {module} import", f"from .{flat_name(module)} import"
             lines[first] = lines[first].replace(old, new, 1)
     return "\n".join(lines)
 

@@ -46,6 +46,7 @@ def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     place = importlib.util.spec_from_file_location("streamed", Path(__file__).with_name("streamed.py"))
+    assert place is not None and place.loader is not None  # a file beside this one
     streamed = importlib.util.module_from_spec(place)
     place.loader.exec_module(streamed)
 

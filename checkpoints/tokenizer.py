@@ -113,7 +113,8 @@ def write_tokenizer(
         **tokens,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return Special(tokens, {kind: tokenizer.token_to_id(token) for kind, token in tokens.items()}, ends)
+    ids = {kind: tokenizer.token_to_id(token) for kind, token in tokens.items()}
+    return Special(tokens, {kind: number for kind, number in ids.items() if number is not None}, ends)
 
 
 def refuse_larger(source: Path, tokenizer: Tokenizer, vocab_size: int | None) -> None:
@@ -239,7 +240,13 @@ def _normalizer(rules) -> normalizers.Normalizer:
 
 def _from_json(step: dict) -> normalizers.Normalizer:
     """A normalizer from its serialized form (the constructor of Precompiled differs between releases)."""
-    shell = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": step}
+    shell: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": step,
+    }
     shell |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
     shell["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     return Tokenizer.from_str(json.dumps(shell)).normalizer

@@ -94,7 +94,7 @@ def _give(kind: str, connection: Connection, process, queue: Iterator[int], runn
 def _died(exitcode: int | None) -> str:
     why = (
         f"killed by signal {-exitcode} ({signal.Signals(-exitcode).name})"
-        if (exitcode or 0) < 0
+        if exitcode is not None and exitcode < 0
         else f"exit {exitcode}"
     )
     memory = ", most often the kernel's answer to too little memory: use fewer --workers" if exitcode == -9 else ""

@@ -52,7 +52,7 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None, limits: Lim
 
 
 def _records(piece: Slice, extract: Extract, scratch: str | None, limits: Limits) -> Iterator[Record]:
-    kind = kind_of(piece.path)
+    kind = kind_of(piece.path) or ""
     if kind in TABLES:
         yield from _table(piece, extract)
     elif kind.startswith(TEXTS):

@@ -24,6 +24,7 @@ class GateVectors:
 
 def measured(out: TaipanOutput) -> Tensor:
     """[gates, 4] what the gates measured, see STATS; a copy, since the next replay of a graph writes over it."""
+    assert out.gate_stats is not None and out.loss is not None  # labels were given
     stats = [torch.stack([g[name] for name in STATS]).detach() for g in out.gate_stats]
     return torch.stack(stats) if stats else out.loss.new_zeros(0, len(STATS))
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, nats, tokens in zip(names, found.nats, found.tokens, strict=True):
         if tokens:
             by_distance[name] = [nats / tokens, tokens]
-    by_context = {}
+    by_context: dict[int, float | None] = {}
     for length in CONTEXTS:
         # whole documents: a longer row of packed short ones has no longer context
         try:

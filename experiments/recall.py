@@ -145,7 +145,8 @@ def run(what: dict, device: torch.device) -> dict:
         model.eval()
     if gates_of(model) and model.config.gate.noise != "random":  # which no threshold changes
         held_out = [make_rows(s, n, s.test_rows // 2, torch.Generator().manual_seed(7000 + seed))[0] for n in s.pairs]
-        result["thresholds"] = calibrate(model, [{"tokens": t.to(device), "seq_idx": None} for t in held_out])
+        batches: list[dict[str, Any]] = [{"tokens": t.to(device), "seq_idx": None} for t in held_out]
+        result["thresholds"] = calibrate(model, batches)
         result["scores"]["calibrated"] = scores()
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result | {"train_seconds": round(trained - began, 1)}

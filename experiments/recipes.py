@@ -116,6 +116,7 @@ def gate_options(name: str, **changes: Any) -> dict[str, Any]:
     options = dict(RECIPES[name].gate)
     for option, value in changes.items():
         before = options.get(option)
-        to_end = isinstance(before, dict) and not isinstance(value, dict)
-        options[option] = {**before, "end": value} if to_end else value
+        if isinstance(before, dict) and not isinstance(value, dict):
+            value = {**before, "end": value}
+        options[option] = value
     return options

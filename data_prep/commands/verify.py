@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> None:
             refuse_other_data(top, tokenizer, f"{prefix}.bin: ")
         print(f"{prefix}: {reader.n_documents} documents, {reader.n_tokens} tokens of {reader.dtype}, largest id {top}")
         step = max(1, reader.n_documents // max(1, args.samples))
-        for index in range(0, reader.n_documents, step)[: args.samples if tokenizer else 0]:
+        for index in range(0, reader.n_documents, step)[: args.samples] if tokenizer else ():
             ids = reader.document(index)[:SHOWN].tolist()
+            assert tokenizer is not None
             text = tokenizer.decode(ids)
             print(f"  document {index}: {text!r}")
     if said and (documents, tokens) != (said["documents"], said["tokens"]):

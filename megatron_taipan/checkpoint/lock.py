@@ -62,6 +62,8 @@ class FolderLock:
 
     def lost(self) -> bool:
         """Whether the locked file no longer stands in the folder, which somebody has moved or deleted."""
+        if self.file is None:
+            return True
         try:
             return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
         except (OSError, ValueError):  # a closed file: an earlier `renew` failed

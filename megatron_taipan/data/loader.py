@@ -120,14 +120,14 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary, data made
             with several tokenizers or with another than data.tokenizer.
     """
-    own = split == "valid" and data.valid is not None
-    chosen = data.valid if own else data.train
-    _refuse_doubles(chosen, f"data.{'valid' if own else 'train'}")
+    own = data.valid if split == "valid" else None
+    chosen = data.train if own is None else own
+    _refuse_doubles(chosen, f"data.{'train' if own is None else 'valid'}")
     prefixes = [source.prefix for source in [*data.train, *(data.valid or [])]]
     refuse_mixed(prefixes)
     if data.tokenizer is not None:
         refuse_other(prefixes, data.tokenizer, "data.tokenizer")
-    if split == "valid" and not own and data.valid_fraction == 0:
+    if split == "valid" and own is None and data.valid_fraction == 0:
         raise UserError("there is no validation data: set data.valid, or data.valid_fraction above 0")
     held_out = data.valid_fraction if data.valid is None else 0.0
     sources: list[Samples] = []

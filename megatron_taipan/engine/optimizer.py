@@ -47,7 +47,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
 def loss_scale(engine: Any) -> float | None:
     """What fp16's dynamic scaler multiplies the loss with now; None in other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+    return float(scaler.cur_scale) if scaler is not None and getattr(scaler, "dynamic", False) else None
 
 
 class KernelAdamW(torch.optim.Optimizer):
@@ -81,7 +81,11 @@ class KernelAdamW(torch.optim.Optimizer):
                     by_step.setdefault(self._count(p), []).append(p)
             for step, params in by_step.items():
                 states = [self.state[p] for p in params]
-                lists = [[p.grad for p in params], params, *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq"))]
+                lists: list[list[Any]] = [
+                    [p.grad for p in params],
+                    params,
+                    *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq")),
+                ]
                 beta1, beta2 = group["betas"]
                 self.kernel(lists, group["lr"], beta1, beta2, group["eps"], step, group["weight_decay"])
 

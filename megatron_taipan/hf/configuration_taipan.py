@@ -36,7 +36,9 @@ class TaipanConfig(PretrainedConfig):
         self.tokens_per_sample, self.skip_logits = tokens_per_sample, skip_logits
         for name in DERIVED:
             kwargs.pop(name, None)  # the network says it
-        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # None, where config.json has none
+        special: dict[str, Any] = dict.fromkeys(
+            ("bos_token_id", "eos_token_id", "pad_token_id")
+        )  # None, where config.json has none
         super().__init__(**special | kwargs)
         self.tie_word_embeddings = bool(self.network and self.network["tie_embeddings"])
 
@@ -63,6 +65,8 @@ class TaipanConfig(PretrainedConfig):
     @vocab_size.setter
     def vocab_size(self, size: int) -> None:
         """What `resize_token_embeddings` sets."""
+        if self.network is None:
+            raise ValueError("TaipanConfig: `network` is empty, so there is no vocabulary to resize")
         self.network["vocab_size"] = size
 
     @property

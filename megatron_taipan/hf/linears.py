@@ -18,7 +18,7 @@ def hold_in_linears(network: nn.Module) -> None:
     """Puts an `nn.Linear` that holds the same parameter in the place of every matrix that multiplies tokens."""
     for owner in list(network.modules()):
         for name in MATRICES & owner._parameters.keys():
-            weight = owner._parameters[name]
+            weight = owner.get_parameter(name)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = weight
             delattr(owner, name)

@@ -28,7 +28,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
     def __init__(self, config: TaipanConfig):
         super().__init__(config)
         self.model = TaipanModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        network = config.model_config()
+        self.lm_head = nn.Linear(network.d_model, network.vocab_size, bias=False)
         self._keep_in_fp32_modules_strict = self._float32_names("model.")
         self.post_init()
 
@@ -75,6 +76,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         check_arguments(self.forward, kwargs)
         check_tokens(input_ids, inputs_embeds)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None  # by check_tokens
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache and labels is None:
             cache = TaipanCache()
@@ -177,7 +179,7 @@ class TaipanForSequenceClassification(GenericForSequenceClassification, TaipanPr
         TaipanPreTrainedModel.__init__(self, config)  # the general class asks AutoModel, which may not know ours
         self.num_labels = config.num_labels
         self.model = TaipanModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.model_config().d_model, int(config.num_labels or 0), bias=False)
         self._keep_in_fp32_modules_strict = self._float32_names("model.")
         self.post_init()
 

@@ -95,7 +95,7 @@ class TaipanModel(TaipanPreTrainedModel):
         super().__init__(config)
         network = Taipan(config.model_config(), ops=ops_of_modules())
         hold_in_linears(network.layers)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
+        self.embedding = nn.Embedding(network.config.vocab_size, network.config.d_model, device="meta")
         self.embedding.weight = network.embedding.weight
         self.layers, self.final_norm = network.layers, network.final_norm
         for layer in self.layers:
@@ -205,8 +205,8 @@ def beside(module: nn.Module, x: Any) -> Any:
 def arguments_beside(layer: nn.Module, args: tuple[Stream, Context, Any]) -> tuple[Stream, Context, Any]:
     """Before a layer is called: its arguments on its device. The state moves itself, as layers change it in place."""
     stream, ctx, *states = args
-    moved = (None if t is None else beside(layer, t) for t in stream)
-    return Stream(*moved), beside(layer, ctx), *(None if s is None else beside(layer, s) for s in states)
+    moved = Stream(beside(layer, stream.h), None if stream.branch is None else beside(layer, stream.branch))
+    return moved, beside(layer, ctx), *(None if s is None else beside(layer, s) for s in states)
 
 
 def ops_of_modules() -> Ops:

@@ -41,6 +41,7 @@ class Stepper:
                 self.eager_steps += 1
                 return self.model.step_on_device(tokens, self.cache)
             self._capture(tokens)
+        assert self.graph is not None and self.tokens is not None and self.logits is not None  # by `_capture`
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits

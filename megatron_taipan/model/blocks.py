@@ -96,6 +96,7 @@ class AttentionBlock(Block, kinds=(WINDOW_ATTENTION, FULL_ATTENTION)):
     def _attend(self, u: Tensor, ctx: Context, state: KeyValueStore | None) -> Tensor:
         """What attention adds to the stream, shaped as u."""
         if ctx.single:
+            assert state is not None
             return self.attention.step(u, ctx, state)
         whole = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
         (o,) = self.attention(whole, ctx, store=state)
@@ -132,6 +133,7 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         u, h = self.norm(*stream)  # [b, l, d] or a shard of its tokens
         selection = self.gate(u, ctx)
         if ctx.single:
+            assert state is not None
             return self._step(u, h, selection, ctx, state), selection
         u = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
@@ -167,13 +169,14 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
 
     def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
         """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d] or this rank's shard; zeros elsewhere."""
-        sharded, whole = self.tp.sequence_parallel, None
+        sharded = self.tp.sequence_parallel
+        placed = []
         for rows, o in zip(queries, outputs, strict=True):
             # Only computed rows travel where every rank gets all of them. Where kernels pick the rows, the host does
             # not know their number and the buffer travels, as large as the sequence.
             o = o if sharded else reduce_from_tensor_parallel(o, self.tp)
-            placed = self.ops.scatter_rows(o, rows, shape[0] * shape[1])
-            whole = placed if whole is None else whole + placed
+            placed.append(self.ops.scatter_rows(o, rows, shape[0] * shape[1]))
+        whole = placed[0] if len(placed) == 1 else placed[0] + placed[1]
         return reduce_from_tensor_parallel(whole, self.tp) if sharded else whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:

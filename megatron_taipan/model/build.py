@@ -61,14 +61,15 @@ class KeepsFp32Params(nn.Module):
     fp32_params: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32Params":
-        fp32_params = {name: self._parameters[name].data for name in self.fp32_params}
-        buffers = dict(self._buffers)
+        fp32_params = {name: self.get_parameter(name).data for name in self.fp32_params}
+        buffers = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, before in fp32_params.items():
-            parameter = self._parameters[name]
+            parameter = self.get_parameter(name)
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = before.to(parameter.device)
         for name, before in buffers.items():
-            if self._buffers[name].dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = before.to(self._buffers[name].device)
+            buffer = self.get_buffer(name)
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = before.to(buffer.device)
         return self

@@ -88,6 +88,7 @@ class KeyValueStore:
             keys = torch.cat([self.keys[:, : self.used], k], 1)
             values = torch.cat([self.values[:, : self.used], v], 1)
             first = self.first
+            assert self.window is not None  # else the buffer has grown
             keep = self.window - 1
             self.first += self.used + new - keep
             self.used = keep
@@ -119,6 +120,7 @@ class KeyValueStore:
         Returns:
             keys and values, the whole buffers, and the position [] of their first token.
         """
+        assert self.origin is not None  # by `reserve`
         slot = position - self.origin
         self.keys.index_copy_(1, slot, k)
         self.values.index_copy_(1, slot, v)
@@ -178,7 +180,7 @@ class Cache:
         """Keeps, repeats or reorders rows: index [new b] of row numbers (beam search)."""
         for layer in self.layers:
             layer.select(index)
-        if self.last_seq_idx is not None:
+        if self.last_seq_idx is not None and self.document_start is not None:
             index = index.to(self.last_seq_idx.device)
             self.last_seq_idx, self.document_start = self.last_seq_idx[index], self.document_start[index]
 

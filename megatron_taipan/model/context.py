@@ -68,6 +68,7 @@ def step_context(tokens: Tensor, cache: Cache, gate: GateSettings) -> Context:
     """
     b = tokens.shape[0]
     samples = torch.arange(b, device=tokens.device)  # of the noise, which only training has
+    assert cache.position is not None and cache.document_start is not None  # by `advance`
     return Context(b, 1, None, cache.position, cache.document_start[:, None], samples, 0, gate, cache, single=True)
 
 
@@ -90,15 +91,20 @@ def make_context(
     position = torch.arange(past, past + l, device=device)
     if samples is None:
         samples = torch.arange(b, device=device)
-    began = torch.full((b,), past, device=device) if not past else cache.document_start.to(device)
+    before = cache if past else None  # the cache, where it holds tokens
+    began = torch.full((b,), past, device=device)
+    if before is not None:
+        assert before.document_start is not None
+        began = before.document_start.to(device)
     if seq_idx is None:
         start = began[:, None].expand(b, l)
     else:
         fresh = torch.ones(b, l, dtype=torch.bool, device=device)  # tokens that begin a document
         fresh[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        if past:
-            fresh[:, 0] = seq_idx[:, 0] != cache.last_seq_idx.to(device)
-            cache.forget(fresh[:, 0])
+        if before is not None:
+            assert before.last_seq_idx is not None
+            fresh[:, 0] = seq_idx[:, 0] != before.last_seq_idx.to(device)
+            before.forget(fresh[:, 0])
         start = torch.where(fresh, position, began[:, None]).cummax(1).values
     if cache is not None:
         cache.length += l

@@ -44,12 +44,16 @@ class Head(nn.Module):
         self.tp, self.vocab_size, self.cross_entropy = build.tp, build.config.vocab_size, build.ops.linear_cross_entropy
         build.parameters(self, prefix)
 
-    def forward(self, h: Tensor, embedding: Tensor, labels: Tensor | None, token_weights: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, embedding: Tensor | None, labels: Tensor | None, token_weights: Tensor | None
+    ) -> Tensor:
         """With labels [b, l] and h the normed stream, [b, l, d] or a shard: sum of token_weights * cross entropy, a
         scalar. Without, h [b, l, d] on every rank: logits [b, l, vocab] in float32."""
         weight = self.weight if hasattr(self, "weight") else embedding
+        assert weight is not None  # a tied head is given the embedding's
         if labels is None:
             return self._logits(h, weight)
+        assert token_weights is not None
         h = copy_to_tensor_parallel(h, self.tp)
         rows = weight.shape[0]
         start = self.tp.rank * rows

@@ -45,7 +45,7 @@ def straight_through(logits: Tensor, noise: Tensor | None, tau: Tensor | float) 
     return hard + soft - soft.detach(), hard
 
 
-def reinmax(logits: Tensor, noise: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
+def reinmax(logits: Tensor, noise: Tensor | None, tau: Tensor | float) -> tuple[Tensor, Tensor]:
     """As `straight_through`, with the gradient of ReinMax (arXiv 2304.08612, algorithm 2), second order in m.
 
     For two classes of probabilities 1 - p and p it is (1 - p) / 2 times the loss's derivative where m = 1 was drawn and
@@ -53,6 +53,7 @@ def reinmax(logits: Tensor, noise: Tensor, tau: Tensor | float) -> tuple[Tensor,
     straight-through estimator takes the derivative at the value drawn for the difference, so that a token whose loss
     is flat around m = 1 gets no credit for what it would lose at m = 0.
     """
+    assert noise is not None  # GateConfig refuses it without draws
     hard = ((logits + noise).diff(dim=-1)[..., 0] > 0).to(logits.dtype)
     margin = logits.diff(dim=-1)[..., 0] / tau
     p = margin.detach().sigmoid()

@@ -120,12 +120,14 @@ class GraphedLayers:
     def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
         """As running the layers; of each selection only the budget loss and the statistics are known."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
+        assert ctx.seq_idx is not None  # by `fits`
         batch_meta = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
         selections = []
         for group in self.groups:
             h, *gates = group(h, *batch_meta)  # type: ignore[misc]
             if gates:
-                selections += [Selection(None, None, None, None, *pair) for pair in zip(*gates, strict=True)]
+                # of the rest nothing leaves a graph
+                selections += [Selection(*[None] * 4, *pair) for pair in zip(*gates, strict=True)]  # type: ignore[arg-type]
         return h, selections
 
 

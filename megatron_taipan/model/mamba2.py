@@ -64,6 +64,7 @@ class Mamba2(KeepsFp32Params):
     def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
         """u: [b, l, d] (or this rank's shard [n/tp, d]); returns the same shape. `state` is read and updated."""
         if ctx.single:
+            assert state is not None
             return self._step(u, state)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
@@ -124,6 +125,7 @@ class Mamba2(KeepsFp32Params):
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
         """What `forward` does between the two projections, from an empty state, as one operation."""
+        assert self.ops.mamba2_mix is not None  # else `fused` is False
         return self.ops.mamba2_mix(
             zxbcdt, conv_weight, conv_bias, self.dt_bias, -at_least_float32(self.A_log).exp(), self.D, self.norm_weight,
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,

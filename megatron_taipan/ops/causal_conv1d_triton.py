@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and calls are one line each)
 """The short causal convolution with SiLU in Triton, forward and backward, on tensors of any row stride.
 
 Forward in tiles of tokens x channels: a tap of the convolution is the same tile loaded one token earlier, which the

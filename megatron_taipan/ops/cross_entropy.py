@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = exp.mul_((scale / norm)[:, None])  # d total / d logits = scale * (softmax - one-hot)
             grad.scatter_add_(1, index, torch.where(here, -scale, 0)[:, None])
             grad = grad.to(hidden.dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if needs_weight:
                 grad_weight += (grad.t() @ h).to(wide)

@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _gradient_kernel[(m,)](
                 logits, label, top, norm, scale, v, n_valid, vocab_start, BLOCK=BLOCK, num_warps=8
             )  # fmt: skip
-            if needs_hidden:
+            if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if needs_weight:
                 grad_weight = _add_product(grad_weight, logits.t(), h)

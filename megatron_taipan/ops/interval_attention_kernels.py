@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures are one line each)
 """The Triton kernels of interval attention; interval_attention_triton.py launches them.
 
 Online softmax over tiles of keys, in base 2 (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2). Tiles of keys,

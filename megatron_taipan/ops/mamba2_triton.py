@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """Everything of a Mamba-2 mixer between its two projections as one operation: conv, scan, gate and norm.
 
 One operation instead of three, because then every kernel reads and writes its columns of the projections' own

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """RMSNorm in Triton, alone or with the residual stream's sum before it: one pass over memory forward, one backward.
 
 The backward kernel keeps the gradient of the weight in registers while a program walks over its rows, and writes one

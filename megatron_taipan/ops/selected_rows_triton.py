@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """Products over the picked rows of a token axis, bounded by a count that stays on the device.
 
 Buffers have room for every row of the axis, so nothing overflows and no shape depends on the data; a program whose

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """The backward kernels of the SSD scan; `ssd_triton` says how they fit together."""
 
 import torch

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (kernel signatures and tuples of results are one line each)
 """The SSD scan of Mamba-2 in Triton, forward and backward (arXiv 2405.21060, section 6).
 
 What sets it apart from the usual five-kernel form: the scan over chunks is serial inside one program per (row, head),

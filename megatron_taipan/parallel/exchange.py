@@ -184,6 +184,7 @@ class _MessageTrip:
 
     def receive(self, peer: int) -> Tensor:
         piece, work = self.arriving[peer]
+        assert work is not None  # this rank is in the group
         work.wait()
         return piece
 

@@ -58,6 +58,7 @@ def evaluate(
         sums = values if sums is None else sums + values
         beat()
     engine.train()
+    assert sums is not None  # a dataset has a sample
     dist.all_reduce(sums, group=groups.data_group)
     if groups.pipeline_size > 1:
         sums = _join_stages(sums, groups)

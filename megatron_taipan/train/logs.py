@@ -37,9 +37,9 @@ class JsonLines:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.waiting.append(json.dumps(values, allow_nan=False).encode() + b"\n")
         try:
-            self._open()
+            handle = self._open()
             while self.waiting:
-                append(self.handle, self.waiting[0])
+                append(handle, self.waiting[0])
                 self.waiting.popleft()
         except OSError as error:
             return error
@@ -50,12 +50,12 @@ class JsonLines:
             os.close(self.handle)
             self.handle = None
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         """Opens the file if it is not, or no longer the one that stands under the name; ends a line cut in two."""
         if self.handle is not None:
             try:
                 if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
-                    return
+                    return self.handle
             except FileNotFoundError:
                 pass
             self.close()
@@ -65,6 +65,7 @@ class JsonLines:
         tail = os.pread(self.handle, size - start, start)
         if tail and not tail.endswith(b"\n"):  # a killed process' last line: half a record is none
             os.ftruncate(self.handle, start + tail.rfind(b"\n") + 1)
+        return self.handle
 
 
 def append(handle: int, line: bytes) -> None:

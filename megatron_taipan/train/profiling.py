@@ -43,6 +43,7 @@ class StepProfiler:
         self.trace: Any = None  # while a trace is being taken
         self.mark: Any = None  # the name of the running step
         self.first = self.last = 0  # steps in the trace
+        self.memory = False  # whether the device's memory is recorded beside it
 
     def __enter__(self) -> "StepProfiler":
         return self
@@ -57,7 +58,7 @@ class StepProfiler:
         if self.wanted is None or not self.wanted.start <= step <= self.wanted.stop:
             return
         if self.trace is None:
-            self._start(step)
+            self._start(step, self.wanted)
         self.last = step
         self.mark = record_function(f"step {step}")
         self.mark.__enter__()
@@ -68,18 +69,19 @@ class StepProfiler:
             return
         self.mark.__exit__(None, None, None)
         self.mark = None
-        if step == self.wanted.stop:
+        if self.wanted is not None and step == self.wanted.stop:
             self._finish()
 
-    def _start(self, step: int) -> None:
+    def _start(self, step: int, wanted: ProfileConfig) -> None:
         self.first = step
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            if self.wanted.memory:
+            self.memory = wanted.memory
+            if self.memory:
                 torch.cuda.memory._record_memory_history(max_entries=HISTORY)
         self.trace = profile(
-            activities=activities, record_shapes=self.wanted.shapes, with_stack=self.wanted.stacks, acc_events=True
+            activities=activities, record_shapes=wanted.shapes, with_stack=wanted.stacks, acc_events=True
         )
         self.trace.__enter__()
 
@@ -96,13 +98,13 @@ class StepProfiler:
             self.folder.mkdir(parents=True, exist_ok=True)
             # the writer goes by the ending, so the temporary name keeps it
             self._write(f"{name}.trace.json.gz", trace.export_chrome_trace)
-            if self.device.type == "cuda" and self.wanted.memory:
+            if self.memory:
                 self._write(f"{name}.memory.pickle", torch.cuda.memory._dump_snapshot)
             self.say(f"profile of steps {self.first} to {self.last} in {self.folder}")
         except OSError as error:
             self.say(f"the profile was not written: {error}")
         finally:
-            if self.device.type == "cuda" and self.wanted.memory:
+            if self.memory:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, name: str, export: Callable[[str], Any]) -> None:

@@ -161,12 +161,12 @@ def clip_gradients(model: nn.Module, tensor: TensorParallel, largest: float) -> 
     Where the norm is not finite the gradients are dropped, so that the update does nothing. Parameters that every
     tensor rank holds count once. Only for ZeRO 0, where DeepSpeed neither reports the norm nor looks for infinities.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    device = parameters[0].device
+    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    device = pairs[0][0].device
     whole = torch.zeros((), dtype=torch.float64, device=device)
     split = torch.zeros((), dtype=torch.float64, device=device)
-    for p in parameters:
-        square = torch.linalg.vector_norm(p.grad.float()).double().square()
+    for p, grad in pairs:
+        square = torch.linalg.vector_norm(grad.float()).double().square()
         if getattr(p, "tensor_model_parallel", False):
             split += square
         else:
@@ -174,9 +174,9 @@ def clip_gradients(model: nn.Module, tensor: TensorParallel, largest: float) -> 
     if tensor.size > 1:
         dist.all_reduce(split, group=tensor.group)
     norm = float((whole + split).sqrt())
-    for p in parameters:
+    for p, grad in pairs:
         if not math.isfinite(norm):
             p.grad = None
         elif largest and norm > largest:
-            p.grad.mul_(largest / (norm + 1e-6))
+            grad.mul_(largest / (norm + 1e-6))
     return norm

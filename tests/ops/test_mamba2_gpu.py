@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """The Triton kernels between a Mamba-2 mixer's projections against the references in float64."""
 
 from functools import partial
