@@ -29,10 +29,10 @@ quickstart: $(STAMP)
 	@$(RUN) launch/quickstart.sh
 
 test: $(STAMP)
-	$(RUN) python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m "not slow and not manual" $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	$(RUN) python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m "not manual" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(RUN) ruff check $(CODE)

