@@ -16,25 +16,24 @@ from megatron_taipan.errors import UserError, exits_cleanly
 
 
 class Benchmark(NamedTuple):
-    """A module of this package, with `add_arguments(parser)` and `run(options)`."""
+    """A module of this package, by whose name it is called, with `add_arguments(parser)` and `run(options)`."""
 
-    module: str
     help: str
     needs_gpu: bool = True
 
 
 BENCHMARKS = {
-    "step": Benchmark("step", "a whole training step: forward, backward, clipping, AdamW through DeepSpeed"),
-    "layer": Benchmark("layer", "one Mamba-2 layer against mamba_ssm's"),
-    "attention": Benchmark("attention", "selective window attention against FlashAttention-2 and flex_attention"),
-    "decode": Benchmark("decode", "prefill in chunks and tokens per second by context"),
-    "memory": Benchmark("memory", "a training step's memory, and the largest micro batch by kind of recomputation"),
-    "coldstart": Benchmark("coldstart", "the first step with an empty and with a filled cache of compiled kernels"),
-    "sync": Benchmark("sync", "where in a training step the host waits for the GPU"),
-    "layouts": Benchmark("layouts", "the same training step on several GPUs, by tensor, data and ZeRO layout"),
-    "data": Benchmark("data", "tokenization and reading (needs no GPU)", needs_gpu=False),
-    "comm": Benchmark("comm", "what tensor parallelism sends (needs no GPU)", needs_gpu=False),
-    "checkpoint": Benchmark("checkpoint", "how long training stands still for a save (no GPU)", needs_gpu=False),
+    "step": Benchmark("a whole training step: forward, backward, clipping, AdamW through DeepSpeed"),
+    "layer": Benchmark("one Mamba-2 layer against mamba_ssm's"),
+    "attention": Benchmark("selective window attention against FlashAttention-2 and flex_attention"),
+    "decode": Benchmark("prefill in chunks and tokens per second by context"),
+    "memory": Benchmark("a training step's memory, and the largest micro batch by kind of recomputation"),
+    "coldstart": Benchmark("the first step with an empty and with a filled cache of compiled kernels"),
+    "sync": Benchmark("where in a training step the host waits for the GPU"),
+    "layouts": Benchmark("the same training step on several GPUs, by tensor, data and ZeRO layout"),
+    "data": Benchmark("tokenization and reading (needs no GPU)", needs_gpu=False),
+    "comm": Benchmark("what tensor parallelism sends (needs no GPU)", needs_gpu=False),
+    "checkpoint": Benchmark("how long training stands still for a save (no GPU)", needs_gpu=False),
 }
 
 
@@ -45,7 +44,7 @@ def make_parser(chosen: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, benchmark in BENCHMARKS.items():
-        module = importlib.import_module(f"benchmarks.{benchmark.module}") if name == chosen else None
+        module = importlib.import_module(f"benchmarks.{name}") if name == chosen else None
         command = commands.add_parser(
             name,
             help=benchmark.help,

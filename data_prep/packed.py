@@ -143,7 +143,21 @@ def _too_wide(what: str, window: int) -> TooWide:
     return TooWide(f"{what} takes more memory than the {window >> 20} MB of --max-window-mb; give more if you trust it")
 
 
-class _Gzip:
+class _Inner:
+    """What unpacks one member, around the library's own."""
+
+    inner: Any
+
+    @property
+    def eof(self) -> bool:
+        return self.inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self.inner.unused_data
+
+
+class _Gzip(_Inner):
     """One member of gzip."""
 
     def __init__(self) -> None:
@@ -159,16 +173,8 @@ class _Gzip:
     def needs_input(self) -> bool:
         return not self.tail
 
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
-
-
-class _Xz:
+class _Xz(_Inner):
     """One stream of xz."""
 
     def __init__(self, window: int) -> None:
@@ -186,14 +192,6 @@ class _Xz:
     @property
     def needs_input(self) -> bool:
         return self.inner.needs_input
-
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
 
 
 class _Zstandard:

@@ -7,6 +7,7 @@ Grammar: sequence = item*; item = (letter | "(" sequence ")") ["*" integer] | "|
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.registry import KINDS, known_kinds
@@ -22,6 +23,7 @@ class Pattern:
     cuts: tuple[int, ...]
 
 
+@lru_cache(maxsize=64)  # every layer that is built asks for its letter
 def parse_pattern(text: str) -> Pattern:
     """Reads a pattern string.
 

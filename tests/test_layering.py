@@ -15,6 +15,22 @@ BASICS = {"megatron_taipan", "megatron_taipan.errors", "megatron_taipan.untruste
 
 KINDS = ("layer_kinds", "param_spec", "parameters")  # what layers are, and the table of their parameters
 
+PROGRAMS = {
+    *KINDS,
+    "engine",
+    "config",
+    "gate_config",
+    "pattern",
+    "ops",
+    "parallel",
+    "model",
+    "data",
+    "checkpoint",
+    "inference",
+    "evaluation",
+    "train",
+}
+
 # room -> rooms it may import; a room may always import itself
 ROOMS: dict[str, set[str]] = {
     "megatron_taipan.errors": set(),
@@ -63,51 +79,9 @@ ROOMS: dict[str, set[str]] = {
         *KINDS,
         "engine",
     },
-    "launch": {
-        "engine",
-        *KINDS,
-        "config",
-        "gate_config",
-        "pattern",
-        "ops",
-        "parallel",
-        "model",
-        "data",
-        "checkpoint",
-        "inference",
-        "evaluation",
-        "train",
-    },
-    "benchmarks": {
-        "engine",
-        *KINDS,
-        "config",
-        "gate_config",
-        "pattern",
-        "ops",
-        "parallel",
-        "model",
-        "data",
-        "checkpoint",
-        "inference",
-        "evaluation",
-        "train",
-    },
-    "experiments": {
-        "engine",
-        *KINDS,
-        "config",
-        "gate_config",
-        "pattern",
-        "ops",
-        "parallel",
-        "model",
-        "data",
-        "checkpoint",
-        "inference",
-        "evaluation",
-        "train",
-    },
+    "launch": PROGRAMS,
+    "benchmarks": PROGRAMS,
+    "experiments": PROGRAMS,
 }
 
 # Libraries that belong to a few rooms: the model must run where they are not installed, or not wanted.

@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest, step_of
 from megatron_taipan.checkpoint.reader import BLOCK
-from megatron_taipan.checkpoint.verification import damage, newest_first, share
+from megatron_taipan.checkpoint.verification import damage, first_without, newest_first
+from megatron_taipan.data.share import share
 from megatron_taipan.engine.state_shards import KINDS, held_shards
-from megatron_taipan.parallel.all_ranks import gather_objects
+from megatron_taipan.parallel.all_ranks import gather_objects, this_rank, world_size
 
 
 def held_state_is_finite(engine: Any, data_rank: int) -> bool:
@@ -27,13 +27,7 @@ def held_state_is_finite(engine: Any, data_rank: int) -> bool:
 
 def newest_sound(directory: Path) -> Found | None:
     """The newest checkpoint of a run that is complete, unchanged and finite; collective, the same on every rank."""
-    passed_over: list[str] = []
-    for path in newest_first(directory):
-        fault = damage(path) or _not_finite(path)
-        if fault is None:
-            return Found(path, passed_over)
-        passed_over.append(f"{path.name}: {fault}")
-    return None
+    return first_without(lambda path: damage(path) or _not_finite(path), newest_first(directory))
 
 
 def where_to_go_on(directory: Path, step: int) -> str:
@@ -48,9 +42,8 @@ def where_to_go_on(directory: Path, step: int) -> str:
 
 def _not_finite(path: Path) -> str | None:
     """What is not finite in a complete checkpoint, None if all is; the files are shared out over the ranks."""
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sizes = [(size, name) for name, (size, _) in read_manifest(path).items() if name.endswith(".safetensors")]
-    names = [found for file in share(sizes, world, rank) if (found := _first_not_finite(path / file))]
+    names = [found for file in share(sizes, world_size(), this_rank()) if (found := _first_not_finite(path / file))]
     return next((name for answer in gather_objects(names) for name in answer), None)
 
 

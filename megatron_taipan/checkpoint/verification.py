@@ -6,15 +6,16 @@ or a neighbour is about to load. An older checkpoint is read only where the newe
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_taipan.checkpoint.folder import Found, checkpoints, hash_file, incomplete, read_manifest
+from megatron_taipan.data.share import share
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.all_ranks import gather_objects
+from megatron_taipan.parallel.all_ranks import gather_objects, this_rank, world_size
 
 MAX_THREADS = 4  # per rank: a host's ranks share its cores and its file system
 
@@ -30,16 +31,21 @@ def newest_first(directory: Path) -> list[Path]:
     Ranks whose view of a shared folder lags behind would otherwise choose another, and verify others together.
     """
     names: list[list[str]] = [[path.name for path in reversed(checkpoints(directory))]]
-    if _world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(names, src=0)
     return [directory / name for name in names[0]]
 
 
 def first_undamaged(paths: list[Path]) -> Found | None:
     """The first of these checkpoints, the same on every rank, that is complete and unchanged; collective."""
+    return first_without(damage, paths)
+
+
+def first_without(fault_of: Callable[[Path], str | None], paths: list[Path]) -> Found | None:
+    """The first of these checkpoints of which `fault_of`, collective and the same on every rank, finds none."""
     passed_over: list[str] = []
     for path in paths:
-        fault = damage(path)
+        fault = fault_of(path)
         if fault is None:
             return Found(path, passed_over)
         passed_over.append(f"{path.name}: {fault}")
@@ -51,22 +57,11 @@ def damage(path: Path) -> str | None:
     fault, changed = incomplete(path), []
     if fault is None:
         sizes = [(size, name) for name, (size, _) in read_manifest(path).items()]
-        changed = wrong_hashes(path, share(sizes, _world(), _rank()))
+        changed = wrong_hashes(path, share(sizes, world_size(), this_rank()))
     answers = gather_objects((fault, changed))
     names = sorted(name for _, found in answers for name in found)
     first = next((text for text, _ in answers if text is not None), None)
     return first or (f"{', '.join(names)} changed since it was written" if names else None)
-
-
-def share(files: list[tuple[int, str]], parts: int, number: int) -> list[str]:
-    """The names of part `number` when files (bytes, name) are dealt out so that every part has about the same size."""
-    loads, mine = [0] * parts, []
-    for size, name in sorted(files, reverse=True):
-        lightest = loads.index(min(loads))
-        loads[lightest] += size
-        if lightest == number:
-            mine.append(name)
-    return mine
 
 
 def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
@@ -88,11 +83,3 @@ def refuse_damaged(path: Path) -> None:
     """Raises UserError, the same on every rank, if a checkpoint that was asked for by name is damaged; collective."""
     if fault := damage(path):
         raise UserError(f"checkpoint {path} is damaged: {fault}; delete it, or name another")
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -13,6 +13,7 @@ import xxhash
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.loss_mask import SUFFIX
 from megatron_taipan.data.manifests import shard_entry
+from megatron_taipan.data.share import share
 from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
 
@@ -35,15 +36,10 @@ class Verification:
     def __init__(self, data: DataConfig, process: int = 0, processes: int = 1):
         wanted = dict(_wanted(data))
         self.files, self.size = len(wanted), sum(map(os.path.getsize, wanted))
-        shares: list[list[str]] = [[] for _ in range(processes)]
-        loads = [0] * processes
-        for path in sorted(wanted, key=lambda path: (-os.path.getsize(path), path)):  # the next to who has least
-            least = loads.index(min(loads))
-            shares[least].append(path)
-            loads[least] += os.path.getsize(path)
+        mine = share([(os.path.getsize(path), path) for path in wanted], processes, process)
         self.began = time.perf_counter()
-        self._reading = _read([(path, *wanted[path]) for path in shares[process]])
-        self.unfinished = bool(shares[process])
+        self._reading = _read([(path, *wanted[path]) for path in mine])
+        self.unfinished = bool(mine)
 
     def go_on(self) -> None:
         """Reads 4 GiB more.

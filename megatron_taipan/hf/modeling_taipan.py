@@ -179,7 +179,8 @@ class TaipanForSequenceClassification(GenericForSequenceClassification, TaipanPr
         TaipanPreTrainedModel.__init__(self, config)  # the general class asks AutoModel, which may not know ours
         self.num_labels = config.num_labels
         self.model = TaipanModel(config)
-        self.score = nn.Linear(config.model_config().d_model, int(config.num_labels or 0), bias=False)
+        assert config.num_labels is not None
+        self.score = nn.Linear(config.model_config().d_model, config.num_labels, bias=False)
         self._keep_in_fp32_modules_strict = self._float32_names("model.")
         self.post_init()
 

@@ -15,8 +15,7 @@ from megatron_taipan.parameters import parameter_table
 
 def layer_params(config: ModelConfig, index: int) -> int:
     """Parameters of layer `index`, over all tensor ranks."""
-    prefix = f"layers.{index}."
-    return sum(math.prod(spec.shape) for name, spec in parameter_table(config).items() if name.startswith(prefix))
+    return sum(math.prod(spec.shape) for spec in kind_of(config.letters[index]).parameters(config, 1).values())
 
 
 def model_params(config: ModelConfig) -> int:

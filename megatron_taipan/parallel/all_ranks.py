@@ -10,11 +10,21 @@ from megatron_taipan.errors import UserError
 Result = TypeVar("Result")
 
 
+def world_size(group: Any = None) -> int:
+    """Ranks of the run, or of one of its groups."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    """This process's number in the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather_objects(mine: Any, group: Any = None) -> list[Any]:
     """Every rank's object, in the order of the ranks."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if world_size(group) == 1:
         return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
+    everyone: list[Any] = [None] * world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
 

@@ -28,7 +28,8 @@ from megatron_taipan.checkpoint.folder import (
     step_of,
     write_manifest,
 )
-from megatron_taipan.checkpoint.verification import damage, newest_verified, share, wrong_hashes
+from megatron_taipan.checkpoint.verification import damage, newest_verified, wrong_hashes
+from megatron_taipan.data.share import share
 from megatron_taipan.errors import UserError
 from tests.distributed.launch import launch
 

@@ -1,5 +1,7 @@
 """The DeepSpeed engine: float32 parameters, and losses that do not depend on how the batch is split."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -35,31 +37,18 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         data, start=0, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
         dp_rank=groups.data_rank, dp_size=groups.data_size,
     )  # fmt: skip
-    cpu = torch.device("cpu")
     # five samples: the last round is not full where it has two rows or more
-    gates = evaluate(
-        engine,
-        valid,
-        samples=5,
-        micro_batch=config.train.micro_batch,
-        groups=groups,
-        device=cpu,
-        gate=config.model.gate,
-    ).gates
+    evaluation = partial(
+        evaluate, engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups,
+        device=torch.device("cpu"), gate=config.model.gate,
+    )  # fmt: skip
+    gates = evaluation().gates
     results = []
     for step in range(STEPS):
         set_learning_rate(engine, 1e-2)
         batches = [next(loader) for _ in range(accumulation(config, groups.data_size))]
         results.append(train_step(engine, batches, step=step, groups=groups, grad_clip=config.optim.grad_clip))
-    evaluated = evaluate(
-        engine,
-        valid,
-        samples=5,
-        micro_batch=config.train.micro_batch,
-        groups=groups,
-        device=cpu,
-        gate=config.model.gate,
-    )
+    evaluated = evaluation()
     masters = {
         name: (deepspeed.utils.safe_get_full_fp32_param(p) if config.parallel.zero_stage else p).detach().clone()
         for name, p in model.named_parameters()

@@ -110,10 +110,7 @@ def kill_the_writer(bench: Bench, seed: int) -> None:
 def kill_again_and_again(bench: Bench, seed: int) -> None:
     """Three starts in a row are killed, the later ones while they resume or soon after."""
     run = make(bench, "kill again and again", seed)
-    job = run.start()
-    run.random_moment(job, first=4)
-    job.kill()
-    job.wait()
+    killed_at_some_moment(run, first=4)
     for _ in range(2):
         before = run.newest()
         job = run.start()
@@ -239,14 +236,27 @@ def folder_vanishes_and_killed(bench: Bench, seed: int) -> None:
 # ---- damaged checkpoints ----
 
 
-def damaged(bench: Bench, seed: int, name: str, damage: Callable[[Run, Path], None]) -> None:
-    """Stops a run, damages its newest checkpoint, and sees it passed over."""
-    run = make(bench, name, seed)
+def killed_at_some_moment(run: Run, first: int) -> None:
+    """Starts the run and kills it at a random moment from step `first` on."""
+    job = run.start()
+    run.random_moment(job, first=first)
+    job.kill()
+    job.wait()
+
+
+def killed_with_two_checkpoints(run: Run) -> Path:
+    """Starts the run and kills it once it has two; gives the newest whole one."""
     job = run.start()
     run.wait_until(lambda: run.newest() >= 6, job, "two checkpoints")
     job.kill()
     job.wait()
-    newest = [path for path in checkpoints(run.directory) if incomplete(path) is None][-1]
+    return [path for path in checkpoints(run.directory) if incomplete(path) is None][-1]
+
+
+def damaged(bench: Bench, seed: int, name: str, damage: Callable[[Run, Path], None]) -> None:
+    """Stops a run, damages its newest checkpoint, and sees it passed over."""
+    run = make(bench, name, seed)
+    newest = killed_with_two_checkpoints(run)
     damage(run, newest)
     run.continues_the_same()
     notes = [r["text"] for r in run.records("warning")]
@@ -306,11 +316,7 @@ def refused(bench: Bench, seed: int, name: str, damage: Callable[[Run, Path], st
         damage: gives words of that line.
     """
     run = make(bench, name, seed)
-    job = run.start()
-    run.wait_until(lambda: run.newest() >= 6, job, "two checkpoints")
-    job.kill()
-    job.wait()
-    newest = [path for path in checkpoints(run.directory) if incomplete(path) is None][-1]
+    newest = killed_with_two_checkpoints(run)
     words = damage(run, newest)
     write_manifest(newest, {n: hash_file(newest / n, flush=False) for n in read_manifest(newest)})
     is_refused(run, words)
@@ -392,10 +398,7 @@ def manifest_names_other_places(bench: Bench, seed: int) -> None:
 def configuration_nested_without_end(bench: Bench, seed: int) -> None:
     """The configuration is a YAML of aliases of aliases at one start: refused at once; the right one goes on."""
     run = make(bench, "configuration nested without end", seed)
-    job = run.start()
-    run.random_moment(job, first=3)
-    job.kill()
-    job.wait()
+    killed_at_some_moment(run, first=3)
     write, run.write_config = run.write_config, lambda: [path := write(), path.write_text(LAUGHS)][0]
     is_refused(run, "aliases")
     run.write_config = write
@@ -409,10 +412,7 @@ def data_damaged(bench: Bench, seed: int) -> None:
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{bench.prefix}{ending}", f"{data}{ending}")
     run.sections = {**run.sections, "data": {"train": str(data)}}
-    job = run.start()
-    run.random_moment(job, first=3)
-    job.kill()
-    job.wait()
+    killed_at_some_moment(run, first=3)
     victim = Path(f"{data}{run.rng.choice(['.bin', '.idx'])}")
     whole, content = victim.read_bytes(), bytearray(victim.read_bytes())
     match run.rng.randrange(3):
