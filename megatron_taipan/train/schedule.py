@@ -92,7 +92,7 @@ def describe_gate(gate: GateConfig, run_steps: int) -> str:
                     f" after={value.after:g}, step {first:g}; give both as steps or both as fractions of the run"
                 )
             parts.append(
-                f"{name} {value.start:g} until step {first:g}, {value.shape} to {value.end:g} at step {last:g}"
+                f"{name} {value.start:g} until step {first:.0f}, {value.shape} to {value.end:g} at step {last:.0f}"
             )
     return ", ".join(parts)
 
