@@ -5,7 +5,7 @@ transformers does not look at the file. README.md is not in it: a card is there 
 
 from pathlib import Path
 
-from megatron_taipan.checkpoint.folder import flush_folder, hash_file
+from megatron_taipan.checkpoint.files import flush_folder, hash_file
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import plain_name
 

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.identity import SCHEDULED, flatten
-from megatron_taipan.checkpoint.merge import TrainedState
-from megatron_taipan.checkpoint.opening import open_any
-from megatron_taipan.checkpoint.weights import Weights
+from megatron_taipan.checkpoint.metadata import SCHEDULED, flatten
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.errors import exits_cleanly
 
 
@@ -40,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("b", type=Path)
     parser.add_argument("--all", action="store_true", help="every tensor that differs, not the ten that differ most")
     options = parser.parse_args(arguments)
-    a, b = open_any(options.a), open_any(options.b)
+    a, b = open_weights(options.a), open_weights(options.b)
     before, after = settings_of(a), settings_of(b)
     for name in sorted(before.keys() & after.keys()):
         if before[name] != after[name]:
@@ -60,22 +58,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if found or len(common) < max(len(ours), len(theirs)) else 0
 
 
-def settings_of(opened: Weights | TrainedState) -> dict[str, Any]:
+def settings_of(opened: ExportedWeights | CheckpointWeights) -> dict[str, Any]:
     """All that is known about how the weights came to be, by dotted name; a schedule is one setting."""
-    if isinstance(opened, Weights):
+    if isinstance(opened, ExportedWeights):
         return flatten({"model": opened.network.model_dump(mode="json")}, whole=SCHEDULED)
     return flatten(opened.config.model_dump(mode="json"), whole=SCHEDULED) | {"step": opened.step}
 
 
-def has_moments(opened: Weights | TrainedState) -> bool:
+def has_moments(opened: ExportedWeights | CheckpointWeights) -> bool:
     """Whether the optimizer's state is there too."""
-    return isinstance(opened, TrainedState) and bool(opened.moments)
+    return isinstance(opened, CheckpointWeights) and bool(opened.moments)
 
 
-def tensors_of(opened: Weights | TrainedState, *, with_moments: bool) -> dict[str, Callable[[], Tensor]]:
+def tensors_of(opened: ExportedWeights | CheckpointWeights, *, with_moments: bool) -> dict[str, Callable[[], Tensor]]:
     """What can be compared, by name; each is read when called."""
     tensors: dict[str, Callable[[], Tensor]] = {name: partial(opened.load, name) for name in opened.names()}
-    if with_moments and isinstance(opened, TrainedState):
+    if with_moments and isinstance(opened, CheckpointWeights):
         for kind in opened.moments:
             tensors |= {f"{name} ({kind})": partial(opened.load_moment, name, kind) for name in opened.reader.table}
     return tensors

@@ -17,8 +17,7 @@ from checkpoints.model_card import describe_run, describe_tokenizer, model_card,
 from checkpoints.run_metrics import last_validation
 from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
 from megatron_taipan.checkpoint.calibration import read_capacity
-from megatron_taipan.checkpoint.merge import TrainedState
-from megatron_taipan.checkpoint.weights import Weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.inference.text import TokenizersCodec, sample_texts
 
@@ -34,7 +33,9 @@ class Text:
     chat: str | None = None  # what its chat template must make of the sample conversation; None: none was given
 
 
-def write_described(state: TrainedState, folder: Path, dtype: torch.dtype, tokenizer: Path | None, chats: bool) -> Text:
+def write_described(
+    state: CheckpointWeights, folder: Path, dtype: torch.dtype, tokenizer: Path | None, chats: bool
+) -> Text:
     """Settings, tokenizer and card by what a checkpoint's configuration, its run's data and log say.
 
     Args:
@@ -60,7 +61,7 @@ def write_described(state: TrainedState, folder: Path, dtype: torch.dtype, token
 
 
 def write_carried(
-    state: Weights, folder: Path, dtype: torch.dtype, tokenizer: Path | None, carry_tokenizer: bool, chats: bool
+    state: ExportedWeights, folder: Path, dtype: torch.dtype, tokenizer: Path | None, carry_tokenizer: bool, chats: bool
 ) -> Text:
     """Settings, tokenizer and card as they are in the folder of the weights, as far as it has them."""
     own = carry_tokenizer and tokenizer is None

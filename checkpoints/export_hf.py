@@ -32,10 +32,8 @@ from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
 from checkpoints.tokenizer import hostile_texts
 from checkpoints.whole_folder import remove_leftovers, whole_folder
-from megatron_taipan.checkpoint.merge import TrainedState
-from megatron_taipan.checkpoint.opening import open_any
 from megatron_taipan.checkpoint.verification import refuse_damaged
-from megatron_taipan.checkpoint.weights import Weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.made_with import refuse_other
 from megatron_taipan.errors import UserError, exits_cleanly, writing
@@ -80,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is no size; give 10^9 bytes above 0, such as 5")
     if not options.stream_above_gb >= 0:
         raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is no size; give 10^9 bytes, 0 or more")
-    state = open_any(options.model)
+    state = open_weights(options.model)
     refuse_changed(state)  # the check of the logits reads the same bytes twice, and would find them equal
     with writing(options.out):
         difference = export(
@@ -99,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(
-    state: TrainedState | Weights,
+    state: CheckpointWeights | ExportedWeights,
     out: Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -129,7 +127,7 @@ def export(
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         # a run's own folder, given by mistake, would be lost with all its checkpoints
         raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
-    own = isinstance(state, Weights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
+    own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
     if template is not None and tokenizer is None and not own:
         raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
     with whole_folder(out) as work:
@@ -140,7 +138,7 @@ def export(
 
 
 def write_folder(
-    state: TrainedState | Weights,
+    state: CheckpointWeights | ExportedWeights,
     folder: Path,
     dtype: torch.dtype,
     tokenizer: Path | None,
@@ -151,7 +149,7 @@ def write_folder(
     """Fills `folder` with every file of the export but the checksums; returns what it must do with text."""
     for name, source in bundle_sources().items():
         (folder / name).write_text(source, encoding="utf-8")
-    if isinstance(state, Weights):
+    if isinstance(state, ExportedWeights):
         text = write_carried(state, folder, dtype, tokenizer, carry_tokenizer, template is not None)
     else:
         text = write_described(state, folder, dtype, tokenizer, template is not None)
@@ -169,7 +167,7 @@ def write_folder(
 
 
 def check_folder(
-    state: TrainedState | Weights, folder: Path, dtype: torch.dtype, text: Text, stream_above: float
+    state: CheckpointWeights | ExportedWeights, folder: Path, dtype: torch.dtype, text: Text, stream_above: float
 ) -> float:
     """Compares the folder, loaded by a stranger's process, with the trainer's forward pass on the same tokens, and
     its AutoTokenizer with the tokenizer that the data was made with.
@@ -239,7 +237,7 @@ def sketch_of(config: ModelConfig) -> ModelConfig:
 @torch.inference_mode()
 def trainer_logits(
     config: ModelConfig,
-    state: TrainedState | Weights,
+    state: CheckpointWeights | ExportedWeights,
     tokens: Tensor,
     dtype: torch.dtype,
     compute: torch.dtype,
@@ -285,13 +283,13 @@ def stored_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[t
     return {name: (shape, dtype if name in lower else torch.float32) for name, shape in shapes.items()}
 
 
-def find_tokenizer(state: TrainedState | Weights, given: Path | None) -> Path | None:
+def find_tokenizer(state: CheckpointWeights | ExportedWeights, given: Path | None) -> Path | None:
     """The tokenizer file to export: the one given, else the one that a checkpoint's configuration names.
 
     Raises:
         UserError: that file does not exist, or the data's manifests say that it was made with another.
     """
-    if isinstance(state, Weights):
+    if isinstance(state, ExportedWeights):
         named = given
     else:
         named = given or (Path(state.config.data.tokenizer) if state.config.data.tokenizer else None)
@@ -299,15 +297,15 @@ def find_tokenizer(state: TrainedState | Weights, given: Path | None) -> Path | 
             note("the configuration names no data.tokenizer; the folder will hold none")
     if named is not None and not named.is_file():
         raise UserError(f"the tokenizer {named} does not exist; pass --tokenizer FILE or --no-tokenizer")
-    if named is not None and isinstance(state, TrainedState):
+    if named is not None and isinstance(state, CheckpointWeights):
         prefixes = [source.prefix for source in state.config.data.train]
         refuse_other(prefixes, named, "--tokenizer" if given else "data.tokenizer")
     return named
 
 
-def refuse_changed(state: TrainedState | Weights) -> None:
+def refuse_changed(state: CheckpointWeights | ExportedWeights) -> None:
     """Raises UserError if files of the source are not what they were when they were written, where that is known."""
-    if isinstance(state, TrainedState):
+    if isinstance(state, CheckpointWeights):
         refuse_damaged(state.path)
     elif (state.path / SUMS).is_file():
         faults = [fault for fault in differences(state.path) if fault.split()[0].endswith(WEIGHTS)]

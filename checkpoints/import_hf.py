@@ -14,7 +14,7 @@ import torch
 
 from checkpoints.foreign.agreement import Answer, compare, our_logits
 from checkpoints.map_weights import Source, map_weights, other_options
-from megatron_taipan.checkpoint.weights import Weights, open_weights
+from megatron_taipan.checkpoint.weights import ExportedWeights, open_export
 from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.taipan import Taipan
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # overrides may follow --config
     if options.overrides and not options.config:
         raise UserError(f"{' '.join(options.overrides)}: options override a configuration; pass --config FILE")
-    weights = open_weights(options.folder)
+    weights = open_export(options.folder)
     config = load_config(options.config, options.overrides) if options.config else None
     target = config.model if config else weights.network
     source = exported_source(weights, target)
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def exported_source(weights: Weights, target: ModelConfig) -> Source:
+def exported_source(weights: ExportedWeights, target: ModelConfig) -> Source:
     """The tensors of an exported folder.
 
     Raises:
@@ -77,7 +77,7 @@ def exported_source(weights: Weights, target: ModelConfig) -> Source:
     return Source(network.letters, shapes, load, check, notes)
 
 
-def refuse_unknown_tensors(weights: Weights) -> None:
+def refuse_unknown_tensors(weights: ExportedWeights) -> None:
     """
     Raises:
         UserError: a tensor has no place in the folder's own network, or another shape than there.

@@ -5,10 +5,9 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, incomplete, locate, read_manifest, read_metadata
-from megatron_taipan.checkpoint.merge import TrainedState
-from megatron_taipan.checkpoint.opening import open_any
-from megatron_taipan.checkpoint.weights import Stored, Weights
+from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, incomplete, locate, read_manifest
+from megatron_taipan.checkpoint.metadata import read_metadata
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, Stored, open_weights
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parameters import parameter_table
 
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = locate(str(path))
         for label, value in checkpoint_facts(path):
             print(f"{label:<12}{value}")
-    opened = open_any(path)
+    opened = open_weights(path)
     for line in tensor_lines(opened, options.tensors):
         print(line)
     return 0
@@ -65,14 +64,14 @@ def checkpoint_facts(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-def tensor_lines(opened: Weights | TrainedState, every: bool) -> list[str]:
+def tensor_lines(opened: ExportedWeights | CheckpointWeights, every: bool) -> list[str]:
     """Shape, stored type and size of every tensor: one a line, or as a tree in which equal layers stand once."""
     table, names = parameter_table(opened.network), opened.names()
     stored = {name: opened.stored(name) for name in names}
     total = sum(math.prod(spec.shape) for spec in table.values())
     fp32_params = f"{sum(spec.float32 for spec in table.values())} of them float32 parameters"
     lines = [f"network     {opened.network.pattern}: {total:,} parameters in {len(table)} tensors, {fp32_params}"]
-    if isinstance(opened, TrainedState):
+    if isinstance(opened, CheckpointWeights):
         lines.append(f"held        float32 masters{''.join(f', {kind}' for kind in opened.moments)} of each parameter")
     if every:
         return lines + [f"    {name:<44} {columns(*tensor)}" for name, tensor in stored.items()]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints.export_files import write_json
 from checkpoints.safetensors_files import write_sharded
-from megatron_taipan.checkpoint.weights import PREFIX, open_weights
+from megatron_taipan.checkpoint.weights import PREFIX, open_export
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.registry import kinds_of
@@ -185,7 +185,7 @@ def _as_written(folder: Path, source: Source, taken: dict[str, str]) -> Callable
     Args:
         taken: name in the source to name in the folder.
     """
-    written = open_weights(folder)
+    written = open_export(folder)
     return lambda name: written.load(taken[name]) if name in taken else source.load(name)
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint import calibration, folder
+from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, hash_file
+from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
-from megatron_taipan.checkpoint.tensorfile import TensorFile
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
 from megatron_taipan.engine.state_shards import KINDS, MASTER
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     source = folder.locate(str(options.checkpoint))
     refuse_damaged(source)
-    config, before = load_config(source / folder.CONFIG), folder.read_metadata(source).get("layout", {})
+    config, before = load_config(source / folder.CONFIG), read_metadata(source).get("layout", {})
     wanted = {"tensor": options.tensor, "pipeline": options.pipeline, "zero_stage": options.zero_stage}
     new = with_layout(config, {name: value for name, value in wanted.items() if value is not None})
     processes = options.processes
@@ -132,14 +133,14 @@ def reshard(source: Path, out: Path, target: Target) -> Path:
     Raises:
         UserError: the layout does not fit, or `out` holds that checkpoint already.
     """
-    metadata = folder.read_metadata(source)
+    metadata = read_metadata(source)
     contents, step = metadata.get("contents", folder.FULL), metadata["progress"]["step"]
     final = out / folder.folder_name(step, contents)
     if final.exists():
         raise UserError(f"{final} exists; choose another folder")
     reader = StateReader(source, target.config.model)
     index, entries = plan(reader, target, KINDS if contents == folder.FULL else (MASTER,))
-    temporary = out / (final.name + folder.TEMPORARY)
+    temporary = out / (final.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / folder.STATE).mkdir(parents=True)
     try:
@@ -200,7 +201,7 @@ def write_files(state: Path, target: Target, entries: list[Entry]) -> dict[str, 
     files = {name: TensorFile(state / name, spec) for name, spec in specs.items()}
     for entry in entries:
         files[entry.file].put(entry.name, entry.load())
-    return {f"{folder.STATE}/{name}": folder.hash_file(state / name, flush=True) for name in files}
+    return {f"{folder.STATE}/{name}": hash_file(state / name, flush=True) for name in files}
 
 
 def file_name(rank: int) -> str:

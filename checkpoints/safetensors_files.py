@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.tensorfile import Specs, TensorFile, n_bytes
+from megatron_taipan.checkpoint.files import Specs, TensorFile, n_bytes
 
 
 def write_sharded(

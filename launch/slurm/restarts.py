@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, whichever one is installed
 
-from megatron_taipan.checkpoint.folder import find_newest, step_of, write_text
+from megatron_taipan.checkpoint.files import write_text
+from megatron_taipan.checkpoint.folder import find_newest, step_of
 from megatron_taipan.config import load_config
 from megatron_taipan.errors import exits_cleanly, writing
 

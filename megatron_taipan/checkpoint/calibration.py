@@ -9,7 +9,7 @@ ignores it, and whoever loads the model for evaluation or export takes them in p
 import json
 from pathlib import Path
 
-from megatron_taipan.checkpoint.folder import write_text
+from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json
 

@@ -13,7 +13,6 @@ A checkpoint is written under its temporary name by all ranks, every file is flu
 manifest is written, and only then is the folder renamed. All ranks must see the same folder.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,13 +20,9 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.files import TEMPORARY, flush_folder, hash_file, write_text
 from megatron_taipan.errors import UserError
-from megatron_taipan.section import faults
 from megatron_taipan.untrusted import parse_json, plain_name
 
 MANIFEST = "manifest.json"
@@ -35,9 +30,8 @@ METADATA = "metadata.json"
 CONFIG = "config.yaml"
 STATE = "state"
 LATEST = "latest"
-FORMAT = 1
+FORMAT = 1  # of the manifest and the metadata
 FULL, WEIGHTS = "step", "weights"  # what a folder's name begins with
-TEMPORARY = ".tmp"
 NAME = re.compile(r"(step|weights)_(\d{8,})")
 
 
@@ -70,7 +64,7 @@ def checkpoints(directory: Path, kind: str = FULL) -> list[Path]:
 
 def find_newest(directory: Path) -> Found | None:
     """The newest complete checkpoint, sizes checked, for who only reads; None where there is none. A run that resumes
-    asks `verification.newest_verified`.
+    asks `verification.find_checkpoint`.
 
     `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
     """
@@ -118,38 +112,6 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     return files
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `metadata.json` holds.
-
-    Raises:
-        UserError: it is missing, damaged, of another format version, or a field is of another type.
-    """
-    try:
-        raw = (path / METADATA).read_bytes()
-        metadata = parse_json(raw)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / METADATA} cannot be read: {error}") from error
-    found = metadata.get("format") if isinstance(metadata, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}")
-    try:
-        _Metadata.model_validate_json(raw)
-    except ValidationError as error:
-        raise UserError(f"{path / METADATA} is damaged: {faults(error)}") from error
-    return metadata
-
-
-class _Metadata(BaseModel):
-    """What the fields that are read have to be; others may stand beside them."""
-
-    model_config = ConfigDict(strict=True)
-
-    progress: Progress
-    identity: dict[str, Any]
-    layout: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
-
-
 def locate(place: str) -> Path:
     """The checkpoint that a user's path means: a checkpoint itself, or the newest complete one of a run's folder.
 
@@ -185,18 +147,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     return gone
 
 
-def hash_file(path: Path, *, flush: bool) -> tuple[int, str]:
-    """Size and SHA-256 of a file; with `flush` its content is on the disk afterwards."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-        if flush:
-            os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
 def write_manifest(path: Path, files: dict[str, tuple[int, str]]) -> None:
     """Marks the checkpoint complete."""
     entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
@@ -227,26 +177,6 @@ def publish(temporary: Path, final: Path) -> None:
     flush_folder(final.parent)
     if step_of(final) is not None:
         write_text(final.parent / LATEST, final.name + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that either the old or the whole new content is there."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes names in a folder (new, renamed) survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_old(

@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.files import TEMPORARY, write_tensors
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.snapshot import Snapshot, join_indices
-from megatron_taipan.checkpoint.tensorfile import write_tensors
 from megatron_taipan.config import Config, dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.all_ranks import attempt_on_all_ranks, gather_objects
@@ -52,7 +52,7 @@ class Saving:
     ):
         self.snapshot, self.progress, self.config, self.metadata, self.kind = snapshot, progress, config, metadata, kind
         self.final = directory / folder.folder_name(progress.step, kind)
-        self.temporary = directory / (self.final.name + folder.TEMPORARY)
+        self.temporary = directory / (self.final.name + TEMPORARY)
         save_on_all_ranks(self._make_folder)
         self.written: dict[str, tuple[int, str]] = {}
         self.fault: Exception | None = None

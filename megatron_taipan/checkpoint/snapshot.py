@@ -109,3 +109,12 @@ def join_indices(shares: list[dict[str, Any]]) -> dict[str, Any]:
         for name, runs in share["parameters"].items():
             parameters.setdefault(name, []).extend(runs)
     return {"parameters": parameters, "buffers": named_buffers}
+
+
+def held_state_is_finite(engine: Any, data_rank: int) -> bool:
+    """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
+    extremes: list[Tensor] = []
+    for shard in held_shards(engine, data_rank):
+        for kind in KINDS:
+            extremes += torch.aminmax(shard.tensor(kind))  # one pass without a copy; NaN comes through
+    return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())

@@ -1,19 +1,29 @@
-"""Weights without a training state: a folder with config.json (its `network`) and safetensors files.
+"""Whole weights by name, one full tensor at a time, in any single process and whatever holds them.
 
-`checkpoints.export_hf` writes such folders (with more in them), `checkpoints.import_*` too. A run starts from one with
-`checkpoint.init=FOLDER`, in any layout: each rank takes its shard of every tensor, one tensor at a time.
+    ExportedWeights     a folder with config.json (its `network`) and safetensors files, as `checkpoints.export_hf` and
+                        `checkpoints.import_*` write it (with more in it)
+    CheckpointWeights   a checkpoint of any layout, merged
+
+None of these can execute code when it is read: tensors come from safetensors files, all else is JSON and plain YAML.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
+from megatron_taipan.checkpoint.calibration import read_thresholds
+from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate
+from megatron_taipan.checkpoint.metadata import read_metadata
+from megatron_taipan.checkpoint.reader import StateReader
+from megatron_taipan.config import Config, ModelConfig, load_config
+from megatron_taipan.engine.state_shards import MASTER, MOMENTS
 from megatron_taipan.errors import UserError
 from megatron_taipan.parameters import parameter_table
 from megatron_taipan.untrusted import parse_json
@@ -30,7 +40,7 @@ class Stored(NamedTuple):
 
 
 @dataclass
-class Weights:
+class ExportedWeights:
     """An opened folder; tensors are read when asked for."""
 
     path: Path
@@ -65,7 +75,66 @@ class Weights:
         return self._where[PREFIX + name]
 
 
-def open_weights(path: Path) -> Weights:
+@dataclass
+class CheckpointWeights:
+    """A checkpoint, opened; tensors are merged when asked for."""
+
+    path: Path
+    config: Config
+    step: int  # optimizer steps taken
+    tokens: int  # that were trained on in them
+    reader: StateReader
+    moments: tuple[str, ...] = ()  # of the optimizer; none in a weights-only checkpoint
+
+    @property
+    def network(self) -> ModelConfig:
+        """The network that the weights belong to."""
+        return self.config.model
+
+    @cached_property
+    def thresholds(self) -> dict[str, float]:
+        """What `evaluation.calibrate` stored beside the checkpoint."""
+        return read_thresholds(self.path)
+
+    def names(self) -> list[str]:
+        """Parameters in the order of the network, then buffers."""
+        return [*self.reader.table, *self.reader.buffers]
+
+    def stored(self, name: str) -> Stored:
+        """How it lies in the files; its shape is the unsplit model's."""
+        if name not in self.reader.table:
+            value = self.reader.buffer(name)
+            return Stored(tuple(value.shape), "F32", value.numel() * value.element_size())
+        shape = self.reader.table[name].shape
+        return Stored(shape, "F32", 4 * math.prod(shape) * (1 + len(self.moments)))
+
+    def load_moment(self, name: str, kind: str) -> Tensor:
+        """One of the optimizer's moments of a parameter, full float32."""
+        return self.reader.full(name, kind)
+
+    def load(self, name: str) -> Tensor:
+        """The full float32 tensor of a parameter (its master) or buffer, a calibrated threshold if there is one.
+
+        Raises:
+            UserError: the checkpoint does not hold it.
+        """
+        if name in self.reader.table:
+            return self.reader.full(name, MASTER)
+        if name in self.thresholds:
+            return torch.tensor(self.thresholds[name])
+        return self.reader.buffer(name).float()
+
+
+def open_weights(path: Path) -> ExportedWeights | CheckpointWeights:
+    """Opens a path by what lies in it: an exported folder, a checkpoint, or a run's folder with checkpoints.
+
+    Raises:
+        UserError: it holds no weights, or they are incomplete.
+    """
+    return open_export(path) if (path / "config.json").is_file() else open_checkpoint(path)
+
+
+def open_export(path: Path) -> ExportedWeights:
     """Opens a folder; its code, if it has any, is not run.
 
     Raises:
@@ -95,4 +164,18 @@ def open_weights(path: Path) -> Weights:
     missing = [name for name in parameter_table(network) if PREFIX + name not in where]
     if missing:  # a shard that was never copied: nobody wants its layers drawn anew
         raise UserError(f"{path} lacks {len(missing)} tensors of its network: {', '.join(missing[:5])}")
-    return Weights(path, network, where)
+    return ExportedWeights(path, network, where)
+
+
+def open_checkpoint(place: Path | str) -> CheckpointWeights:
+    """The weights of a checkpoint, or of the newest complete one of a run's folder.
+
+    Raises:
+        UserError: there is none, or it is incomplete.
+    """
+    path = locate(str(place))
+    metadata = read_metadata(path)
+    config = load_config(path / CONFIG)
+    moments = () if metadata.get("contents") == WEIGHTS else MOMENTS
+    progress, reader = metadata["progress"], StateReader(path, config.model)
+    return CheckpointWeights(path, config, progress["step"], progress["tokens"], reader, moments)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.checkpoint.opening import open_any
+from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"largest distance of each class; default: {', '.join(map(str, EDGES))} and the models' windows",
     )
     options = parse(parser, arguments)
-    edges = options.edges or default_edges([open_any(path).network for path in options.models])
+    edges = options.edges or default_edges([open_weights(path).network for path in options.models])
     names = ["all", "new", *(f"{low + 1}-{high}" for low, high in itertools.pairwise((0, *edges))), f">{edges[-1]}"]
     print(f"{'model':<48}" + "".join(f" {name:>18}" for name in names))
     for label, model, dataset in read_models(options):

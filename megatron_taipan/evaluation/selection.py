@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.folder import write_text
+from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.evaluation.choices import Choices, collect
 from megatron_taipan.evaluation.selection_page import make_page

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.opening import open_any
-from megatron_taipan.checkpoint.weights import Weights
+from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
 from megatron_taipan.config import Config, ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
@@ -62,9 +61,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, 
     Raises:
         UserError: the path holds neither.
     """
-    opened = open_any(path)
+    opened = open_weights(path)
     model = build_model(opened.network, opened.load, dtype)
-    if isinstance(opened, Weights):
+    if isinstance(opened, ExportedWeights):
         tokenizer = path / "tokenizer.json"
         return model, tokenizer if tokenizer.is_file() else None, None
     named = opened.config.data.tokenizer

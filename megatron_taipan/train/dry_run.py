@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_taipan.checkpoint.folder import find_newest, read_metadata
+from megatron_taipan.checkpoint.folder import find_newest
+from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset

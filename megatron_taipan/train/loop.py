@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from megatron_taipan.checkpoint import state
-from megatron_taipan.checkpoint.choice import find_checkpoint, rewind_target
 from megatron_taipan.checkpoint.folder import remove_leftovers, remove_taken_back
-from megatron_taipan.checkpoint.identity import changed_settings, identity
+from megatron_taipan.checkpoint.loading import Loaded, load_training_state, load_weights
 from megatron_taipan.checkpoint.lock import FolderLock
-from megatron_taipan.checkpoint.opening import load_weights
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
-from megatron_taipan.checkpoint.soundness import where_to_go_on
+from megatron_taipan.checkpoint.verification import find_checkpoint, rewind_target, where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
@@ -85,9 +82,9 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             "identity": ours, "layout": layout(config, groups), "name": config.name, "versions": versions(),
             "git_commit": git_commit(),
         }  # fmt: skip
-        loaded = state.Loaded(Progress(), {})
+        loaded = Loaded(Progress(), {})
         if found:
-            loaded = state.load(engine, found.path, config=config, identity=ours, groups=groups)
+            loaded = load_training_state(engine, found.path, config=config, identity=ours, groups=groups)
         progress = loaded.progress
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
@@ -213,7 +210,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                              f" above the last {t.spike_window} (train.spike_z={t.spike_z:g})", z=spike)  # fmt: skip
                 saver.finish()
                 if t.spike_rewind and (good := run_on_all_ranks(lambda: rewind_target(directory, c.save_every))):
-                    saved = state.load(engine, good, config=config, identity=ours, groups=groups).progress
+                    saved = load_training_state(engine, good, config=config, identity=ours, groups=groups).progress
                     spiked = progress.step
                     progress = after_rewind(saved, progress, z=spike, train=t)
                     if writer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import Config
 from megatron_taipan.train.evaluate import Evaluation
 from megatron_taipan.train.logs import LOG, JsonLines, TextLog, open_boards, say

@@ -3,7 +3,7 @@
 import time
 
 from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed
 from megatron_taipan.config import CheckpointConfig
 from megatron_taipan.errors import EXIT_UNSAVED, UserError

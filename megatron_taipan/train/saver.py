@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_old
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed, Saving
-from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
-from megatron_taipan.checkpoint.soundness import held_state_is_finite, where_to_go_on
+from megatron_taipan.checkpoint.snapshot import HostMemory, held_state_is_finite, take_snapshot
+from megatron_taipan.checkpoint.verification import where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups

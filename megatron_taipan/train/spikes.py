@@ -7,7 +7,7 @@ checkpoint, and a resumed run judges and rewinds as the uninterrupted one would 
 from dataclasses import replace
 from typing import Any
 
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.step import StepResult

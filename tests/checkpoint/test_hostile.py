@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import diff, export_hf, inspect, reshard, verify
-from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint import files, folder
+from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.randomness import random_states, set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.config import load_config
@@ -38,7 +39,7 @@ def rewrite(path: Path, name: str, change) -> None:
 
 
 def rehash(path: Path) -> None:
-    folder.write_manifest(path, {n: folder.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
+    folder.write_manifest(path, {n: files.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
 
 
 def put(*place: str | int, value: Any):
@@ -129,7 +130,7 @@ def test_fields_of_the_index(checkpoint, change, words):
 def test_fields_of_the_metadata(checkpoint, tmp_path, change, capsys):
     rewrite(checkpoint, folder.METADATA, change)
     with pytest.raises(UserError) as error:
-        folder.read_metadata(checkpoint)
+        read_metadata(checkpoint)
     assert "\n" not in str(error.value)
     for program, arguments in programs(checkpoint, tmp_path / "out"):
         if program is not verify:  # reads bytes only

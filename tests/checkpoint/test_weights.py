@@ -1,112 +1,141 @@
-"""A run that starts from a folder of weights scores what they score, in any layout; wrong folders are refused."""
+"""Whole weights: merged from any layout they are the model that the trainer evaluated; damaged folders are refused."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoints import import_hf
-from megatron_taipan.checkpoint.opening import load_weights
-from megatron_taipan.checkpoint.weights import open_weights
-from megatron_taipan.config import make_config
+from checkpoints import export_hf, import_hf
+from megatron_taipan.checkpoint.weights import open_checkpoint, open_export
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
+from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
-from tests.checkpoints.made import write_checkpoint
-from tests.distributed.launch import run_program
-from tests.train.runs import log
+from megatron_taipan.parameters import parameter_table
+from tests.checkpoints.made import read_all, write_weights
+from tests.distributed.launch import launch
+from tests.distributed.series import Job, launch_series
+from tests.train.runs import log, runs
 from tests.train.toy import toy_config, toy_tree, write_data
 
+LAYOUTS = {
+    "data, stage 1": {"zero_stage": 1},
+    "data, stage 2": {"zero_stage": 2},
+    "data, stage 3": {"zero_stage": 3},
+    "tensor, stage 0": {"zero_stage": 0, "tensor": 2},
+    "tensor, stage 1": {"zero_stage": 1, "tensor": 2},
+    "tensor, stage 3": {"zero_stage": 3, "tensor": 2},
+    "pipeline": {"zero_stage": 1, "pipeline": 2},
+}
 
-def write_weights(folder: Path, model: Taipan) -> Path:
-    """The folder's format, written with the safetensors library."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"network": model.config.model_dump(mode="json")}))
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a run of each layout on two processes, three steps long, and two in bf16."""
+    folder = tmp_path_factory.mktemp("merge")
+    prefix = write_data(folder / "data")
+    jobs = []
+    for name, parallel in LAYOUTS.items():
+        tree = toy_tree(prefix, folder / name, parallel=parallel, train={"steps": 3, "eval_samples": 12})
+        jobs.append(Job(2, runs, [tree]))
+    train = {"steps": 3, "eval_samples": 12, "precision": "bf16"}
+    jobs.append(Job(2, runs, [toy_tree(prefix, folder / "bf16", train=train)]))
+    # in bf16 the stages have different parameter groups: only one holds a gate, and with it a float32 matrix
+    staged = {"zero_stage": 1, "pipeline": 2}
+    tree = toy_tree(prefix, folder / "bf16 pipeline", train=train, parallel=staged)
+    tree["model"] |= {"pattern": "M M | S M"}
+    jobs.append(Job(2, runs, [tree]))
+    assert all(results[0] == [0] for results in launch_series(jobs))
     return folder
 
 
-def test_a_run_starts_from_the_weights_in_another_layout_and_resumes_from_its_own_checkpoint(tmp_path):
-    tree = toy_tree(
-        write_data(tmp_path / "data"),
-        tmp_path / "run",
-        parallel={"tensor": 2, "zero_stage": 3},
-        train={"steps": 2, "eval_samples": 12},
-        checkpoint={"init": str(tmp_path / "weights")},
-    )
-    config = make_config(tree)
-    model = Taipan(config.model, seed=77)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    write_weights(tmp_path / "weights", model)
-    wanted = score(model, build_dataset(config.data, "valid", config.model.vocab_size), samples=12)
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    command = ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]
-    run_program(2, [*command, "train.stop_at=1"]).succeeded()
-    run_program(2, command).succeeded()
-    valid = [record["ce"] for record in log(tmp_path / "run", "valid")]
-    assert valid[0] == pytest.approx(wanted.ce, rel=2e-6)
-    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2]
-    assert valid[-1] < valid[0]  # the second start went on; from the weights again it would score as before step 2
+def measured(run: Path) -> list[float]:
+    """The trainer's validation losses."""
+    return [record["ce"] for record in log(run, "valid")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"pattern": "M S M W"}, "has the layers MSMA, model.pattern gives MSMW"),
-        ({"d_ff": 64}, r"\[48, 32\].*\[64, 32\]"),
-    ],
-)
-def test_weights_of_another_network_are_refused(tmp_path, changes, words):
-    theirs = toy_config("none").model
-    write_weights(tmp_path / "weights", Taipan(theirs))
-    ours = theirs.model_copy(update=changes)
-    with pytest.raises(UserError, match=words):
-        load_weights(Taipan(ours), tmp_path / "weights")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merged_model_scores_what_the_trainer_measured(trained, layout):
+    losses = measured(trained / layout)
+    assert losses[-1] < losses[0] - 0.05  # it learned, so initial weights cannot pass for the merged ones
+    model, _, config = load_model(trained / layout)
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=4).ce == pytest.approx(losses[-1], rel=2e-6)
 
 
-def test_weights_for_a_network_that_computes_otherwise_are_taken_and_that_is_told(tmp_path):
-    theirs = toy_config("none").model
-    write_weights(tmp_path / "weights", Taipan(theirs))
-    assert load_weights(Taipan(theirs), tmp_path / "weights") == []
-    gate = theirs.gate.model_copy(update={"refinement": "add", "init_bias": 2.0, "capacity": 0.3})
-    ours = theirs.model_copy(update={"gate": gate, "norm_eps": 1e-6, "pattern": "M S | M A"})
-    assert load_weights(Taipan(ours), tmp_path / "weights") == [
-        "model.norm_eps: 1e-05, this run 1e-06",
-        "model.gate.refinement: replace, this run add",
-    ]
+@pytest.mark.parametrize("layout", ["pipeline", "tensor, stage 3"])
+def test_an_export_of_any_layout_scores_the_same(trained, layout, tmp_path):
+    assert export_hf.main([str(trained / layout), str(tmp_path / "hf")]) == 0
+    model, _, _ = load_model(tmp_path / "hf")
+    config = open_checkpoint(trained / layout).config
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=4).ce == pytest.approx(measured(trained / layout)[-1], rel=2e-6)
 
 
-def test_a_network_of_another_tokenizer_is_refused(tmp_path):
-    for name in ("first", "second"):
-        said = {"shards": [{"prefix": name}], "tokenizer": {"name": name, "sha256": name}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(said))
-    config = make_config(toy_tree(str(tmp_path / "first"), tmp_path / "run"))
-    model = Taipan(config.model, seed=1)
-    path = write_checkpoint(tmp_path / "run", config, model.state_dict().__getitem__)
-    assert load_weights(model, path, prefixes=[str(tmp_path / "first"), str(tmp_path / "unknown")]) == []
-    with pytest.raises(UserError, match="second was made with the tokenizer second .* and .*first with first"):
-        load_weights(model, path, prefixes=[str(tmp_path / "second")])
+def test_bf16_run_gives_its_float32_masters(trained, tmp_path):
+    run = trained / "bf16"
+    state = open_checkpoint(run)
+    assert state.step == 3
+    merged, table = read_all(run), parameter_table(state.config.model)
+    assert list(merged) == [*table, "layers.1.gate.threshold"]
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.float32
+        assert name not in table or tuple(tensor.shape) == table[name].shape
+    matrix = merged["layers.0.mixer.in_proj_z"]
+    assert (matrix.bfloat16().float() != matrix).any()  # finer than what bf16 holds
+    # cast down again they are what the trainer computed with
+    model, _, config = load_model(run, torch.bfloat16)
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(measured(run)[-1], rel=1e-3)
+
+    largest = max((state.path / "state").iterdir(), key=lambda file: file.stat().st_size)
+    largest.unlink()
+    with pytest.raises(UserError, match=f"{largest.name} is missing"):
+        open_checkpoint(state.path)
+
+
+def test_a_pipeline_in_bf16_is_merged_too(trained):
+    run = trained / "bf16 pipeline"
+    losses = measured(run)
+    assert losses[-1] < losses[0] - 0.05
+    model, _, config = load_model(run, torch.bfloat16)
+    dataset = build_dataset(config.data, "valid", config.model.vocab_size)
+    assert score(model, dataset, samples=12, batch=2).ce == pytest.approx(losses[-1], rel=1e-3)
+
+
+def test_a_pipeline_in_bf16_goes_on_in_one_process(trained, tmp_path):
+    """The pattern is cut no more, which does not make it another run."""
+    steps = {"steps": 5, "eval_samples": 12, "precision": "bf16"}
+    prefix, losses = str(trained / "data"), []
+    for name, pipeline, pattern in (("two", 2, "M M | S M"), ("one", 1, "M*2 S M")):
+        shutil.copytree(trained / "bf16 pipeline", tmp_path / name)
+        tree = toy_tree(prefix, tmp_path / name, train=steps, parallel={"zero_stage": 1, "pipeline": pipeline})
+        tree["model"] |= {"pattern": pattern}
+        assert launch(pipeline, runs, [tree])[0] == [0]
+        losses.append([record["loss"] for record in log(tmp_path / name)])
+    assert len(losses[0]) == len(losses[1]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        open_checkpoint(tmp_path)
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json cannot be read"):
-        open_weights(tmp_path)
+        open_export(tmp_path)
     folder = write_weights(tmp_path / "weights", Taipan(toy_config("none").model))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="no whole safetensors file"):
-        open_weights(folder)
+        open_export(folder)
     file.unlink()
     with pytest.raises(UserError, match="holds no .safetensors"):
-        open_weights(folder)
+        open_export(folder)
     for text, words in (
         ('{"model_type": "llama"}', "describes no Taipan"),
         ("[]", "describes no Taipan"),
@@ -114,7 +143,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=words) as caught:
-            open_weights(folder)
+            open_export(folder)
         assert "\n" not in str(caught.value)
 
 
@@ -126,7 +155,7 @@ def test_a_shard_that_was_never_copied_is_missed(tmp_path):
     late = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
     save_file({n: t for n, t in tensors.items() if n not in late}, folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=f"lacks {len(late)} tensors of its network: layers.3.norm.weight"):
-        open_weights(folder)
+        open_export(folder)
     assert import_hf.main([str(folder), str(tmp_path / "imported")]) == 2
     save_file(late, folder / "model-00002-of-00002.safetensors")
-    assert set(open_weights(folder).names()) == {name.removeprefix("model.") for name in tensors}
+    assert set(open_export(folder).names()) == {name.removeprefix("model.") for name in tensors}

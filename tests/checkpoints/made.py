@@ -8,10 +8,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
+from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, hash_file
 from megatron_taipan.checkpoint.reader import INDEX
-from megatron_taipan.checkpoint.tensorfile import TensorFile
+from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.config import Config, ModelConfig, dump_config, make_config
 from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.model.taipan import Taipan
@@ -25,7 +28,7 @@ MANIFEST = {"format": "data_prep manifest 1", "documents": 1, "tokens": 9, "toke
 
 @dataclass
 class MemoryState:
-    """Looks like megatron_taipan.checkpoint.merge.TrainedState."""
+    """Looks like megatron_taipan.checkpoint.weights.CheckpointWeights."""
 
     config: Config
     weights: dict[str, torch.Tensor]
@@ -93,7 +96,7 @@ def write_checkpoint(out: Path, config: Config, load: Callable[[str], torch.Tens
     table, kinds = parameter_table(config.model), KINDS if moments else (MASTER,)
     contents = folder.FULL if moments else folder.WEIGHTS
     final = out / folder.folder_name(7, contents)
-    temporary = final.with_name(final.name + folder.TEMPORARY)
+    temporary = final.with_name(final.name + TEMPORARY)
     (temporary / folder.STATE).mkdir(parents=True)
     sizes = {name: torch.Size(spec.shape).numel() for name, spec in table.items()}
     gates = [f"layers.{index}.gate.threshold" for index, letter in enumerate(config.model.letters) if letter == "S"]
@@ -122,5 +125,20 @@ def write_checkpoint(out: Path, config: Config, load: Callable[[str], torch.Tens
         folder.METADATA: json.dumps(metadata),
     }
     state = f"{folder.STATE}/{name_in_state}"
-    folder.complete(temporary, final, texts, {state: folder.hash_file(temporary / state, flush=False)})
+    folder.complete(temporary, final, texts, {state: hash_file(temporary / state, flush=False)})
     return final
+
+
+def write_weights(folder: Path, model: Taipan) -> Path:
+    """The folder's format, written with the safetensors library."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"network": model.config.model_dump(mode="json")}))
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def read_all(place: Path) -> dict[str, Tensor]:
+    """Every parameter and buffer of a checkpoint by full name, full float32 tensors."""
+    weights = open_checkpoint(place)
+    return {name: weights.load(name) for name in weights.names()}

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from checkpoints import export_files, export_hf, streamed, whole_folder
 from checkpoints.export_hf import export, find_tokenizer, main
 from checkpoints.map_weights import Source, map_weights
-from megatron_taipan.checkpoint.tensorfile import TensorFile
+from megatron_taipan.checkpoint.files import TensorFile
 from megatron_taipan.config import DataSource, dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate

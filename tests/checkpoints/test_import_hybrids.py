@@ -8,7 +8,7 @@ import yaml
 from transformers import BambaConfig, BambaForCausalLM, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from checkpoints import import_mamba2
-from megatron_taipan.checkpoint.weights import open_weights
+from megatron_taipan.checkpoint.weights import open_export
 from megatron_taipan.inference.loading import load_model
 
 SIZES = {
@@ -90,7 +90,7 @@ def test_granites_layers_in_another_pattern(tmp_path, run):
     status, said = run(model, "M A M A")
     assert status == 0 and "layers.{2}: attention.q_proj" in said.split("left in the source")[1]
     halves = model.state_dict()["model.layers.1.shared_mlp.input_linear.weight"].chunk(2)
-    weights = open_weights(tmp_path / "out")
+    weights = open_export(tmp_path / "out")
     for name, half in zip(("gate_proj", "up_proj"), halves, strict=True):
         assert torch.equal(weights.load(f"layers.3.mlp.{name}"), half)
 

@@ -14,8 +14,8 @@ from checkpoints import import_hf, import_mamba2
 from checkpoints.foreign.hybrids import BAMBA, GRANITE
 from checkpoints.foreign.mamba2 import TRANSFORMERS
 from checkpoints.safetensors_files import write_sharded
-from megatron_taipan.checkpoint.opening import load_weights
-from megatron_taipan.checkpoint.weights import open_weights
+from megatron_taipan.checkpoint.loading import load_weights
+from megatron_taipan.checkpoint.weights import open_export
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
@@ -147,7 +147,7 @@ def test_hybrid_takes_blocks_in_order_and_draws_the_rest(tmp_path, source, capsy
     model, folder = source
     arguments = write_config(tmp_path / "c.yaml", "M S M W")
     assert import_mamba2.main([str(folder), str(tmp_path / "out"), *arguments]) == 0
-    weights = open_weights(tmp_path / "out")
+    weights = open_export(tmp_path / "out")
     theirs = model.state_dict()
     fresh = Taipan(weights.network, seed=3).state_dict()
     for ours, layer in ((0, 0), (2, 1)):
@@ -375,7 +375,7 @@ def test_weights_are_sliced_for_every_tensor_rank(tmp_path, source):
     _, folder = source
     arguments = write_config(tmp_path / "c.yaml", "M S M W")
     import_mamba2.main([str(folder), str(tmp_path / "out"), *arguments])
-    weights = open_weights(tmp_path / "out")
+    weights = open_export(tmp_path / "out")
     ranks = [Taipan(weights.network, seed=9, tensor_parallel=TensorParallel(2, rank)) for rank in range(2)]
     for model in ranks:
         load_weights(model, tmp_path / "out")
@@ -391,14 +391,14 @@ def test_import_hf_keeps_an_export_and_fits_it_into_another_pattern(tmp_path, ca
     shapes = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
     map_weights(state.config.model, Source("MSM", shapes, state.load), tmp_path / "first", 0)
     assert import_hf.main([str(tmp_path / "first"), str(tmp_path / "same")]) == 0
-    same = open_weights(tmp_path / "same")
+    same = open_export(tmp_path / "same")
     assert all(torch.equal(same.load(name), state.weights[name]) for name in state.weights)
 
     tree = state.config.model_dump(mode="json")
     tree["model"]["pattern"] = "M M M S"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
     assert import_hf.main([str(tmp_path / "first"), str(tmp_path / "other"), "--config", str(tmp_path / "c.yaml")]) == 0
-    other = open_weights(tmp_path / "other")
+    other = open_export(tmp_path / "other")
     assert torch.equal(other.load("layers.1.mixer.out_proj"), state.weights["layers.2.mixer.out_proj"])
     assert torch.equal(other.load("layers.3.gate.threshold"), torch.tensor(0.125))
     assert torch.equal(other.load("layers.2.mixer.A_log"), Taipan(other.network, seed=1234).layers[2].mixer.A_log)

@@ -64,9 +64,9 @@ def test_the_cards_validation_is_the_one_that_the_run_told(run):
 
 
 def small_config_of(run):
-    from megatron_taipan.checkpoint.merge import open_state
+    from megatron_taipan.checkpoint.weights import open_checkpoint
 
-    return open_state(run).config.model
+    return open_checkpoint(run).config.model
 
 
 def test_verify_finds_one_flipped_bit(run, tmp_path, capsys):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_taipan.checkpoint.folder import checkpoints, hash_file, incomplete, read_manifest, write_manifest
+from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_manifest, write_manifest
 from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, EXIT_UNSAVED
 from tests.faults.bench import LAYOUTS, STEPS, Bench, Run, fill, remount, small_file_system
 from tests.faults.zygote import Job, send

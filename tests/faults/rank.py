@@ -27,7 +27,7 @@ import torch._dynamo  # making an optimizer imports it
 import torch.utils.tensorboard
 
 import launch.pretrain
-from megatron_taipan.checkpoint import saving, tensorfile
+from megatron_taipan.checkpoint import files, saving
 from megatron_taipan.engine import pipeline  # noqa: F401
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.state_shards import held_shards, spread_masters
@@ -70,8 +70,8 @@ def prepare(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
         operations = Operations(fault.get("kill_at_operation", 0))
         at_end.append(lambda: print("operations:", operations.seen, file=sys.stderr))
     if "slow_writes" in fault:
-        raw_bytes = tensorfile.raw_bytes
-        tensorfile.raw_bytes = lambda tensor: (time.sleep(fault["slow_writes"]), raw_bytes(tensor))[1]
+        raw_bytes = files.raw_bytes
+        files.raw_bytes = lambda tensor: (time.sleep(fault["slow_writes"]), raw_bytes(tensor))[1]
     if "signal_in" in fault:
         number = getattr(signal, fault.get("signal", "SIGTERM"))
         on_call(fault["signal_in"], fault.get("nth", 1), lambda: os.kill(os.getpid(), number))

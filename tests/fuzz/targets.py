@@ -26,11 +26,11 @@ from data_prep.inputs import Slice
 from data_prep.limits import MB, Limits
 from data_prep.recipes import Recipe, load_recipe
 from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds
-from megatron_taipan.checkpoint.folder import CONFIG, incomplete, read_metadata
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.folder import CONFIG, incomplete
+from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.checkpoint.randomness import set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
-from megatron_taipan.checkpoint.weights import open_weights
+from megatron_taipan.checkpoint.weights import open_export
 from megatron_taipan.config import ModelConfig, load_config
 from megatron_taipan.data import manifests, special_tokens
 from megatron_taipan.data.indexed import IndexedReader
@@ -181,7 +181,7 @@ def beside(folder: Path, data: bytes) -> None:
         "log.jsonl": [lambda: last_validation(folder / "step_00000001", 9)],
         "tokenizer_config.json": [lambda: special_tokens._read(path), lambda: special_of(folder)],
         "model.safetensors.index.json": [lambda: weight_files(folder)],
-        "config.json": [lambda: open_weights(folder), lambda: read_settings(folder)],
+        "config.json": [lambda: open_export(folder), lambda: read_settings(folder)],
         "x.json": [
             lambda: manifests.named_shards(prefix), lambda: manifests.described(prefix), lambda: tokenizer_of(prefix),
             lambda: find_pairs(prefix), lambda: added_ids([prefix]), lambda: manifest.read(prefix),

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from data_prep import cli
-from megatron_taipan.checkpoint.opening import load_weights
+from megatron_taipan.checkpoint.loading import load_weights
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.model.taipan import Taipan

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_taipan.checkpoint.folder import read_metadata
+from megatron_taipan.checkpoint.metadata import read_metadata
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs, with_options
 from tests.train.toy import toy_tree, write_data

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest, read_metadata
+from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest
+from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.config import load_config
 from megatron_taipan.train.metadata import git_commit
 from tests.distributed.launch import launch

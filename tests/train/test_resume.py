@@ -19,7 +19,7 @@ from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import load_config, make_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import EXIT_REQUEUE
-from tests.checkpoint.test_state import everything
+from tests.checkpoint.test_loading import everything
 from tests.distributed.launch import run_program
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, numbers, runs

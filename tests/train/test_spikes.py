@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.progress import Progress
+from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
@@ -112,7 +113,7 @@ def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
     assert (record["from_step"], record["to_step"], record["first_sample"], record["past_sample"]) == (8, 6, 24, 32)
     assert len(log(tmp_path / "whole", "spike")) == len(log(tmp_path / "warned", "spike")) == 1
     assert [r["step"] for r in log(tmp_path / "warned")] == list(range(1, 13))
-    progress = folder.read_metadata(tmp_path / "whole" / "step_00000012")["progress"]
+    progress = read_metadata(tmp_path / "whole" / "step_00000012")["progress"]
     assert progress["samples"] == 32 + 6 * 4 and progress["tokens"] == 12 * 4 * 32 and len(progress["rewinds"]) == 1
 
     # stopped between save and spike, and resumed: the window came from the checkpoint, so it rewinds just the same
@@ -128,7 +129,7 @@ def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
     metadata = json.loads((moved / folder.METADATA).read_text())
     metadata["progress"]["samples"] = 32
     (moved / folder.METADATA).write_text(json.dumps(metadata))
-    files = {name: folder.hash_file(moved / name, flush=False) for name in folder.read_manifest(moved)}
+    files = {name: hash_file(moved / name, flush=False) for name in folder.read_manifest(moved)}
     folder.write_manifest(moved, files)
     assert launch(2, runs, [tree("moved", spike_z=None, spike_rewind=False)])[0] == [0]
     assert numbers(tmp_path / "moved") == numbers(tmp_path / "whole")[-6:]

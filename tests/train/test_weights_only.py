@@ -7,8 +7,9 @@ import torch
 
 from checkpoints import inspect, reshard, verify
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
-from megatron_taipan.checkpoint.merge import load_state, open_state
+from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.inference.loading import load_model
+from tests.checkpoints.made import read_all
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, runs, with_options
 from tests.train.toy import toy_tree, write_data
@@ -50,10 +51,10 @@ def test_each_cadence_keeps_its_own(place):
 
 def test_they_hold_the_same_weights_in_a_third_of_the_size(place):
     full, weights = place / "run" / "step_00000004", place / "run" / "weights_00000004"
-    ours, theirs = load_state(weights), load_state(full)
+    ours, theirs = read_all(weights), read_all(full)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert open_state(weights).step == 4 and not open_state(weights).moments
+    assert open_checkpoint(weights).step == 4 and not open_checkpoint(weights).moments
     size = [sum(file.stat().st_size for file in path.glob("state/*.safetensors")) for path in (weights, full)]
     assert size[0] < 0.4 * size[1]
 
@@ -90,4 +91,4 @@ def test_every_program_reads_them(place, tmp_path, capsys):
     for path in (weights, tmp_path / "weights_00000006"):
         model, _, config = load_model(path)
         assert config.train.steps == 7
-        assert torch.equal(model.final_norm.weight, load_state(weights)["final_norm.weight"])
+        assert torch.equal(model.final_norm.weight, read_all(weights)["final_norm.weight"])

@@ -1,4 +1,4 @@
-"""Writing safetensors files: in one go and hashed on the way, or tensor by tensor in any order.
+"""Durable files: small texts, old or new as a whole; safetensors in one go, hashed on the way, or tensor by tensor.
 
 The format is huggingface/safetensors': 8 bytes little-endian length of the header, a JSON header with type, shape and
 offsets of every tensor, the raw bytes. The library's own writer takes all tensors at once and has no hash.
@@ -17,7 +17,40 @@ TYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
     torch.uint8: "U8",
 }  # fmt: skip
+TEMPORARY = ".tmp"  # of names under which something is still being written
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type by name, in the order of the file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that either the old or the whole new content is there."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes names in a folder (new, renamed) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_file(path: Path, *, flush: bool) -> tuple[int, str]:
+    """Size and SHA-256 of a file; with `flush` its content is on the disk afterwards."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+        if flush:
+            os.fsync(file.fileno())
+    return size, digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:

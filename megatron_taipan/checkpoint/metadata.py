@@ -1,11 +1,19 @@
-"""Whether a checkpoint belongs to the run that wants to load it."""
+"""What a checkpoint's metadata.json says: how far the run had come, and which run it is."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_taipan.checkpoint.folder import FORMAT, METADATA
 from megatron_taipan.config import Config, ModelConfig, yaml_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.pattern import parse_pattern
-from megatron_taipan.section import Section
+from megatron_taipan.section import Section, faults
+from megatron_taipan.untrusted import parse_json
+
+Count = Annotated[int, Field(ge=0)]
 
 # Options that may change on a resume although they stand in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
@@ -16,6 +24,55 @@ TRAINING = (
     *(f"model.gate.{name}" for name in ("budget", "input_gradient", "estimator", "gradient", "gradient_share")),
 )
 FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the learning rate, the order of samples and the gate's noise are pure functions of these
+    counters and of seeds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")  # for who reads it from a file
+
+    step: Count = 0  # optimizer steps taken, skipped ones included
+    samples: Count = 0  # samples consumed: the loader's place
+    tokens: Count = 0  # tokens consumed, masked ones included
+    skipped: Count = 0  # steps skipped because of a non-finite loss or gradient
+    recent: list[float] = field(default_factory=list)  # the last losses, where spikes are looked for (train/spikes.py)
+    run_steps: Count = 0  # train.steps when the run began: what the fractions in schedules are of
+    shares: list[float] = field(default_factory=list)  # selected by each gate in the last step, for budget=batch
+    rewinds: list[dict[str, Any]] = field(default_factory=list)  # each: from which step to which, samples passed over
+
+
+class _Metadata(BaseModel):
+    """What the fields that are read have to be; others may stand beside them."""
+
+    model_config = ConfigDict(strict=True)
+
+    progress: Progress
+    identity: dict[str, Any]
+    layout: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `metadata.json` holds.
+
+    Raises:
+        UserError: it is missing, damaged, of another format version, or a field is of another type.
+    """
+    try:
+        raw = (path / METADATA).read_bytes()
+        metadata = parse_json(raw)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / METADATA} cannot be read: {error}") from error
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}")
+    try:
+        _Metadata.model_validate_json(raw)
+    except ValidationError as error:
+        raise UserError(f"{path / METADATA} is damaged: {faults(error)}") from error
+    return metadata
 
 
 def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:

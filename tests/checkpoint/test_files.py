@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megatron_taipan.checkpoint.files import TYPES, TensorFile, write_tensors
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
-from megatron_taipan.checkpoint.tensorfile import TYPES, TensorFile, write_tensors
 from tests.inference.networks import small_config
 
 

@@ -1,25 +1,29 @@
-"""The training state moves between layouts: bit for bit where nothing is trained, and training goes on the same."""
+"""What a run begins with: the state of another layout, bit for bit, and training goes on the same; weights alone."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from checkpoints import reshard
-from megatron_taipan.checkpoint.folder import find_newest, read_metadata
+from megatron_taipan.checkpoint.folder import find_newest
+from megatron_taipan.checkpoint.loading import load_weights
+from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.config import load_config, make_config
+from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.engine.state_shards import KINDS
 from megatron_taipan.errors import UserError
-from tests.checkpoints.made import memory_state, write_checkpoint
-from tests.distributed.launch import launch
+from megatron_taipan.evaluation.perplexity import score
+from megatron_taipan.model.taipan import Taipan
+from tests.checkpoints.made import memory_state, write_checkpoint, write_weights
+from tests.distributed.launch import launch, run_program
 from tests.distributed.series import Job, launch_series
-from tests.train.runs import log, records, runs, steps_so_far
-from tests.train.toy import toy_tree, write_data
+from tests.train.runs import log, runs
+from tests.train.toy import toy_config, toy_tree, write_data
 
 # processes, and the section `parallel`
 LAYOUTS = {
@@ -61,7 +65,7 @@ def tree_of(prefix: str, directory: Path, layout: str, **train) -> dict:
 
 def convert(tree: dict, source: str) -> None:
     """Loads a checkpoint in this process group's layout and saves it again, untrained."""
-    from megatron_taipan.checkpoint import state
+    from megatron_taipan.checkpoint.loading import load_training_state
     from megatron_taipan.checkpoint.saving import Saving
     from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
     from megatron_taipan.engine.build import build_engine
@@ -75,7 +79,7 @@ def convert(tree: dict, source: str) -> None:
     engine = build_engine(build_model(config, groups, pick_ops()), config, groups, torch.device("cpu"))
     config.train.seed -= 1
     identity = read_metadata(Path(source))["identity"]
-    loaded = state.load(engine, Path(source), config=config, identity=identity, groups=groups)
+    loaded = load_training_state(engine, Path(source), config=config, identity=identity, groups=groups)
     snapshot = take_snapshot(engine, config, groups, HostMemory())
     metadata = {"identity": identity}
     Saving(snapshot, Path(config.checkpoint.dir), loaded.progress, config=config, metadata=metadata).finish()
@@ -213,71 +217,66 @@ def test_missing_elements_are_an_error(tmp_path, prefix):
         reader.full(name, "master")
 
 
-def test_a_full_disk_on_one_rank_keeps_the_run_and_the_checkpoint_before(tmp_path, prefix):
-    tree = tree_of(prefix, tmp_path / "run", "2 data, stage 1", steps=4) | {
-        "checkpoint": {"dir": str(tmp_path / "run"), "save_every": 1}
-    }
-    for results in launch(2, full_disk_at_step_2, tree):
-        assert results == [0]
-    names = sorted(path.name for path in (tmp_path / "run").glob("step_*"))
-    assert names == ["step_00000001", "step_00000003", "step_00000004"]
-    (alarm,) = log(tmp_path / "run", "alarm")
-    assert "step 2: " in alarm["text"] and "rank 1: No space left on device" in alarm["text"]
+def test_a_run_starts_from_the_weights_in_another_layout_and_resumes_from_its_own_checkpoint(tmp_path):
+    tree = toy_tree(
+        write_data(tmp_path / "data"),
+        tmp_path / "run",
+        parallel={"tensor": 2, "zero_stage": 3},
+        train={"steps": 2, "eval_samples": 12},
+        checkpoint={"init": str(tmp_path / "weights")},
+    )
+    config = make_config(tree)
+    model = Taipan(config.model, seed=77)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    write_weights(tmp_path / "weights", model)
+    wanted = score(model, build_dataset(config.data, "valid", config.model.vocab_size), samples=12)
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    command = ["launch/pretrain.py", "--config", str(tmp_path / "config.yaml")]
+    run_program(2, [*command, "train.stop_at=1"]).succeeded()
+    run_program(2, command).succeeded()
+    valid = [record["ce"] for record in log(tmp_path / "run", "valid")]
+    assert valid[0] == pytest.approx(wanted.ce, rel=2e-6)
+    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2]
+    assert valid[-1] < valid[0]  # the second start went on; from the weights again it would score as before step 2
 
 
-def full_disk_at_step_2(tree: dict) -> list:
-    import errno
-
-    import torch.distributed as dist
-
-    from megatron_taipan.checkpoint import saving
-
-    write = saving.write_tensors
-
-    def failing(path: Path, tensors: dict) -> tuple[int, str]:
-        if dist.get_rank() == 1 and "step_00000002" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path, tensors)
-
-    saving.write_tensors = failing
-    try:
-        return runs([tree])
-    finally:
-        saving.write_tensors = write
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pattern": "M S M W"}, "has the layers MSMA, model.pattern gives MSMW"),
+        ({"d_ff": 64}, r"\[48, 32\].*\[64, 32\]"),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, changes, words):
+    theirs = toy_config("none").model
+    write_weights(tmp_path / "weights", Taipan(theirs))
+    ours = theirs.model_copy(update=changes)
+    with pytest.raises(UserError, match=words):
+        load_weights(Taipan(ours), tmp_path / "weights")
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, prefix):
-    trees = []
-    for name, asynchronous in (("behind", True), ("waiting", False)):
-        tree = tree_of(prefix, tmp_path / name, "2 data, stage 1", steps=12)
-        tree["checkpoint"] |= {"save_every": 2, "asynchronous": asynchronous, "keep_last": None}
-        trees.append(tree)
-    assert launch(2, slow_writing, trees)[0] == [0, 0]
-    first = tmp_path / "behind" / "step_00000002"
-    events = [(record["event"], record["step"]) for record in records(tmp_path / "behind")]
-    assert events.index(("step", 4)) < events.index(("save", 2))  # it learned on before the first was complete
-    assert log(tmp_path / "waiting", "save")[0]["stall_s"] >= 0.3
-    ours, theirs = everything(first), everything(tmp_path / "waiting" / "step_00000002")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert find_newest(tmp_path / "behind").path.name == "step_00000012"
+def test_weights_for_a_network_that_computes_otherwise_are_taken_and_that_is_told(tmp_path):
+    theirs = toy_config("none").model
+    write_weights(tmp_path / "weights", Taipan(theirs))
+    assert load_weights(Taipan(theirs), tmp_path / "weights") == []
+    gate = theirs.gate.model_copy(update={"refinement": "add", "init_bias": 2.0, "capacity": 0.3})
+    ours = theirs.model_copy(update={"gate": gate, "norm_eps": 1e-6, "pattern": "M S | M A"})
+    assert load_weights(Taipan(ours), tmp_path / "weights") == [
+        "model.norm_eps: 1e-05, this run 1e-06",
+        "model.gate.refinement: replace, this run add",
+    ]
 
 
-def slow_writing(trees: list[dict]) -> list:
-    """Runs like `runs`; the first file of a state takes until two more steps are logged, or 0.3 s where none can be."""
-    from megatron_taipan.checkpoint import saving
-
-    write = saving.write_tensors
-
-    def slow(path: Path, tensors: dict) -> tuple[int, str]:
-        time.sleep(0.3)
-        directory, until = path.parents[2], time.monotonic() + 60
-        if directory.name == "behind" and "step_00000002" in str(path):
-            while steps_so_far(directory) < 4 and time.monotonic() < until:
-                time.sleep(0.01)
-        return write(path, tensors)
-
-    saving.write_tensors = slow
-    try:
-        return runs(trees)
-    finally:
-        saving.write_tensors = write
+def test_a_network_of_another_tokenizer_is_refused(tmp_path):
+    for name in ("first", "second"):
+        said = {"shards": [{"prefix": name}], "tokenizer": {"name": name, "sha256": name}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+    config = make_config(toy_tree(str(tmp_path / "first"), tmp_path / "run"))
+    model = Taipan(config.model, seed=1)
+    path = write_checkpoint(tmp_path / "run", config, model.state_dict().__getitem__)
+    assert load_weights(model, path, prefixes=[str(tmp_path / "first"), str(tmp_path / "unknown")]) == []
+    with pytest.raises(UserError, match="second was made with the tokenizer second .* and .*first with first"):
+        load_weights(model, path, prefixes=[str(tmp_path / "second")])
