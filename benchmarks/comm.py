@@ -34,7 +34,8 @@ def measure(
     counter.reset()
     out = model(tokens, labels=tokens.roll(-1, 1))
     out.loss.backward()
-    selected = [round(stats["selected"].item() * tokens.numel()) for stats in out.gate_stats]
+    shares = model.layer_metrics.of_gates(model.named_metrics(out), "selected")
+    selected = [round(share.item() * tokens.numel()) for share in shares]
     expected = expected_traffic(
         model_config, tensor=groups.tensor.size, sequence=sequence, batch=batch, length=length, selected=selected
     )

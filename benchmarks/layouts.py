@@ -107,13 +107,13 @@ def measure(options: argparse.Namespace) -> None:
     training = ours(config)
     ms = median_step_ms(training.step, warm=4)
     tokens = config.train.global_batch * config.data.seq_len
-    gates = training.results[-1].gates
+    shares = training.engine.module.layer_metrics.of_gates(training.results[-1].layer_metrics, "selected")
     if dist.get_rank() == 0:
         numbers = {
             "ms": round(ms, 1), "tokens/s/GPU": round(tokens / ms * 1e3 / dist.get_world_size()),
             "GiB a GPU": round(torch.cuda.max_memory_reserved() / 2**30, 1),
             "loss": f"{training.results[0].loss:.3f} -> {training.results[-1].loss:.3f}",
-            "selected": round(sum(gate["selected"] for gate in gates) / max(len(gates), 1), 3),
+            "selected": round(sum(shares) / max(len(shares), 1), 3),
         }  # fmt: skip
         if (tp := training.engine.module.tp).sequence_parallel:
             numbers["tokens travel"] = "by collectives" if tp.exchange is None else "in pieces"

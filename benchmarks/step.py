@@ -61,10 +61,11 @@ def our_step(config: Config, profiled: bool) -> dict:
     training = ours(config)
     built = time.perf_counter() - began
     numbers = timed(training, config, profiled) | {"build s": round(built, 1)}
-    losses, gates = [result.loss for result in training.results], training.results[-1].gates
+    losses = [result.loss for result in training.results]
+    shares = training.engine.module.layer_metrics.of_gates(training.results[-1].layer_metrics, "selected")
     numbers["loss"] = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
-    if gates:
-        numbers["selected"] = round(sum(gate["selected"] for gate in gates) / len(gates), 3)
+    if shares:
+        numbers["selected"] = round(sum(shares) / len(shares), 3)
     return numbers
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_taipan.layer_kinds.metrics import logged
 from megatron_taipan.untrusted import parse_json
 
 LOG = "log.jsonl"  # in the run's folder, beside its checkpoints (megatron_taipan/train/logs.py)
@@ -39,7 +40,7 @@ def last_validation(checkpoint: Path, step: int) -> Validation | None:
                 found = record
     if found is None:
         return None
-    shares = [value for name, value in found.items() if name.startswith("gate") and name.endswith("/selected")]
+    shares = list(logged(found, "selected").values())
     selected = sum(shares) / len(shares) if shares and all(isinstance(s, int | float) for s in shares) else None
     return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], selected)
 

@@ -3,37 +3,39 @@
 import torch
 from torch import Tensor
 
-from megatron_taipan.gate_config import GateConfig
-from megatron_taipan.model.gate import STATS
-from megatron_taipan.model.taipan import TaipanOutput
+from megatron_taipan.config import ModelConfig
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.train.schedule import gate_step
 
 
 class GateVectors:
     """What the gates are told at each step, on the device: reading the shares would make the host wait for it."""
 
-    def __init__(self, gate: GateConfig, steps: int, gates: int, device: torch.device):
-        rows = [gate_step(gate, step, steps, [], gates).vector() for step in range(steps)]
+    def __init__(self, config: ModelConfig, steps: int, device: torch.device):
+        rows = [gate_step(config.gate, step, steps, [], len(config.gated_layers)).vector() for step in range(steps)]
         self.rows = torch.tensor(rows, dtype=torch.float32, device=device)  # [steps, 4 + gates]
+        self.selected = torch.tensor(LayerMetrics(config).gate_places("selected"), dtype=torch.int64, device=device)
         self.shares = self.rows[0, 4:]  # [gates] of the step before
 
     def at(self, step: int) -> Tensor:
         """[4 + gates], as `gate_step(...).vector()` with the shares of the step before."""
         return torch.cat([self.rows[step, :4], self.shares])
 
+    def after(self, metrics: Tensor | None) -> Tensor:
+        """Notes what was selected in a step, whose layers measured `metrics` [n], and gives these; empty for None."""
+        metrics = self.shares.new_zeros(0) if metrics is None else metrics
+        self.shares = metrics[self.selected]
+        return metrics
 
-def measured(out: TaipanOutput) -> Tensor:
-    """[gates, 4] what the gates measured, see STATS; a copy, since the next replay of a graph writes over it."""
-    assert out.gate_stats is not None and out.loss is not None  # labels were given
-    stats = [torch.stack([g[name] for name in STATS]).detach() for g in out.gate_stats]
-    return torch.stack(stats) if stats else out.loss.new_zeros(0, len(STATS))
 
+def log_of(losses: Tensor, metrics: Tensor, names: LayerMetrics, points: int = 8) -> list[dict[str, float]]:
+    """Loss and the layers' metrics at evenly spaced steps, the last among them.
 
-def log_of(losses: Tensor, stats: Tensor, points: int = 8) -> list[dict[str, float]]:
-    """Loss and the first gate's statistics at evenly spaced steps, the last among them."""
+    Args:
+        losses: [steps]; metrics: [steps, n].
+    """
     lines = []
     for step in torch.linspace(0, len(losses) - 1, min(points, len(losses))).round().int().tolist():
-        line = {"step": step, "loss": losses[step].item()}
-        line |= dict(zip(STATS, stats[step, 0].tolist(), strict=True)) if stats.shape[1] else {}
+        line = {"step": step, "loss": losses[step].item(), **names.named(metrics[step].tolist())}
         lines.append({name: round(value, 4) for name, value in line.items()})
     return lines

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from statistics import fmean, median
 
+from megatron_taipan.layer_kinds.metrics import logged
+
 LAST = 50  # steps at the end of a run that stand for it
 POINTS = 12  # of a run's course
 
@@ -14,19 +16,18 @@ def read_log(log: Path) -> dict:
     Returns:
         valid: [step, loss] of each validation; train_loss: mean over the last steps, nats a token.
         tokens, tokens_per_s (median), epochs of the data, skipped steps.
-        selected_training, alpha, entropy: [S layers], means over the last steps; selected_evaluation: of the last
-            validation; course: [step, loss, selected and selected_eval of each gate] at a few steps.
+        selected_training, alpha, entropy: by S layer, means over the last steps; selected_evaluation: of the last
+            validation; course: step, ce, and selected and selected_eval by S layer, at a few steps.
     """
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [r for r in records if r["event"] == "step"]
     valid = [r for r in records if r["event"] == "valid"]
-    gates = sum(name.endswith("/selected") for name in steps[-1])
     last = steps[-LAST:]
 
-    def mean(name: str, rows: list[dict]) -> list[float]:
-        return [round(fmean(r[f"gate{i}/{name}"] for r in rows), 4) for i in range(gates)]
+    def mean(metric: str, rows: list[dict], digits: int = 4) -> dict[str, float]:
+        measured = [logged(r, metric) for r in rows]
+        return {layer: round(fmean(m[layer] for m in measured), digits) for layer in measured[-1]}
 
-    names = [f"gate{i}/{name}" for i in range(gates) for name in ("selected", "selected_eval")]
     return {
         "valid": [[r["step"], round(r["ce"], 5)] for r in valid],
         "train_loss": round(fmean(r["ce"] for r in last), 4),
@@ -39,7 +40,7 @@ def read_log(log: Path) -> dict:
         "entropy": mean("entropy", last),
         "selected_evaluation": mean("selected", valid[-1:]),
         "course": [
-            [r["step"], round(r["ce"], 3), *(round(r[name], 3) for name in names)]
+            {"step": r["step"], "ce": round(r["ce"], 3), **{n: mean(n, [r], 3) for n in ("selected", "selected_eval")}}
             for r in steps[:: max(1, len(steps) // POINTS)]
         ],
     }
@@ -70,12 +71,17 @@ def one_table(rows: dict[str, list[dict]]) -> str:
     for label, runs in sorted(rows.items(), key=lambda item: fmean(r["by_distance"]["all"][0] for r in item[1])):
         losses = [told([r["by_distance"][name][0] for r in runs]) for name in classes]
         shares = [
-            ", ".join(f"{fmean(layer):.2f}" for layer in zip(*(r[key] for r in runs), strict=True)) or "–"
+            ", ".join(f"{fmean(layer):.2f}" for layer in zip(*(by_layer(r[key]) for r in runs), strict=True)) or "–"
             for key in ("selected_training", "selected_evaluation")
         ]
         size, speed = f"{runs[0]['params'] / 1e6:.1f}M", f"{median(r['tokens_per_s'] for r in runs):,.0f}"
         lines.append("| " + " | ".join([label, size, str(len(runs)), *losses, *shares, speed]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def by_layer(shares: dict[str, float] | list[float]) -> list[float]:
+    """Layer by layer; older results have a list."""
+    return list(shares.values()) if isinstance(shares, dict) else shares
 
 
 def told(values: list[float]) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import hardware
-from experiments.gate_vectors import GateVectors, log_of, measured
+from experiments.gate_vectors import GateVectors, log_of
 from experiments.in_parts import make, read_made
 from experiments.recall_report import report
 from experiments.recall_task import SMALL, Settings, make_batch, make_rows
@@ -34,11 +34,10 @@ from megatron_taipan.config import AttentionConfig, GateConfig, MambaConfig, Mod
 from megatron_taipan.errors import exits_cleanly
 from megatron_taipan.evaluation.calibrate import calibrate
 from megatron_taipan.model.blocks import SelectiveAttentionBlock
-from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train.schedule import learning_rate
 
-LAST = 50  # steps that the statistics of the gate at the end of training are the mean of
+LAST = 50  # steps that the metrics at the end of training are the mean of
 TOKENS_AT_ONCE = 65536  # of a scoring pass: its logits are float32 [tokens, vocab]
 
 
@@ -63,16 +62,16 @@ def gates_of(model: Taipan) -> list[torch.nn.Module]:
 
 
 def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Loss [steps] and the gates' statistics [steps, gates, 4]; every model sees the same rows in the same order."""
+    """Loss [steps] and the layers' metrics [steps, n]; every model sees the same rows in the same order."""
     optim = OptimConfig(lr=s.lr, min_lr=0.0, warmup_steps=s.warmup)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.95), fused=device.type == "cuda"
     )
     rows = torch.Generator(device).manual_seed(1000 + seed)
-    vectors = GateVectors(model.config.gate, s.steps, len(model.config.gated_layers), device)
+    vectors = GateVectors(model.config, s.steps, device)
     one_document = torch.zeros(s.batch, s.seq_len, dtype=torch.int32, device=device)
     numbers = torch.arange(s.steps, device=device)
-    losses, stats = [], []
+    losses, metrics = [], []
     for step in range(s.steps):
         tokens, labels = make_batch(s, rows)
         for group in optimizer.param_groups:
@@ -87,9 +86,8 @@ def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(out.ce_loss.detach())
-        stats.append(measured(out))
-        vectors.shares = stats[-1][:, 0]
-    return torch.stack(losses).cpu(), torch.stack(stats).cpu()
+        metrics.append(vectors.after(out.metrics))
+    return torch.stack(losses).cpu(), torch.stack(metrics).cpu()
 
 
 @torch.no_grad()
@@ -125,7 +123,7 @@ def run(what: dict, device: torch.device) -> dict:
     graphs = device.type == "cuda" and model.graphable
     if graphs:
         model.capture(s.batch, s.seq_len)
-    losses, stats = train(model, s, seed, device)
+    losses, metrics = train(model, s, seed, device)
     model.release_graphs()
     trained = time.perf_counter()
     model.eval()
@@ -136,10 +134,10 @@ def run(what: dict, device: torch.device) -> dict:
 
     result: dict[str, Any] = {
         "params": model.num_params(), "graphs": graphs, "loss": losses[-LAST:].mean().item(),
-        "log": log_of(losses, stats), "scores": {"evaluation": scores()},
+        "log": log_of(losses, metrics, model.layer_metrics), "scores": {"evaluation": scores()},
     }  # fmt: skip
     if gates_of(model):
-        result["gates"] = [dict(zip(STATS, g, strict=True)) for g in stats[-LAST:].mean(0).tolist()]
+        result["layer_metrics"] = model.layer_metrics.named(metrics[-LAST:].mean(0).tolist())
         model.train()
         result["scores"]["training"] = scores()
         model.eval()

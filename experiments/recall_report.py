@@ -4,7 +4,9 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.svg import Series, chart
+from megatron_taipan.layer_kinds.metrics import logged
 from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.pattern import parse_pattern
 
 
@@ -60,6 +62,14 @@ def told(values: list[float]) -> str:
     return f"{mean(values):.2f}{each}"
 
 
+def first_gate(result: dict) -> dict[str, float]:
+    """What the first gate measured at the end of training; empty without one. Older results have a list of gates."""
+    if "gates" in result:
+        return result["gates"][0]
+    measured = result.get("layer_metrics", {})
+    return {name: next(iter(logged(measured, name).values())) for name in GATE_METRICS} if measured else {}
+
+
 def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -> str:
     """One row a recipe, and where its gate has thresholds to calibrate, one with those."""
     heads = ["recipe", "pattern", "parameters", *(f"{n} pairs" for n in pairs), "mix", "selected in training"]
@@ -67,7 +77,7 @@ def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, records in groups.items():
         first = records[0]["result"]
-        gates = [r["result"]["gates"][0] for r in records if "gates" in r["result"]]
+        gates = [gate for r in records if (gate := first_gate(r["result"]))]
         for mode in [m for m in ("evaluation", "calibrated") if m in first["scores"]]:
             cells = [name + (", calibrated" if mode == "calibrated" else ""), f"`{records[0]['run']['pattern']}`"]
             cells.append(f"{first['params']:,}")
@@ -99,7 +109,7 @@ def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
     series: dict[str, list[tuple[float, float, str]]] = {}
     for name, records in groups.items():
         run = records[0]["run"]
-        if "gates" in records[0]["result"]:
+        if first_gate(records[0]["result"]):
             share = mean(figure(records, "evaluation", trained, "selected"))
         else:
             share = float(any(kind.attends for kind in kinds_of(parse_pattern(run["pattern"]).letters)))

@@ -1,6 +1,6 @@
 """A kind of layer is one record: this file alone adds one, gated linear attention, which then does all that layers do.
 
-It trains on one and on two tensor ranks, is counted, saved, resharded to tensor 2, and decodes.
+It trains on one rank, two tensor ranks and two pipeline stages, is counted, logged, saved, resharded and decodes.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from megatron_taipan.layer_kinds.registry import KINDS, kind_of, register
 from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.flops import layer_flops, layer_params, pipeline_bounds
 from megatron_taipan.model.layers import StreamNorm
-from megatron_taipan.model.stream import Stream
+from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
 from megatron_taipan.parallel.traffic import expected_traffic
@@ -56,7 +56,7 @@ GATED_LINEAR = LayerKind(
     letter="L", mixer="gated linear attention", noun="layer", parameters=parameters,
     flops=lambda config, seq_len: 10.0 * config.d_model**2 + 5 * config.d_model**2 / config.attention.n_heads,
     check=check, splits=lambda config: (Split("model.attention.n_heads", config.attention.n_heads),),
-    traffic=traffic, options=("attention.n_heads",),
+    traffic=traffic, options=("attention.n_heads",), metrics=("forget", "state_norm"),
 )  # fmt: skip
 register(GATED_LINEAR)
 
@@ -93,6 +93,7 @@ class GatedLinear(torch.nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, u, ctx, state=None):
+        """The output, and metrics of this rank's heads: means of 1 - sigmoid(g) and of the last state's norm."""
         parts = column_parallel_linear(u, self.tp, *(getattr(self, name) for name in PROJECTIONS))
         q, k, v, g = (p.view(ctx.batch, ctx.length, self.heads, -1) for p in parts)  # [b, l, h, e]
         sums = state.sums if state else q.new_zeros(ctx.batch, self.heads, q.shape[-1], q.shape[-1])
@@ -109,9 +110,9 @@ class GatedLinear(torch.nn.Module):
         elif state is not None:
             state.sums = sums
         y = torch.stack(out, 1).flatten(-2)
-        return row_parallel_linear(
-            y if ctx.single or not self.tp.sequence_parallel else y.flatten(0, 1), self.out_proj, self.tp
-        )
+        y = y if ctx.single or not self.tp.sequence_parallel else y.flatten(0, 1)
+        metrics = torch.stack([(1 - g.sigmoid()).mean(), sums.flatten(-2).norm(dim=-1).mean()])
+        return row_parallel_linear(y, self.out_proj, self.tp), metrics
 
 
 class GatedLinearBlock(Block, kinds=(GATED_LINEAR,)):
@@ -121,7 +122,8 @@ class GatedLinearBlock(Block, kinds=(GATED_LINEAR,)):
 
     def forward(self, stream, ctx, state=None):
         u, h = self.norm(*stream)
-        return Stream(h, self.linear(u, ctx, state)), None
+        out, metrics = self.linear(u, ctx, state)
+        return Stream(h, out), Measured(metrics)
 
     def new_state(self, batch, device, dtype):
         e = self.config.d_model // self.config.attention.n_heads
@@ -160,7 +162,8 @@ def trained(tmp_path_factory) -> tuple[Path, dict]:
     }  # fmt: skip
     tree = toy_tree(
         write_data(folder / "data"), folder / "one", model=model,
-        train={"steps": 5, "global_batch": 4, "micro_batch": 4, "precision": "fp32", "eval_every": 0},
+        train={"steps": 5, "global_batch": 4, "micro_batch": 2, "precision": "fp32", "eval_every": 0,
+               "eval_samples": 3},
         checkpoint={"dir": str(folder / "one"), "save_every": 3},
     )  # fmt: skip
     assert launch(1, train_here, [tree]) == [[0]]
@@ -172,19 +175,40 @@ def train_here(trees: list[dict]) -> list:
     return runs(trees)
 
 
-def test_it_trains_alike_on_two_tensor_ranks_from_a_resharded_checkpoint(trained):
+def test_it_trains_and_is_logged_alike_in_every_layout(trained):
+    """On two tensor ranks from a resharded checkpoint, and in two pipeline stages from the start."""
     folder, tree = trained
-    losses = [record["loss"] for record in log(folder / "one")]
-    assert len(losses) == 5 and losses[-1] < losses[0]
-    two = tree | {
-        "parallel": {**tree["parallel"], "tensor": 2},
-        "checkpoint": {"dir": str(folder / "two"), "save_every": 0},
-    }
-    config = make_config(two)
-    reshard(folder / "one" / "step_00000003", folder / "two", Target(config, 2))
-    assert launch(2, train_here, [two]) == [[0], [0]]
-    resumed = [record["loss"] for record in log(folder / "two")]
-    assert resumed == pytest.approx(losses[3:], rel=1e-5)
+    alone = log(folder / "one")
+    assert len(alone) == 5 and alone[-1]["loss"] < alone[0]["loss"]
+    two, staged = (
+        tree | {"parallel": {**tree["parallel"], **layout}, "checkpoint": {"dir": str(folder / name), "save_every": 0}}
+        for name, layout in (("two", {"tensor": 2}), ("staged", {"pipeline": 2}))
+    )
+    reshard(folder / "one" / "step_00000003", folder / "two", Target(make_config(two), 2))
+    assert launch(2, train_here, [two, staged]) == [[0, 0], [0, 0]]
+    for name, expected in (("two", alone[3:]), ("staged", alone)):
+        records = log(folder / name)
+        for key in ("loss", "layers.1.forget", "layers.1.state_norm", "layers.2.selected", "layers.2.budget"):
+            values = [[record[key] for record in rows] for rows in (records, expected)]
+            assert values[0] == pytest.approx(values[1], rel=1e-5), (name, key)
+    assert "layers.1.forget" in log(folder / "one", "valid")[0] and "layers.0.forget" not in alone[0]
+    assert 0.4 < alone[0]["layers.1.forget"] < 0.6 and alone[0]["layers.1.state_norm"] > 0
+
+
+def test_metrics_are_those_of_the_layer_by_itself():
+    model, kept = small_model("M L S"), []
+    model.layers[1].linear.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    measured = model.named_metrics(model(tokens(2, 9), labels=tokens(2, 9, 1)))
+    gates = kept[0] @ model.layers[1].linear.g_proj.T
+    assert measured["layers.1.forget"].item() == pytest.approx((-gates).sigmoid().mean().item(), rel=1e-6)
+    assert list(measured)[:3] == ["layers.1.forget", "layers.1.state_norm", "layers.2.selected"]
+
+
+def test_a_metric_that_is_not_given_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setitem(KINDS, "L", replace(GATED_LINEAR, metrics=("forget", "state_norm", "more")))
+    model = small_model("L M")
+    with pytest.raises(ValueError, match=r"gave 2 metrics, and their kinds declare 3 \(.*layers.0.more\)"):
+        model.named_metrics(model(tokens(1, 4)))
 
 
 def test_a_letter_that_no_kind_has_is_an_error_everywhere():

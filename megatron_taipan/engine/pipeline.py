@@ -25,12 +25,12 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_taipan.config import Config
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.model.blocks import Block, make_layer
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params, pipeline_bounds
-from megatron_taipan.model.gate import STATS
 from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
@@ -72,6 +72,7 @@ class TaipanPipeline(PipelineModule):
             loss_fn=None,
         )
         self.config, self.tp = config, groups.tensor
+        self.layer_metrics = LayerMetrics(config.model)
         self.records_on = next(self.parameters()).device
 
     def _partition_layers(self, method: str = "") -> None:
@@ -106,19 +107,17 @@ class TaipanPipeline(PipelineModule):
         """What this stage saw since the last call, as means over micro-batches; and forgets it.
 
         Returns:
-            [3 + gates * 5] float64: loss, ce, budget, then the statistics of every S layer of the network. Entries that
-            other stages hold are 0, so that a sum over stages joins them.
+            [3 + n] float64: loss, ce, budget, then the metrics of all layers of the network, in the order of
+            `layer_metrics`. Entries that other stages hold are 0, so that a sum over stages joins them.
         """
-        width = len(STATS) + 1
-        gates = self.config.model.gated_layers
-        joined = torch.zeros(3 + width * len(gates), dtype=torch.float64, device=self.records_on)
+        losses = torch.zeros(3, dtype=torch.float64, device=self.records_on)
+        metrics = torch.zeros(len(self.layer_metrics.names), dtype=torch.float64, device=self.records_on)
         for owner in self.recorders():
             if owner.records:
-                start = 0 if isinstance(owner, PipelineHead) else 3 + width * gates.index(owner.index)
-                mean = torch.stack(owner.records).mean(0)
-                joined[start : start + len(mean)] = mean.to(joined.device)
+                place = losses if isinstance(owner, PipelineHead) else metrics[self.layer_metrics.spans[owner.index]]
+                place.copy_(torch.stack(owner.records).mean(0))
                 owner.records.clear()
-        return joined
+        return torch.cat([losses, metrics])
 
     def recorders(self) -> "list[PipelineHead | PipelineLayer]":
         """The layers of this stage that keep records."""
@@ -241,7 +240,7 @@ class PipelineLayer(nn.Module):
         self.layer: Block = make_layer(build, index)
         self.gate_config = config.model.gate
         self.gate: Tensor | None = None  # set by `gates_set_to`
-        self.records: list[Tensor] = []  # the gate's statistics and budget loss of each micro-batch
+        self.records: list[Tensor] = []  # its metrics of each micro-batch
 
     def forward(self, payload: Payload) -> Payload:
         h, budget, batch_meta, *branch = payload
@@ -252,12 +251,12 @@ class PipelineLayer(nn.Module):
             batch_meta[..., 0], batch_meta[..., 1].int() if self.packed else None, batch_meta[:, 0, 4], step, settings
         )
         if self.recompute == "none" or not torch.is_grad_enabled():
-            stream, selection = self.layer(stream, ctx)
+            stream, measured = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
-            stream, selection = recomputed(self.layer, self.recompute, self.tp, Stream(stream.total()), ctx)
-        if selection is not None:
-            budget = budget + selection.budget_loss
-            self.records.append(torch.cat([selection.stats, selection.budget_loss.detach()[None]]).double())
+            stream, measured = recomputed(self.layer, self.recompute, self.tp, Stream(stream.total()), ctx)
+        if measured is not None:
+            budget = budget if measured.budget_loss is None else budget + measured.budget_loss
+            self.records.append(measured.metrics.detach().double())
         if self.ends or stream.branch is None:
             return stream.total(), budget, batch_meta
         return stream.h, budget, batch_meta, stream.branch

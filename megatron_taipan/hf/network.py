@@ -16,11 +16,10 @@ from megatron_taipan.hf.linears import hold_in_linears, register_names, table_na
 from megatron_taipan.model.blocks import BLOCKS
 from megatron_taipan.model.cache import Cache as TaipanState
 from megatron_taipan.model.context import Context, make_context
-from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.recompute import run_layers
-from megatron_taipan.model.stream import Stream
+from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
@@ -147,25 +146,26 @@ class TaipanModel(TaipanPreTrainedModel):
         ctx = make_context(h[..., 0], seq_idx, None, step, settled(self.gate_config, step), state)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        between, selections = [h], []
+        between, found = [h], []
         if output_hidden_states:
             for index, layer in enumerate(self.layers):
-                h, selection = self._one_layer(layer, h, ctx, index)
+                h, measured = self._one_layer(layer, h, ctx, index)
                 between.append(h)
-                selections += [] if selection is None else [selection]
+                found += [] if measured is None else [measured]
         else:
-            h, selections = run_layers(self.layers, h, ctx, self.recompute, 1, self.tp)
+            h, found = run_layers(self.layers, h, ctx, self.recompute, 1, self.tp)
         h = self.final_norm(beside(self.final_norm, h))
         kept: dict[str, Any] = {CACHE: cache, "hidden_states": (*between[:-1], h) if output_hidden_states else None}
-        budget = sum((s.budget_loss.to(h.device) for s in selections), torch.zeros((), device=h.device))
+        losses = [measured.budget_loss.to(h.device) for measured in found if measured.budget_loss is not None]
+        budget = sum(losses, torch.zeros((), device=h.device))
         output = TaipanModelOutput(last_hidden_state=h, budget_loss=budget, **kept)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _one_layer(self, layer: nn.Module, h: Tensor, ctx: Context, index: int) -> tuple[Tensor, Selection | None]:
-        """The stream [b, l, d] behind one layer, and what its gate decided."""
+    def _one_layer(self, layer: nn.Module, h: Tensor, ctx: Context, index: int) -> tuple[Tensor, Measured | None]:
+        """The stream [b, l, d] behind one layer, and what it measured."""
         state = ctx.cache.layers[index] if ctx.cache is not None else None
-        stream, selection = layer(Stream(h), ctx, state)
-        return stream.total(), selection
+        stream, measured = layer(Stream(h), ctx, state)
+        return stream.total(), measured
 
     def _state_of(self, cache: TaipanCache, h: Tensor) -> TaipanState:
         """The memory inside `cache` for h [b, l, d], made on first use.

@@ -35,6 +35,7 @@ class LayerKind:
     splits: "Callable[[ModelConfig], tuple[Split, ...]]"  # what tensor parallelism divides
     traffic: "Callable[[LayerTraffic], None]"  # what tensor parallelism sends, see parallel/traffic.py
     options: tuple[str, ...]  # configuration options that change what it computes, in dotted names
+    metrics: tuple[str, ...] = ()  # what its block measures in every pass, by name; see Measured in model/stream.py
     residuals: int = 1  # times that it adds to the residual stream
     attends: bool = False  # runs the attention kernels, with heads of config.head_dim
     windowed: bool = False  # sees the last config.attention.window tokens at most

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from megatron_taipan.config import ModelConfig
     from megatron_taipan.parallel.traffic import LayerTraffic
 
+# What a gate measures: the share of tokens selected, that above the threshold of evaluation, the means of alpha and of
+# its entropy in nats, and its budget loss (model/gate.py).
+GATE_METRICS = ("selected", "selected_eval", "alpha", "entropy", "budget")
+
 
 def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     d = config.d_model
@@ -54,5 +58,6 @@ SELECTIVE_ATTENTION = LayerKind(
     check=check_attention, splits=attention_splits, traffic=_traffic,
     # the gate's other options are of training
     options=(*ATTENTION_OPTIONS, "attention.window", "gate.refinement", "gate.weight"),
+    metrics=GATE_METRICS,
     residuals=2, attends=True, windowed=True, gated=True, capturable=True, ends_graph=True,
 )  # fmt: skip

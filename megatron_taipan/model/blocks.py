@@ -16,7 +16,7 @@ from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import StreamNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
-from megatron_taipan.model.stream import Stream
+from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.ops.selected_rows import Rows
 from megatron_taipan.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel, shard_sequence
 
@@ -29,6 +29,9 @@ class Block(nn.Module):
     A subclass names the kinds that it computes and becomes their block:
 
         class MambaBlock(Block, kinds=(MAMBA2,))
+
+    Its `forward` takes the stream, the context and a decoding state, and gives the stream and what it measured: a
+    `Measured` where its kinds have `metrics`, else None.
     """
 
     def __init_subclass__(cls, kinds: tuple[LayerKind, ...] = (), **kwargs) -> None:
@@ -129,12 +132,13 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
-    def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Selection]:
+    def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Measured]:
         u, h = self.norm(*stream)  # [b, l, d] or a shard of its tokens
         selection = self.gate(u, ctx)
+        measured = Measured(selection.metrics, selection.budget_loss)
         if ctx.single:
             assert state is not None
-            return self._step(u, h, selection, ctx, state), selection
+            return self._step(u, h, selection, ctx, state), measured
         u = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
         refine = self._weight(selection).to(h.dtype)
@@ -147,7 +151,7 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         o = self._put_back(outputs, queries, u.shape)
         h = self.ops.refine(h, o, refine, zero_is_unselected=every is False, add=self.adds)
         u, h = self.mlp_norm(h)
-        return Stream(h, self.mlp(u)), selection
+        return Stream(h, self.mlp(u)), measured
 
     def _weight(self, selection: Selection) -> Tensor:
         """What a token takes of its attention output, 0 where it is not selected; shaped as m."""

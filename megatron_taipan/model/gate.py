@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise, uniform_noise
@@ -28,10 +29,7 @@ class Selection(NamedTuple):
     selected: Tensor  # [b, l] bool, of all tokens on every rank
     margin: Tensor  # [b, l] s_1 - s_0, detached: what evaluation compares with the threshold
     budget_loss: Tensor  # scalar: (capacity - mean m)^2 of the batch, or its mean over rows
-    stats: Tensor  # [4] selected, selected_eval, alpha, entropy: means over the tokens, detached
-
-
-STATS = ("selected", "selected_eval", "alpha", "entropy")
+    metrics: Tensor  # [5] GATE_METRICS: means over the tokens, detached
 
 
 def straight_through(logits: Tensor, noise: Tensor | None, tau: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -106,9 +104,9 @@ class Gate(KeepsFp32Params):
         rows = embed_shard(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
         share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
         budget_loss = self._budget_loss(share, ctx)
-        stats = self._stats(hard, above, alpha)
+        metrics = self._metrics(hard, above, alpha, budget_loss)
         selected = gather_sequence(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
-        return Selection(m, alpha, selected, margin, budget_loss, stats)
+        return Selection(m, alpha, selected, margin, budget_loss, metrics)
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
         """(C - share)^2 of each row, or of the whole batch; share [b]. Of all layers together: this one's part of it.
@@ -127,8 +125,11 @@ class Gate(KeepsFp32Params):
         return ((capacity - share.detach()).square() + slope * (share - share.detach())) / parts
 
     @torch.no_grad()
-    def _stats(self, hard: Tensor, above: Tensor, alpha: Tensor) -> Tensor:
+    def _metrics(self, hard: Tensor, above: Tensor, alpha: Tensor, budget_loss: Tensor) -> Tensor:
         a = alpha.float().clamp(1e-7, 1 - 1e-7)
         entropy = -(a * a.log() + (1 - a) * (1 - a).log())
-        means = torch.stack([t.float().mean() for t in (hard, above, alpha, entropy)])
-        return all_reduce_sum(means, self.tp) / self.tp.size if self.tp.sequence_parallel else means
+        means = [t.float().mean() for t in (hard, above, alpha, entropy)]
+        if self.tp.sequence_parallel:
+            means = list((all_reduce_sum(torch.stack(means), self.tp) / self.tp.size).unbind())
+        found = dict(zip(("selected", "selected_eval", "alpha", "entropy"), means, strict=True), budget=budget_loss)
+        return torch.stack([found[name].float() for name in GATE_METRICS])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_taipan.model.context import Context, make_context
-from megatron_taipan.model.gate import Gate, Selection
+from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.gate_settings import GateSettings
 from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.model.stream import Measured
 from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.replicated import sum_gradients_ahead
 
@@ -42,13 +43,12 @@ class Group(nn.Module):
         float32 [4 + S layers], see GateSettings.unpack.
 
         Returns:
-            h, and where the group has S layers their budget losses [n] and statistics [n, 4].
+            h; where layers of the group measure anything, all their metrics [n], and where some have a budget loss its
+            sum.
         """
         ctx = make_context(seq_idx, seq_idx, samples, step, GateSettings.unpack(gate))
-        h, chosen = run_layers(self.layers, h, ctx, *self.recompute, self.tp)
-        if not chosen:
-            return (h,)
-        return h, torch.stack([s.budget_loss for s in chosen]), torch.stack([s.stats for s in chosen])
+        h, found = run_layers(self.layers, h, ctx, *self.recompute, self.tp)
+        return h, *(t for t in Measured.join(found) or () if t is not None)
 
 
 class GraphedLayers:
@@ -117,18 +117,17 @@ class GraphedLayers:
             return False
         return True
 
-    def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
-        """As running the layers; of each selection only the budget loss and the statistics are known."""
+    def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Measured]]:
+        """As running the layers; what those of a group measured comes joined."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
         assert ctx.seq_idx is not None  # by `fits`
         batch_meta = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
-        selections = []
+        found = []
         for group in self.groups:
-            h, *gates = group(h, *batch_meta)  # type: ignore[misc]
-            if gates:
-                # of the rest nothing leaves a graph
-                selections += [Selection(*[None] * 4, *pair) for pair in zip(*gates, strict=True)]  # type: ignore[arg-type]
-        return h, selections
+            h, *measured = group(h, *batch_meta)  # type: ignore[misc]
+            if measured:
+                found.append(Measured(*measured))
+        return h, found
 
 
 def split(layers: list[nn.Module]) -> list[list[nn.Module]]:

@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.gate import Selection
-from megatron_taipan.model.stream import Stream
+from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.parallel.groups import TensorParallel
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
@@ -71,8 +70,8 @@ def _products_contexts() -> tuple[_Products, _Products]:
 
 def run_layers(
     layers: nn.ModuleList, h: Tensor, ctx: Context, mode: str, every: int, tp: TensorParallel
-) -> tuple[Tensor, list[Selection]]:
-    """The residual stream [b, l, d] through the layers, and what their gates decided.
+) -> tuple[Tensor, list[Measured]]:
+    """The residual stream [b, l, d] through the layers, and what they measured.
 
     Args:
         mode: "none", "selective" or "full" activation checkpointing, while gradients are wanted.
@@ -82,19 +81,19 @@ def run_layers(
     if mode == "none" or not torch.is_grad_enabled() or ctx.cache is not None:
         return _segment(layers, h, ctx, 0, len(layers))
     every = every if mode == "full" else 1
-    selections = []
+    found = []
     for first in range(0, len(layers), every):
-        h, chosen = recomputed(_segment, mode, tp, layers, h, ctx, first, min(first + every, len(layers)))
-        selections += chosen
-    return h, selections
+        h, measured = recomputed(_segment, mode, tp, layers, h, ctx, first, min(first + every, len(layers)))
+        found += measured
+    return h, found
 
 
-def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Selection]]:
+def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Measured]]:
     """Layers first to last - 1, which run together: additions to h are outstanding between them, not behind them."""
-    stream, selections = Stream(h), []
+    stream, found = Stream(h), []
     for index in range(first, last):
         state = ctx.cache.layers[index] if ctx.cache is not None else None
-        stream, selection = layers[index](stream, ctx, state)
-        if selection is not None:
-            selections.append(selection)
-    return stream.total(), selections
+        stream, measured = layers[index](stream, ctx, state)
+        if measured is not None:
+            found.append(measured)
+    return stream.total(), found

@@ -1,7 +1,8 @@
-"""The residual stream between two layers."""
+"""What layers hand on: the residual stream between two of them, and what one measured."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,23 @@ class Stream(NamedTuple):
     def total(self) -> Tensor:
         """The stream's value, in h's type."""
         return self.h if self.branch is None else self.h + self.branch  # h's type is the wider one
+
+
+class Measured(NamedTuple):
+    """What a layer gives besides the stream. A tuple for ZeRO-3's sake.
+
+    A metric is a mean over this rank's part of a micro-batch. What is logged is its mean over micro-batches, data and
+    tensor ranks: ranks that see other tokens or heads, as many each, need not agree on it before.
+    """
+
+    metrics: Tensor  # [n] float32, in the order of the kind's `metrics`
+    budget_loss: Tensor | None = None  # scalar, which the network adds to its loss with weight gate.budget_lambda
+
+    @staticmethod
+    def join(parts: "list[Measured]") -> "Measured | None":
+        """Of consecutive layers: their metrics in memory of their own, the sum of their losses; None without any."""
+        if not parts:
+            return None
+        losses = [part.budget_loss for part in parts if part.budget_loss is not None]
+        metrics = torch.cat([part.metrics.detach() for part in parts])  # recorded graphs give all with a gradient
+        return Measured(metrics, sum(losses[1:], losses[0]) if losses else None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.blocks import make_layer
 from megatron_taipan.model.build import Build
@@ -14,11 +15,11 @@ from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.context import Context, make_context, step_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params
-from megatron_taipan.model.gate import STATS, Selection
 from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.graphs import GraphedLayers
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.model.stream import Measured
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
@@ -34,7 +35,7 @@ class TaipanOutput(NamedTuple):
     loss: Tensor | None = None  # ce_loss + budget_lambda * budget_loss
     ce_loss: Tensor | None = None  # sum of masked cross entropies times ce_scale
     budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
-    gate_stats: list[dict[str, Tensor]] | None = None  # one for each S layer: 0-dim float32, detached
+    metrics: Tensor | None = None  # [n] float32, detached: of all layers, see Taipan.named_metrics
 
 
 class Taipan(nn.Module):
@@ -65,6 +66,7 @@ class Taipan(nn.Module):
         super().__init__()
         self.config, self.tp, self.ops = config, tensor_parallel or TensorParallel(), ops or pick_ops()
         self.recompute, self.recompute_every = recompute, recompute_every
+        self.layer_metrics = LayerMetrics(config)
         self.graphs: GraphedLayers | None = None  # set by `capture`
         build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops)
         self.embedding = Embedding(build, "embedding")
@@ -106,19 +108,26 @@ class Taipan(nn.Module):
         ctx = make_context(tokens, seq_idx, samples, step, settings, cache)
         h = self.embedding(tokens)
         h = at_least_float32(h) if self.config.residual_fp32 else h
-        h, selections = self._run_layers(h, ctx)
-        stats = [dict(zip(STATS, s.stats, strict=True), budget=s.budget_loss.detach().float()) for s in selections]
+        h, found = self._run_layers(h, ctx)
+        measured = Measured.join(found)
+        metrics = measured.metrics if measured else None
         if labels is None:
             h = gather_sequence(h, self.tp).view(*tokens.shape, -1)
             h = self.final_norm(h if all_logits else h[:, -1:])
-            return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), gate_stats=stats)
+            return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), metrics=metrics)
         h = self.final_norm(h)
         mask = torch.ones_like(tokens, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
         ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
-        budget_loss = sum((s.budget_loss for s in selections), torch.zeros_like(ce_loss))
+        budget_loss = torch.zeros_like(ce_loss)
+        if measured and measured.budget_loss is not None:
+            budget_loss = budget_loss + measured.budget_loss
         loss = ce_loss + settings.budget_lambda * budget_loss
-        return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, gate_stats=stats)
+        return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, metrics=metrics)
+
+    def named_metrics(self, output: TaipanOutput) -> dict[str, Tensor]:
+        """What the layers measured in a pass, 0-dim tensors by names such as `layers.5.selected`."""
+        return {} if output.metrics is None else self.layer_metrics.named(output.metrics.unbind())
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits [b, vocab] after one more token a row, tokens [b, 1], of the documents that `cache` holds.
@@ -138,8 +147,8 @@ class Taipan(nn.Module):
         h, _ = self._run_layers(h, step_context(tokens, cache, settled(self.config.gate)))
         return self.head(self.final_norm(h), self.embedding.weight, None, None)[:, 0]
 
-    def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Selection]]:
-        """The residual stream through all layers, and what the gates decided."""
+    def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Measured]]:
+        """The residual stream through all layers, and what they measured."""
         if self.graphs is not None and self.training and torch.is_grad_enabled() and self.graphs.fits(ctx):
             return self.graphs(h, ctx)
         return run_layers(self.layers, h, ctx, self.recompute, self.recompute_every, self.tp)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_taipan.data.loader import SampleDataset, make_loader
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.parallel.groups import Groups
-from megatron_taipan.train.step import Batch, collect, name_gates, with_batch_budget
+from megatron_taipan.train.step import Batch, collect, with_batch_budget
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Evaluation:
     ce: float  # mean cross entropy per unmasked token, nats
     perplexity: float
     tokens: int  # unmasked tokens it is the mean of
-    gates: list[dict[str, float]]  # one for each S layer, means over tokens
+    layer_metrics: dict[str, float]  # means over tokens, by names such as "layers.5.selected"
 
 
 @torch.no_grad()
@@ -52,9 +52,9 @@ def evaluate(
         rows = int((batch["sample"] < samples).sum())  # samples rise along a micro-batch
         batch = {name: value[: max(rows, 1)].to(device) for name, value in batch.items()}
         mask = batch["loss_mask"] * (rows > 0)
-        _, ce, _, *gates = _score(engine, batch, mask, groups)
+        scored = _score(engine, batch, mask, groups)
         count = torch.full((), rows, dtype=torch.float64, device=device)
-        values = torch.stack([ce, mask.sum().double(), count, *(g * rows for g in gates)])
+        values = torch.cat([torch.stack([scored[1], mask.sum().double(), count]), scored[3:] * rows])
         sums = values if sums is None else sums + values
         beat()
     engine.train()
@@ -62,20 +62,22 @@ def evaluate(
     dist.all_reduce(sums, group=groups.data_group)
     if groups.pipeline_size > 1:
         sums = _join_stages(sums, groups)
-    ce_sum, tokens, rows, *gates = sums.tolist()
-    gates = [value / max(rows, 1) for value in gates]
+    ce_sum, tokens, counted, *totals = sums.tolist()
     ce = ce_sum / max(tokens, 1)
-    named = name_gates(gates)
+    names = engine.module.layer_metrics
+    measured = names.named([total / max(counted, 1) for total in totals])
+    if gate.budget != "row":
+        measured = with_batch_budget(names, measured, gate.final_capacity, gate.budget)
     return Evaluation(
         ce=ce,
         perplexity=math.exp(min(ce, 700.0)),
         tokens=int(tokens),
-        gates=named if gate.budget == "row" else with_batch_budget(named, gate.final_capacity, gate.budget),
+        layer_metrics=measured,
     )
 
 
 def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
-    """[loss, ce, budget, gates'] of one micro-batch; entries that other stages hold are 0."""
+    """[loss, ce, budget, layers' metrics] of one micro-batch; entries that other stages hold are 0."""
     if groups.pipeline_size > 1:
         from megatron_taipan.engine.pipeline import score_pipeline
 
@@ -89,7 +91,7 @@ def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
 
 
 def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
-    """Adds up what the stages hold of [ce, tokens, rows, gates' ...]; all of them counted tokens and rows."""
+    """Adds up what the stages hold of [ce, tokens, rows, layers' metrics ...]; all of them counted tokens and rows."""
     joined = sums.clone()
     dist.all_reduce(joined)
     joined /= dist.get_world_size() / groups.pipeline_size

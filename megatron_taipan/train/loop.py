@@ -187,7 +187,9 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
                 # where logits were NaN a gate selected nothing: that is no share to steer by
-                shares=progress.shares if result.skipped else [g["selected"] for g in result.gates],
+                shares=progress.shares
+                if result.skipped
+                else model.layer_metrics.of_gates(result.layer_metrics, "selected"),
             )
             metrics.after_step(
                 progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=tokens_per_step,

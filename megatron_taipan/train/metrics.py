@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import Config
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.train.evaluate import Evaluation
 from megatron_taipan.train.logs import LOG, JsonLines, TextLog, open_boards, say
 from megatron_taipan.train.peaks import device_name, known_peak
@@ -36,6 +37,7 @@ class Metrics:
         self, config: Config, start: Progress, *, flops_per_token: float, devices: int, writes: bool, rank: int = 0
     ):
         self.config, self.writes = config, writes
+        self.layer_metrics = LayerMetrics(config.model)
         self.flops, self.devices = flops_per_token, devices
         self.peak = config.log.peak_tflops or known_peak(device_name(), config.train.precision)
         self.mfu_unknown = "no GPU" if device_name() is None else "unknown peak"
@@ -132,14 +134,13 @@ class Metrics:
                 "gate/capacity": gate.capacity, "gate/tau": gate.tau, "gate/budget_lambda": gate.budget_lambda,
                 "gate/every_query": int(gate.every_query),
             }  # fmt: skip
-        for index, numbers in enumerate(result.gates):
-            values |= {f"gate{index}/{name}": value for name, value in numbers.items()}
+        values |= result.layer_metrics
         self._write({"event": "step", "step": step, **values})
         if step % self.config.log.every == 0 or step == self.end:
             self._chart("train/", values, step)
             skipped = "  SKIPPED: not finite" if result.skipped else ""
             self._line(
-                f"step {step}/{self.end}  loss {result.ce:.4f}{_selected(result, gate)}  norm"
+                f"step {step}/{self.end}  loss {result.ce:.4f}{self._selected(result, gate)}  norm"
                 f" {result.grad_norm:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s  MFU"
                 f" {self.mfu_unknown if mfu is None else f'{mfu:.1%}'}  {self._left()} left{skipped}",
                 more=f"  this rank: {seconds:.3f} s, data {data_wait_s:.3f} s, {values['memory_gb']:.2f} GB",
@@ -151,8 +152,7 @@ class Metrics:
     def after_evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
         """Records a validation."""
         values = {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens, "s": seconds}
-        for index, gate in enumerate(evaluation.gates):
-            values |= {f"gate{index}/{name}": value for name, value in gate.items()}
+        values |= evaluation.layer_metrics
         self._write({"event": "valid", "step": step, **values})
         self._chart("valid/", values, step)
         self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
@@ -173,6 +173,13 @@ class Metrics:
         """Records anything else that a reader of the log should know, and says it."""
         self._write({"event": event, "step": self.step, "text": text, **values})
         self._line(text, level=logging.WARNING if event in WARNINGS else logging.INFO)
+
+    def _selected(self, result: StepResult, gate: GateStep | None) -> str:
+        """What the gates took of what they may, for the line of a step: the mean over the S layers."""
+        if gate is None:
+            return ""
+        shares = self.layer_metrics.of_gates(result.layer_metrics, "selected")
+        return f"  selected {sum(shares) / len(shares):.3f} of {gate.capacity:.3f}"
 
     def _left(self) -> str:
         return duration((self.step_seconds or 0) * max(self.end - self.step, 0))
@@ -209,14 +216,6 @@ class Metrics:
             self.bar.write(text, file=sys.stderr)
         else:
             say(text)
-
-
-def _selected(result: StepResult, gate: GateStep | None) -> str:
-    """What the gates took of what they may, for the line of a step: the mean over the S layers."""
-    if gate is None:
-        return ""
-    share = sum(g["selected"] for g in result.gates) / len(result.gates)
-    return f"  selected {share:.3f} of {gate.capacity:.3f}"
 
 
 def peak_memory_gb() -> float:

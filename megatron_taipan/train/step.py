@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_taipan.engine.readback import Readback, send
-from megatron_taipan.model.gate import STATS
+from megatron_taipan.layer_kinds.metrics import LayerMetrics, metric_name
 from megatron_taipan.parallel.groups import Groups, TensorParallel
 from megatron_taipan.train.schedule import GateStep
 
@@ -23,7 +23,7 @@ class StepResult:
     loss: float  # ce + budget_lambda * budget
     ce: float  # mean cross entropy of the global batch's unmasked tokens, nats
     budget: float
-    gates: list[dict[str, float]]  # one for each S layer
+    layer_metrics: dict[str, float]  # what the layers measured: "layers.5.selected", see layer_kinds/metrics.py
     grad_norm: float  # before clipping; inf where the step was skipped
     skipped: bool  # loss or gradient was not finite, so nothing was updated
     requests: list[bool] = field(default_factory=list)  # what any rank asked for, see train_step
@@ -61,12 +61,14 @@ def train_step(
     means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
     loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
-    gates = name_gates(values)
+    names = engine.module.layer_metrics
+    measured = names.named(values)
     if gate is not None and gate.budget != "row":  # a part's own budget says little: the batch's, by the shares of all
-        gates = with_batch_budget(gates, gate.capacity, gate.budget)
-        budget = sum(g["budget"] for g in gates)
+        measured = with_batch_budget(names, measured, gate.capacity, gate.budget)
+        budget = sum(names.of_gates(measured, "budget"))
         loss = ce + gate.budget_lambda * budget
-    return StepResult(loss, ce, budget, gates=gates, grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist())
+    requested = (raised > 0).tolist()
+    return StepResult(loss, ce, budget, measured, grad_norm=norm, skipped=skipped, requests=requested)
 
 
 def _run_stages(
@@ -117,24 +119,22 @@ def _run_whole(
 
 
 def _share(means: Tensor, flags: Tensor) -> Readback:
-    """[loss, ce, budget, gates', flags'] float64, summed over all ranks: on its way to the host."""
+    """[loss, ce, budget, layers' metrics, flags] float64, summed over all ranks: on its way to the host."""
     everything = torch.cat([means, flags])
     dist.all_reduce(everything)
     return Readback(everything)
 
 
-def name_gates(values: list[float]) -> list[dict[str, float]]:
-    """The statistics of all gates, one after the other, as one dictionary for each."""
-    names = (*STATS, "budget")
-    return [dict(zip(names, values[i : i + len(names)], strict=True)) for i in range(0, len(values), len(names))]
-
-
-def with_batch_budget(gates: list[dict[str, float]], capacity: float, budget: str) -> list[dict[str, float]]:
-    """The gates with the budget loss of the batch that `selected` was measured on, or with their parts of it."""
+def with_batch_budget(
+    names: LayerMetrics, measured: dict[str, float], capacity: float, budget: str
+) -> dict[str, float]:
+    """The metrics with the budget loss of the batch that `selected` was measured on, or the layers' parts of it."""
+    shares = names.of_gates(measured, "selected")
     if budget == "batch":
-        return [gate | {"budget": (capacity - gate["selected"]) ** 2} for gate in gates]
-    together = sum(gate["selected"] for gate in gates) / max(len(gates), 1)
-    return [gate | {"budget": (capacity - together) ** 2 / len(gates)} for gate in gates]
+        losses = [(capacity - share) ** 2 for share in shares]
+    else:
+        losses = [(capacity - sum(shares) / len(shares)) ** 2 / len(shares)] * len(shares)
+    return measured | {metric_name(i, "budget"): loss for i, loss in zip(names.gated, losses, strict=True)}
 
 
 def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
@@ -150,9 +150,9 @@ def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
 
 
 def collect(out: Any) -> Tensor:
-    """[loss, ce, budget, every gate's numbers] as one float64 vector, detached."""
-    gates = [value for gate in out.gate_stats or [] for value in gate.values()]
-    return torch.stack([t.detach().double() for t in (out.loss, out.ce_loss, out.budget_loss, *gates)])
+    """[loss, ce, budget, the layers' metrics] as one float64 vector, detached."""
+    losses = torch.stack([out.loss, out.ce_loss, out.budget_loss]).detach().double()
+    return losses if out.metrics is None else torch.cat([losses, out.metrics.double()])
 
 
 def clip_gradients(model: nn.Module, tensor: TensorParallel, largest: float) -> float:

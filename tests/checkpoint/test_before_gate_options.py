@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from megatron_taipan.config import load_config
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.inference.loading import load_model
+from megatron_taipan.layer_kinds.metrics import logged
+from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs
 
@@ -44,8 +46,11 @@ def test_the_run_goes_on_as_it_did(tmp_path, monkeypatch):
     steps, before = log(Path("run")), [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in steps] == [3, 4]
     for ours, theirs in zip(steps, before[2:], strict=True):
-        for key in ("loss", "ce", "budget", "grad_norm", "lr", "gate0/selected", "gate0/alpha"):
+        for key in ("loss", "ce", "budget", "grad_norm", "lr"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+        for metric in GATE_METRICS:  # named by the gate's number then
+            (now,), (then,) = (list(logged(record, metric).values()) for record in (ours, theirs))
+            assert now == pytest.approx(then, rel=1e-5), metric
     changed = [r["text"] for r in log(Path("run"), "changed")]  # nothing of the model
     assert len(changed) == 2 and all("data.train" in text or "checkpoint.dir" in text for text in changed)
     assert load_config("run/step_00000004/config.yaml").model.gate == GateConfig()

@@ -21,8 +21,10 @@ def valid(step: int, ce: float, **more) -> dict:
     return {"event": "valid", "step": step, "ce": ce, "perplexity": 2.0, "tokens": 100, "s": 1.0, **more}
 
 
-def test_the_newest_validation_of_the_weights_is_taken(tmp_path):
-    gates = {"gate0/selected": 0.1, "gate0/alpha": 0.7, "gate1/selected": 0.3}
+@pytest.mark.parametrize("names", [("layers.1.", "layers.3."), ("gate0/", "gate1/")])  # of now, and of old logs
+def test_the_newest_validation_of_the_weights_is_taken(tmp_path, names):
+    first, second = names
+    gates = {f"{first}selected": 0.1, f"{first}alpha": 0.7, f"{second}selected": 0.3}
     write_log(
         tmp_path,
         valid(2, 9.0), {"event": "step", "step": 3, "loss": 1.0}, valid(4, 8.0), valid(6, 1.0),
@@ -40,7 +42,7 @@ def test_the_newest_validation_of_the_weights_is_taken(tmp_path):
 
 
 def test_numbers_that_were_not_finite_are_none(tmp_path):
-    write_log(tmp_path, valid(2, 3.0, **{"gate0/selected": float("nan")}), valid(4, float("inf")))
+    write_log(tmp_path, valid(2, 3.0, **{"layers.1.selected": float("nan")}), valid(4, float("inf")))
     assert last_validation(tmp_path / "step_00000004", 4) == Validation(2, 3.0, 2.0, 100, None)
 
 

@@ -418,7 +418,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
         micro = [{name: value[row : row + size] for name, value in batch.items()} for row in rows]
         gate = gate_step(config.model.gate, step, config.train.steps, shares, gates)
         result = train_step(engine, micro, step=step, groups=groups, grad_clip=config.optim.grad_clip, gate=gate)
-        shares = [g["selected"] for g in result.gates]
+        shares = model.layer_metrics.of_gates(result.layer_metrics, "selected")
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
         if step == 0:

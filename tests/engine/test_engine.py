@@ -42,7 +42,7 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         evaluate, engine, valid, samples=5, micro_batch=config.train.micro_batch, groups=groups,
         device=torch.device("cpu"), gate=config.model.gate,
     )  # fmt: skip
-    gates = evaluation().gates
+    untrained = evaluation().layer_metrics
     results = []
     for step in range(STEPS):
         set_learning_rate(engine, 1e-2)
@@ -56,9 +56,9 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     return {
         "ce": [r.ce for r in results],
         "norm": [r.grad_norm for r in results],
-        "gates": [r.gates for r in results],
+        "metrics": [r.layer_metrics for r in results],
         "valid": (evaluated.ce, evaluated.tokens),
-        "gates of the untrained": gates,
+        "metrics of the untrained": untrained,
         "dtypes": {name: p.dtype for name, p in model.named_parameters()},
         "masters": masters,
         "before": before,
@@ -109,9 +109,10 @@ def test_loss_does_not_depend_on_processes_micro_batches_or_stage(tmp_path):
         torch.testing.assert_close(result["ce"][0], truth["ce"][0], rtol=1e-6, atol=0, msg=name)
         torch.testing.assert_close(result["ce"], truth["ce"], rtol=1e-4, atol=0, msg=name)
         torch.testing.assert_close(result["norm"], truth["norm"], rtol=1e-3, atol=0, msg=name)
-        assert [g[0]["selected"] for g in result["gates"]] == [g[0]["selected"] for g in truth["gates"]], name
+        shares, expected = ([m["layers.1.selected"] for m in r["metrics"]] for r in (result, truth))
+        assert shares == expected, name
         assert result["valid"][1] == truth["valid"][1]
-        assert result["gates of the untrained"] == [pytest.approx(g, rel=1e-6) for g in truth["gates of the untrained"]]
+        assert result["metrics of the untrained"] == pytest.approx(truth["metrics of the untrained"], rel=1e-6)
         torch.testing.assert_close(result["valid"][0], truth["valid"][0], rtol=1e-4, atol=0)
 
 

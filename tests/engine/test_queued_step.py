@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.model.taipan import TaipanOutput
 from tests.distributed.launch import launch
+from tests.model.small import small_config
 from tests.train.toy import Ones, toy_config
 
 STEPS, MICRO, CLIP = 6, 2, 2.0
@@ -29,13 +31,13 @@ class Linear(Ones):
 
     def __init__(self):
         super().__init__(SHAPES, LOW)
+        self.layer_metrics = LayerMetrics(small_config("S"))
 
     def forward(self, tokens: Tensor, *, ce_scale: Tensor, **_: Any) -> TaipanOutput:
         wanted = tokens.split([p.numel() for p in self.parameters()])
         loss = sum((p.float() * w.view(p.shape)).sum() for p, w in zip(self.parameters(), wanted, strict=True))
         loss = loss * ce_scale  # 1: a batch has a token for each micro-batch and rank
-        gate = {name: loss.detach() / 3 for name in ("selected", "prob", "entropy", "aux", "budget")}
-        return TaipanOutput(loss=loss, ce_loss=loss / 2, budget_loss=loss / 4, gate_stats=[gate])
+        return TaipanOutput(loss=loss, ce_loss=loss / 2, budget_loss=loss / 4, metrics=loss.detach().expand(5) / 3)
 
 
 def gradient(bad: tuple[int, ...], step: int, micro: int, rank: int, ranks: int) -> Tensor:

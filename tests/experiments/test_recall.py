@@ -14,6 +14,7 @@ from experiments.gate_vectors import log_of
 from experiments.recall_report import report
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.gate_config import GateConfig
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.train.schedule import gate_step
 
 CPU = torch.device("cpu")
@@ -56,9 +57,9 @@ def test_a_batch_has_as_many_rows_of_each_number_of_pairs_and_others_at_the_next
 def test_every_recipe_trains(recipe):
     model = recall.make_model(recall.pattern_of(recipe), gate_options(recipe), TOY, seed=0)
     before = [p.detach().clone() for p in model.parameters()]
-    losses, stats = recall.train(model, TOY, 0, CPU)
+    losses, metrics = recall.train(model, TOY, 0, CPU)
     assert losses.isfinite().all() and losses.shape == (2,)
-    assert stats.isfinite().all() and stats.shape == (2, int(RECIPES[recipe].attention == "S"), 4)
+    assert metrics.isfinite().all() and metrics.shape == (2, 5 * (RECIPES[recipe].attention == "S"))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -76,21 +77,21 @@ def test_gates_are_told_what_the_trainer_would_tell_them():
             "gradient_share": 0.5}  # fmt: skip
     s = replace(TOY, steps=6)
     model = recall.make_model("M S S", gate, s, seed=0)
-    told, seen = [], []
+    told, seen, names = [], [], model.layer_metrics
     forward = model.forward
 
     def watched(*args, **options):
         told.append(options["gate"].tolist())
         out = forward(*args, **options)
-        seen.append([g["selected"].item() for g in out.gate_stats])
+        seen.append([share.item() for share in names.of_gates(model.named_metrics(out), "selected")])
         return out
 
     model.forward = watched
-    _, stats = recall.train(model, s, 0, CPU)
+    _, metrics = recall.train(model, s, 0, CPU)
     for step in range(s.steps):
         shares = seen[step - 1] if step else []
         assert told[step] == pytest.approx(gate_step(model.config.gate, step, s.steps, shares, 2).vector())
-    assert stats[:, :, 0].tolist() == seen
+    assert metrics[:, names.gate_places("selected")].tolist() == seen
     assert len({share for pair in seen for share in pair}) > 4  # so that an exchange would have shown
 
 
@@ -120,17 +121,13 @@ def test_scores_are_those_of_a_plain_count(monkeypatch):
 
 
 def test_the_log_has_eight_points_with_the_last():
-    lines = log_of(torch.arange(100.0), torch.full((100, 1, 4), 0.25))
+    names = LayerMetrics(recall.make_model("M S", {}, TOY, seed=0).config)
+    lines = log_of(torch.arange(100.0), torch.full((100, 5), 0.25), names)
     assert [line["step"] for line in lines] == [0, 14, 28, 42, 57, 71, 85, 99]
-    assert lines[-1] == {
-        "step": 99,
-        "loss": 99,
-        "selected": 0.25,
-        "selected_eval": 0.25,
-        "alpha": 0.25,
-        "entropy": 0.25,
-    }
-    assert len(log_of(torch.zeros(3), torch.zeros(3, 0, 4))) == 3
+    metrics = ("selected", "selected_eval", "alpha", "entropy", "budget")
+    assert lines[-1] == {"step": 99, "loss": 99, **{f"layers.1.{name}": 0.25 for name in metrics}}
+    without = LayerMetrics(recall.make_model("M", {}, TOY, seed=0).config)
+    assert len(log_of(torch.zeros(3), torch.zeros(3, 0), without)) == 3
 
 
 def test_the_plan_has_each_run_once():
@@ -173,22 +170,25 @@ def test_the_program_keeps_its_runs_and_makes_tables_of_them(tmp_path, capsys):
     assert len(list(tmp_path.glob("recall-*.svg"))) == 2
 
 
-def record(recipe, seed, accuracy, selected=None, **changes):
+def record(recipe, seed, accuracy, selected=None, old=False, **changes):
     of_gate = {} if selected is None else {"selected": selected, "asking": 0.9, "others": 0.1}
     scores = {n: {"accuracy": value, **of_gate} for n, value in zip(("4", "8"), accuracy, strict=True)}
     result = {"params": 1234, "seconds": 3, "scores": {"evaluation": scores}}
     if selected is not None:
         result["scores"]["calibrated"] = scores
-        result["gates"] = [{"selected": 0.15, "selected_eval": selected, "alpha": 0.2, "entropy": 0.1}]
+        gate = {"selected": 0.15, "selected_eval": selected, "alpha": 0.2, "entropy": 0.1, "budget": 0.0}
+        new = {"layer_metrics": {f"layers.2.{name}": value for name, value in gate.items()}}
+        result |= {"gates": [gate]} if old else new
     run_settings = {"seq_len": 64, "window": 64, "pairs": [4, 8], "score_pairs": []}
     run = {"recipe": recipe, "changes": changes, "seed": seed, "pattern": recall.pattern_of(recipe)}
     return {"run": {**run, "settings": run_settings}, "result": result}
 
 
-def test_tables_have_means_and_seeds_and_pictures_a_point_each(tmp_path):
+@pytest.mark.parametrize("old", [False, True], ids=["by layer", "a list of gates"])
+def test_tables_have_means_and_seeds_and_pictures_a_point_each(tmp_path, old):
     records = [
         record("samba", 1, (0.8, 0.6)), record("samba", 0, (1.0, 0.8)),
-        record("paper", 0, (0.5, 0.25), 0.2), record("paper", 0, (0.75, 0.25), 0.4, capacity=0.3),
+        record("paper", 0, (0.5, 0.25), 0.2, old), record("paper", 0, (0.75, 0.25), 0.4, old, capacity=0.3),
     ]  # fmt: skip
     records.append({"run": {**record("random", 2, (0, 0))["run"]}, "error": "RuntimeError: no luck"})
     text = report(records, tmp_path / "recall.jsonl")

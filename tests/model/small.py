@@ -4,7 +4,11 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.config import ModelConfig
+from megatron_taipan.model.blocks import SelectiveAttentionBlock
+from megatron_taipan.model.context import Context
+from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.gate_settings import GateSettings, settled
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
 
 VOCABULARY = 37
@@ -41,6 +45,16 @@ def small_model(pattern: str, dtype: torch.dtype = torch.float64, *, seed: int =
             if parameter.dim() == 1 and "A_log" not in name and "dt_bias" not in name:
                 parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2)
     return model.to(dtype)
+
+
+def selecting(layer: SelectiveAttentionBlock, stream: Stream, ctx: Context) -> tuple[Stream, Selection]:
+    """The layer's output, and what its gate decided on the way."""
+    kept: list[Selection] = []
+    hook = layer.gate.register_forward_hook(lambda _, __, selection: kept.append(selection))
+    out, _ = layer(stream, ctx)
+    hook.remove()
+    (selection,) = kept
+    return out, selection
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

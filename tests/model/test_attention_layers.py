@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
-from tests.model.small import close, documents, small_model, tokens, told
+from tests.model.small import close, documents, selecting, small_model, tokens, told
 
 EPS = 1e-5
 SEQ = torch.cat([documents(4, 9, 2, 6), documents(10, 1, 10)])  # two rows of 21 tokens
@@ -81,7 +81,7 @@ def test_selective_attention_in_evaluation(kv_heads, window, threshold):
     s = rms_norm(h, layer.norm.weight, EPS) @ layer.gate.weight.T + layer.gate.bias
     m = s[..., 1] - s[..., 0] > threshold
     assert m.any() == (threshold < 1e9) and m.all() == (threshold == -1e9)
-    out, selection = layer(Stream(h), context())
+    out, selection = selecting(layer, Stream(h), context())
     ours = out.total()
     assert torch.equal(selection.selected, m)
     assert_same_with_gradients(ours, selective(layer, h, m, kv_heads, window), [h, *layer.parameters()])
@@ -110,7 +110,7 @@ def test_attention_is_computed_for_selected_queries_only():
     layer.attention.ops = replace(layer.attention.ops, interval_attention=watch)
     for train in (False, True):
         layer.train(train)
-        _, selection = layer(Stream(h), context())
+        _, selection = selecting(layer, Stream(h), context())
         assert seen.pop() == selection.selected.sum() and not seen
         assert 0 < selection.selected.sum() < 42
 
@@ -126,14 +126,16 @@ def test_budget_is_taken_row_by_row_and_summed_over_layers():
     expected = sum(((0.3 - share) ** 2).mean() for share in shares)
     close(out.budget_loss, expected)
     close(out.loss, out.ce_loss + 0.7 * expected)
-    assert [s["selected"].item() for s in out.gate_stats] == pytest.approx([share.mean().item() for share in shares])
+    measured = model.named_metrics(out)
+    logged = [measured[f"layers.{i}.selected"].item() for i in (0, 2)]
+    assert logged == pytest.approx([share.mean().item() for share in shares])
 
 
 def test_statistics_are_those_of_the_gates():
     model = small_model("S", gate={"threshold": 0.4})
     kept = []
     model.layers[0].gate.register_forward_hook(lambda _, __, out: kept.append(out))
-    (stats,) = model(tokens(2, 21), labels=tokens(2, 21, 1)).gate_stats
+    measured = model.named_metrics(model(tokens(2, 21), labels=tokens(2, 21, 1)))
     (selection,) = kept
     alpha = selection.alpha.detach()
     expected = {
@@ -143,11 +145,11 @@ def test_statistics_are_those_of_the_gates():
         "entropy": torch.distributions.Bernoulli(alpha).entropy().mean(),
         "budget": ((0.4 - selection.m.mean(1)) ** 2).mean(),
     }
-    assert stats.keys() == expected.keys()
-    for name, value in stats.items():
+    assert measured.keys() == {f"layers.0.{name}" for name in expected}
+    for name, value in ((name, measured[f"layers.0.{name}"]) for name in expected):
         assert value.dtype == torch.float32 and value.dim() == 0 and not value.requires_grad
         assert value.item() == pytest.approx(expected[name].item(), abs=1e-6), name
-    assert stats["selected"] != stats["selected_eval"]
+    assert measured["layers.0.selected"] != measured["layers.0.selected_eval"]
 
 
 @pytest.mark.parametrize("pattern", ["M", "S W A M"])

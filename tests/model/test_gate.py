@@ -12,7 +12,7 @@ from megatron_taipan.model.context import make_context
 from megatron_taipan.model.noise import gumbel_noise
 from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
-from tests.model.small import close, documents, small_model, tokens, told
+from tests.model.small import close, documents, selecting, small_model, tokens, told
 
 
 def gate_of(n: int, logits: Tensor, **options):
@@ -157,7 +157,7 @@ def both_modes():
     for mode in ("selected", "all"):
         layer = small_model("S", gate={"gradient": mode}).layers[0]
         h_in = h.clone().requires_grad_()
-        stream, selection = layer(Stream(h_in), make_context(tokens(2, 17), seq_idx, None, 0, told()))
+        stream, selection = selecting(layer, Stream(h_in), make_context(tokens(2, 17), seq_idx, None, 0, told()))
         out = stream.total()
         grads = torch.autograd.grad(out, [selection.m, h_in, *layer.parameters()], upstream, allow_unused=True)
         results[mode] = layer, h_in, out, selection, grads

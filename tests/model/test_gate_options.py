@@ -13,7 +13,7 @@ from megatron_taipan.model.gate_settings import GateSettings, computes_every_que
 from megatron_taipan.model.noise import gumbel_noise
 from megatron_taipan.model.stream import Stream
 from tests.model.oracles import attention, rms_norm, swiglu, visible
-from tests.model.small import close, documents, small_model, tokens, told
+from tests.model.small import close, documents, selecting, small_model, tokens, told
 
 B, L, D = 3, 17, 24
 
@@ -88,7 +88,7 @@ def dense(layer, h: Tensor, hard: Tensor, *, adds: bool, weighs: bool) -> tuple[
 def test_the_block_equals_its_definition_with_gradients(refinement, weight, gradient):
     options = {"refinement": refinement, "weight": weight, "gradient": gradient}
     layer, h = small_model("S", gate=options).layers[0], hidden()
-    stream, selection = layer(Stream(h), context())
+    stream, selection = selecting(layer, Stream(h), context())
     out = stream.total()
     expected, m = dense(layer, h, selection.selected, adds=refinement == "add", weighs=weight == "alpha")
     close(out, expected)

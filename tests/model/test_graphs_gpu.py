@@ -33,8 +33,7 @@ def outcome(model: Taipan, number: int, **more) -> list[torch.Tensor]:
         parameter.grad = None
     out = model(**batch(number), **more)
     out.loss.backward()
-    stats = [t for gate in out.gate_stats for t in gate.values()]
-    return [t.detach().clone() for t in (out.loss, *stats, *(p.grad for p in model.parameters()))]
+    return [t.detach().clone() for t in (out.loss, out.metrics, *(p.grad for p in model.parameters()))]
 
 
 @pytest.mark.parametrize(("recompute", "gradient"), [

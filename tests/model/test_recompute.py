@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.taipan import Taipan
 from tests.model.small import documents, small_config, small_model, tokens
@@ -29,7 +30,7 @@ def run(mode: str, every: int = 1, gradient: str = "selected") -> tuple[Tensor, 
         layer.register_forward_pre_hook(count)
     out = model(tokens(2, 20), **GIVEN)
     out.loss.backward()
-    assert len(out.gate_stats) == 2
+    assert out.metrics.shape == (2 * len(GATE_METRICS),)
     return out.loss.detach(), [p.grad for p in model.parameters()], runs
 
 

@@ -36,7 +36,7 @@ def outcome(model: Taipan, rows: int, length: int) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         every, last = (model(batch[:, :-1], seq_idx=seq_idx, all_logits=whole).logits for whole in (True, False))
     model.train()
-    (stats,) = out.gate_stats
+    stats = model.named_metrics(out)
     return {"loss": out.loss, "budget_loss": out.budget_loss, "all": every, "last": last, **stats, **gradients}
 
 

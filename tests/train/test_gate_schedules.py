@@ -46,7 +46,7 @@ def test_every_step_shows_where_the_schedules_stand(results):
     assert [r["gate/every_query"] for r in steps] == [0, 1, 0, 1, 0, 1, 0]
     assert all(r["gate/budget_lambda"] == 1.0 for r in steps)
     for r in steps[:6]:  # the batch's budget is that of the share over all micro-batches
-        assert r["gate0/budget"] == pytest.approx((r["gate/capacity"] - r["gate0/selected"]) ** 2, rel=1e-6)
+        assert r["layers.1.budget"] == pytest.approx((r["gate/capacity"] - r["layers.1.selected"]) ** 2, rel=1e-6)
         assert r["loss"] == pytest.approx(r["ce"] + r["budget"])
 
 
@@ -115,8 +115,8 @@ def test_a_budget_is_not_steered_by_a_step_of_nan(tmp_path):
     status, told = launch(1, nan_at_the_third_step, tree)[0]
     assert status == 0
     steps = log(tmp_path / "run")
-    assert [r["skipped"] for r in steps] == [0, 0, 1, 0, 0] and steps[2]["gate0/selected"] == 0
-    measured = [[r["gate0/selected"]] for r in steps]
+    assert [r["skipped"] for r in steps] == [0, 0, 1, 0, 0] and steps[2]["layers.1.selected"] == 0
+    measured = [[r["layers.1.selected"]] for r in steps]
     assert told == [[0.9], measured[0], measured[1], measured[1], measured[3]]
 
 

@@ -110,7 +110,7 @@ def test_what_stands_beside_a_checkpoint_and_which_are_kept(tmp_path, prefix):
     metadata = read_metadata(path)
     counters = {"step": 5, "samples": 20, "tokens": 20 * 32, "skipped": 0}
     (share,) = metadata["progress"].pop("shares")  # of the one gate, in the last step
-    assert share == log(tmp_path / "run")[-1]["gate0/selected"]
+    assert share == log(tmp_path / "run")[-1]["layers.1.selected"]
     assert metadata["progress"] == counters | {"recent": [], "rewinds": [], "run_steps": 5}
     assert {"torch", "deepspeed", "python"} <= set(metadata["versions"])
     assert metadata["git_commit"] == git_commit()  # None where there is no git

@@ -285,7 +285,7 @@ def test_log_is_strict_json_and_complete(tmp_path, prefix):
     records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
     step = [record for record in records if record["event"] == "step"][-1]
     fields = {"loss", "ce", "budget", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_gb", "data_wait_s",
-              "checkpoint_stall_s", "skipped", "gate0/selected", "gate0/alpha"}  # fmt: skip
+              "checkpoint_stall_s", "skipped", "layers.1.selected", "layers.1.alpha"}  # fmt: skip
     assert fields <= set(step)
     assert step["mfu"] is None and step["memory_gb"] > 0.05  # no GPU; a process that holds torch
     assert step["loss"] == pytest.approx(step["ce"] + step["budget"], rel=1e-6)

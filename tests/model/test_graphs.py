@@ -1,0 +1,42 @@
+"""Groups of layers as functions of tensors give what the layers give; recording them is test_graphs_gpu.py's."""
+
+import torch
+from torch import Tensor
+
+from megatron_taipan.model.taipan import Taipan
+from tests.model.small import documents, small_config, tokens
+
+
+def unrecorded(functions: tuple, _: tuple) -> tuple:
+    """In the place of torch.cuda.make_graphed_callables: as there, every output comes out of one autograd function."""
+    return tuple(lambda *given, run=run: Through.apply(*run(*given)) for run in functions)
+
+
+class Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def outcome(model: Taipan) -> tuple[Tensor, Tensor, list[Tensor]]:
+    given = {"labels": tokens(2, 20, 1), "seq_idx": documents(6, 14).expand(2, -1), "step": torch.tensor(3)}
+    out = model(tokens(2, 20), samples=torch.tensor([3, 8]), **given)
+    out.loss.backward()
+    assert not out.metrics.requires_grad
+    return out.loss.detach(), out.metrics, [p.grad for p in model.parameters()]
+
+
+def test_groups_give_what_their_layers_give(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", unrecorded)
+    config = small_config("M S M*9 S W")  # groups of 2, 7, 3 layers, and one without a gate
+    loss, metrics, grads = outcome(Taipan(config, seed=1))
+    grouped = Taipan(config, seed=1)
+    grouped.capture(2, 20)
+    assert len(grouped.graphs.groups) == 4
+    again, remeasured, regrads = outcome(grouped)
+    assert torch.equal(loss, again) and torch.equal(metrics, remeasured) and metrics.shape == (10,)
+    assert all(torch.equal(a, b) for a, b in zip(grads, regrads, strict=True))
