@@ -20,7 +20,8 @@ from megatron_taipan.checkpoint.calibration import read_capacity
 from megatron_taipan.checkpoint.merge import TrainedState
 from megatron_taipan.checkpoint.weights import Weights
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.inference.text import TokenizersCodec, sample_texts
+from megatron_taipan.inference.text import sample_texts
+from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def write_carried(
         taken = [name for name in taken if name != GENERATION]
     elif own:
         named = state.path / TOKENIZER
-        refuse_larger(named, TokenizersCodec(named).tokenizer, state.network.vocab_size)
+        refuse_larger(named, HFTokenizer(str(named)).model, state.network.vocab_size)
         if read_json(state.path / "tokenizer_config.json").get(SPLIT):
             note(
                 f"{state.path} keeps the spelling of special tokens as text ({SPLIT} in its tokenizer_config.json), and"

@@ -145,7 +145,7 @@ class _Part:
         """Ids of the batch, how many each document has, and which of them are learned, if texts say it."""
         texts = [record.text for record in self.batch]
         if not self.job.marked:
-            return *self.job.tokenizer.encode(texts), None
+            return *self.job.tokenizer.encode_batch(texts), None
         borders = [record.borders for record in self.batch]
         ids, counts, mask, apart = encode_marked(self.job.tokenizer, texts, borders)
         self.apart += apart

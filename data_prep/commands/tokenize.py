@@ -27,11 +27,13 @@ from data_prep.prefetch_tokenizer import PrefetchedTokenizer
 from data_prep.progress import Progress
 from data_prep.readers import size_of
 from data_prep.stream_cache import cache_stream, is_stream
-from data_prep.tokenizer_files import tokenizer_file
-from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import token_dtype
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.base import Tokenizer
+from megatron_taipan.tokenizer.files import tokenizer_file
+from megatron_taipan.tokenizer.load import load_tokenizer
+from megatron_taipan.tokenizer.special_tokens import KINDS
 
 INPUT_HELP = (
     f"files, folders or globs ({inputs.known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
@@ -286,7 +288,7 @@ def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None
         if index is None:
             raise UserError(f"{flag}: the tokenizer has no token {spelling!r}; give another with --{role}-token")
         return {"id": index, "token": spelling, "said": f"--{role}-token"}
-    found = tokenizer.roles[role]
+    found = tokenizer.roles[KINDS[role]]
     if found.id is None:
         raise UserError(f"{flag}: {found.said}; give the spelling of the right token with --{role}-token")
     return {"id": found.id, "token": found.candidates[found.id], "said": found.said}

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from data_prep import cli
 from data_prep.extract import Marked, template_extractor
 from data_prep.learned import encode_marked
-from data_prep.tokenizers import load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{context}\nQuestion: {question}\nAnswer:{% generation %} {answer}{% endgeneration %}"

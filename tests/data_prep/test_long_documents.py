@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from data_prep import cli, fast, long_text, readers, windows
 from data_prep.extract import field_extractor, template_extractor
 from data_prep.inputs import Slice
-from data_prep.tokenizers import load_tokenizer
 from data_prep.windows import encode_stream
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 
 def hostile(speeches) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_windows_give_the_ids_of_the_whole_text(tmp_path, model, gpt2_like, spee
         if kind == "tokenizer.json" and name in ("blanks", "new lines"):
             text = text[:5_000]  # the library takes time that grows with the square of a run of blanks
         sizes.clear()
-        assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode([text])[0]), name
+        assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode_batch([text])[0]), name
         if kind != "unigram":
             assert max(sizes) <= 2 * 4096, name  # in bounded pieces, and not by making the window ever larger
 
@@ -92,7 +92,7 @@ def test_windows_give_the_ids_of_the_whole_text(tmp_path, model, gpt2_like, spee
 def test_windows_of_any_text(model, parts, times, window):
     tokenizer = load_tokenizer(model)
     text = "".join(parts) * times
-    assert np.array_equal(in_windows(tokenizer, text, 501, window), tokenizer.encode([text])[0])
+    assert np.array_equal(in_windows(tokenizer, text, 501, window), tokenizer.encode_batch([text])[0])
 
 
 def test_a_cut_needs_the_same_tokens_before_it_on_both_sides(tmp_path):
@@ -104,7 +104,7 @@ def test_a_cut_needs_the_same_tokens_before_it_on_both_sides(tmp_path):
     bpe.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     text = ("x" * 1501 + " " + "y" * 700) * 6
-    want = tokenizer.encode([text])[0]
+    want = tokenizer.encode_batch([text])[0]
     assert (want == letters["x "]).sum() == 6 and (want == letters[" "]).sum() == 0
     assert np.array_equal(in_windows(tokenizer, text), want)
 
@@ -123,7 +123,7 @@ def test_a_cut_that_was_none_is_taken_back(model, speeches, monkeypatch):
         return windows._Cut(at, cut.overlap, wrong, windows._ids(tokenizer, text[:at]))
 
     monkeypatch.setattr(windows, "_cut", lying)
-    assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode([text])[0])
+    assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode_batch([text])[0])
     assert next(lies) > 6
 
 
@@ -258,7 +258,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
     tokenizer, reader = load_tokenizer(model), IndexedReader(tmp_path / "o")
     want = [speeches[0]] * 3 + [speeches[4], speeches[0]]
     assert [reader.document(i).tolist() for i in range(reader.n_documents)] == [
-        tokenizer.encode([text])[0].tolist() for text in want
+        tokenizer.encode_batch([text])[0].tolist() for text in want
     ]
     entries = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
     reasons = ["broken JSON", "broken JSON", "invalid UTF-8 at byte", "file ends before", "field 'text' is no text"]

@@ -18,8 +18,8 @@ import sentencepiece
 
 from data_prep import cli, readers
 from data_prep.pool import Pool
-from data_prep.tokenizers import SentencePiece
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_prep/sample/state_of_the_union.jsonl.gz"
@@ -198,13 +198,13 @@ def test_documents_of_special_tokens_only_and_without_tokens(tmp_path, gpt2_like
 
 
 def test_documents_without_tokens(tmp_path, model, monkeypatch):
-    real = SentencePiece.encode
+    real = SentencePieceTokenizer.encode_batch
 
     def dropping(self, texts):  # as tokenizers that strip white space do
         ids, counts = real(self, [text.strip() for text in texts])
         return ids, counts
 
-    monkeypatch.setattr(SentencePiece, "encode", dropping)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", dropping)
     source = jsonl(tmp_path / "in.jsonl", ["a", "  \n", "b", " "])
     args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")
     assert tokenize(*args, "--on-error", "skip", "--append-eod") == 0
@@ -213,13 +213,13 @@ def test_documents_without_tokens(tmp_path, model, monkeypatch):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, model, speeches, monkeypatch, capsys):
-    real = SentencePiece.encode
+    real = SentencePieceTokenizer.encode_batch
 
     def lying(self, texts):
         ids, counts = real(self, texts)
         return np.where(ids == ids.max(), 70_000, ids), counts
 
-    monkeypatch.setattr(SentencePiece, "encode", lying)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", lying)
     for long in (4 << 20, 2_000):  # as a whole and in chunks
         monkeypatch.setattr(readers, "LONG", long)
         monkeypatch.setattr("data_prep.long_text.LONG_STRING", long)
