@@ -20,6 +20,7 @@ from data_prep.extract import add_text_arguments, extractor, marks_learned, text
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
+from data_prep.kinds.registry import known_kinds
 from data_prep.limits import USUAL, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
@@ -35,14 +36,15 @@ from megatron_taipan.tokenizer.files import tokenizer_file
 from megatron_taipan.tokenizer.load import load_tokenizer
 from megatron_taipan.tokenizer.special_tokens import KINDS
 
-INPUT_HELP = (
-    f"files, folders or globs ({inputs.known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
-    " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses"
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help=f"files, folders or globs ({known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
+        " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses",
+    )
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from data_prep import cli, fast, readers
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import LARGEST_PIECE, Slice, cut, expand, natural
+from data_prep.inputs import LARGEST_PIECE, cut, expand, natural
+from data_prep.kinds.records import Slice
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.base import Tokenizer

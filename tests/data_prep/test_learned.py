@@ -247,9 +247,9 @@ def test_records_with_nothing_to_learn_give_no_document(tmp_path, model, capsys)
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_document_that_is_too_long_to_be_marked(tmp_path, model, ending, monkeypatch):
-    from data_prep import readers
+    from data_prep.kinds import records
 
-    monkeypatch.setattr(readers, "LONG", 2000)
+    monkeypatch.setattr(records, "LONG", 2000)
     monkeypatch.setattr("data_prep.long_text.LONG_STRING", 2000)
     content = [{"context": "c " * n, "question": "q", "answer": "a"} for n in (5, 3000)]
     if ending == "parquet":

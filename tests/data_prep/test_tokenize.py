@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep import cli, readers
+from data_prep import cli
+from data_prep.kinds import records
 from data_prep.pool import Pool
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.tokenizer.sentencepiece_model import SentencePieceTokenizer
@@ -164,14 +165,14 @@ def test_an_unreadable_file_among_many(tmp_path, model, capsys, monkeypatch):
         jsonl(folder / f"{number}.jsonl", [f"text {number}"])
     (folder / "50.jsonl").unlink()
     (folder / "50.jsonl").symlink_to(tmp_path / "nothing")
-    real = readers._open
+    real = records.open_file
 
     def refusing(path, limits):
         if path.endswith("/120.jsonl"):
             raise PermissionError(13, "Permission denied", path)
         return real(path, limits)
 
-    monkeypatch.setattr(readers, "_open", refusing)
+    monkeypatch.setattr(records, "open_file", refusing)
     for given in (folder, folder / "*"):
         args = ("--input", given, "--tokenizer", model, "--output", tmp_path / "o", "--overwrite")
         assert tokenize(*args) == 2
@@ -221,7 +222,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, model, speeches, monke
 
     monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", lying)
     for long in (4 << 20, 2_000):  # as a whole and in chunks
-        monkeypatch.setattr(readers, "LONG", long)
+        monkeypatch.setattr(records, "LONG", long)
         monkeypatch.setattr("data_prep.long_text.LONG_STRING", long)
         source = jsonl(tmp_path / "in.jsonl", [speeches[0]])
         args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")

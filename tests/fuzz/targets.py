@@ -22,7 +22,8 @@ from checkpoints.run_metrics import last_validation
 from data_prep import inputs, long_text, manifest, readers
 from data_prep import packed as packing
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds import records
+from data_prep.kinds.records import Slice
 from data_prep.limits import MB, Limits
 from data_prep.recipes import Recipe, load_recipe
 from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds
@@ -67,7 +68,7 @@ def lines(folder: Path, data: bytes) -> None:
     path.write_bytes(raw)
     whole = _records(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONG", 16)
+        patch.setattr(records, "LONG", 16)
         patch.setattr(long_text, "LONG_STRING", 8)
         patch.setattr(long_text, "BLOCK", block)
         chunks = _records(path)
@@ -121,7 +122,7 @@ def text(folder: Path, data: bytes) -> None:
     path.write_bytes(raw)
     whole = _records(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONG", max(block, 4))
+        patch.setattr(records, "LONG", max(block, 4))
         patch.setattr(long_text, "BLOCK", block)
         try:
             chunks = _records(path)
