@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+ROOMS = ("megatron_taipan", "data_prep", "checkpoints")
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_taipan/__init__.py").read_text(), re.M).group(1)
 # The oldest transformers that an export accepts; a later one than was tested is warned of when a model is loaded.
@@ -23,15 +24,14 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # Namespace packages: folders that hold only programs or data (launch, configs, recipes) have no __init__.py.
-    packages=find_namespace_packages(
-        include=[
-            f"{room}{inside}"
-            for room in ("megatron_taipan", "data_prep", "launch", "checkpoints")
-            for inside in ("", ".*")
-        ]
-    ),
-    package_data={"": ["*.yaml", "*.sbatch", "*.sh", "*.md", "*.jsonl.gz", "*.json"]},
+    # Namespace packages: folders that hold only data (configs, recipes) have no __init__.py. Of launch/ the presets
+    # alone are installed, inside the package: a top-level package called launch would be everybody's.
+    packages=[
+        *find_namespace_packages(include=[f"{room}{rest}" for room in ROOMS for rest in ("", ".*")]),
+        "megatron_taipan.configs",
+    ],
+    package_dir={"megatron_taipan.configs": "launch/configs"},
+    package_data={"": ["*.yaml", "*.md", "*.jsonl.gz", "*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",
@@ -73,7 +73,7 @@ setup(
     entry_points={
         "console_scripts": [
             "taipan-data = data_prep.cli:program",
-            "taipan-pretrain = launch.pretrain:main",
+            "taipan-pretrain = megatron_taipan.pretrain:program",
             "taipan-export = checkpoints.export_hf:main",
         ]
     },

@@ -38,13 +38,13 @@ class _Encoder:
         self.name = tokenizer
 
     def start(self) -> None:
-        from data_prep.tokenizers import load_tokenizer
+        from megatron_taipan.tokenizer.load import load_tokenizer
 
         _Encoder.tokenizer = load_tokenizer(self.name)  # type: ignore[attr-defined]
 
     def encode(self, line: str) -> tuple[list[int], int]:
         tokenizer = _Encoder.tokenizer  # type: ignore[attr-defined]
-        ids = tokenizer.encode([json.loads(line)["text"]])[0].tolist()
+        ids = tokenizer.encode(json.loads(line)["text"])
         return [*ids, tokenizer.eod], len(line)
 
 
@@ -52,7 +52,7 @@ def megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from data_prep.tokenizers import load_tokenizer
+    from megatron_taipan.tokenizer.load import load_tokenizer
 
     encoder = _Encoder(tokenizer)
     dtype = DType.optimal_dtype(load_tokenizer(tokenizer).vocab_size)
@@ -65,8 +65,8 @@ def megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
 
 def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     from data_prep.fast import fast_backend_of
-    from data_prep.tokenizer_files import tokenizer_file
-    from data_prep.tokenizers import load_tokenizer
+    from megatron_taipan.tokenizer.files import tokenizer_file
+    from megatron_taipan.tokenizer.load import load_tokenizer
 
     del output
     with open(corpus, encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
 
 def _encode_all(encoder, texts: list[str]) -> None:
     for at in range(0, len(texts), 64):
-        encoder.encode(texts[at : at + 64])
+        encoder.encode_batch(texts[at : at + 64])
 
 
 def gigatoken_fast(corpus: str, tokenizer: str, workers: int, output: str) -> None:
@@ -102,7 +102,7 @@ def gigatoken_fast(corpus: str, tokenizer: str, workers: int, output: str) -> No
     import numpy as np
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from data_prep.tokenizers import load_tokenizer
+    from megatron_taipan.tokenizer.load import load_tokenizer
 
     del workers
     reference = load_tokenizer(tokenizer)

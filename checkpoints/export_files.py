@@ -19,7 +19,8 @@ from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
 from megatron_taipan.checkpoint.calibration import read_capacity
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights
 from megatron_taipan.config import ModelConfig
-from megatron_taipan.inference.text import TokenizersCodec, sample_texts
+from megatron_taipan.inference.text import sample_texts
+from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def write_carried(
         taken = [name for name in taken if name != GENERATION]
     elif own:
         named = state.path / TOKENIZER
-        refuse_larger(named, TokenizersCodec(named).tokenizer, state.network.vocab_size)
+        refuse_larger(named, HFTokenizer(str(named)).model, state.network.vocab_size)
         if read_json(state.path / "tokenizer_config.json").get(SPLIT):
             note(
                 f"{state.path} keeps the spelling of special tokens as text ({SPLIT} in its tokenizer_config.json), and"

@@ -30,7 +30,6 @@ from checkpoints.checksums import SUMS, WEIGHTS, differences, write_sums
 from checkpoints.export_files import Text, note, short, write_carried, write_described, write_json
 from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
-from checkpoints.tokenizer import hostile_texts
 from checkpoints.whole_folder import remove_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
@@ -38,10 +37,11 @@ from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.made_with import refuse_other
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
-from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.tokenizer.hard_texts import hostile_texts
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH, PREFILL = 2, 64, 40  # tokens of the check; the first 40 of a row in one pass, the rest from its cache
@@ -180,8 +180,8 @@ def check_folder(
     streamed = 4 * model_params(config) > stream_above
     tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     expected = trainer_logits(probe, state, tokens, dtype, torch.float32 if streamed else dtype, PREFILL)
-    codec = load_codec(text.tokenizer) if text.tokenizer else None
-    pairs = [(each, codec.encode(each)) for each in [*hostile_texts(), *text.samples]] if codec else []
+    tokenizer = load_tokenizer_file(text.tokenizer) if text.tokenizer else None
+    pairs = [(each, tokenizer.encode(each)) for each in [*hostile_texts(), *text.samples]] if tokenizer else []
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
         asked = {

@@ -8,40 +8,32 @@ It behaves as code written for transformers expects: the spelling of a special t
 document of the training data, or nothing.
 """
 
-import base64
 import json
-import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Exported
 from tokenizers.processors import TemplateProcessing
 
 from checkpoints.document_ends import DocumentEnds, document_ends
-from checkpoints.tiktoken_file import convert_tiktoken
-from data_prep.sentencepiece_json import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNIGRAM,
-    UNKNOWN,
-    USER_DEFINED,
-    read_model,
-    vocabulary_and_merges,
-)
+from checkpoints.tiktoken_conversion import convert_tiktoken
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.made_with import added_ids
-from megatron_taipan.data.special_tokens import USUAL, find_role
 from megatron_taipan.errors import UserError
-from megatron_taipan.inference.text import TextCodec, TikTokenCodec, TokenizersCodec, load_codec
+from megatron_taipan.tokenizer.base import Tokenizer
+from megatron_taipan.tokenizer.hard_texts import hostile_texts
+from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
+from megatron_taipan.tokenizer.load import load_tokenizer_file
+from megatron_taipan.tokenizer.sentencepiece_json import tokenizer_json
+from megatron_taipan.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_proto
+from megatron_taipan.tokenizer.special_tokens import KINDS
+from megatron_taipan.tokenizer.tiktoken_file import TiktokenTokenizer
+from megatron_taipan.tokenizer.token_bytes import SPACE
 
 SPLIT = "split_special_tokens"  # of transformers: the spelling of a special token in a text stays text
-ROLES = {"bos": "bos_token", "eod": "eos_token"}  # of a manifest, by their names in transformers
-NEVER = -1e9  # a score that keeps control pieces out of every segmentation of text
 
 
 @dataclass(frozen=True)
@@ -82,14 +74,11 @@ def write_tokenizer(
         UserError: the file is of no known kind, has more tokens than the model, lacks one that the data has, the
             conversion gives other ids, or nothing says which of several tokens ends a document.
     """
-    codec = load_codec(source)
-    told = {ROLES[role] for role in added_ids(each.prefix for each in data.train)} if data is not None else set()
-    if isinstance(codec, TokenizersCodec):
-        tokenizer, tokens = codec.tokenizer, special_tokens(source, codec.tokenizer, known=told)
-    else:
-        convert = convert_tiktoken if isinstance(codec, TikTokenCodec) else convert_sentencepiece
-        tokenizer, tokens = convert(source)
-        assert_same_ids(source, codec, tokenizer, [*user_defined_texts(tokenizer), *texts])
+    reference = load_tokenizer_file(source)
+    recorded = {KINDS[role] for role in added_ids(each.prefix for each in data.train)} if data is not None else set()
+    tokenizer, tokens = convert(source, reference), special_tokens(source, reference, known=recorded)
+    if not isinstance(reference, HFTokenizer):
+        assert_same_ids(source, reference, tokenizer, [*user_defined_texts(tokenizer), *texts])
     refuse_larger(source, tokenizer, vocab_size)
     bos, eos = (tokenizer.token_to_id(tokens[kind]) if kind in tokens else None for kind in ("bos_token", "eos_token"))
     ends = document_ends(data, bos, eos) if data is not None else None
@@ -117,7 +106,7 @@ def write_tokenizer(
     return Special(tokens, {kind: number for kind, number in ids.items() if number is not None}, ends)
 
 
-def refuse_larger(source: Path, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+def refuse_larger(source: Path, tokenizer: Exported, vocab_size: int | None) -> None:
     """Raises UserError if a tokenizer has more tokens than a model (None: any number)."""
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
@@ -126,7 +115,7 @@ def refuse_larger(source: Path, tokenizer: Tokenizer, vocab_size: int | None) ->
         )
 
 
-def spelling(source: Path, tokenizer: Tokenizer, index: int) -> str:
+def spelling(source: Path, tokenizer: Exported, index: int) -> str:
     """The spelling of a token that stands around the documents of the training data.
 
     Raises:
@@ -141,7 +130,7 @@ def spelling(source: Path, tokenizer: Tokenizer, index: int) -> str:
     return found
 
 
-def begin_with(tokenizer: Tokenizer, bos: str | None) -> None:
+def begin_with(tokenizer: Exported, bos: str | None) -> None:
     """Makes it put `bos`, or nothing, before a text, and nothing behind, whatever its file says."""
     if bos is None and not tokenizer.num_special_tokens_to_add(False):
         return
@@ -151,108 +140,67 @@ def begin_with(tokenizer: Tokenizer, bos: str | None) -> None:
     tokenizer.post_processor = TemplateProcessing(single=f"{head}$A:0", pair=pair, special_tokens=known)
 
 
-def user_defined_texts(tokenizer: Tokenizer) -> list[str]:
+def user_defined_texts(tokenizer: Exported) -> list[str]:
     """Texts with the user-defined pieces of a converted sentencepiece model, around which the libraries may differ."""
     pieces = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
     return [text for piece in pieces for text in (piece, f"a{piece}b", f"a {piece} b")]
 
 
 def special_tokens(source: Path, tokenizer: Tokenizer, known: Container[str] = ()) -> dict[str, str]:
-    """The special tokens of a tokenizer.json by kind, but for the kinds that are known already.
+    """The special tokens of a tokenizer by kind (`bos_token`, ...), but for the kinds that are known already.
 
     Raises:
         UserError: nothing says which of several begins or ends a text.
     """
-    marked = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special = {}
-    for kind in USUAL:
-        role = find_role(kind, source, tokenizer.token_to_id, marked)
-        if len(role.candidates) > 1 and kind in ROLES.values() and kind not in known:
+    for kind, role in tokenizer.roles.items():
+        if len(role.candidates) > 1 and kind in KINDS.values() and kind not in known:
             raise UserError(f"{source}: {kind}: {role.said}; put the model's tokenizer_config.json beside it")
         if role.id is not None:
             special[kind] = role.candidates[role.id]
     return special
 
 
-def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """A tokenizers-library tokenizer with the pieces of a sentencepiece model, and its special tokens by kind.
+def convert(source: Path, tokenizer: Tokenizer) -> Exported:
+    """A tokenizer as the tokenizers library runs it, with the same ids.
 
-    The format is google/sentencepiece's `sentencepiece_model.proto`. Ids are the positions of the pieces.
+    Raises:
+        UserError: it cannot be expressed there.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.model
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return convert_tiktoken(source)
+    return convert_sentencepiece(source)
+
+
+def convert_sentencepiece(path: Path) -> Exported:
+    """A sentencepiece model as the tokenizers library runs it; its control pieces are special tokens there.
+
+    Raises:
+        UserError: the model has something that tokenizer.json cannot express.
     """
     try:
-        proto = read_model(path)
+        proto = read_proto(path)
+        content = tokenizer_json(proto)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    trainer, rules = proto.trainer_spec, proto.normalizer_spec
-    if trainer.treat_whitespace_as_suffix:
-        raise UserError(f"{path}: treat_whitespace_as_suffix has no counterpart in tokenizer.json")
-    pieces = list(proto.pieces)
-    model: models.Model
-    if trainer.model_type == BPE:
-        model = _bpe(pieces, trainer.unk_piece)
-    elif trainer.model_type == UNIGRAM:
-        unknown = next(i for i, piece in enumerate(pieces) if piece.type == UNKNOWN)
-        scores = [(p.piece, p.score if p.type == NORMAL else NEVER) for p in pieces]
-        model = models.Unigram(scores, unk_id=unknown, byte_fallback=trainer.byte_fallback)
-    else:
-        raise UserError(f"{path}: only sentencepiece models of type bpe and unigram can be exported")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = _normalizer(rules)
+    tokenizer = Exported.from_str(json.dumps(content))
+    if content["model"].pop("type") == "Unigram":  # again, with exact scores: the library's parser is off by one digit
+        scores = [(piece, score) for piece, score in content["model"].pop("vocab")]
+        tokenizer.model = models.Unigram(scores, **content["model"])
     # The space that sentencepiece puts before a text stays when ids are decoded: a decoder that strips it takes it from
     # a continuation too, and transformers' pipelines decode the continuation alone and join it to the prompt.
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = {}
-    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
-    for kind, index in {**named, "unk_token": trainer.unk_id}.items():
-        if 0 <= index < len(pieces):
-            special[kind] = pieces[index].piece
-    added = [AddedToken(p.piece, special=True, normalized=False) for p in pieces if p.type in (CONTROL, UNKNOWN)]
-    tokenizer.add_special_tokens(added)
-    tokenizer.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == USER_DEFINED])
+    special = [p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    own = [p.piece for p in proto.pieces if p.type == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in own])
     tokenizer.encode_special_tokens = True
-    return tokenizer, special
+    return tokenizer
 
 
-def _bpe(pieces: list, unk_piece: str) -> models.BPE:
-    """sentencepiece joins the pair whose joint piece has the highest score; that order becomes merge ranks."""
-    vocabulary, merges = vocabulary_and_merges(pieces)
-    has_bytes = any(piece.type == BYTE for piece in pieces)
-    return models.BPE(vocabulary, merges, unk_token=unk_piece, fuse_unk=True, byte_fallback=has_bytes)
-
-
-def _normalizer(rules) -> normalizers.Normalizer:
-    """The steps of sentencepiece's normalizer, in its order."""
-    steps: list[normalizers.Normalizer] = []
-    if rules.precompiled_charsmap:
-        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
-        steps.append(_from_json({"type": "Precompiled", "precompiled_charsmap": charsmap}))
-    if rules.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    if rules.escape_whitespaces:
-        steps.append(normalizers.Replace(" ", SPACE))
-    if rules.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(f"{SPACE}+\\z"), ""))  # sentencepiece strips literal ones at the end too
-    return normalizers.Sequence(steps)
-
-
-def _from_json(step: dict) -> normalizers.Normalizer:
-    """A normalizer from its serialized form (the constructor of Precompiled differs between releases)."""
-    shell: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": step,
-    }
-    shell |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
-    shell["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    return Tokenizer.from_str(json.dumps(shell)).normalizer
-
-
-def assert_same_ids(source: Path, reference: TextCodec, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+def assert_same_ids(source: Path, reference: Tokenizer, tokenizer: Exported, texts: Iterable[str]) -> int:
     """Compares the ids of both libraries; returns the number of texts compared.
 
     Raises:
@@ -272,39 +220,3 @@ def assert_same_ids(source: Path, reference: TextCodec, tokenizer: Tokenizer, te
             )
         count += 1
     return count
-
-
-def hostile_texts() -> list[str]:
-    """Texts on which tokenizers like to disagree: odd Unicode, white space, text that looks like special tokens."""
-    fixed = [
-        "",
-        " ",
-        "  ",
-        " " * 1000,
-        "\n\n\n \t\t  \r\n",
-        " leading and trailing  ",
-        "a" * 500,
-        "tabs\tand\nnew lines\r\n  indented\n\n\n\n        code()",
-        "<s>not a token</s> <unk> <pad> <0x0A> <|endoftext|>",
-        "▁ literal ▁▁ blanks▁",
-        "naïve café Å Å ﬁ ﬀ ﬃ ① ½ ﷺ ㎢ Ⅷ",
-        "e\u0301 a\u0308\u0323 \u0344 \u1e9b\u0323 q\u0307\u0323",
-        "नमस्ते ক্ষ สวัสดี 안녕 한국어 こんにちは 漢字 ﾊﾝｶｸ",
-        "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽 ☺️",
-        "zero\u200bwidth\u200d joiner\ufeff bom \u00a0nbsp \u3000ideographic \u2028line \u2029para \u0085nel",
-        "\u202eright to left\u202c שלום مرحبا",
-        "control \x00 \x01 \x07 \x08 \x1b[0m \x7f \x9f",
-        "\U0001d54f \U0010ffff \ue000 \ufffd \ufffe",
-        "x" + "\u0300" * 50,
-        "1234567890 3.14159 1,000,000 -5e-10 0x1F",
-        "don't won't it's—“quoted” ‘text’ … – -",
-        "def f(x):\n    return {'a': [1, 2, (3,)], \"b\": x**2}\n",
-    ]
-    draw = random.Random(0)
-    ranges = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x900, 0x97F), (0x2000, 0x206F)]
-    ranges += [(0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xAD00), (0x1F600, 0x1F64F), (0xFB00, 0xFB06)]
-    noise = []
-    for _ in range(200):
-        spans = [draw.choice(ranges) for _ in range(draw.randint(1, 4))] + [(0x20, 0x20)]
-        noise.append("".join(chr(draw.randint(*draw.choice(spans))) for _ in range(draw.randint(1, 60))))
-    return fixed + noise

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer
 from megatron_taipan.data.ids import refuse_outside
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.base import Tokenizer
 
 BLOCK = 1 << 22  # tokens
 MOST = 1 << 24  # ids; no vocabulary has as many, and counting this many takes 128 MB

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import orjson
 
-from data_prep.kinds import COMPRESSED, DESCRIPTIONS, kind_of
+from data_prep.kinds.registry import kind_of
+from data_prep.packed import FORMS
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import plain_name
 
@@ -17,6 +18,12 @@ SPLIT = re.compile(
     r"(?:^|[-._ /\d])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?=[-._ /\d]|$)"
 )
 MEANT = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}  # by their first letters
+
+# beside data, not data: what Hugging Face's libraries write
+DESCRIPTIONS = frozenset(
+    "dataset_info.json dataset_infos.json dataset_dict.json state.json config.json generation_config.json"
+    " tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json added_tokens.json".split()
+)
 
 
 def inside(folder: str, passed: dict[str, str]) -> list[str]:
@@ -62,7 +69,7 @@ def described(name: str) -> str:
     if name in DESCRIPTIONS:
         return name
     stem, ending = os.path.splitext(name.lower())
-    if ending in COMPRESSED:
+    if ending in FORMS:
         ending = os.path.splitext(stem)[1] + ending
     return "hidden" if name.startswith(".") else ending or "without an ending"
 

@@ -6,25 +6,16 @@ laid end to end are the same whoever made them and in however many runs.
 
 import glob
 import os
-from dataclasses import dataclass
 
 from data_prep import folders
 from data_prep.folders import inside
-from data_prep.kinds import SPLITTABLE, kind_of, known_kinds
+from data_prep.kinds.records import Slice
+from data_prep.kinds.registry import is_splittable, kind_of, known_kinds
 from megatron_taipan.data.sources import natural
 from megatron_taipan.errors import UserError
 
 PIECES = 64  # aimed at
 SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20  # bytes of input
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Bytes [start, stop) of one file; of a file that cannot be cut, all of it."""
-
-    path: str
-    start: int
-    stop: int
 
 
 Piece = tuple[Slice, ...]
@@ -123,7 +114,7 @@ def cut(sizes: list[tuple[str, int]]) -> list[Piece]:
     gathered: list[Slice] = []
     held = 0
     for path, size in sizes:
-        step = target if kind_of(path) in SPLITTABLE else max(size, 1)
+        step = target if is_splittable(path) else max(size, 1)
         for start in range(0, max(size, 1), step):
             part = Slice(path, start, min(start + step, size))
             gathered.append(part)

@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.extract import Extract
 from data_prep.inputs import Piece
 from data_prep.limits import USUAL, Limits
-from data_prep.tokenizers import Tokenizer
+from megatron_taipan.tokenizer.base import Tokenizer
 
 OnError = Literal["fail", "skip", "quarantine"]
 

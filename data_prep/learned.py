@@ -9,7 +9,7 @@ text. With more parts the same holds at every border.
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer
+from megatron_taipan.tokenizer.base import Tokenizer
 
 BEFORE = ("\n", "0")  # text that a tokenizer keeps apart from what follows: one of them from almost anything
 NONE = np.empty(0, np.uint32)
@@ -28,7 +28,7 @@ def encode_marked(
         lay within a token of the whole text.
     """
     asked = [text[:end] for text, cuts in zip(texts, borders, strict=True) for end in (*cuts, len(text)) if end]
-    flat, lengths = tokenizer.encode(asked)
+    flat, lengths = tokenizer.encode_batch(asked)
     heads = iter(np.split(flat, np.cumsum(lengths)[:-1]))
     ids, masks, apart = [], [], 0
     for text, cuts in zip(texts, borders, strict=True):
@@ -62,10 +62,10 @@ def _behind(tokenizer: Tokenizer, text: str, first: bool) -> np.ndarray:
     if not text:
         return NONE
     for before in () if first else BEFORE:
-        (ids, _), (lead, _) = tokenizer.encode([before + text]), tokenizer.encode([before])
+        (ids, _), (lead, _) = tokenizer.encode_batch([before + text]), tokenizer.encode_batch([before])
         if begins(ids, lead):
             return ids[len(lead) :]
-    return tokenizer.encode([text])[0]
+    return tokenizer.encode_batch([text])[0]
 
 
 def begins(ids: np.ndarray, lead: np.ndarray) -> bool:

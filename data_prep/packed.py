@@ -11,10 +11,11 @@ import io
 import lzma
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from data_prep.limits import USUAL
-from megatron_taipan.errors import UserError
+from data_prep.packages import require
 
 try:
     from isal import isal_zlib as zlib  # unpacks three times faster
@@ -34,6 +35,21 @@ BLOCKS = 16  # unpacked at a time
 BESIDE = 16 << 20  # bytes that xz takes besides its dictionary, at most
 
 
+@dataclass(frozen=True)
+class Form:
+    """A form of compression.
+
+    Attributes:
+        magic: what a member begins with.
+        unpacker: of the largest window in bytes; what unpacks one member, an object like bz2.BZ2Decompressor.
+        needs: package that it takes.
+    """
+
+    magic: tuple[bytes, ...]
+    unpacker: Callable[[int], Any]
+    needs: str = ""
+
+
 class Damaged(Exception):
     """Compressed data is not what it should be; the message says why."""
 
@@ -43,9 +59,14 @@ class TooWide(Exception):
 
 
 def open_packed(path: str, window: int = USUAL.window) -> io.BufferedReader:
-    """The content of a file whose name ends in .gz, .zst, .zstd, .bz2 or .xz. Reading raises EOFError where the file
+    """The content of a file whose name ends as one of FORMS. Reading raises EOFError where the file
     ends within a member or has none, Damaged, and TooWide where unpacking takes a window of more bytes."""
     return io.BufferedReader(Unpacked(path, window), BUFFER)
+
+
+def is_packed(path: str) -> bool:
+    """Whether the name of a file says that it is compressed."""
+    return os.path.splitext(path.lower())[1] in FORMS
 
 
 def garbage(file: Any) -> str:
@@ -62,7 +83,10 @@ class Unpacked(io.RawIOBase):
     """
 
     def __init__(self, path: str, window: int = USUAL.window):
-        self.magic, self.new = _form(path, window)
+        form = FORMS[os.path.splitext(path.lower())[1]]
+        if form.needs:
+            require(form.needs, f"{path}: reading it")
+        self.magic, self.new = form.magic, lambda: form.unpacker(window)
         self.file = open(path, "rb", buffering=0)
         self.left = b""  # read, and not yet given to a member
         self.member: Any = None
@@ -121,22 +145,6 @@ class Unpacked(io.RawIOBase):
         self.member = self.new()
         self.members += 1
         return True
-
-
-def _form(path: str, window: int) -> tuple[tuple[bytes, ...], Callable[[], Any]]:
-    """What a member begins with, and what unpacks one: an object like bz2.BZ2Decompressor."""
-    ending = os.path.splitext(path.lower())[1]
-    if ending == ".gz":
-        return GZIP, _Gzip
-    if ending == ".bz2":
-        return BZIP2, bz2.BZ2Decompressor
-    if ending == ".xz":
-        return XZ, lambda: _Xz(window)
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: reading {ending} takes the package zstandard; `pip install zstandard`") from error
-    return ZSTANDARD, lambda: _Zstandard(zstandard, window)
 
 
 def _too_wide(what: str, window: int) -> TooWide:
@@ -201,7 +209,9 @@ class _Zstandard:
     packed size before it, which hold at most 128 kB each.
     """
 
-    def __init__(self, library: Any, window: int) -> None:
+    def __init__(self, window: int) -> None:
+        import zstandard as library  # not every machine has it
+
         self.library, self.window = library, window
         self.inner = library.ZstdDecompressor(max_window_size=window).decompressobj()
         self.raw = bytearray()  # what the library was not given yet
@@ -272,3 +282,13 @@ class _Zstandard:
     @property
     def unused_data(self) -> bytes:
         return self.inner.unused_data + bytes(self.raw)
+
+
+ZSTANDARD_FORM = Form(ZSTANDARD, _Zstandard, needs="zstandard")
+FORMS = {  # by the ending of a file's name
+    ".gz": Form(GZIP, lambda window: _Gzip()),
+    ".zst": ZSTANDARD_FORM,
+    ".zstd": ZSTANDARD_FORM,
+    ".bz2": Form(BZIP2, lambda window: bz2.BZ2Decompressor()),
+    ".xz": Form(XZ, _Xz),
+}

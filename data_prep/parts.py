@@ -14,9 +14,10 @@ import orjson
 
 from data_prep.hashing import HashedFile, hash_file, hash_slice
 from data_prep.job import Job
+from data_prep.kinds.records import Record
 from data_prep.learned import encode_marked
 from data_prep.long_text import BrokenText
-from data_prep.readers import Record, read
+from data_prep.readers import read
 from data_prep.windows import encode_stream
 from megatron_taipan.data.indexed import MAX_SEQUENCE
 from megatron_taipan.errors import UserError
@@ -145,7 +146,7 @@ class _Part:
         """Ids of the batch, how many each document has, and which of them are learned, if texts say it."""
         texts = [record.text for record in self.batch]
         if not self.job.marked:
-            return *self.job.tokenizer.encode(texts), None
+            return *self.job.tokenizer.encode_batch(texts), None
         borders = [record.borders for record in self.batch]
         ids, counts, mask, apart = encode_marked(self.job.tokenizer, texts, borders)
         self.apart += apart

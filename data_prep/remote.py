@@ -20,7 +20,7 @@ import orjson
 
 from data_prep import folders
 from data_prep.inputs import natural
-from data_prep.kinds import kind_of, known_kinds
+from data_prep.kinds.registry import kind_of, known_kinds
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 

@@ -24,7 +24,7 @@ from itertools import islice
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer
+from megatron_taipan.tokenizer.base import Tokenizer
 
 WINDOW = 1 << 19  # characters tokenized at a time
 OVERLAP = 512  # characters of a window before the cut, and looked at behind it
@@ -140,7 +140,7 @@ def _borders(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Iterator[tuple
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return tokenizer.encode([text])[0]
+    return tokenizer.encode_batch([text])[0]
 
 
 def _begins(ids: np.ndarray, lead: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 def main(folder: str, prompt: str, new_tokens: int = 60) -> None:
     """Loads the folder and prints the prompt with its continuation."""
     # None makes an import fail: whatever answers here comes from the folder, even where this project is installed.
-    for ours in ("megatron_taipan", "checkpoints", "data_prep", "launch"):
+    for ours in ("megatron_taipan", "checkpoints", "data_prep"):
         sys.modules[ours] = None  # type: ignore[assignment]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
-# Exit statuses of launch/pretrain.py beside 0 (finished, or stopped at train.stop_at) and 1 (a defect of ours, with its
+# Exit statuses of pretrain.py beside 0 (finished, or stopped at train.stop_at) and 1 (a defect of ours, with its
 # traceback); those above 2 by sysexits.h.
 EXIT_WRONG_INPUT = 2  # one line says what; another start would find the same
 EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: the processes did not meet; another start may do better

@@ -86,6 +86,6 @@ def test_the_picture_of_the_rooms_shows_imports_that_there_are_and_every_room():
 
 def test_the_page_has_every_exit_status_of_a_run():
     listed = {int(status) for status in re.findall(r"^\| (\d+) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.M)}
-    program = ast.get_docstring(ast.parse((ROOT / "launch/pretrain.py").read_text(encoding="utf-8")))
+    program = ast.get_docstring(ast.parse((ROOT / "megatron_taipan/pretrain.py").read_text(encoding="utf-8")))
     told = re.search(r"Exit status: (.*)", program, re.S)[1]
     assert listed == {1} | {int(status) for status in re.findall(r"(?<![\w.])\d+(?= )", told)}

@@ -18,12 +18,12 @@ import yaml
 from tests.checkpoints.made import ROOT, lines_of_text
 from tests.train.toy import toy_tree
 
-ROOMS = ("megatron_taipan", "data_prep", "launch", "checkpoints")
+ROOMS = ("megatron_taipan", "data_prep", "checkpoints")
 
 
 def copied(place: Path) -> Path:
     """What the wheel is built from, in a folder that the build may write into."""
-    names = [f"{room}/{file.relative_to(ROOT / room)}" for room in ROOMS for file in (ROOT / room).rglob("*")]
+    names = [str(file.relative_to(ROOT)) for room in (*ROOMS, "launch") for file in (ROOT / room).rglob("*")]
     for name in (*names, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_file() and "__pycache__" not in name:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,9 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel):
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         described = archive.read(metadata).decode()
     files = [file for room in ROOMS for file in (tree / room).rglob("*") if file.is_file()]
-    assert held == {str(file.relative_to(tree)) for file in files}
+    presets = [file.name for file in (tree / "launch" / "configs").iterdir()]
+    assert held == {str(file.relative_to(tree)) for file in files} | {f"megatron_taipan/configs/{n}" for n in presets}
+    assert len(presets) > 15 and {name.split("/")[0] for name in held} == set(ROOMS)
     assert "Requires-Python: >=3.10" in described and "Requires-Dist: torch>=2.10" in described
 
 
@@ -85,10 +87,11 @@ def test_from_text_to_an_export_by_console_scripts(wheel, tmp_path):
         "--output", "tok.model", cwd=work)  # fmt: skip
     run(scripts / "taipan-data", "tokenize", "--input", "text.jsonl", "--tokenizer", "tok.model", "--append-eod",
         "--output", "data", cwd=work)  # fmt: skip
-    preset = site / "launch" / "configs" / "taipan_190m.yaml"
+    preset = site / "megatron_taipan" / "configs" / "taipan_190m.yaml"
     planned = run(scripts / "taipan-pretrain", "--config", preset, "--dry-run", "--processes", "8", "data.train=data",
                   "data.tokenizer=tok.model", cwd=work)  # fmt: skip
     assert "187,520,022" in planned
+    assert f"presets: {preset.parent}\n" in run(scripts / "taipan-pretrain", "--help", cwd=work)
     run(scripts / "taipan-pretrain", "--config", "config.yaml", cwd=work)
     run(scripts / "taipan-export", "run", "hf", cwd=work)
     assert (work / "run" / "step_00000002").is_dir() and (work / "hf" / "model.safetensors").is_file()

@@ -7,11 +7,12 @@ import itertools
 import numpy as np
 
 from data_prep.blocks import refuse_foreign
-from data_prep.tokenizers import Tokenizer, tokenizer_of_data
+from data_prep.tokenizer_of_data import tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.data.sources import open_source
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.base import Tokenizer
 
 SHOWN = 40  # tokens at each end of a document
 LEARNED = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"  # around what is

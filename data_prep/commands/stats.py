@@ -9,7 +9,7 @@ from data_prep import manifest
 from data_prep.blocks import blocks, refuse_foreign
 from data_prep.commands.inspect import histogram
 from data_prep.commands.verify import count_learned
-from data_prep.tokenizers import tokenizer_of_data
+from data_prep.tokenizer_of_data import tokenizer_of_data
 from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.data.sources import open_source
 

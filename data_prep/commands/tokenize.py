@@ -20,6 +20,7 @@ from data_prep.extract import add_text_arguments, extractor, marks_learned, text
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
+from data_prep.kinds.registry import known_kinds
 from data_prep.limits import USUAL, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
@@ -27,20 +28,23 @@ from data_prep.prefetch_tokenizer import PrefetchedTokenizer
 from data_prep.progress import Progress
 from data_prep.readers import size_of
 from data_prep.stream_cache import cache_stream, is_stream
-from data_prep.tokenizer_files import tokenizer_file
-from data_prep.tokenizers import Tokenizer, load_tokenizer
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import token_dtype
 from megatron_taipan.errors import UserError
-
-INPUT_HELP = (
-    f"files, folders or globs ({inputs.known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
-    " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses"
-)
+from megatron_taipan.tokenizer.base import Tokenizer
+from megatron_taipan.tokenizer.files import tokenizer_file
+from megatron_taipan.tokenizer.load import load_tokenizer
+from megatron_taipan.tokenizer.special_tokens import KINDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help=f"files, folders or globs ({known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
+        " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses",
+    )
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
@@ -286,7 +290,7 @@ def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None
         if index is None:
             raise UserError(f"{flag}: the tokenizer has no token {spelling!r}; give another with --{role}-token")
         return {"id": index, "token": spelling, "said": f"--{role}-token"}
-    found = tokenizer.roles[role]
+    found = tokenizer.roles[KINDS[role]]
     if found.id is None:
         raise UserError(f"{flag}: {found.said}; give the spelling of the right token with --{role}-token")
     return {"id": found.id, "token": found.candidates[found.id], "said": found.said}

@@ -9,7 +9,7 @@ import numpy as np
 from data_prep import manifest
 from data_prep.blocks import blocks
 from data_prep.hashing import hash_file
-from data_prep.tokenizers import refuse_other_data, tokenizer_of_data
+from data_prep.tokenizer_of_data import refuse_other_data, tokenizer_of_data
 from megatron_taipan.data.ids import refuse_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import SUFFIX, check_mask, find_mask

@@ -14,8 +14,9 @@ from pathlib import Path
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
-from megatron_taipan.inference.text import TextCodec, load_codec
+from megatron_taipan.inference.text import model_tokenizer
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.tokenizer.base import Tokenizer
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
@@ -30,7 +31,7 @@ class Example:
     key: str
 
 
-def make_example(codec: TextCodec, length: int, depth: float, key: str) -> Example:
+def make_example(tokenizer: Tokenizer, length: int, depth: float, key: str) -> Example:
     """A prompt of at most `length` tokens with the key at `depth` (0: at the start, 1: right before the question).
 
     Only whole sentences of filler are used, so the prompt falls short of `length` by less than one round of them.
@@ -44,18 +45,25 @@ def make_example(codec: TextCodec, length: int, depth: float, key: str) -> Examp
         before = round(rounds * depth)
         return FILLER * before + needle + FILLER * (rounds - before) + question
 
-    if len(codec.encode(text(0))) > length:
-        raise UserError(f"{length} tokens have no room for needle and question ({len(codec.encode(text(0)))} tokens)")
-    rounds = length // max(1, len(codec.encode(FILLER)))
-    while len(codec.encode(text(rounds))) > length:
+    if len(tokenizer.encode(text(0))) > length:
+        raise UserError(
+            f"{length} tokens have no room for needle and question ({len(tokenizer.encode(text(0)))} tokens)"
+        )
+    rounds = length // max(1, len(tokenizer.encode(FILLER)))
+    while len(tokenizer.encode(text(rounds))) > length:
         rounds -= 1
-    return Example(codec.encode(text(rounds)), key)
+    return Example(tokenizer.encode(text(rounds)), key)
 
 
-def accuracy(examples: list[Example], codec: TextCodec, answer: Callable[[list[list[int]]], list[list[int]]]) -> float:
+def accuracy(
+    examples: list[Example], tokenizer: Tokenizer, answer: Callable[[list[list[int]]], list[list[int]]]
+) -> float:
     """The share of right answers. `answer` continues a batch of prompts."""
     replies = answer([example.prompt for example in examples])
-    right = [codec.decode(ids).strip().startswith(e.key) for e, ids in zip(examples, replies, strict=True)]
+    right = [
+        tokenizer.decode(ids, skip_special_tokens=True).strip().startswith(e.key)
+        for e, ids in zip(examples, replies, strict=True)
+    ]
     return sum(right) / len(right)
 
 
@@ -78,22 +86,22 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--lengths={options.lengths} must be numbers separated by commas") from error
     if options.depths < 1 or options.samples < 1:
         raise UserError(f"--depths={options.depths} and --samples={options.samples} must be at least 1")
-    model, tokenizer, config = load_model(options.model, DTYPES[options.dtype])
-    named = options.tokenizer or tokenizer
+    model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype])
+    named = options.tokenizer or tokenizer_file
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
-    codec = load_codec(named, config.data if config else None)
-    show(model.to(pick_device(options.device)), codec, lengths, options.depths, options.samples, options.seed)
+    tokenizer = model_tokenizer(named, config.data if config else None)
+    show(model.to(pick_device(options.device)), tokenizer, lengths, options.depths, options.samples, options.seed)
     return 0
 
 
-def show(model: Taipan, codec: TextCodec, lengths: list[int], n_depths: int, samples: int, seed: int) -> None:
+def show(model: Taipan, tokenizer: Tokenizer, lengths: list[int], n_depths: int, samples: int, seed: int) -> None:
     """Prints the share of right answers, a line a length and a column a depth."""
     depths = [i / max(1, n_depths - 1) for i in range(n_depths)]
-    answer_tokens = max(len(codec.encode(f" {key}")) for key in (12345, 99999, 70707)) + 1
+    answer_tokens = max(len(tokenizer.encode(f" {key}")) for key in (12345, 99999, 70707)) + 1
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return generate(model, prompts, max_new_tokens=answer_tokens, stop_tokens=codec.end_ids)
+        return generate(model, prompts, max_new_tokens=answer_tokens, stop_tokens=tokenizer.end_ids)
 
     print(f"{'tokens':>8} " + " ".join(f"{f'depth {depth:.2f}':>10}" for depth in depths))
     draw = random.Random(seed)
@@ -101,8 +109,8 @@ def show(model: Taipan, codec: TextCodec, lengths: list[int], n_depths: int, sam
         shares = []
         for depth in depths:
             keys = [f"{draw.randint(10000, 99999)}" for _ in range(samples)]
-            examples = [make_example(codec, length, depth, key) for key in keys]
-            shares.append(accuracy(examples, codec, answer))
+            examples = [make_example(tokenizer, length, depth, key) for key in keys]
+            shares.append(accuracy(examples, tokenizer, answer))
         print(f"{length:>8} " + " ".join(f"{share:>10.2f}" for share in shares), flush=True)
 
 

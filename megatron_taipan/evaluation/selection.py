@@ -21,8 +21,7 @@ from megatron_taipan.evaluation.choices import Choices, collect
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
-from megatron_taipan.inference.pieces import cut
-from megatron_taipan.inference.text import load_codec
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
 
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     named = options.tokenizer or tokenizer
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
-    whole, parts = cut(load_codec(named), text)
+    whole, parts = load_tokenizer_file(named).encode_with_bytes(text)
     parts = shorten(parts, options.max_tokens)
     ids = whole[: len(parts)]
     choices = collect(model.to(device), ids, options.chunk)

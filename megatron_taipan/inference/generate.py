@@ -11,7 +11,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
 from megatron_taipan.inference.sampling import Sampling
-from megatron_taipan.inference.text import load_codec
+from megatron_taipan.inference.text import model_tokenizer
 
 
 @exits_cleanly
@@ -40,21 +40,23 @@ def main(arguments: list[str] | None = None) -> int:
     )  # refused before the model is loaded
     texts = read_prompts(options.prompt, options.prompt_file)
     device = pick_device(options.device)
-    model, tokenizer, config = load_model(options.model, DTYPES[options.dtype])
-    named = options.tokenizer or tokenizer
+    model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype])
+    named = options.tokenizer or tokenizer_file
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
-    codec = load_codec(named, config.data if config else None)
+    tokenizer = model_tokenizer(named, config.data if config else None)
     continuations = generate(
         model.to(device),
-        [codec.encode(text) for text in texts],
+        [tokenizer.encode(text) for text in texts],
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
-        stop_tokens=() if options.ignore_end else codec.end_ids,
+        stop_tokens=() if options.ignore_end else tokenizer.end_ids,
         prefill_chunk=options.prefill_chunk,
     )
     for text, ids in zip(texts, continuations, strict=True):
-        whole = codec.decode(codec.encode(text) + [i for i in ids if i not in codec.end_ids])
+        whole = tokenizer.decode(
+            tokenizer.encode(text) + [i for i in ids if i not in tokenizer.end_ids], skip_special_tokens=True
+        )
         print(
             json.dumps({"prompt": text, "text": whole, "new_tokens": ids}, ensure_ascii=False)
             if options.json

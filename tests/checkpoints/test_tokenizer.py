@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from checkpoints.tiktoken_file import byte_letters
-from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, hostile_texts, write_tokenizer
+from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, special_tokens, write_tokenizer
 from megatron_taipan.config import DataConfig
 from megatron_taipan.errors import UserError
-from megatron_taipan.inference.text import TIKTOKEN_PATTERN, load_codec
+from megatron_taipan.tokenizer.byte_level import byte_letters
+from megatron_taipan.tokenizer.hard_texts import hostile_texts
+from megatron_taipan.tokenizer.load import load_tokenizer_file
+from megatron_taipan.tokenizer.tiktoken_file import LLAMA3_PATTERN
 from tests.checkpoints.made import MANIFEST, lines_of_text, train_sentencepiece
 
 
@@ -35,17 +37,18 @@ def model_file(tmp_path_factory):
 )
 def test_ids_are_equal_on_real_and_hostile_text(tmp_path, options):
     file = train_sentencepiece(tmp_path, **options)
-    tokenizer, special = convert_sentencepiece(file)
+    tokenizer, reference = convert_sentencepiece(file), load_tokenizer_file(file)
+    special = special_tokens(file, reference)
     texts = lines_of_text()
     texts += ["\n".join(texts[at : at + 50]) for at in range(0, len(texts), 50)]
-    assert assert_same_ids(file, load_codec(file), tokenizer, texts) == len(texts) + len(hostile_texts())
+    assert assert_same_ids(file, reference, tokenizer, texts) == len(texts) + len(hostile_texts())
     assert ("pad_token" in special, "bos_token" in special) == ("pad_id" in options, "bos_id" not in options)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_ids_are_equal_on_any_text(model_file, text):
-    converted = getattr(test_ids_are_equal_on_any_text, "converted", None) or convert_sentencepiece(model_file)[0]
+    converted = getattr(test_ids_are_equal_on_any_text, "converted", None) or convert_sentencepiece(model_file)
     test_ids_are_equal_on_any_text.converted = converted
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     assert converted.encode(text, add_special_tokens=False).ids == reference.encode(text)
@@ -61,7 +64,9 @@ def test_auto_tokenizer_encodes_and_decodes_alike(tmp_path, model_file):
         assert tokenizer(text, split_special_tokens=True)["input_ids"] == ids
         if "\x00" not in text:
             assert tokenizer.decode(ids).removeprefix(" ") == reference.decode(ids)
-            assert load_codec(tmp_path / "tokenizer.json").decode(ids) == reference.decode(ids)
+            assert load_tokenizer_file(tmp_path / "tokenizer.json").decode(
+                ids, skip_special_tokens=True
+            ) == reference.decode(ids)
     padded = tokenizer(["a", "a longer text"], padding=True)
     assert padded["attention_mask"][0][0] == 0 and padded["attention_mask"][0][-1] == 1  # on the left
     assert tokenizer.eos_token_id == 2 and tokenizer.model_max_length == 128
@@ -80,18 +85,18 @@ def test_a_model_that_cannot_be_converted_exactly_is_refused(tmp_path, options):
 
 
 def test_a_wrong_conversion_is_noticed(model_file):
-    tokenizer, _ = convert_sentencepiece(model_file)
+    tokenizer = convert_sentencepiece(model_file)
     tokenizer.normalizer = None
     with pytest.raises(UserError, match="gives other ids"):
-        assert_same_ids(model_file, load_codec(model_file), tokenizer, [])
+        assert_same_ids(model_file, load_tokenizer_file(model_file), tokenizer, [])
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "tok.model").write_bytes(b"\xff\xffnot a model")
-    with pytest.raises(UserError, match="no sentencepiece model"):
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
         write_tokenizer(tmp_path / "tok.model", tmp_path, [], 1)
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(UserError, match="tokenizers are read from"):
+    with pytest.raises(UserError, match="vocab.txt is not a sentencepiece model"):
         write_tokenizer(tmp_path / "vocab.txt", tmp_path, [], 1)
 
 
@@ -135,8 +140,8 @@ def test_a_tokenizers_file_that_cuts_and_fills_up_is_used_without_either(tmp_pat
     tokenizer.enable_truncation(32)
     tokenizer.enable_padding(length=8, pad_token="<pad>")
     tokenizer.save(str(tmp_path / "source.json"))
-    codec = load_codec(tmp_path / "source.json")
-    assert [codec.encode(words) for words in ("def", text)] == wanted
+    loaded = load_tokenizer_file(tmp_path / "source.json")
+    assert [loaded.encode(words) for words in ("def", text)] == wanted
     write_tokenizer(tmp_path / "source.json", tmp_path / "out", [], 64)
     exported = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert [exported.encode(words).ids for words in ("def", text)] == wanted
@@ -147,7 +152,7 @@ def write_tiktoken(path, vocabulary: int = 700):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -167,7 +172,7 @@ def test_tiktoken_files_are_converted_exactly(tmp_path):
     texts = lines_of_text()
     special = write_tokenizer(file, tmp_path / "out", texts, 128)
     assert special.settings == {"eos_token_id": 701, "pad_token_id": 701}
-    loaded, codec = AutoTokenizer.from_pretrained(tmp_path / "out"), load_codec(file)
+    loaded, codec = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer_file(file)
     for text in hostile_texts() + texts[:500]:
         assert loaded(text, split_special_tokens=True)["input_ids"] == codec.encode(text)
         assert loaded.decode(codec.encode(text)) == text
@@ -176,7 +181,7 @@ def test_tiktoken_files_are_converted_exactly(tmp_path):
 def test_a_damaged_tiktoken_file_is_refused(tmp_path):
     file = write_tiktoken(tmp_path / "tokenizer.model")
     file.write_text(file.read_text() + "not base64!\n")
-    with pytest.raises(UserError, match="line 701 is no base64"):
+    with pytest.raises(UserError, match="line 701 is not a base64"):
         write_tokenizer(file, tmp_path / "out", [], 128)
 
 
@@ -186,7 +191,7 @@ def test_special_tokens_named_beside_a_tokenizers_file_are_used(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out", [], 64).settings["eos_token_id"] == 1
-    assert load_codec(tmp_path / "tokenizer.json").end_ids == (1,)
+    assert load_tokenizer_file(tmp_path / "tokenizer.json").end_ids == (1,)
 
 
 def test_an_ordinary_piece_is_no_special_token_and_the_data_decides_between_two(tmp_path):
@@ -197,7 +202,7 @@ def test_an_ordinary_piece_is_no_special_token_and_the_data_decides_between_two(
     source = tmp_path / "tokenizer.json"
     tokenizer.save(str(source))
     assert write_tokenizer(source, tmp_path / "out", [], 64).settings == {"eos_token_id": 2, "pad_token_id": 2}
-    assert load_codec(source).end_ids == (2,)
+    assert load_tokenizer_file(source).end_ids == (2,)
     tokenizer.add_special_tokens(["<|im_end|>"])
     tokenizer.save(str(source))
     with pytest.raises(UserError, match=r"'<eos>' \(id 2\) and '<\|im_end\|>' \(id 3\).*tokenizer_config.json"):

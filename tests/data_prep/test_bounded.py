@@ -14,7 +14,7 @@ import zstandard
 
 from data_prep import cli, readers
 from data_prep.extract import field_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds.records import Slice
 from data_prep.limits import MB, Limits
 from megatron_taipan.data.indexed import IndexedReader
 
@@ -27,7 +27,7 @@ READ = """
 import resource, sys, time
 from data_prep import readers
 from data_prep.extract import field_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds.records import Slice
 from data_prep.limits import Limits
 import bz2, lzma, tempfile, zstandard
 path, room, record = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

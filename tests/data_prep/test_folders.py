@@ -12,7 +12,9 @@ import zstandard
 from data_prep import cli, readers
 from data_prep.commands.merge import expand_prefixes
 from data_prep.extract import field_extractor
-from data_prep.inputs import Slice, cut, expand, natural
+from data_prep.inputs import cut, expand, natural
+from data_prep.kinds import json_files
+from data_prep.kinds.records import Slice
 from megatron_taipan.errors import UserError
 
 RECORDS = [{"text": f"text {i}, \u00fcn\u00ef", "n": i} for i in range(50)]
@@ -89,7 +91,7 @@ def test_a_json_file_of_lines_with_a_broken_first_one(tmp_path):
 
 
 def test_an_array_that_is_too_large_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "ARRAY", 500)
+    monkeypatch.setattr(json_files, "ARRAY", 500)
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     ((_, problem),) = texts(tmp_path / "a.json")
     assert problem.startswith("array too large: one JSON value of over 500 bytes") and "jq" in problem

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from data_prep import cli, fast, readers
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import LARGEST_PIECE, Slice, cut, expand, natural
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.inputs import LARGEST_PIECE, cut, expand, natural
+from data_prep.kinds.records import Slice
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.base import Tokenizer
+from megatron_taipan.tokenizer.hard_texts import HARD_TEXTS
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "data_prep/sample/state_of_the_union.jsonl.gz"
 TEXTS = ["first text", "second\ntext", "the third, ünïcödé"]
@@ -262,7 +265,7 @@ def test_the_fast_twin_of_a_trained_model_gives_its_ids(model, speeches):
     reference = load_tokenizer(model)
     fast_backend = fast.fast_backend_of(reference, model)
     runs = [c * n for c in (" ", "a", "\n", "-", "\t", "ab") for n in (1, 2, 3, 7, 14, 15, 16, 17, 31, 64, 255)]
-    assert fast.difference(reference, fast_backend, [*speeches[:20], *fast.HARD, *runs]) == ""
+    assert fast.difference(reference, fast_backend, [*speeches[:20], *HARD_TEXTS, *runs]) == ""
 
 
 @settings(max_examples=200)
@@ -310,16 +313,17 @@ def test_truncation_and_padding_in_a_tokenizer_file_are_not_for_a_corpus(tmp_pat
 class Liar(Tokenizer):
     """A fast library that is wrong about one character."""
 
-    library, vocab_size, eod, bos, digest = "liar", 5000, 0, 0, ""
+    library, vocab_size, digest = "liar", 5000, ""
 
     def __init__(self, reference):
         self.reference = reference
 
-    def encode(self, texts):
-        return self.reference.encode([text.replace("\u00bd", "1/2") for text in texts])
+    def encode_batch(self, texts):
+        return self.reference.encode_batch([text.replace("\u00bd", "1/2") for text in texts])
 
     def token_id(self, token): ...
-    def decode(self, ids): ...
+    def decode(self, ids, skip_special_tokens=False): ...
+    def encode_with_bytes(self, text): ...
 
 
 def test_a_fast_library_that_differs_is_not_used(tmp_path, gpt2_like, monkeypatch, capsys):
@@ -339,7 +343,7 @@ def test_tiktoken_files(tmp_path, capsys):
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.library.startswith("tiktoken") and tokenizer.eod == 260 and tokenizer.vocab_size == 261
-    ids, counts = tokenizer.encode(["the the", "<|end_of_text|>"])
+    ids, counts = tokenizer.encode_batch(["the the", "<|end_of_text|>"])
     assert ids[:2].tolist() == [257, 258] and counts.tolist() == [2, 15] and ids.max() < 259
     source = tmp_path / "in.txt"
     source.write_text("the <|end_of_text|> the")
@@ -351,7 +355,7 @@ def test_tokenizers_that_are_none(tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "in.txt").write_text("x")
     for name, message in (
-        (tmp_path / "tokenizer.json", "no tokenizer.json"),
+        (tmp_path / "tokenizer.json", "is not a tokenizer.json"),
         (tmp_path / "nothing", "does not exist"),
         ("tiktoken:no_such_encoding", "no_such_encoding"),
     ):
@@ -361,6 +365,6 @@ def test_tokenizers_that_are_none(tmp_path, capsys):
 
 def test_special_tokens_are_visible_in_decoded_text(gpt2_like):
     tokenizer = load_tokenizer(gpt2_like)
-    ids = tokenizer.encode(["hello"])[0].tolist()
+    ids = tokenizer.encode_batch(["hello"])[0].tolist()
     assert tokenizer.decode([*ids, 0, 0]) == "hello<|endoftext|><|endoftext|>"
     assert np.asarray(ids).max() < tokenizer.vocab_size

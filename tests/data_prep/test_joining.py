@@ -119,10 +119,10 @@ def test_the_fast_library_starts_no_thread_in_a_worker(gpt2_like):
     code = (
         "import os, sys\n"
         "from data_prep.fast import fast_backend_of\n"
-        "from data_prep.tokenizers import load_tokenizer\n"
+        "from megatron_taipan.tokenizer.load import load_tokenizer\n"
         "fast_backend = fast_backend_of(load_tokenizer(sys.argv[1]), sys.argv[1])\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "fast_backend.encode(['some words, again and again. ' * 3000] * 64)\n"
+        "fast_backend.encode_batch(['some words, again and again. ' * 3000] * 64)\n"
         "print(len(os.listdir('/proc/self/task')) - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, gpt2_like], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from data_prep import cli
 from data_prep.extract import Marked, template_extractor
 from data_prep.learned import encode_marked
-from data_prep.tokenizers import load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{context}\nQuestion: {question}\nAnswer:{% generation %} {answer}{% endgeneration %}"
@@ -247,9 +247,9 @@ def test_records_with_nothing_to_learn_give_no_document(tmp_path, model, capsys)
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_document_that_is_too_long_to_be_marked(tmp_path, model, ending, monkeypatch):
-    from data_prep import readers
+    from data_prep.kinds import records
 
-    monkeypatch.setattr(readers, "LONG", 2000)
+    monkeypatch.setattr(records, "LONG", 2000)
     monkeypatch.setattr("data_prep.long_text.LONG_STRING", 2000)
     content = [{"context": "c " * n, "question": "q", "answer": "a"} for n in (5, 3000)]
     if ending == "parquet":

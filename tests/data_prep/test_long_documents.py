@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from data_prep import cli, fast, long_text, readers, windows
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import Slice
-from data_prep.tokenizers import load_tokenizer
+from data_prep.kinds import records
+from data_prep.kinds.records import Slice
 from data_prep.windows import encode_stream
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.hard_texts import HARD_TEXTS
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 
 def hostile(speeches) -> dict[str, str]:
@@ -32,7 +34,7 @@ def hostile(speeches) -> dict[str, str]:
 
     return {
         "speech": speeches[0][:60_000],
-        "hard": "\n".join(fast.HARD) * 20,
+        "hard": "\n".join(HARD_TEXTS) * 20,
         "one letter": "a" * 12_000,
         "blanks": " " * 9_000,
         "new lines": "\n" * 9_000,
@@ -78,7 +80,7 @@ def test_windows_give_the_ids_of_the_whole_text(tmp_path, model, gpt2_like, spee
         if kind == "tokenizer.json" and name in ("blanks", "new lines"):
             text = text[:5_000]  # the library takes time that grows with the square of a run of blanks
         sizes.clear()
-        assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode([text])[0]), name
+        assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode_batch([text])[0]), name
         if kind != "unigram":
             assert max(sizes) <= 2 * 4096, name  # in bounded pieces, and not by making the window ever larger
 
@@ -92,7 +94,7 @@ def test_windows_give_the_ids_of_the_whole_text(tmp_path, model, gpt2_like, spee
 def test_windows_of_any_text(model, parts, times, window):
     tokenizer = load_tokenizer(model)
     text = "".join(parts) * times
-    assert np.array_equal(in_windows(tokenizer, text, 501, window), tokenizer.encode([text])[0])
+    assert np.array_equal(in_windows(tokenizer, text, 501, window), tokenizer.encode_batch([text])[0])
 
 
 def test_a_cut_needs_the_same_tokens_before_it_on_both_sides(tmp_path):
@@ -104,7 +106,7 @@ def test_a_cut_needs_the_same_tokens_before_it_on_both_sides(tmp_path):
     bpe.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     text = ("x" * 1501 + " " + "y" * 700) * 6
-    want = tokenizer.encode([text])[0]
+    want = tokenizer.encode_batch([text])[0]
     assert (want == letters["x "]).sum() == 6 and (want == letters[" "]).sum() == 0
     assert np.array_equal(in_windows(tokenizer, text), want)
 
@@ -123,11 +125,11 @@ def test_a_cut_that_was_none_is_taken_back(model, speeches, monkeypatch):
         return windows._Cut(at, cut.overlap, wrong, windows._ids(tokenizer, text[:at]))
 
     monkeypatch.setattr(windows, "_cut", lying)
-    assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode([text])[0])
+    assert np.array_equal(in_windows(tokenizer, text), tokenizer.encode_batch([text])[0])
     assert next(lies) > 6
 
 
-def records(path, extract, start=0):
+def read_all(path, extract, start=0):
     """(text or None, problem) of every record."""
     found = []
     for record in readers.read(Slice(str(path), start, path.stat().st_size), extract):
@@ -140,7 +142,7 @@ def records(path, extract, start=0):
 
 
 def small(patch, block, string=20):
-    patch.setattr(readers, "LONG", 40)
+    patch.setattr(records, "LONG", 40)
     patch.setattr(long_text, "BLOCK", block)
     patch.setattr(long_text, "LONG_STRING", string)
 
@@ -167,12 +169,12 @@ def test_long_lines_read_as_short_ones_do(tmp_path_factory, content, ascii, bloc
         raw[at % len(raw)] = value
     path.write_bytes(gzip.compress(raw) if compress else raw)
     for extract in (field_extractor("text"), template_extractor("<{text}|{text}>")):
-        want = records(path, extract)
+        want = read_all(path, extract)
         if not damage:
             assert [text for text, _ in want] == [extract(record) if extract(record) else None for record in content]
         with pytest.MonkeyPatch.context() as patch:
             small(patch, block)
-            got = records(path, extract)
+            got = read_all(path, extract)
         assert [text for text, _ in got] == [text for text, _ in want]
         for (_, problem), (_, wanted) in zip(got, want, strict=True):
             # of two faults in one line the first that is met is named
@@ -185,10 +187,10 @@ def test_long_lines_read_as_short_ones_do(tmp_path_factory, content, ascii, bloc
 def test_long_text_files_read_as_short_ones_do(tmp_path_factory, raw, bom, block):
     path = tmp_path_factory.mktemp("text") / "x.txt"
     path.write_bytes(b"\xef\xbb\xbf" * bom + raw + "\u00e9\U0001f600".encode() * 9 + raw)
-    want = records(path, field_extractor("text"))
+    want = read_all(path, field_extractor("text"))
     with pytest.MonkeyPatch.context() as patch:
         small(patch, block)
-        assert records(path, field_extractor("text")) == want
+        assert read_all(path, field_extractor("text")) == want
 
 
 def test_every_place_within_an_escape_is_known():
@@ -223,10 +225,10 @@ def test_long_and_short_ways_write_the_same_bytes(tmp_path, model, speeches, mon
         return [(tmp_path / f"{name}{ending}").read_bytes() for ending in (".bin", ".idx")]
 
     whole = run("whole")
-    monkeypatch.setattr(readers, "LONG", 5_000)
+    monkeypatch.setattr(records, "LONG", 5_000)
     monkeypatch.setattr(long_text, "LONG_STRING", 3_000)
     monkeypatch.setattr(long_text, "BLOCK", 1_000)
-    monkeypatch.setattr(readers, "BLOCK", 1_000)
+    monkeypatch.setattr(records, "BLOCK", 1_000)
     monkeypatch.setattr(windows, "WINDOW", 2_500)
     monkeypatch.setattr("data_prep.inputs.SMALLEST_PIECE", 2_000)  # pieces that hold no beginning of a line
     monkeypatch.setattr("data_prep.inputs.PIECES", 500)
@@ -236,8 +238,8 @@ def test_long_and_short_ways_write_the_same_bytes(tmp_path, model, speeches, mon
 
 
 def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, speeches, monkeypatch, capsys):
-    monkeypatch.setattr(readers, "LONG", 5_000)
-    monkeypatch.setattr(readers, "KEPT", 50)
+    monkeypatch.setattr(records, "LONG", 5_000)
+    monkeypatch.setattr(records, "KEPT", 50)
     monkeypatch.setattr(long_text, "LONG_STRING", 3_000)
     monkeypatch.setattr(long_text, "BLOCK", 1_000)
     monkeypatch.setattr(windows, "WINDOW", 2_500)
@@ -258,7 +260,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
     tokenizer, reader = load_tokenizer(model), IndexedReader(tmp_path / "o")
     want = [speeches[0]] * 3 + [speeches[4], speeches[0]]
     assert [reader.document(i).tolist() for i in range(reader.n_documents)] == [
-        tokenizer.encode([text])[0].tolist() for text in want
+        tokenizer.encode_batch([text])[0].tolist() for text in want
     ]
     entries = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
     reasons = ["broken JSON", "broken JSON", "invalid UTF-8 at byte", "file ends before", "field 'text' is no text"]
@@ -268,7 +270,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
 
 
 def test_a_long_line_takes_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONG", 1 << 16)
+    monkeypatch.setattr(records, "LONG", 1 << 16)
     monkeypatch.setattr(long_text, "LONG_STRING", 1 << 16)
     monkeypatch.setattr(long_text, "BLOCK", 1 << 16)
     text = 'some words, "quoted" and \\ more\n' * 200_000  # 6 MB
@@ -302,11 +304,11 @@ def test_a_full_disk_leaves_no_long_document_out(tmp_path, model, monkeypatch, c
 
 
 def test_too_much_beside_the_text_is_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONG", 1_000)
+    monkeypatch.setattr(records, "LONG", 1_000)
     monkeypatch.setattr(long_text, "BLOCK", 1_000)
     monkeypatch.setattr(long_text, "LONGEST_SKELETON", 5_000)
     (tmp_path / "x.jsonl").write_text(json.dumps({"n": list(range(3_000)), "text": "x"}) + '\n{"text": "next"}')
-    assert records(tmp_path / "x.jsonl", field_extractor("text")) == [
+    assert read_all(tmp_path / "x.jsonl", field_extractor("text")) == [
         (None, "record too large: over 5000 bytes besides its long strings"),
         ("next", ""),
     ]

@@ -10,7 +10,7 @@ import zstandard
 
 from data_prep import cli, packed, readers
 from data_prep.extract import field_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds.records import Slice
 from megatron_taipan.data.indexed import IndexedReader
 
 PACK = {

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep import cli
 from data_prep.extract import extractor
-from data_prep.inputs import Slice
+from data_prep.kinds.records import Slice
 from data_prep.readers import read
 from data_prep.recipes import FOLDER, load_recipe, names
 from megatron_taipan.errors import UserError

@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from data_prep import cli
-from data_prep.tokenizers import load_tokenizer
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "b", "<s>", "</s>"]  # ids 0 to 3, the latter two ordinary pieces
@@ -225,7 +225,9 @@ def test_other_forms_of_tokenizers_say_what_is_expected(tmp_path, gpt2_like, spe
         assert f"from_pretrained('{folder}').save_pretrained('{folder}')" in error and error.count("\n") == 1
     GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)  # what the message asks for
     ours, theirs = load_tokenizer(str(folder)), load_tokenizer(gpt2_like)
-    assert ours.encode(speeches[:3])[0].tolist() == theirs.encode(speeches[:3])[0].tolist() and ours.eod == 0
+    assert (
+        ours.encode_batch(speeches[:3])[0].tolist() == theirs.encode_batch(speeches[:3])[0].tolist() and ours.eod == 0
+    )
     mistral = tmp_path / "mistral"
     mistral.mkdir()
     (mistral / "tekken.json").write_text('{"config": {}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}')

@@ -6,7 +6,7 @@ from pyarrow import feather, parquet
 
 from data_prep import readers
 from data_prep.extract import field_extractor, lookup, template_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds.records import Slice
 
 TEXTS = [f"text {i}, \u00fcn\u00ef" for i in range(700)]
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep import cli, readers
+from data_prep import cli
+from data_prep.kinds import records
 from data_prep.pool import Pool
-from data_prep.tokenizers import SentencePiece
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_prep/sample/state_of_the_union.jsonl.gz"
@@ -164,14 +165,14 @@ def test_an_unreadable_file_among_many(tmp_path, model, capsys, monkeypatch):
         jsonl(folder / f"{number}.jsonl", [f"text {number}"])
     (folder / "50.jsonl").unlink()
     (folder / "50.jsonl").symlink_to(tmp_path / "nothing")
-    real = readers._open
+    real = records.open_file
 
     def refusing(path, limits):
         if path.endswith("/120.jsonl"):
             raise PermissionError(13, "Permission denied", path)
         return real(path, limits)
 
-    monkeypatch.setattr(readers, "_open", refusing)
+    monkeypatch.setattr(records, "open_file", refusing)
     for given in (folder, folder / "*"):
         args = ("--input", given, "--tokenizer", model, "--output", tmp_path / "o", "--overwrite")
         assert tokenize(*args) == 2
@@ -198,13 +199,13 @@ def test_documents_of_special_tokens_only_and_without_tokens(tmp_path, gpt2_like
 
 
 def test_documents_without_tokens(tmp_path, model, monkeypatch):
-    real = SentencePiece.encode
+    real = SentencePieceTokenizer.encode_batch
 
     def dropping(self, texts):  # as tokenizers that strip white space do
         ids, counts = real(self, [text.strip() for text in texts])
         return ids, counts
 
-    monkeypatch.setattr(SentencePiece, "encode", dropping)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", dropping)
     source = jsonl(tmp_path / "in.jsonl", ["a", "  \n", "b", " "])
     args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")
     assert tokenize(*args, "--on-error", "skip", "--append-eod") == 0
@@ -213,15 +214,15 @@ def test_documents_without_tokens(tmp_path, model, monkeypatch):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, model, speeches, monkeypatch, capsys):
-    real = SentencePiece.encode
+    real = SentencePieceTokenizer.encode_batch
 
     def lying(self, texts):
         ids, counts = real(self, texts)
         return np.where(ids == ids.max(), 70_000, ids), counts
 
-    monkeypatch.setattr(SentencePiece, "encode", lying)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", lying)
     for long in (4 << 20, 2_000):  # as a whole and in chunks
-        monkeypatch.setattr(readers, "LONG", long)
+        monkeypatch.setattr(records, "LONG", long)
         monkeypatch.setattr("data_prep.long_text.LONG_STRING", long)
         source = jsonl(tmp_path / "in.jsonl", [speeches[0]])
         args = ("--input", source, "--tokenizer", model, "--output", tmp_path / "o", "--backend", "reference")

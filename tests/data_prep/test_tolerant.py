@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data_prep import cli, long_text, readers, stream_cache, tolerant
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds import records
+from data_prep.kinds.records import Slice
 from megatron_taipan.data.indexed import IndexedReader
 
 BESIDE = [  # of a field that is not asked for
@@ -44,11 +45,11 @@ def read(path, extract):
     for small in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if small:
-                patch.setattr(readers, "LONG", 16)
+                patch.setattr(records, "LONG", 16)
                 patch.setattr(long_text, "LONG_STRING", 6)
                 patch.setattr(long_text, "BLOCK", 8)
-            records = readers.read(Slice(str(path), 0, path.stat().st_size), extract)
-            found.append([("".join(r.chunks) if r.chunks is not None else r.text, r.problem) for r in records])
+            taken = readers.read(Slice(str(path), 0, path.stat().st_size), extract)
+            found.append([("".join(r.chunks) if r.chunks is not None else r.text, r.problem) for r in taken])
     assert [text for text, _ in found[0]] == [text for text, _ in found[1]]
     return found
 

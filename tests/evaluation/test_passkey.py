@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.passkey import FILLER, QUESTION, Example, accuracy, main, make_example
-from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
 from tests.checkpoints.made import train_sentencepiece
 from tests.inference.networks import small_config
@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(120, 1500), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(10000, 99999))
 def test_a_prompt_has_its_length_and_its_key_at_its_depth(tokenizer, length, depth, key):
-    codec = load_codec(tokenizer)
+    codec = load_tokenizer_file(tokenizer)
     example = make_example(codec, length, depth, str(key))
     assert length - len(codec.encode(FILLER)) - 2 <= len(example.prompt) <= length
     text = codec.decode(example.prompt)
@@ -36,11 +36,11 @@ def test_a_prompt_has_its_length_and_its_key_at_its_depth(tokenizer, length, dep
 
 def test_too_short_a_length_is_refused(tokenizer):
     with pytest.raises(UserError, match="no room for needle"):
-        make_example(load_codec(tokenizer), 10, 0.5, "12345")
+        make_example(load_tokenizer_file(tokenizer), 10, 0.5, "12345")
 
 
 def test_only_answers_that_begin_with_the_key_count(tokenizer):
-    codec = load_codec(tokenizer)
+    codec = load_tokenizer_file(tokenizer)
     examples = [Example([1], "12345")] * 4
     replies = [codec.encode(text) for text in (" 12345.", "12345", " 1234", " the 12345")]
     assert accuracy(examples, codec, lambda prompts: replies) == 0.5
@@ -53,7 +53,7 @@ def test_a_model_that_reads_gets_everything_and_an_untrained_one_nothing(tokeniz
     table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert table == [["120", "0.00", "0.00", "0.00"], ["300", "0.00", "0.00", "0.00"]]
 
-    codec = load_codec(tokenizer)
+    codec = load_tokenizer_file(tokenizer)
 
     def reader(model, prompts, *, max_new_tokens, stop_tokens):
         keys = [re.search(r"pass key is (\d+)", codec.decode(prompt)).group(1) for prompt in prompts]

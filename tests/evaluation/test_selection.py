@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from checkpoints.tokenizer import convert_sentencepiece, hostile_texts
+from checkpoints.tokenizer import convert_sentencepiece
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.choices import Choices, collect
 from megatron_taipan.evaluation.selection import group, main, shorten
 from megatron_taipan.evaluation.selection_page import make_page
-from megatron_taipan.inference.pieces import cut
-from megatron_taipan.inference.text import load_codec
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.tokenizer.hard_texts import hostile_texts
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
 from tests.checkpoints.made import memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY, small_config, small_model
@@ -139,16 +139,16 @@ def page_of(ids: list[int], parts: list[bytes], layers: int = 3) -> tuple[Page, 
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])
 def test_the_page_holds_the_text_and_only_the_text(tokenizer, tmp_path, kind):
     if kind == "json":
-        convert_sentencepiece(tokenizer)[0].save(str(tmp_path / "tokenizer.json"))
-    codec = load_codec(tokenizer if kind == "sentencepiece" else tmp_path / "tokenizer.json")
+        convert_sentencepiece(tokenizer).save(str(tmp_path / "tokenizer.json"))
+    codec = load_tokenizer_file(tokenizer if kind == "sentencepiece" else tmp_path / "tokenizer.json")
     for text in [TEXT, *(text for text in hostile_texts() if text)]:
-        page, _, _ = page_of(*cut(codec, text))
+        page, _, _ = page_of(*codec.encode_with_bytes(text))
         assert page.text == text.replace("\0", "\ufffd")
         assert page.asked == []
 
 
 def test_shades_and_hints_are_the_choices(tokenizer):
-    ids, parts = cut(load_codec(tokenizer), TEXT)
+    ids, parts = load_tokenizer_file(tokenizer).encode_with_bytes(TEXT)
     page, choices, content = page_of(ids, parts)
     assert len(page.tokens) == len(ids)
     for i, token in enumerate(page.tokens):
@@ -192,7 +192,7 @@ def test_the_program_end_to_end(folders, tokenizer, tmp_path, capsys, form):
     place, out, figures = folders[form == "checkpoint"], tmp_path / "page.html", tmp_path / "figures.json"
     arguments = [str(place), "--text", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer), "--chunk", "50"]
     assert main([*arguments, "--out", str(out), "--json", str(figures), "--device", "cpu"]) == 0
-    ids, _ = cut(load_codec(tokenizer), TEXT * 3)
+    ids, _ = load_tokenizer_file(tokenizer).encode_with_bytes(TEXT * 3)
     wanted = collect(folders[2], ids)
     assert 0 < wanted.selected.float().mean() < 1
     page = Page(out.read_bytes().decode())
@@ -221,7 +221,7 @@ def test_a_long_text_is_read_in_part(folders, tokenizer, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT, newline="")
     arguments = [str(folders[0]), "--text", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer)]
     assert main([*arguments, "--max-tokens", "5", "--out", str(tmp_path / "page.html")]) == 0
-    total = len(load_codec(tokenizer).encode(TEXT))
+    total = len(load_tokenizer_file(tokenizer).encode(TEXT))
     assert f"reads 5 of the {total} tokens" in capsys.readouterr().out
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert len(page.tokens) == 5 and page.text and TEXT.startswith(page.text)

@@ -26,7 +26,7 @@ import torch
 import torch._dynamo  # making an optimizer imports it
 import torch.utils.tensorboard
 
-import launch.pretrain
+from megatron_taipan import pretrain
 from megatron_taipan.checkpoint import files, saving
 from megatron_taipan.engine import pipeline  # noqa: F401
 from megatron_taipan.engine.startup import import_deepspeed
@@ -51,7 +51,7 @@ def run_rank(task: dict[str, Any], number: int, port: int) -> None:
         prepare(fault, at_end)
     status = 1
     try:
-        status = launch.pretrain.main(["--config", task["config"]])
+        status = pretrain.main(["--config", task["config"]])
     except BaseException:
         import traceback
 

@@ -5,9 +5,9 @@
     job.wait()                                            # the launcher's exit status
     zygote.close()
 
-Only the interpreter's start and the imports are saved. A rank runs `launch.pretrain.main` in a process of its own with
-torchrun's environment; gloo, DeepSpeed and the network are set up after the fork. The launcher behaves as torchrun
-does: it passes SIGTERM on, and when a rank fails it ends the others, killing those that do not go.
+Only the interpreter's start and the imports are saved. A rank runs `megatron_taipan.pretrain.main` in a process of its
+own with torchrun's environment; gloo, DeepSpeed and the network are set up after the fork. The launcher behaves as
+torchrun does: it passes SIGTERM on, and when a rank fails it ends the others, killing those that do not go.
 """
 
 import ctypes

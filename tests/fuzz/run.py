@@ -12,7 +12,15 @@ from pathlib import Path
 
 import atheris
 
-READERS = ["megatron_taipan.data.indexed", "data_prep.long_text", "data_prep.readers", "data_prep.packed"]
+READERS = [
+    "megatron_taipan.data.indexed",
+    "data_prep.long_text",
+    "data_prep.kinds.json_files",
+    "data_prep.kinds.text_files",
+    "data_prep.kinds.records",
+    "data_prep.readers",
+    "data_prep.packed",
+]
 with atheris.instrument_imports(include=READERS):
     from tests.fuzz import targets
 

@@ -22,7 +22,8 @@ from checkpoints.run_metrics import last_validation
 from data_prep import inputs, long_text, manifest, readers
 from data_prep import packed as packing
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import Slice
+from data_prep.kinds import records
+from data_prep.kinds.records import Slice
 from data_prep.limits import MB, Limits
 from data_prep.recipes import Recipe, load_recipe
 from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds
@@ -32,11 +33,12 @@ from megatron_taipan.checkpoint.randomness import set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.weights import open_export
 from megatron_taipan.config import ModelConfig, load_config
-from megatron_taipan.data import manifests, special_tokens
+from megatron_taipan.data import manifests
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.made_with import added_ids, tokenizer_of
 from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer import special_tokens
 from tests.fuzz.seeds import BESIDE, ENDINGS, STATE_FILES, TABLES, checkpoint
 
 MAGIC = {".gz": packing.GZIP[0], ".zst": packing.ZSTANDARD[0], ".bz2": packing.BZIP2[0], ".xz": packing.XZ[0]}
@@ -66,7 +68,7 @@ def lines(folder: Path, data: bytes) -> None:
     path.write_bytes(raw)
     whole = _records(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONG", 16)
+        patch.setattr(records, "LONG", 16)
         patch.setattr(long_text, "LONG_STRING", 8)
         patch.setattr(long_text, "BLOCK", block)
         chunks = _records(path)
@@ -120,7 +122,7 @@ def text(folder: Path, data: bytes) -> None:
     path.write_bytes(raw)
     whole = _records(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "LONG", max(block, 4))
+        patch.setattr(records, "LONG", max(block, 4))
         patch.setattr(long_text, "BLOCK", block)
         try:
             chunks = _records(path)

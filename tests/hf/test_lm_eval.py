@@ -14,7 +14,7 @@ import torch
 
 from checkpoints.export_hf import export
 from megatron_taipan.inference.loading import load_model
-from megatron_taipan.inference.text import load_codec
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoints.made import memory_state, train_sentencepiece
 from tests.checkpoints.test_text_of_exports import data_of, tokenize
 from tests.hf.test_libraries import install
@@ -85,7 +85,7 @@ def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options, site):
     }
     subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
-    model, codec = load_model(tmp_path / "hf")[0], load_codec(tokenizer)
+    model, codec = load_model(tmp_path / "hf")[0], load_tokenizer_file(tokenizer)
     samples = [
         json.loads(line) for line in next((tmp_path / "result").rglob("samples_*.jsonl")).read_text().splitlines()
     ]

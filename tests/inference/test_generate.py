@@ -9,8 +9,9 @@ from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generate import main
 from megatron_taipan.inference.generation import generate
-from megatron_taipan.inference.text import load_codec, sample_texts
+from megatron_taipan.inference.text import sample_texts
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
 from tests.checkpoints.made import lines_of_text, train_sentencepiece
 from tests.inference.networks import small_config
@@ -28,7 +29,7 @@ def test_greedy_text_is_the_decoded_ids(trained, capsys):
     prompts = ["def ", "import os"]
     arguments = [str(folder), "--tokenizer", str(tokenizer), "--temperature", "0", "--max-new-tokens", "9", "--json"]
     assert main([*arguments, *(word for prompt in prompts for word in ("--prompt", prompt))]) == 0
-    codec = load_codec(tokenizer)
+    codec = load_tokenizer_file(tokenizer)
     wanted = generate(model, [codec.encode(p) for p in prompts], max_new_tokens=9, stop_tokens=codec.end_ids)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["new_tokens"] for answer in answers] == wanted
@@ -69,13 +70,13 @@ def test_mistakes_are_one_line(trained, capsys, arguments, words):
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     for name in ("tokenizer.model", "tokenizer.json"):
         (tmp_path / name).write_text("not a tokenizer")
-        with pytest.raises(UserError, match="is no "):
-            load_codec(tmp_path / name)
+        with pytest.raises(UserError, match="is not a "):
+            load_tokenizer_file(tmp_path / name)
 
 
 def test_sample_texts_are_the_documents(tmp_path):
     tokenizer = train_sentencepiece(tmp_path)
-    codec = load_codec(tokenizer)
+    codec = load_tokenizer_file(tokenizer)
     documents = lines_of_text()[:40]
     with IndexedWriter(tmp_path / "data", "uint16") as writer:
         for text in documents:

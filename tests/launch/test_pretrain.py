@@ -138,7 +138,7 @@ def test_under_the_launcher_an_error_is_printed_once_and_the_job_fails(config, a
 
 def bad_sample_on_rank_1(config: str) -> tuple[int | None, str]:
     """The program in this process; on rank 1 the second step's data turn out to be bad. Exit status and stderr."""
-    from launch import pretrain
+    from megatron_taipan import pretrain
     from megatron_taipan.data.loader import SampleDataset
     from megatron_taipan.errors import UserError
 

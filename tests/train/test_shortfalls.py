@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-import launch.pretrain
+from megatron_taipan import pretrain
 from megatron_taipan.config import load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.dry_run import dry_run
@@ -28,7 +28,7 @@ def test_presets_do_what_they_say(path):
 
 
 def test_so_do_the_programs_own_examples():
-    lines = re.findall(r"--config launch/configs/(\w+)\.yaml((?: [\w.]+=\S+)+)", launch.pretrain.__doc__)
+    lines = re.findall(r"--config launch/configs/(\w+)\.yaml((?: [\w.]+=\S+)+)", pretrain.__doc__)
     lines += re.findall(r"launch/configs/([\w.]+)\.yaml((?: [\w.]+=\S+)+)", (ROOT / "README.md").read_text())
     assert len(lines) >= 2
     for name, overrides in lines:

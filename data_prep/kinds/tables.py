@@ -3,31 +3,54 @@
 Only the columns that are asked for are read: a column of pictures beside the text costs neither time nor memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
 
-from megatron_taipan.errors import UserError
+from data_prep.extract import Extract
+from data_prep.kinds.records import InputKind, Reading, Record, Slice, document
 
 ROWS, BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
 BUFFER = 1 << 20
 ARROW_FILE, FEATHER_1 = b"ARROW1\0\0", b"FEA1"
 
 
-def rows(path: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict, str]]:
+def _parquet(piece: Slice, reading: Reading) -> Iterator[Record]:
+    return _records(_rows(piece.path, reading.extract.fields, _open_parquet), reading.extract)
+
+
+def _arrow(piece: Slice, reading: Reading) -> Iterator[Record]:
+    return _records(_rows(piece.path, reading.extract.fields, _open_arrow), reading.extract)
+
+
+def _records(rows: Iterable[tuple[str, dict, str]], extract: Extract) -> Iterator[Record]:
+    """The documents of rows as `_rows` gives them."""
+    for where, row, problem in rows:
+        if problem:
+            yield Record(where, problem=problem)
+            continue
+        try:
+            yield document(where, extract(row), b"")
+        except ValueError as error:
+            yield Record(where, problem=_fault(row) or str(error), raw=_as_json(row))
+
+
+def _rows(
+    path: str, fields: tuple[str, ...], open_table: Callable[[str, tuple[str, ...]], tuple[list[str], Iterator[Any]]]
+) -> Iterator[tuple[str, dict, str]]:
     """(where, row, problem): each row with the columns that dotted paths begin in, or why there is none (any more).
 
+    Args:
+        open_table: of a path and fields the names of the wanted columns, and batches of them.
+
     Raises:
-        UserError: pyarrow is not installed.
         OSError: the file cannot be read.
     """
+    import pyarrow
+
     try:
-        import pyarrow
-    except ImportError as error:
-        raise UserError(f"{path}: reading it takes the package pyarrow; `pip install pyarrow`") from error
-    try:
-        names, batches = _parquet(path, fields) if path.lower().endswith(".parquet") else _arrow(path, fields)
+        names, batches = open_table(path, fields)
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             problem = f"several columns of one name: {names.count(doubles[0])} are called {doubles[0]!r}; rename them"
             yield path, {}, problem
@@ -43,10 +66,10 @@ def rows(path: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict, str]]:
 
 
 class _NoTable(Exception):
-    """A file is no table that we read; the message says why."""
+    """A file is not a table that is read; the message says why."""
 
 
-def _parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
+def _open_parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
     """The wanted columns of a parquet file, and its batches, of fewer rows where rows are large."""
     from pyarrow import parquet
 
@@ -59,7 +82,7 @@ def _parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[An
     return wanted, table.iter_batches(max(1, min(ROWS, BYTES // max(1, largest))), columns=wanted)
 
 
-def _arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
+def _open_arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]]:
     """The wanted columns of an arrow file of either form, and its batches."""
     import pyarrow
 
@@ -67,7 +90,7 @@ def _arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator[Any]
     begin = source.read(len(ARROW_FILE))
     source.seek(0)
     if begin.startswith(FEATHER_1):
-        raise _NoTable("feather of version 1, which is written no more; save it as parquet")
+        raise _NoTable("feather of version 1, which is not written any more; save it as parquet")
     read = pyarrow.ipc.open_file if begin == ARROW_FILE else pyarrow.ipc.open_stream
     names = read(source).schema.names
     wanted = _wanted(names, fields)
@@ -119,7 +142,7 @@ def _value(cell: Any) -> object:
         return error
 
 
-def fault(row: dict) -> str:
+def _fault(row: dict) -> str:
     """What is wrong with the first value of a row that is an error; empty where none is."""
     for name, value in row.items():
         if isinstance(value, UnicodeDecodeError):
@@ -129,7 +152,7 @@ def fault(row: dict) -> str:
     return ""
 
 
-def as_json(row: dict) -> bytes:
+def _as_json(row: dict) -> bytes:
     """What was read of a row, for quarantine."""
     return orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
 
@@ -137,3 +160,13 @@ def as_json(row: dict) -> bytes:
 def _plain(value: object) -> str:
     """What JSON does not know, and what stood where a text is no UTF-8."""
     return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
+
+
+PARQUET = InputKind("parquet, a row a record", (".parquet",), _parquet, compressible=False, needs="pyarrow")
+ARROW = InputKind(
+    "arrow, file or stream format, a row a record",
+    (".arrow", ".feather"),
+    _arrow,
+    compressible=False,
+    needs="pyarrow",
+)

@@ -7,22 +7,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoints.tokenizer import convert_sentencepiece, hostile_texts
-from megatron_taipan.inference.pieces import cut
-from megatron_taipan.inference.text import load_codec
+from checkpoints.tokenizer import convert_sentencepiece
+from megatron_taipan.tokenizer.hard_texts import hostile_texts
+from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoints.made import lines_of_text, train_sentencepiece
 
 KINDS = ("sentencepiece", "nfkc", "converted", "bytes", "lower", "tiktoken")
 
 
 @pytest.fixture(scope="module")
-def codecs(tmp_path_factory):
+def tokenizers(tmp_path_factory):
     """One of each kind: sentencepiece models, tokenizer.json files, a tiktoken file."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "nfkc").mkdir()
     plain = train_sentencepiece(folder)
     changing = train_sentencepiece(folder / "nfkc", normalization_rule_name="nfkc", remove_extra_whitespaces=True)
-    convert_sentencepiece(plain)[0].save(str(folder / "converted.json"))
+    convert_sentencepiece(plain).save(str(folder / "converted.json"))
     for name, normalizer in (
         ("bytes", None),
         ("lower", normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
@@ -48,53 +48,55 @@ def codecs(tmp_path_factory):
         *(folder / f"{name}.json" for name in ("converted", "bytes", "lower")),
         folder / "tiktoken.model",
     )
-    return {kind: load_codec(file) for kind, file in zip(KINDS, files, strict=True)}
+    return {kind: load_tokenizer_file(file) for kind, file in zip(KINDS, files, strict=True)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_of_hostile_texts_add_up(codecs, kind):
+def test_parts_of_hostile_texts_add_up(tokenizers, kind):
     for text in hostile_texts():
-        ids, parts = cut(codecs[kind], text)
-        assert ids == codecs[kind].encode(text)
+        ids, parts = tokenizers[kind].encode_with_bytes(text)
+        assert ids == tokenizers[kind].encode(text)
         assert len(parts) == len(ids)
         assert b"".join(parts) == (text.encode() if ids else b"")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40), kind=st.sampled_from(KINDS))
-def test_parts_of_any_text_add_up(codecs, text, kind):
-    ids, parts = cut(codecs[kind], text)
+def test_parts_of_any_text_add_up(tokenizers, text, kind):
+    ids, parts = tokenizers[kind].encode_with_bytes(text)
     assert len(parts) == len(ids) and b"".join(parts) == (text.encode() if ids else b"")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "converted", "bytes", "tiktoken"])
-def test_a_part_is_what_the_library_decodes_its_token_to(codecs, kind):
+def test_a_part_is_what_the_library_decodes_its_token_to(tokenizers, kind):
     text = "def total(self, layers):\n    return sum(layer for layer in layers)  # the sum"
-    ids, parts = cut(codecs[kind], text)
-    alone = [codecs[kind].decode([index]) for index in ids]  # blanks at the front are dropped by some decoders
+    ids, parts = tokenizers[kind].encode_with_bytes(text)
+    alone = [
+        tokenizers[kind].decode([index], skip_special_tokens=True) for index in ids
+    ]  # blanks at the front are dropped by some decoders
     assert [part.decode().strip(" ") for part in parts] == [piece.strip(" ") for piece in alone]
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "converted", "nfkc", "bytes", "tiktoken"])
-def test_single_bytes_of_a_character_are_told_apart(codecs, kind):
-    _, parts = cut(codecs[kind], "x = 漢")
+def test_single_bytes_of_a_character_are_told_apart(tokenizers, kind):
+    _, parts = tokenizers[kind].encode_with_bytes("x = 漢")
     assert parts[-3:] == [b"\xe6", b"\xbc", b"\xa2"]
 
 
-def test_a_token_may_end_within_a_character(codecs):
-    assert cut(codecs["tiktoken"], "a “the")[1] == [b"a", b" \xe2\x80", b"\x9c", b"the"]
-    parts = cut(codecs["bytes"], "漢“q")[1]
+def test_a_token_may_end_within_a_character(tokenizers):
+    assert tokenizers["tiktoken"].encode_with_bytes("a “the")[1] == [b"a", b" \xe2\x80", b"\x9c", b"the"]
+    parts = tokenizers["bytes"].encode_with_bytes("漢“q")[1]
     assert parts[:3] == [b"\xe6", b"\xbc", b"\xa2"] and parts[3] in (b"\xe2\x80", "“".encode())
 
 
-def test_what_the_tokenizer_rewrites_stays_as_it_was_written(codecs):
-    _, parts = cut(codecs["nfkc"], "  ﬁx ½  ")
+def test_what_the_tokenizer_rewrites_stays_as_it_was_written(tokenizers):
+    _, parts = tokenizers["nfkc"].encode_with_bytes("  ﬁx ½  ")
     assert b"".join(parts) == "  ﬁx ½  ".encode()
     assert sum("ﬁ".encode() in part for part in parts) == sum("½".encode() in part for part in parts) == 1
-    ids, parts = cut(codecs["lower"], "RETURN Self")
-    assert ids == codecs["lower"].encode("return self") and b"".join(parts) == b"RETURN Self"
+    ids, parts = tokenizers["lower"].encode_with_bytes("RETURN Self")
+    assert ids == tokenizers["lower"].encode("return self") and b"".join(parts) == b"RETURN Self"
 
 
-def test_a_literal_blank_sign_is_no_blank(codecs):
-    _, parts = cut(codecs["sentencepiece"], "a▁b")
+def test_a_literal_blank_sign_is_no_blank(tokenizers):
+    _, parts = tokenizers["sentencepiece"].encode_with_bytes("a▁b")
     assert b"".join(parts) == "a▁b".encode() and "▁".encode() in b"".join(parts)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_taipan.inference.text import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL, read_tiktoken
+from megatron_taipan.tokenizer.byte_level import byte_letters
+from megatron_taipan.tokenizer.tiktoken_file import LLAMA3_PATTERN, LLAMA3_SPECIAL, read_ranks
 
 
-def convert_tiktoken(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """A tokenizer with the file's tokens and ids, and its special tokens by kind.
+def convert_tiktoken(path: Path) -> Tokenizer:
+    """A tokenizer with the file's tokens and ids, the special ones included.
 
     Raises:
-        UserError: the file is no tiktoken file.
+        UserError: the file is not a tiktoken file.
     """
-    ranks = read_tiktoken(path)
+    ranks = read_ranks(path)
     letters = byte_letters()
 
     def spell(token: bytes) -> str:
@@ -30,14 +31,14 @@ def convert_tiktoken(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in TIKTOKEN_SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL])
     tokenizer.encode_special_tokens = True
-    return tokenizer, {"bos_token": TIKTOKEN_SPECIAL[0], "eos_token": TIKTOKEN_SPECIAL[1]}
+    return tokenizer
 
 
 def split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -50,10 +51,3 @@ def split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
             return token, b""
         parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
     return parts[0], parts[1]
-
-
-def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in byte-level vocabularies (GPT-2's encoder)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""The file that a tokenizer's name stands for: a file, a folder, or a repository of the Hugging Face hub.
+"""The file of a tokenizer by its name: a file, a folder, or a repository of the Hugging Face hub.
 
 The configuration beside the file says which tokens begin and end a text, so it is fetched with it.
 """
@@ -6,8 +6,8 @@ The configuration beside the file says which tokens begin and end a text, so it 
 import os
 from pathlib import Path
 
-from megatron_taipan.data.special_tokens import CONFIGS
 from megatron_taipan.errors import UserError
+from megatron_taipan.tokenizer.special_tokens import CONFIGS
 from megatron_taipan.untrusted import parse_json
 
 KNOWN = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
@@ -15,7 +15,7 @@ EXPECTED = "a tokenizer.json, a sentencepiece or tiktoken .model file, or a fold
 
 
 def tokenizer_file(name: str) -> str:
-    """The file that a file, folder or hub name stands for.
+    """The file of a file, folder or hub name.
 
     Raises:
         UserError: there is none of a form that is read.
@@ -33,7 +33,7 @@ def tokenizer_file(name: str) -> str:
 
 
 def what_it_is(path: str) -> str:
-    """Of a .json file that is no tokenizer.json: what it is instead and what helps; empty where that is unknown."""
+    """Of a .json file that is not a tokenizer.json: what it is instead and what helps; empty where that is unknown."""
     try:
         content = parse_json(Path(path).read_bytes())
     except (OSError, ValueError):
@@ -72,7 +72,8 @@ def _from_hub(name: str) -> str:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(
-            f"tokenizer {name} is no file or folder, and the hub is not asked: the package huggingface_hub is missing"
+            f"tokenizer {name} is not a file or folder, and the hub cannot be asked: the package huggingface_hub is"
+            " missing"
         ) from error
 
     def fetched(file: str, commit: str | None) -> str | None:
@@ -88,7 +89,8 @@ def _from_hub(name: str) -> str:
         found = next((path for file in KNOWN if (path := fetched(file, None))), None)
     except Exception as error:  # the library raises its own and those of its transport
         raise UserError(
-            f"tokenizer {name} is no file or folder, and the hub does not give it: {' '.join(str(error).split())[:200]}"
+            f"tokenizer {name} is not a file or folder, and the hub does not give it:"
+            f" {' '.join(str(error).split())[:200]}"
         ) from error
     if found is None:
         raise UserError(

@@ -27,6 +27,7 @@ USUAL = {
     "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
 }  # fmt: skip
+KINDS = {"bos": "bos_token", "eod": "eos_token"}  # the ends of a document in options and manifests of data_prep
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -60,7 +61,7 @@ def find_role(
         own: spelling that the tokenizer's file itself gives the role.
 
     Raises:
-        UserError: a configuration is no JSON object.
+        UserError: a configuration is not a JSON object.
     """
     configs = {name: _read(path.with_name(name)) for name in CONFIGS} if path else {}
     first, second, generation = (configs.get(name, {}) for name in CONFIGS)
@@ -121,5 +122,5 @@ def _read(path: Path) -> dict:
             f"{path} cannot be read: {error}; mend it, it says which tokens begin and end a text"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object; mend it, it says which tokens begin and end a text")
+        raise UserError(f"{path} is not a JSON object; mend it, it says which tokens begin and end a text")
     return found

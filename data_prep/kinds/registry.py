@@ -1,0 +1,46 @@
+"""The kinds of input files by the endings of their names; one that is not here is an error, never another kind."""
+
+import os
+
+from data_prep.kinds.json_files import JSON, JSON_LINES
+from data_prep.kinds.records import InputKind
+from data_prep.kinds.tables import ARROW, PARQUET
+from data_prep.kinds.text_files import TEXT
+from data_prep.packed import FORMS, is_packed
+
+KINDS: dict[str, InputKind] = {
+    ending: kind for kind in (JSON_LINES, JSON, TEXT, PARQUET, ARROW) for ending in kind.endings
+}
+
+
+def register(kind: InputKind) -> None:
+    """Makes a kind known to all that reads inputs.
+
+    Raises:
+        ValueError: an ending of it is not one, or another kind has it.
+    """
+    for ending in kind.endings:
+        if os.path.splitext("x" + ending)[1] != ending or ending != ending.lower() or ending in FORMS:
+            raise ValueError(f"{ending!r} is not the ending of a kind: a dot and lower-case letters, not {list(FORMS)}")
+        if KINDS.get(ending, kind) is not kind:
+            raise ValueError(f"{ending} is taken already: {KINDS[ending].name}")
+    KINDS.update(dict.fromkeys(kind.endings, kind))
+
+
+def kind_of(path: str) -> InputKind | None:
+    """The kind of `.jsonl`, `.jsonl.gz`, `.txt.zst`, ...; None where the name says nothing that is read."""
+    packed, path = is_packed(path), path.lower()
+    kind = KINDS.get(os.path.splitext(os.path.splitext(path)[0] if packed else path)[1])
+    return kind if kind is not None and (kind.compressible or not packed) else None
+
+
+def is_splittable(path: str) -> bool:
+    """Whether a worker can start in the middle of a file."""
+    kind = kind_of(path)
+    return kind is not None and kind.splittable and not is_packed(path)
+
+
+def known_kinds() -> str:
+    """Every ending, for messages."""
+    compressible = (ending for ending, kind in KINDS.items() if kind.compressible)
+    return f"{', '.join(KINDS)}; {', '.join(compressible)} also with {', '.join(FORMS)}"

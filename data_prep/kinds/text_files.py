@@ -1,0 +1,33 @@
+"""Plain text: a file is one document."""
+
+from collections.abc import Iterator
+
+from data_prep.kinds import records
+from data_prep.kinds.records import UNREADABLE, InputKind, Reading, Record, Slice, document, garbage_record, unreadable
+from data_prep.long_text import BrokenText, blocks_of, decoded
+
+
+def _text(piece: Slice, reading: Reading) -> Iterator[Record]:
+    """A text file is one document."""
+    with records.open_file(piece.path, reading.limits) as file:
+        data = file.read(records.LONG)
+        if len(data) == records.LONG:
+            chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
+            yield Record(piece.path, raw=data[: records.KEPT], chunks=chunks)
+        else:
+            try:
+                yield document(piece.path, data.decode("utf-8-sig"), data)
+            except UnicodeDecodeError as error:
+                yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        yield from garbage_record(piece.path, file)
+
+
+def _guarded(chunks: Iterator[str]) -> Iterator[str]:
+    """The chunks; what goes wrong with the file on the way is a BrokenText."""
+    try:
+        yield from chunks
+    except UNREADABLE as error:
+        raise BrokenText(unreadable(error)) from error
+
+
+TEXT = InputKind("one document", (".txt",), _text)

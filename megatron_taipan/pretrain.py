@@ -1,0 +1,143 @@
+"""Pretrains a Taipan (or a baseline of the same family): the program that launch/pretrain.py and taipan-pretrain start.
+
+    deepspeed --num_gpus 8 launch/pretrain.py --config launch/configs/taipan_190m.yaml train.steps=20000
+    torchrun --nproc_per_node 8 launch/pretrain.py --config ...
+    srun python launch/pretrain.py --config ...            (launch/slurm/pretrain.sbatch)
+
+Installed, away from a checkout: taipan-pretrain, or torchrun --nproc_per_node 8 -m megatron_taipan.pretrain.
+
+Options of the configuration are given as section.option=value and override the file. Exit status: 0 finished (or
+stopped at train.stop_at), 2 the input is wrong (one line says what), 69 the processes did not meet, 70 nothing moved
+for train.hang_after_s, 74 the last checkpoint could not be written, 75 stopped by a signal with a checkpoint: start
+the same command again (docs/reliability.md).
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+
+def incomplete_environment(error: ImportError) -> int:
+    """Says what to do, and gives the status of wrong input: the next start would lack the same package."""
+    traceback.print_exc()
+    print(f"error: {sys.executable} cannot import what training needs ({error}); make the environment with 'make venv',"
+          " and start with its python (launch/slurm/pretrain.sbatch: VENV)", file=sys.stderr, flush=True)  # fmt: skip
+    return 2
+
+
+try:
+    from megatron_taipan.config import describe_options, load_config
+    from megatron_taipan.engine.build import check_layout
+    from megatron_taipan.errors import EXIT_REQUEUE, UserError
+    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+    from megatron_taipan.train.dry_run import dry_run
+    from megatron_taipan.train.signals import StopSignals
+except ImportError as error:
+    sys.exit(incomplete_environment(error))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = parse(arguments)
+    try:
+        place = find_place(os.environ)
+        config = load_config(options.config, options.overrides)
+        processes = options.processes if options.dry_run and options.processes is not None else place.world_size
+        check_layout(config, processes)
+        if options.dry_run:
+            for line in dry_run(config, processes):
+                print(line, flush=True)
+            return 0
+        device = pick_device(place)
+        start_processes(place, device, config.parallel.timeout_s)
+        from megatron_taipan.train.loop import train  # imported late: a typo in the configuration shows at once
+
+        status = train(config, place, device)
+        if status == EXIT_REQUEUE:
+            # Launchers kill what still runs when a process ends with a failure, and would then report the kill. So
+            # rank 0 alone carries the status, and ends last.
+            if place.rank != 0:
+                status = 0
+            else:
+                with StopSignals():  # all is saved: an impatient second Ctrl-C must not replace the status
+                    time.sleep(2)
+    except UserError as error:
+        status = report(error)
+    # Not after an error that nobody expected: its traceback may hold recorded graphs, for which NCCL would wait here.
+    stop_processes()
+    return status
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; argparse itself exits with status 2 on errors."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets: {presets()}\n\n{options_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print parameters, layout and steps, and stop"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --dry-run: the number of processes to check the layout for"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
+    return parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of an option
+
+
+def presets() -> Path:
+    """The folder of the presets: launch/configs of a checkout, which a wheel puts into the package."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "launch" / "configs"
+
+
+def options_text() -> str:
+    """Every option of the configuration with default and meaning."""
+    lines = ["options of the configuration (name, default, meaning):"]
+    for name, default, meaning in describe_options():
+        lines.append(f"  {name} [{default}]")
+        lines += textwrap.wrap(meaning, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def report(error: UserError) -> int:
+    """Prints the error once for the whole run, and gives the exit status.
+
+    What every rank finds wrong, rank 0 says. Another rank cannot know whether it is alone with its error, as with data
+    that it alone has read; it waits for rank 0 to end the run, and speaks only if that does not happen.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return error.exit_status
+
+
+def program() -> NoReturn:
+    """`main` as a process of its own: ends with its status, 1 with a traceback after an error that nobody expected."""
+    try:
+        status = main()
+    except ImportError as error:
+        status = incomplete_environment(error)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. Leaving the interpreter the ordinary way races with threads of torch's process
+    # groups, which want Python's lock while it is taken down: about one run in 15 on gloo ended in an abort, and its
+    # status 134 would have hidden ours.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    program()
