@@ -12,7 +12,7 @@ from data_prep.job import Job
 from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.data.made_with import tokenizer_of
-from megatron_taipan.data.manifests import NUMBER, described, refuse_foreign_names
+from megatron_taipan.data.manifests import NUMBER, manifest_of, refuse_foreign_names
 from megatron_taipan.errors import UserError
 
 # that are relied on; those inside may be absent or null
@@ -88,7 +88,7 @@ def carry(sources: list[str], about: dict) -> None:
     Args:
         about: prefix, documents and tokens of the pair, `loss_mask` (empty) if it has one.
     """
-    told = [found for prefix in sources if (found := described(prefix)) and tokenizer_of(prefix)]
+    told = [found for prefix in sources if (found := manifest_of(prefix)) and tokenizer_of(prefix)]
     if len(told) < len(sources):
         return
     prefix, name = about["prefix"], os.path.basename(about["prefix"])

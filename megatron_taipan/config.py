@@ -1,7 +1,7 @@
 """The configuration: one typed tree, read from YAML with dotted overrides (`train.steps=100`).
 
-Every option's meaning stands in its description, which `--help` prints. Unknown keys are refused with the
-nearest known name; combinations that cannot work are refused with the arithmetic.
+The description of each option says what it means; `--help` prints it. Unknown keys are refused with the nearest known
+name; combinations that cannot work are refused with the arithmetic.
 """
 
 import difflib
@@ -40,7 +40,7 @@ class MambaConfig(Section):
     @field_validator("a_init", "dt_init")
     @classmethod
     def _logarithm_exists(cls, limits: tuple[float, float]) -> tuple[float, float]:
-        """What is drawn from the range is stored as its logarithm: NaN below 0, from the first step on."""
+        """Values drawn from the range are stored as logarithms: NaN below 0, from the first step on."""
         if not 0 < limits[0] <= limits[1]:
             raise ValueError(f"{list(limits)} must be [low, high] with 0 < low <= high")
         return limits
@@ -59,7 +59,7 @@ class AttentionConfig(Section):
 class ModelConfig(Section):
     """What the network computes."""
 
-    pattern: str = option(..., 'one letter a layer: M, S, W, A; repeats as in "(M*6 S)*3"; "|" cuts pipeline stages')
+    pattern: str = option(..., 'one letter a layer: M, S, W, A; repeats as in "(M*6 S)*3"; "|" splits pipeline stages')
     vocab_size: int = option(..., "number of token ids", ge=1)
     d_model: int = option(..., "width of the residual stream", ge=1)
     d_ff: int = option(..., "width of the SwiGLU of attention layers", ge=1)
@@ -120,7 +120,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the work is spread; the data-parallel size is what is left of the world."""
+    """How the work is spread; the data-parallel size is the number of processes divided by the other sizes."""
 
     tensor: int = option(1, "tensor-parallel size", ge=1)
     pipeline: int = option(1, "pipeline-parallel size", ge=1)
@@ -130,7 +130,9 @@ class ParallelConfig(Section):
         " data.seq_len, since it is faster and needs less memory",
     )
     overlap: bool = option(
-        True, "with sequence: tokens travel in pieces under the products, on GPUs of one host through their memory"
+        True,
+        "with sequence: tokens are exchanged in chunks, overlapped with the matrix products; between GPUs of one host"
+        " through their memory",
     )
     zero_stage: Literal[0, 1, 2, 3] = option(1, "DeepSpeed ZeRO stage")
     offload_optimizer: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO keeps the optimizer state")
@@ -170,13 +172,13 @@ class DataSource(Section):
     @field_validator("weight", mode="before")
     @classmethod
     def _positive(cls, weight: Any) -> Any:
-        """Read here: of a union pydantic would say twice what is wrong."""
+        """Checked here, since pydantic would report a fault of a union twice."""
         if weight == "tokens":
             return weight
         try:
             number = float(weight)
         except (TypeError, ValueError):
-            raise ValueError(f"{weight!r} is no number, and not `tokens` (by size)") from None
+            raise ValueError(f"{weight!r} is neither a number nor `tokens` (by size)") from None
         if not 0 < number < float("inf"):
             raise ValueError(f"{weight} must be above 0 and finite")
         return number
@@ -188,9 +190,9 @@ class DataConfig(Section):
     train: list[DataSource] = option(
         ...,
         "tokenized datasets to train on: a prefix, or a list of prefixes or of {prefix: P, weight: 1.0, loss_mask:"
-        " auto}; {prefix: [P, Q], weight: tokens} takes a list by size; the shards of one output are one source, by"
-        " its prefix or a glob; auto: where PREFIX_loss_mask.idx stands only the tokens that it marks are learned;"
-        " require: it must stand there; ignore: all tokens are learned",
+        " auto}; {prefix: [P, Q], weight: tokens} weights a list by size; the shards of one output are one source, by"
+        " its prefix or a glob; auto: where PREFIX_loss_mask.idx exists only the tokens that it marks are learned;"
+        " require: it must exist; ignore: all tokens are learned",
         min_length=1,
     )
     valid: list[DataSource] | None = option(
@@ -202,7 +204,7 @@ class DataConfig(Section):
     tokenizer: str | None = option(None, "tokenizer file that the data was made with; copied into exports")
     mask_documents: bool = option(True, "documents packed into one sample never see each other (seq_idx)")
     one_document: bool = option(
-        False, "every sample lies inside one document of more than seq_len tokens; shorter ones are left out"
+        False, "every sample is inside one document of more than seq_len tokens; shorter ones are left out"
     )
     verify: bool = option(
         False,
@@ -214,8 +216,8 @@ class DataConfig(Section):
     @field_validator("train", "valid", mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        """A path, or a list of paths, stands for sources of equal weight, {prefix: [P, Q], weight: tokens} for several
-        by size."""
+        """A path, or a list of paths, means sources of equal weight, {prefix: [P, Q], weight: tokens} several by
+        size."""
         if isinstance(value, str | dict):
             value = [value]
         if isinstance(value, list):
@@ -236,8 +238,8 @@ class DataConfig(Section):
 
 
 def _spread(source: Any) -> list[Any]:
-    """The sources that a prefix which is a list stands for; they must go by size, or it would not be said whether a
-    number is the weight of each or of all."""
+    """The sources of an entry whose prefix is a list; they must be weighted by size, since a number could be the weight
+    of each or of all."""
     if not isinstance(source, dict) or not isinstance(source.get("prefix"), list):
         return [source]
     if source.get("weight") != "tokens":
@@ -264,7 +266,7 @@ class OptimConfig(Section):
     @classmethod
     def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{list(betas)} must lie in [0, 1)")
+            raise ValueError(f"{list(betas)} must be in [0, 1)")
         return betas
 
     @model_validator(mode="after")
@@ -287,7 +289,7 @@ class ProfileConfig(Section):
     @model_validator(mode="after")
     def _in_order(self) -> "ProfileConfig":
         if self.stop < self.start:
-            raise ValueError(f"stop={self.stop} lies before start={self.start}")
+            raise ValueError(f"stop={self.stop} is before start={self.start}")
         return self
 
 
@@ -298,7 +300,9 @@ class TrainConfig(Section):
     stop_at: int | None = option(None, "stop (with a checkpoint) after this step, the schedule unchanged", ge=1)
     global_batch: int = option(..., "samples per optimizer step over all ranks", ge=1)
     micro_batch: int = option(1, "samples per forward pass of one rank", ge=1)
-    precision: Literal["bf16", "fp16", "fp32"] = option("bf16", "compute precision; masters and islands are float32")
+    precision: Literal["bf16", "fp16", "fp32"] = option(
+        "bf16", "compute precision; master weights and fp32 parameters are float32"
+    )
     tf32: bool = option(True, "allow TensorFloat-32 products where the precision is fp32 (NVIDIA GPUs)")
     seed: int = option(1234, "seed of the initial weights and the gate's noise", ge=0)
     eval_every: int = option(500, "steps between validations; 0 validates at the end only", ge=0)
@@ -320,13 +324,13 @@ class TrainConfig(Section):
     )
     spike_window: int = option(128, "steps of that mean and deviation", ge=2)
     spike_rewind: bool = option(
-        False, "after a spike go back to the newest checkpoint and on from there, past the samples drawn since"
+        False, "after a spike go back to the newest checkpoint and continue there, past the samples drawn since"
     )
     spike_max_rewinds: int = option(10, "rewinds after which a spike ends the run", ge=1)
     hang_after_s: float = option(
         1200.0,
         "seconds without a finished step after which all stacks are printed and the run ends; below parallel.timeout_s,"
-        " so that the rank that hangs still speaks; 0: never",
+        " so that the rank that hangs still prints its own; 0: never",
         ge=0,
     )
 
@@ -338,7 +342,7 @@ class CheckpointConfig(Section):
     save_every: int = option(1000, "steps between full checkpoints; 0 saves at the end only", ge=0)
     load: str | None = option(
         "auto",
-        "auto: resume from checkpoint.dir if it holds one; null: start anew; a folder: the same, but while"
+        "auto: resume from checkpoint.dir if it holds one; null: start from scratch; a folder: as auto, but while"
         " checkpoint.dir holds none start from that folder's newest",
     )
     init: str | None = option(
@@ -353,13 +357,13 @@ class CheckpointConfig(Section):
     save_minutes: float | None = option(None, "save as well when this many minutes have passed since the last", gt=0)
     retry_s: float = option(60.0, "seconds after which a checkpoint that could not be written is tried again", gt=0)
     last_tries: int = option(10, "tries for the checkpoint at a run's end before it gives up with status 74", ge=1)
-    asynchronous: bool = option(True, "write checkpoints behind the training, which stops only to copy the state")
+    asynchronous: bool = option(True, "write checkpoints in the background: training stops only to copy the state")
     keep_last: int | None = option(None, "newest full checkpoints that are kept; null keeps all", ge=1)
-    keep_every: int | None = option(None, "checkpoints at multiples of this many steps are kept for good", ge=1)
+    keep_every: int | None = option(None, "checkpoints at multiples of this many steps are never deleted", ge=1)
 
 
 class LogConfig(Section):
-    """What is written while it runs."""
+    """What is logged during a run."""
 
     every: int = option(10, "steps between log lines", ge=1)
     tensorboard: bool = option(True, "write TensorBoard events to checkpoint.dir/tensorboard")
@@ -367,7 +371,7 @@ class LogConfig(Section):
     wandb_project: str = option("megatron-taipan", "project of log.wandb")
     text_mb: float = option(
         10.0,
-        "size at which a rank's text file, checkpoint.dir/logs/rank_00000.log and so on, begins anew; 0: none",
+        "size at which a rank's text file, checkpoint.dir/logs/rank_00000.log and so on, is rotated; 0: none",
         ge=0,
     )
     text_files: int = option(3, "old text files that each rank keeps", ge=1)
@@ -429,12 +433,12 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file and applies dotted overrides such as `train.steps=100` (values are YAML).
 
-    A file may begin from another, `extends: other.yaml` (a path from its own folder): it then says only what differs.
+    A file may extend another, `extends: other.yaml` (a path from its own folder), and then holds only what differs.
     Mappings are merged option by option, everything else is replaced.
 
     Raises:
-        ConfigError: the file or one that it extends is missing or no mapping, files extend each other in a circle, a
-            key is unknown, a value does not fit.
+        ConfigError: the file or one that it extends is missing or not a mapping, files extend each other in a circle,
+            a key is unknown, a value does not fit.
     """
     tree = _read_tree(Path(path), ())
     for override in overrides:
@@ -443,7 +447,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
-    """The mapping of a file upon what it extends."""
+    """The mapping of a file, merged into what it extends."""
     where = "".join(f" (extended by {file})" for file in reversed(extended_by))
     if path.resolve() in {file.resolve() for file in extended_by}:
         raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
@@ -453,7 +457,7 @@ def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path}{where} is no text: {error}") from error
+        raise ConfigError(f"the configuration {path}{where} is not text: {error}") from error
     except ValueError as error:
         raise ConfigError(f"the configuration {path}{where} cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -467,7 +471,7 @@ def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
 
 
 def _merged(base: dict, tree: dict) -> dict:
-    """`tree` upon `base`; where both hold a mapping, these are merged too."""
+    """`tree` merged into `base`, mappings recursively."""
     both = {k: _merged(base[k], v) for k, v in tree.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return base | tree | both
 
@@ -499,7 +503,7 @@ def describe_options(section: type[Section] = Config, prefix: str = "") -> list[
 
 
 def yaml_text(value: Any) -> str:
-    """A value as it would stand in YAML, on one line."""
+    """A value as YAML, on one line."""
     value = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
 
@@ -522,7 +526,7 @@ def _apply_override(tree: dict, override: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 5e-4 as text; pydantic would accept it for a float, so only exponents are turned here."""
+    """YAML reads 5e-4 as text; pydantic would accept it for a float, so only exponents are converted here."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -561,7 +565,7 @@ def _nearest(location: tuple) -> str:
         field = getattr(section, "model_fields", {}).get(part)
         section = _section_of(field.annotation) if field else section
         if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, Section)):
-            section = DataSource  # the only section that stands inside a list
+            section = DataSource  # the only section that is inside a list
     known = list(section.model_fields)
     prefix = ".".join(str(part) for part in location[:-1])
     prefix = prefix + "." if prefix else ""

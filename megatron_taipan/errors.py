@@ -1,4 +1,4 @@
-"""The one exception type that a program shows to its user as a single line."""
+"""The exception type that programs show to their user as a single line, and their exit statuses."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 # traceback); those above 2 by sysexits.h.
 EXIT_WRONG_INPUT = 2  # one line says what; another start would find the same
 EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: the processes did not meet; another start may do better
-EXIT_HANG = 70  # EX_SOFTWARE: nothing moved for train.hang_after_s
+EXIT_HANG = 70  # EX_SOFTWARE: no progress for train.hang_after_s
 EXIT_UNSAVED = 74  # EX_IOERR: the state at the end could not be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: a signal ended it early, with a checkpoint; the batch script starts it again
 
@@ -26,13 +26,13 @@ class UserError(Exception):
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Around what writes to `place`: a full disk, or a place where nothing can be made, is told in one line."""
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is written (a full disk, a folder without permission) into a UserError."""
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{place} was not written: {error.strerror or error}{where}") from error
+        raise UserError(f"{path} was not written: {error.strerror or error}{where}") from error
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -8,8 +8,8 @@ from megatron_taipan.section import Section, option
 
 
 class Schedule(Section):
-    """A value that changes over training: `start` until the step `after`, from there to `end`, which stands from
-    `until` on. What it is at a step says train/schedule.py."""
+    """A value that changes over training: `start` up to the step `after`, then towards `end`, which holds from `until`
+    on. train/schedule.py computes its value at a step."""
 
     start: float = option(..., "value until `after`")
     end: float = option(..., "value from `until` on, in evaluation and in exports")
@@ -19,36 +19,36 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> "Schedule":
-        for name, place in (("after", self.after), ("until", self.until)):
-            if isinstance(place, int) and place == 1:
+        for name, point in (("after", self.after), ("until", self.until)):
+            if isinstance(point, int) and point == 1:
                 raise ValueError(f"{name}=1 may be a step or the whole run: write 1.0 for the run, or another step")
-            if place > 1 and place != int(place):
-                raise ValueError(f"{name}={place:g} is neither a whole step nor a fraction up to 1.0")
+            if point > 1 and point != int(point):
+                raise ValueError(f"{name}={point:g} is neither a whole step nor a fraction up to 1.0")
         if (self.after > 1) == (self.until > 1) and self.until < self.after:
-            raise ValueError(f"until={self.until:g} lies before after={self.after:g}")
+            raise ValueError(f"until={self.until:g} is before after={self.after:g}")
         return self
 
-    def step_of(self, place: float, run_steps: int) -> float:
-        """`after` or `until` as a step of a run of that many."""
-        return place if place > 1 else place * run_steps
+    def step_of(self, point: float, run_steps: int) -> float:
+        """`after` or `until` as a step of a run of `run_steps` steps."""
+        return point if point > 1 else point * run_steps
 
 
-SCHEDULED_TAGS = ("constant", "schedule")  # stand in the place of an error, not in the file
+SCHEDULED_TAGS = ("constant", "schedule")  # pydantic puts them into an error's location; they are not in the file
 
 
 def _kind(value: Any) -> str:
     return "schedule" if isinstance(value, dict | Schedule) else "constant"
 
 
-# Tells a mapping from a number, so that an error is about the one that was meant.
+# Distinguishes a mapping from a number, so that an error is about the one that was meant.
 Scheduled = Annotated[Annotated[float, Tag("constant")] | Annotated[Schedule, Tag("schedule")], Discriminator(_kind)]
 
 
 def at_the_end(value: float | Schedule) -> float:
-    """What a constant or a schedule leads to: what evaluation, exports and estimates of cost go by.
+    """The final value of a constant or a schedule, which evaluation, exports and estimates of cost use.
 
-    Not by the class: transformers runs an exported folder's files twice, for the configuration and for the model, and a
-    schedule that the one made is no instance of the other's class.
+    It does not ask for the class Schedule: transformers runs an exported folder's files twice, for the configuration and
+    for the model, and a schedule that one of them made is not an instance of the other's class.
     """
     return value if isinstance(value, int | float) else value.end
 
@@ -104,7 +104,7 @@ class GateConfig(Section):
         for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
             match field.field_name:
                 case "capacity" if not 0 <= number <= 1:
-                    raise ValueError(f"{number:g} is no fraction between 0 and 1")
+                    raise ValueError(f"{number:g} is not a fraction between 0 and 1")
                 case "tau" if number <= 0:
                     raise ValueError(f"{number:g} must be greater than 0")
                 case "budget_lambda" if number < 0:

@@ -1,4 +1,4 @@
-"""Filling a batch from the places of its samples.
+"""Filling a batch from the token spans of its samples.
 
 A sample of L tokens is 2 L bytes in the file and 24 L bytes in a batch, so what counts is how often memory is touched:
 ids are read into a small buffer that stays in the processor's cache and go from there into the batch, once for the
@@ -17,8 +17,8 @@ from megatron_taipan.data.loss_mask import check_mask
 from megatron_taipan.data.stream import TokenSpan
 
 Batch = dict[str, torch.Tensor]
-KEPT = 4  # pieces of memory that are kept: a step with one micro-batch needs two, the new one beside the last
-BUFFER = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
+POOL_SIZE = 4  # buffers that are kept: a step with one micro-batch needs two, the new one beside the last
+READ_BYTES = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
 
 
 class BatchReader:
@@ -31,25 +31,25 @@ class BatchReader:
     def __init__(self, seq_len: int, mask_documents: bool):
         self.seq_len, self.mask_documents = seq_len, mask_documents
         self._buffers: dict[np.dtype, tuple[np.ndarray, list[memoryview]]] = {}
-        self._memory = Memory()
+        self._pool = BufferPool()
 
-    def __call__(self, places: list[TokenSpan], indices: list[int], vocab_size: int) -> "Block":
-        """The samples at `places`, numbered `indices`, as one block.
+    def __call__(self, spans: list[TokenSpan], indices: list[int], vocab_size: int) -> "BatchStorage":
+        """The samples at `spans`, numbered `indices`, as one batch.
 
         Raises:
             UserError: an id is negative or not below vocab_size, or a loss mask holds something else than 0 and 1.
         """
-        block = Block(len(places), self.seq_len, self._memory(Block.size(len(places), self.seq_len)))
-        arrays = block.arrays
+        storage = BatchStorage(len(spans), self.seq_len, self._pool(BatchStorage.size(len(spans), self.seq_len)))
+        arrays = storage.arrays
         tokens, labels = arrays["tokens"], arrays["labels"]
         row = 0
-        for dtype, group in groupby(places, _dtype):  # sources may store ids in different types
+        for dtype, group in groupby(spans, _dtype):  # sources may store ids in different types
             left = list(group)
             buffer, views = self._buffer(dtype)
             while left:
                 now, left = left[: len(buffer)], left[len(buffer) :]
-                for place, view in zip(now, views, strict=False):
-                    place.read_into(view)
+                for span, view in zip(now, views, strict=False):
+                    span.read_into(view)
                 ids = buffer[: len(now)]
                 check_ids(now, ids, vocab_size)
                 tokens[row : row + len(now)], labels[row : row + len(now)] = ids[:, :-1], ids[:, 1:]
@@ -57,41 +57,41 @@ class BatchReader:
         arrays["loss_mask"].fill(1)
         arrays["seq_idx"].fill(0)
         mask, numbers = arrays["loss_mask"].reshape(-1), arrays["seq_idx"].reshape(-1)
-        for row, place in enumerate(places):
+        for row, span in enumerate(spans):
             first, stop = row * self.seq_len, (row + 1) * self.seq_len
-            if place.reader.loss_mask is not None:
-                mask[first:stop] = learned(place, self.seq_len)
-            for begin in place.begins:
+            if span.reader.loss_mask is not None:
+                mask[first:stop] = label_mask(span, self.seq_len)
+            for begin in span.doc_starts:
                 mask[first + begin - 1] = 0
             if self.mask_documents:
-                number_documents(place.begins, numbers, first, stop)
+                number_documents(span.doc_starts, numbers, first, stop)
         arrays["sample"][:] = indices
-        return block
+        return storage
 
     def _buffer(self, dtype: np.dtype) -> tuple[np.ndarray, list[memoryview]]:
         """Room for the ids of some samples, [>= 1, L + 1], and the bytes of each of its rows."""
         if dtype not in self._buffers:
-            rows = max(1, BUFFER // ((self.seq_len + 1) * dtype.itemsize))
+            rows = max(1, READ_BYTES // ((self.seq_len + 1) * dtype.itemsize))
             room = np.empty((rows, self.seq_len + 1), dtype)
             self._buffers[dtype] = room, [row.data.cast("B") for row in room]
         return self._buffers[dtype]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_buffers": {}, "_memory": Memory()}
+        return {**self.__dict__, "_buffers": {}, "_pool": BufferPool()}
 
 
-class Memory:
-    """Pieces of memory that serve again as soon as nobody holds an array or tensor in them any more.
+class BufferPool:
+    """Buffers that are used again as soon as no array or tensor refers to them any more.
 
-    The allocator would give them back to the system, which clears the pages of new ones; that takes longer than to
-    fill them.
+    The allocator would give them back to the system, which clears the pages of new ones; that takes longer than
+    filling them.
     """
 
     def __init__(self) -> None:
         self._kept: list[tuple[bytearray, weakref.ref[np.ndarray]]] = []
 
     def __call__(self, size: int) -> np.ndarray:
-        """A piece of `size` bytes, uint8 [size], in use for as long as this array, or one made from it, lives."""
+        """A buffer of `size` bytes, uint8 [size], in use for as long as this array, or one made from it, lives."""
         for at, (memory, array) in enumerate(self._kept):
             if len(memory) == size and array() is None:
                 del self._kept[at]
@@ -99,12 +99,12 @@ class Memory:
         else:
             memory = bytearray(size)
         lent = np.frombuffer(memory, np.uint8)  # arrays made from it hold it, since it is the first that is an array
-        self._kept = [(memory, weakref.ref(lent)), *self._kept[: KEPT - 1]]
+        self._kept = [(memory, weakref.ref(lent)), *self._kept[: POOL_SIZE - 1]]
         return lent
 
 
-class Block:
-    """One batch of b samples, in one piece of memory: so a loader's worker sends one file descriptor."""
+class BatchStorage:
+    """One batch of b samples in one buffer, so that a loader's worker sends one file descriptor."""
 
     def __init__(self, b: int, seq_len: int, memory: np.ndarray):
         self.b, self.seq_len, self.memory = b, seq_len, memory
@@ -119,7 +119,7 @@ class Block:
 
     @staticmethod
     def size(b: int, seq_len: int) -> int:
-        """Bytes of a block."""
+        """Bytes of a batch."""
         return b * (24 * seq_len + 8)
 
     def batch(self) -> Batch:
@@ -127,51 +127,52 @@ class Block:
         return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Arrives in another process as the batch."""
+        """Unpickled in another process, it is the batch."""
         return _arrived, (torch.from_numpy(self.memory), self.b, self.seq_len)
 
 
 def _arrived(memory: torch.Tensor, b: int, seq_len: int) -> Batch:
-    return Block(b, seq_len, memory.numpy()).batch()
+    return BatchStorage(b, seq_len, memory.numpy()).batch()
 
 
-def _dtype(place: TokenSpan) -> np.dtype:
-    return place.reader.dtype
+def _dtype(span: TokenSpan) -> np.dtype:
+    return span.reader.dtype
 
 
-def number_documents(begins: list[int], out: np.ndarray, first: int, stop: int) -> None:
+def number_documents(doc_starts: list[int], out: np.ndarray, first: int, stop: int) -> None:
     """Numbers the documents of one sample in `out[first:stop]`, which holds zeros.
 
-    The others begin at `begins`, rising and counted from `first`; the last may be at `stop`.
+    The others begin at `doc_starts`, rising and counted from `first`; the last may be at `stop`.
     """
-    if len(begins) < 16:
-        for number, begin in enumerate(begins, 1):
+    if len(doc_starts) < 16:
+        for number, begin in enumerate(doc_starts, 1):
             out[first + begin : stop] = number
     else:
         length = stop - first
-        counts = np.diff([0, *begins, max(length, begins[-1])])
-        out[first:stop] = np.repeat(np.arange(len(begins) + 1), counts)[:length]
+        counts = np.diff([0, *doc_starts, max(length, doc_starts[-1])])
+        out[first:stop] = np.repeat(np.arange(len(doc_starts) + 1), counts)[:length]
 
 
-def learned(place: TokenSpan, seq_len: int) -> np.ndarray:
-    """Which labels the loss mask of a place's source marks: uint8 [L]; the label of position t is token t + 1.
+def label_mask(span: TokenSpan, seq_len: int) -> np.ndarray:
+    """Which labels the loss mask of a span's source marks: uint8 [L]; the label of position t is token t + 1.
 
-    Of a document that begins before the sample none is: training would answer without having seen the question.
+    Labels of a document that begins before the sample are not marked: the model would have to answer without having
+    seen the question.
     """
-    mask = place.reader.loss_mask
+    mask = span.reader.loss_mask
     assert mask is not None
     marked = np.empty(seq_len + 1, mask.dtype)
-    TokenSpan(mask, place.position, place.runs, place.begins).read_into(marked.data)
+    TokenSpan(mask, span.position, span.runs, span.doc_starts).read_into(marked.data)
     check_mask(mask, marked)
-    if place.reader.start(place.reader.find(place.position)) != place.position:
-        marked[: place.begins[0] if place.begins else None] = 0
+    if span.reader.start(span.reader.find(span.position)) != span.position:
+        marked[: span.doc_starts[0] if span.doc_starts else None] = 0
     return marked[1:]
 
 
-def check_ids(places: list[TokenSpan], ids: np.ndarray, vocab_size: int) -> None:
-    """Refuses ids [p, L + 1] (or [L + 1] of one place) beyond the vocabulary."""
+def check_ids(spans: list[TokenSpan], ids: np.ndarray, vocab_size: int) -> None:
+    """Refuses ids [p, L + 1] (or [L + 1] of one span) beyond the vocabulary."""
     if all_below(ids, vocab_size):
         return
-    for place, row in zip(places, ids.reshape(len(places), -1), strict=True):
+    for span, row in zip(spans, ids.reshape(len(spans), -1), strict=True):
         if not all_below(row, vocab_size):
-            raise beyond_model(place.reader, place.token(first_outside(row, vocab_size)), vocab_size)
+            raise beyond_model(span.reader, span.token(first_outside(row, vocab_size)), vocab_size)

@@ -1,4 +1,4 @@
-"""In which order a blend visits its sources.
+"""The order in which a blend visits its sources.
 
 Which source sample i comes from must be computable from i alone (state is one number), and at every point the samples
 drawn from a source must be within one of its exact share. The schedule that keeps both is Tijdeman's chairperson
@@ -19,11 +19,11 @@ MAX_PERIOD = 1 << 17
 
 
 def whole_weights(weights: list[float]) -> list[int]:
-    """Whole numbers in the proportion of `weights`, as their decimal notation says it.
+    """Whole numbers in the proportion of `weights`, as their decimal notation gives it.
 
     0.7 and 0.3 give 7 and 3. Where the exact numbers would have a sum above MAX_PERIOD they are rounded to that sum:
-    shares in steps of 1/131072, each within one step of what is exact, but for those below one step, which get one
-    at the cost of the others, in proportion.
+    shares in steps of 1/131072, each within one step of the exact one. A share below one step gets one step, which
+    the others give up in proportion.
     """
     whole = exact_weights(weights)
     if sum(whole) <= MAX_PERIOD:
@@ -56,9 +56,9 @@ def exact_weights(weights: list[float]) -> list[int]:
     return [number // common for number in whole]
 
 
-def misdrawn(weights: list[float]) -> list[tuple[int, Fraction, Fraction]]:
-    """Sources whose share `whole_weights` moves by a tenth of itself or more: of each its number, the share that its
-    weight says and the share that it gets. Only shares below ten steps can be."""
+def misweighted(weights: list[float]) -> list[tuple[int, Fraction, Fraction]]:
+    """Sources whose share `whole_weights` changes by a tenth of itself or more: the number of each, the share that its
+    weight asks for and the share that it gets. Only shares below ten steps can be among them."""
     whole, exact = whole_weights(weights), exact_weights(weights)
     period, total = sum(whole), sum(exact)
     return [

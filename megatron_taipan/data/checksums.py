@@ -1,4 +1,4 @@
-"""Every byte of the data against the checksums of its manifests, for those who want that before a run.
+"""Compares every byte of the data with the checksums of its manifests before a run (data.verify).
 
 Opening a pair reads its whole index and 16 blocks of 4 kB of its .bin, which is what the fingerprint covers; a token
 that changes elsewhere is not seen. The manifest of `data_prep tokenize` holds the xxh3-128 of every file.
@@ -18,7 +18,7 @@ from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 20
-TURN = 4 << 30  # bytes read between two calls of `Verification.go_on`'s caller
+BYTES_PER_TURN = 4 << 30  # bytes read between two calls of `Verification.go_on`'s caller
 
 
 class Verification:
@@ -50,7 +50,7 @@ class Verification:
         self.unfinished = next(self._reading, None) is not None
 
     def report(self) -> str:
-        """What was done, when all is read."""
+        """What was checked, once everything is read."""
         return (
             f"every byte of {self.files} files, {self.size / 1e9:.2f} GB, is as their manifests say; checked in"
             f" {time.perf_counter() - self.began:.1f} s (data.verify)"
@@ -58,7 +58,7 @@ class Verification:
 
 
 def _wanted(data: DataConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Of every file of the data that is used: its path, and its checksum and where that is from."""
+    """For every file of the data that is used: its path, its checksum and the manifest that holds the checksum."""
     for source in [*data.train, *(data.valid or [])]:
         for prefix in find_pairs(source.prefix):
             manifest, said = shard_entry(prefix)
@@ -77,8 +77,8 @@ def _wanted(data: DataConfig) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _read(files: list[tuple[str, str, str]]) -> Iterator[str]:
-    """Hashes (path, checksum, manifest); gives the path at hand whenever TURN bytes were read."""
-    left = TURN
+    """Hashes (path, checksum, manifest); yields the current path whenever BYTES_PER_TURN bytes were read."""
+    left = BYTES_PER_TURN
     for path, wanted, manifest in files:
         digest = xxhash.xxh3_128()
         try:
@@ -87,12 +87,12 @@ def _read(files: list[tuple[str, str, str]]) -> Iterator[str]:
                     digest.update(block)
                     left -= len(block)
                     if left <= 0:
-                        left = TURN
+                        left = BYTES_PER_TURN
                         yield path
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         if digest.hexdigest() != wanted:
             raise UserError(
                 f"{path} has checksum {digest.hexdigest()} and {manifest} says {wanted}: bytes of it changed since it"
-                " was made; bring it again, or tokenize again"
+                " was made; copy it here again, or tokenize again"
             )

@@ -1,4 +1,4 @@
-"""Ids that no model has: the error says which, and where in the file it stands."""
+"""Ids outside the vocabulary: the error says which id it is and where in the file."""
 
 import numpy as np
 
@@ -31,10 +31,10 @@ def outside(reader: IndexedReader, position: int, vocab_size: int, whose: str, r
     out = np.empty(1, reader.dtype)
     reader.read_into(position, out)
     prefix, token, document = reader.where(position)
-    stands = f"{prefix}.bin holds id {out[0]} at token {token} (in document {document})"
+    found = f"{prefix}.bin holds id {out[0]} at token {token} (in document {document})"
     if out[0] < 0:
-        return UserError(f"{stands}; no id is negative: the file is damaged or not made of tokens, make it again")
-    return UserError(f"{stands} and {whose} has {vocab_size} ids (0 to {vocab_size - 1}); {remedy}")
+        return UserError(f"{found}; ids are never negative: the file is damaged or not made of tokens, make it again")
+    return UserError(f"{found} and {whose} has {vocab_size} ids (0 to {vocab_size - 1}); {remedy}")
 
 
 def refuse_outside(

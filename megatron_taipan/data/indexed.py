@@ -44,7 +44,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedReader:
     """Random access to the documents of one .bin/.idx pair.
 
-    Opening reads the index once, in pieces, to check it, and keeps nothing of it in memory. Tokens are read with
+    Opening reads the index once, in chunks, to check it, and keeps nothing of it in memory. Tokens are read with
     `pread`: a .bin that shrinks under a running job gives an error, where a memory map would kill the process.
 
     Attributes:
@@ -52,7 +52,7 @@ class IndexedReader:
         dtype: numpy type of the stored ids.
         fingerprint: hash of the index, the size of the .bin and 16 blocks of 4,096 bytes of it; a token that changes
             between them is not seen (checksums.py sees it).
-        loss_mask: a pair that says which tokens are learned, where somebody put it here (loss_mask.py).
+        loss_mask: a pair that says which tokens are learned, or None; set by loss_mask.py.
 
     Raises:
         UserError: a file is missing, foreign, truncated, or index and .bin disagree.
@@ -77,14 +77,14 @@ class IndexedReader:
             with open(idx, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < HEADER.size:
-                    raise UserError(f"{idx} is no token index: {size} bytes, and the header alone has {HEADER.size}")
+                    raise UserError(f"{idx} is not a token index: {size} bytes, and the header alone has {HEADER.size}")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bin_fd = os.open(bin, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"cannot read {error.filename or self.prefix}: {error.strerror}") from error
         magic, version, code, sequences, document_entries = HEADER.unpack_from(self._map)
         if magic != MAGIC:
-            raise UserError(f"{idx} is no token index: it starts with {magic!r}, not {MAGIC!r}")
+            raise UserError(f"{idx} is not a token index: it starts with {magic!r}, not {MAGIC!r}")
         if version != 1:
             raise UserError(f"{idx} has version {version} of the index format; this program reads version 1")
         dtype = np.dtype(DTYPES.get(code, np.float64))
@@ -165,7 +165,7 @@ class IndexedReader:
         return state
 
     def __setstate__(self, state: dict) -> None:
-        """Another process opens the files again and trusts the check that this object had."""
+        """Another process opens the files again and relies on the check that this object passed."""
         self.__dict__.update(state)
         self._open()
 
@@ -196,28 +196,28 @@ class IndexedReader:
         return bisect_right(range(self.n_documents), position, key=self.start) - 1
 
     def where(self, position: int) -> tuple[str, int, int]:
-        """Of a token, for messages: the prefix of its pair, its number in that .bin and its document's in that pair."""
+        """For messages: the prefix of a token's pair, its number in that .bin and its document's number there."""
         return self.prefix, position, self.find(position)
 
     def boundaries(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions at which a document begins, in each of n stretches [start, stop) of tokens, int64 [n].
+        """Positions at which a document begins, in each of n spans [start, stop) of tokens, int64 [n].
 
         Returns:
-            the positions, rising within a stretch, int64 [k], and the stretch of each, int64 [k].
+            the positions, rising within a span, int64 [k], and the number of the span of each, int64 [k].
         """
         first, last = self._first_from(np.concatenate([start, stop])).reshape(2, -1)
         counts = np.maximum(last - first, 0)
-        stretch = np.repeat(np.arange(len(counts)), counts)
-        found = self.starts(np.arange(len(stretch)) + np.repeat(first - (np.cumsum(counts) - counts), counts))
+        span = np.repeat(np.arange(len(counts)), counts)
+        found = self.starts(np.arange(len(span)) + np.repeat(first - (np.cumsum(counts) - counts), counts))
         # an empty document begins where the next one does
         kept = np.ones(len(found), bool)
-        kept[1:] = (found[1:] != found[:-1]) | (stretch[1:] != stretch[:-1])
-        return (found, stretch) if kept.all() else (found[kept], stretch[kept])
+        kept[1:] = (found[1:] != found[:-1]) | (span[1:] != span[:-1])
+        return (found, span) if kept.all() else (found[kept], span[kept])
 
     def _first_from(self, positions: np.ndarray) -> np.ndarray:
-        """The first document that starts at or behind each position in [0, n_tokens]: int64 [n] -> int64 [n].
+        """The first document that starts at or after each position in [0, n_tokens]: int64 [n] -> int64 [n].
 
-        A binary search in step for all of them; numpy's own would first copy the whole index to make it aligned.
+        One binary search for all of them at once; numpy's own would first copy the whole index to make it aligned.
         """
         low, high = np.zeros(len(positions), np.int64), np.full(len(positions), self.n_documents, np.int64)
         for _ in range(self.n_documents.bit_length()):
@@ -254,13 +254,13 @@ class IndexedReader:
         return out
 
     def lengths(self) -> Iterator[np.ndarray]:
-        """Tokens of each document, in pieces: int64 [<= CHUNK]."""
+        """Tokens of each document, in chunks: int64 [<= CHUNK]."""
         for at in range(0, self.n_documents, CHUNK):
             yield np.diff(self.starts(np.arange(at, min(at + CHUNK, self.n_documents) + 1)))
 
 
 class IndexedWriter:
-    """Writes one .bin/.idx pair, one sequence a document; nothing stands under the final names before `finish`.
+    """Writes one .bin/.idx pair, one sequence a document; nothing has the final names before `finish`.
 
     As a context manager it finishes on success and removes its temporary files on an exception.
     """
@@ -313,7 +313,7 @@ class IndexedWriter:
 
 
 def write_index(path: str | Path, dtype: np.dtype, lengths_path: str | Path) -> None:
-    """Writes a synced .idx from a file of int32 document lengths, in pieces, one sequence a document."""
+    """Writes a synced .idx from a file of int32 document lengths, in chunks, one sequence a document."""
     count = os.path.getsize(lengths_path) // 4
     with open(lengths_path, "rb", buffering=0) as source, open(path, "wb") as out:
         out.write(HEADER.pack(MAGIC, 1, CODES[np.dtype(dtype)], count, count + 1))

@@ -1,7 +1,8 @@
 """From a data configuration to batches: the dataset of numbered samples and the loader that hands them out.
 
-The order is one endless list of samples 0, 1, 2, ... that depends on (seed, epoch, data) alone. A run's place in it is
-the number of samples consumed; batch size, number of processes and number of steps only say how many are taken at once.
+The order is one endless list of samples 0, 1, 2, ... that depends on (seed, epoch, data) alone. A run's position in it
+is the number of samples consumed; batch size, number of processes and number of steps only decide how many are taken at
+once.
 """
 
 import os
@@ -17,18 +18,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
-from megatron_taipan.data.batch import Batch, BatchReader, Block, check_ids
+from megatron_taipan.data.batch import Batch, BatchReader, BatchStorage, check_ids
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
+from megatron_taipan.data.blend_weights import choose_weights, describe_blend
 from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import attach_mask
 from megatron_taipan.data.made_with import refuse_mixed, refuse_other
 from megatron_taipan.data.permutation import derive_key
-from megatron_taipan.data.places import Places
+from megatron_taipan.data.sample_locator import SampleLocator
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
 from megatron_taipan.data.sources import find_pairs, open_source
 from megatron_taipan.data.split import split_documents
-from megatron_taipan.data.weights import choose_weights, describe_blend
 from megatron_taipan.errors import UserError
 
 
@@ -38,15 +39,15 @@ class SampleDataset(Dataset):
     `dataset[i]` holds, with L = seq_len:
         tokens     int64 [L]
         labels     int64 [L]    the next token
-        loss_mask  float32 [L]  0 where the label belongs to another document, or the source's loss mask is 0, or it
-                                has one and the label's document begins before the sample
+        loss_mask  float32 [L]  0 where the label belongs to another document, where the source's loss mask is 0, and,
+                                if the source has a loss mask, where the label's document begins before the sample
         seq_idx    int32 [L]    number of the document within the sample, from 0; all 0 if documents are not masked
         sample     int64 []     i
 
     Attributes:
         sources: the samples of each source, in the order of the configuration.
-        fingerprint: hash of all that decides which tokens sample i holds, though of a .bin only what `IndexedReader`
-            takes; a resume with another one must be refused.
+        fingerprint: hash of everything that decides which tokens sample i holds (of a .bin only what `IndexedReader`
+            hashes); a resume with another fingerprint must be refused.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class SampleDataset(Dataset):
         self.sources, self.blend = sources, Blend(weights)
         self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
         self.fingerprint = fingerprint
-        self._places = Places(sources, self.blend, seq_len)
+        self._locate = SampleLocator(sources, self.blend, seq_len)
         self._read = BatchReader(seq_len, mask_documents)
 
     def __len__(self) -> int:
@@ -72,32 +73,32 @@ class SampleDataset(Dataset):
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.batch([index]).items()}
 
-    def __getitems__(self, indices: list[int]) -> Block | UserError:
-        """What a worker of DataLoader calls for a list of indices: it arrives at the trainer as `batch`, or as the
-        error that `batch` would raise, since DataLoader puts the worker's traceback into any that is raised there."""
+    def __getitems__(self, indices: list[int]) -> BatchStorage | UserError:
+        """What a worker of DataLoader calls for a list of indices: the trainer receives what `batch` returns, or the
+        error that `batch` would raise, since DataLoader puts the worker's traceback into any error raised there."""
         try:
-            return self._read(self._places(indices), indices, self.vocab_size)
+            return self._read(self._locate(indices), indices, self.vocab_size)
         except UserError as error:
             return error
 
     def batch(self, indices: list[int]) -> Batch:
         """Several samples stacked: every tensor gets a first dimension [b]."""
-        return self._read(self._places(indices), indices, self.vocab_size).batch()
+        return self._read(self._locate(indices), indices, self.vocab_size).batch()
 
     def tokens(self, index: int) -> tuple[np.ndarray, list[int]]:
-        """The L + 1 stored ids of one sample and where in them other documents begin.
+        """The L + 1 stored ids of one sample, and where other documents begin in them.
 
         Raises:
             UserError: an id is beyond the model's vocabulary.
         """
-        [place] = self._places([index])
-        out = np.empty(self.seq_len + 1, place.reader.dtype)
-        place.read_into(out.data.cast("B"))
-        check_ids([place], out, self.vocab_size)
-        return out, place.begins
+        [span] = self._locate([index])
+        out = np.empty(self.seq_len + 1, span.reader.dtype)
+        span.read_into(out.data.cast("B"))
+        check_ids([span], out, self.vocab_size)
+        return out, span.doc_starts
 
     def describe(self, chosen: list[DataSource], samples: int) -> str:
-        """How the sources, configured as `chosen`, are weighted, and what of each a run of `samples` samples takes."""
+        """How the sources, configured as `chosen`, are weighted, and what a run of `samples` samples reads of each."""
         return describe_blend(chosen, self.sources, self.blend.drawn(samples))
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -114,7 +115,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         vocab_size: ids of the model's vocabulary; a larger id in the data is refused, here where the first part of a
             file shows it, otherwise when the sample is read.
 
-    A source of a blend of which nothing can be held out is left out of validation, with a warning.
+    A source of a blend from which nothing can be held out is left out of validation, with a warning.
 
     Raises:
         UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary, data made
@@ -122,7 +123,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
     """
     own = data.valid if split == "valid" else None
     chosen = data.train if own is None else own
-    _refuse_doubles(chosen, f"data.{'train' if own is None else 'valid'}")
+    _refuse_duplicates(chosen, f"data.{'train' if own is None else 'valid'}")
     prefixes = [source.prefix for source in [*data.train, *(data.valid or [])]]
     refuse_mixed(prefixes)
     if data.tokenizer is not None:
@@ -144,7 +145,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         except NothingHeldOut as nothing:
             if source is chosen[-1] and not sources:
                 raise
-            warnings.warn(f"{nothing}; as it is, {source.prefix} is left out of it", stacklevel=2)
+            warnings.warn(f"{nothing}; {source.prefix} is left out of validation", stacklevel=2)
             continue
         sources.append(samples)
         kept.append(source)
@@ -152,7 +153,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         if reader.loss_mask is not None:
             identity += ["loss mask", reader.loss_mask.fingerprint]
     weights = choose_weights(kept, sources)
-    if sum(exact_weights(weights)) > MAX_PERIOD:  # how they are rounded decides the order too, and was another way once
+    if sum(exact_weights(weights)) > MAX_PERIOD:  # their rounding decides the order too, and was different once
         identity += whole_weights(weights)
     identity += [split, data.seq_len, data.seed, held_out, data.one_document]
     return SampleDataset(
@@ -197,29 +198,29 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_keep_batch,
         worker_init_fn=_ignore_signals,
         multiprocessing_context="fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None,
     )
-    # workers are born with these signals blocked, so that none can hit one before it ignores them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
+    # workers start with these signals blocked, so that a worker cannot receive one before it ignores them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINER_SIGNALS)
     try:
-        return _or_raised(iter(loader))
+        return _raise_errors(iter(loader))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def _or_raised(batches: Iterator[Any]) -> Iterator[Batch]:
+def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
-def _as_is(batch: Any) -> Any:
+def _keep_batch(batch: Any) -> Any:
     return batch
 
 
@@ -227,17 +228,17 @@ def _ignore_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; only the trainer may act on them.
 
     A worker ends when its trainer does: DataLoader's workers watch for that. SIGTERM stays blocked, since a thread
-    waits for the trainer's: with it DataLoader and multiprocessing end a worker, and then wait for it without limit.
+    waits for the trainer's: DataLoader and multiprocessing end a worker with it, and then wait for it without limit.
     """
     del worker
-    others = set(FOR_THE_TRAINER) - {signal.SIGTERM}
+    others = set(TRAINER_SIGNALS) - {signal.SIGTERM}
     for name in others:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
-    Thread(target=_end_for_the_trainer, daemon=True).start()
+    Thread(target=_exit_on_trainers_sigterm, daemon=True).start()
 
 
-def _end_for_the_trainer() -> None:
+def _exit_on_trainers_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -248,11 +249,11 @@ class NothingHeldOut(UserError):
 
 
 def _samples(reader: IndexedReader, data: DataConfig, split: str, held_out: float, blended: bool) -> Samples:
-    """The samples of one source for training, or of what of it is held out.
+    """The samples of one source: of its training documents, or of the held-out ones.
 
     Raises:
-        NothingHeldOut: there are none for validation. A blend may do without this source, and trains on all of one that
-            is a single document; alone that document cannot be both.
+        NothingHeldOut: there are none for validation. A blend may do without this source, and trains on all of a source
+            that is a single document; a source that is not in a blend cannot use one document for both.
     """
     kind = LongSamples if data.one_document else PackedSamples
     if blended and held_out and reader.n_documents < 2:
@@ -272,7 +273,7 @@ def _samples(reader: IndexedReader, data: DataConfig, split: str, held_out: floa
         ) from error
 
 
-def _refuse_doubles(sources: list[DataSource], where: str) -> None:
+def _refuse_duplicates(sources: list[DataSource], where: str) -> None:
     """The same data twice would draw the same samples twice at the same time."""
     seen: dict[str, str] = {}
     for source in sources:
@@ -285,7 +286,7 @@ def _refuse_doubles(sources: list[DataSource], where: str) -> None:
 
 
 def _check_ids(reader: IndexedReader, vocab_size: int) -> None:
-    """Looks through the first 16 million ids for some that the model does not have; every batch is looked at again."""
+    """Checks the first 16 million ids for some that the model does not have; every batch is checked again."""
     if reader.dtype.kind == "u" and 1 << 8 * reader.dtype.itemsize <= vocab_size:
         return
     count = 1 << 20

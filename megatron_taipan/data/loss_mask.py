@@ -1,9 +1,9 @@
 """The loss mask of a pair: which of its tokens are learned.
 
 PREFIX_loss_mask.bin/.idx is a pair of the same format as PREFIX.bin/.idx, with documents of the same lengths and one
-uint8 for each token: 1, the token is learned (as a label), or 0. A pair without one is learned whole. The manifest that
-`data_prep tokenize` writes, PREFIX.json, has an entry `loss_mask` for each shard with a mask, so that a lost mask does
-not turn into training on prompts.
+uint8 for each token: 1, the token is learned (as a label), or 0. Without a mask all tokens of a pair are learned. The
+manifest that `data_prep tokenize` writes, PREFIX.json, has an entry `loss_mask` for each shard with a mask, so that a
+lost mask does not turn into training on prompts.
 """
 
 import os
@@ -22,10 +22,10 @@ DTYPE = np.dtype(np.uint8)
 
 
 def attach_mask(reader: IndexedReader, wanted: str, data: DataConfig) -> None:
-    """Gives a pair that is trained on its loss mask, if it has one and `wanted` (DataSource.loss_mask) is not ignore.
+    """Sets `reader.loss_mask`, if the pair has a mask and `wanted` (DataSource.loss_mask) is not ignore.
 
     Raises:
-        UserError: as `find_mask`; or samples of this configuration hold no whole document, so nothing would be learned.
+        UserError: as `find_mask`; or no document fits into a sample of this configuration, so nothing would be learned.
     """
     reader.loss_mask = None if wanted == "ignore" else find_mask(reader, wanted == "require")
     if reader.loss_mask is None:
@@ -40,8 +40,8 @@ def attach_mask(reader: IndexedReader, wanted: str, data: DataConfig) -> None:
         longest = max(int(lengths.max()) for lengths in reader.lengths())
         message = (
             f"{reader.prefix}: {reader.n_documents - fit} of {reader.n_documents} documents have more than"
-            f" data.seq_len + 1 = {data.seq_len + 1} tokens (the longest {longest}); what is learned of them is learned"
-            " in part or never"
+            f" data.seq_len + 1 = {data.seq_len + 1} tokens (the longest {longest}); their marked tokens are learned"
+            " only in part or never"
         )
         if not fit:
             raise UserError(f"{message}; raise data.seq_len")
@@ -49,10 +49,10 @@ def attach_mask(reader: IndexedReader, wanted: str, data: DataConfig) -> None:
 
 
 def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | None:
-    """The mask that stands beside a pair, or None where there is none.
+    """The mask beside a pair, or None where there is none.
 
     Raises:
-        UserError: there is none, though it is required or the manifest names it; or it is another pair's.
+        UserError: there is none, though it is required or the manifest names it; or it belongs to another pair.
     """
     if isinstance(reader, Shards):
         return _find_masks(reader, required)
@@ -61,7 +61,7 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
         if required or "loss_mask" in shard_entry(reader.prefix)[1]:
             why = "loss_mask: require" if required else "its manifest names it"
             raise UserError(
-                f"{prefix}.idx does not exist and {why}: bring the mask of {reader.prefix} here (two files), or"
+                f"{prefix}.idx does not exist and {why}: copy the mask of {reader.prefix} here (two files), or"
                 " tokenize again with a template that marks what is learned"
             )
         return None
@@ -74,7 +74,8 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
     ):
         if ours != theirs:
             raise UserError(
-                f"{prefix} has {theirs} {name} and {reader.prefix} has {ours}: it is another pair's; tokenize again"
+                f"{prefix} has {theirs} {name} and {reader.prefix} has {ours}: it belongs to another pair; tokenize"
+                " again"
             )
     at = 0
     for ours, theirs in zip(reader.lengths(), mask.lengths(), strict=True):
@@ -82,14 +83,14 @@ def find_mask(reader: IndexedReader, required: bool = False) -> IndexedReader | 
             bad = int(wrong.argmax())
             raise UserError(
                 f"{prefix}: document {at + bad} has {theirs[bad]} tokens and that of {reader.prefix} has {ours[bad]}:"
-                " it is another pair's; tokenize again"
+                " it belongs to another pair; tokenize again"
             )
         at += len(ours)
     return mask
 
 
 def _find_masks(shards: Shards, required: bool) -> Shards | None:
-    """The masks of all shards as one, or None where none has one."""
+    """The masks of all shards as one, or None where no shard has one."""
     masks = [find_mask(pair, required) for pair in shards.pairs]
     found = [mask for mask in masks if mask is not None]
     if not found:
@@ -97,8 +98,8 @@ def _find_masks(shards: Shards, required: bool) -> Shards | None:
     if len(found) < len(masks):
         bare = shards.pairs[masks.index(None)].prefix
         raise UserError(
-            f"{bare} has no loss mask and {found[0].prefix} stands beside another shard of {shards.prefix}: bring the"
-            " mask here (two files), or name those with and without one as sources of their own"
+            f"{bare} has no loss mask and {found[0].prefix} is beside another shard of {shards.prefix}: copy the"
+            " missing mask here (two files), or name those with and without one as separate sources"
         )
     return Shards(shards.prefix + SUFFIX, found)
 
@@ -106,4 +107,4 @@ def _find_masks(shards: Shards, required: bool) -> Shards | None:
 def check_mask(mask: IndexedReader, values: np.ndarray) -> None:
     """Refuses values other than 0 and 1."""
     if values.max(initial=0) > 1:
-        raise UserError(f"{mask.prefix}.bin holds {values.max()}, and a loss mask is 0 and 1; tokenize again")
+        raise UserError(f"{mask.prefix}.bin holds {values.max()}, and a loss mask holds only 0 and 1; tokenize again")

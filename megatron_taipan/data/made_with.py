@@ -1,8 +1,8 @@
-"""With which tokenizer a pair was made: what its manifest says.
+"""Which tokenizer a pair was made with, according to its manifest.
 
 `data_prep tokenize` writes PREFIX.json, with an entry in `shards` for each pair that it describes, the hash of the
-tokenizer, and the ids that begin and end each document. Ids of two tokenizers look alike, so nothing but this tells
-them apart. A pair without a manifest, as Megatron's own are, is taken as it is.
+tokenizer, and the ids that begin and end each document. Ids of two tokenizers look alike, so only the manifest can
+distinguish them. A pair without a manifest, such as Megatron's own, is accepted unchecked.
 """
 
 import os
@@ -10,44 +10,44 @@ from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from megatron_taipan.data.manifests import described
+from megatron_taipan.data.manifests import manifest_of
 from megatron_taipan.errors import UserError
 
 
 def tokenizer_of(prefix: str) -> dict | None:
-    """What the manifest of a pair says of the tokenizer (`name`, `sha256`, ...); None where there is none."""
-    told = described(prefix).get("tokenizer")
-    return told if isinstance(told, dict) and isinstance(told.get("sha256"), str) else None
+    """The tokenizer in the manifest of a pair (`name`, `sha256`, ...); None where there is none."""
+    found = manifest_of(prefix).get("tokenizer")
+    return found if isinstance(found, dict) and isinstance(found.get("sha256"), str) else None
 
 
 def refuse_mixed(prefixes: Iterable[str]) -> None:
-    """Raises UserError if two pairs were made with different tokenizers, as far as manifests say."""
+    """Raises UserError if two pairs were made with different tokenizers, as far as their manifests say."""
     first: tuple[str, dict] | None = None
     for prefix in prefixes:
-        told = tokenizer_of(prefix)
-        if told is None:
+        found = tokenizer_of(prefix)
+        if found is None:
             continue
-        if first is not None and told["sha256"] != first[1]["sha256"]:
+        if first is not None and found["sha256"] != first[1]["sha256"]:
             raise UserError(
-                f"{prefix} was made with the tokenizer {_shown(told)} and {first[0]} with {_shown(first[1])}: the same"
+                f"{prefix} was made with the tokenizer {_shown(found)} and {first[0]} with {_shown(first[1])}: the same"
                 " id means another token in each; tokenize one of them again with the other's tokenizer"
             )
-        first = first or (prefix, told)
+        first = first or (prefix, found)
 
 
 def refuse_other(prefixes: Iterable[str], tokenizer: str | Path, where: str) -> None:
     """Raises UserError if a pair was made with another tokenizer than this file.
 
-    A file that is missing is not compared, nor are pairs made with one that is no file (`tiktoken:NAME`).
+    A missing file is not compared, nor are pairs made with a tokenizer that is not a file (`tiktoken:NAME`).
 
     Args:
         where: the option that names the file.
     """
     if not os.path.isfile(tokenizer):
         return
-    told = {prefix: found for prefix in prefixes if (found := tokenizer_of(prefix))}
-    ours = sha256(Path(tokenizer).read_bytes()).hexdigest() if told else ""
-    for prefix, found in told.items():
+    tokenizers = {prefix: found for prefix in prefixes if (found := tokenizer_of(prefix))}
+    ours = sha256(Path(tokenizer).read_bytes()).hexdigest() if tokenizers else ""
+    for prefix, found in tokenizers.items():
         if found["sha256"] != ours and not str(found.get("name")).startswith("tiktoken:"):
             raise UserError(
                 f"{where}: {tokenizer} (sha256 {ours[:12]}) is not the tokenizer that {prefix} was made with,"
@@ -56,15 +56,15 @@ def refuse_other(prefixes: Iterable[str], tokenizer: str | Path, where: str) -> 
 
 
 def added_ids(prefixes: Iterable[str]) -> dict[str, int]:
-    """The ids that begin (`bos`) and end (`eod`) each document, where manifests tell of one and of no other."""
-    told: dict[str, set[int]] = {"bos": set(), "eod": set()}
+    """The ids that begin (`bos`) and end (`eod`) each document, where all manifests that name one name the same."""
+    named: dict[str, set[int]] = {"bos": set(), "eod": set()}
     for prefix in prefixes:
-        options = described(prefix).get("options")
-        for role, ids in told.items():
+        options = manifest_of(prefix).get("options")
+        for role, ids in named.items():
             if isinstance(options, dict) and isinstance(options.get(role), int):
                 ids.add(options[role])
-    return {role: ids.pop() for role, ids in told.items() if len(ids) == 1}
+    return {role: ids.pop() for role, ids in named.items() if len(ids) == 1}
 
 
-def _shown(told: dict) -> str:
-    return f"{told.get('name')} (sha256 {told['sha256'][:12]})"
+def _shown(tokenizer: dict) -> str:
+    return f"{tokenizer.get('name')} (sha256 {tokenizer['sha256'][:12]})"

@@ -1,4 +1,4 @@
-"""What the manifest PREFIX.json of `data_prep tokenize` says of the pairs that it names."""
+"""The manifest PREFIX.json of `data_prep tokenize` and the pairs that it names."""
 
 import os
 import re
@@ -25,8 +25,8 @@ def shard_entry(prefix: str) -> tuple[str, dict]:
     return prefix + ".json", {}
 
 
-def described(prefix: str) -> dict:
-    """The manifest that describes a pair, the shards of which it is one, or an output in shards; empty: none does."""
+def manifest_of(prefix: str) -> dict:
+    """The manifest that describes a pair, the shards of which it is one, or an output in shards; else empty."""
     path, entry = shard_entry(prefix)
     content = _read(path.removesuffix(".json"))
     whole = all(shard["prefix"].startswith(os.path.basename(prefix)) for shard in content.get("shards", []))
@@ -45,12 +45,12 @@ def _read(prefix: str) -> dict:
 
 
 def refuse_foreign_names(prefix: str, content: dict) -> None:
-    """Raises UserError if a manifest, which has shards with prefixes, names a pair in another folder: who follows it
-    would read or delete what is none of its business."""
+    """Raises UserError if a manifest, which has shards with prefixes, names a pair in another folder: following it
+    would read or delete files that do not belong to it."""
     for shard in content["shards"]:
         if not plain_name(shard["prefix"]):
             raise UserError(
-                f"{prefix}.json names the pair {shard['prefix'][:200]!r}, and a manifest names pairs beside it only: it"
+                f"{prefix}.json names the pair {shard['prefix'][:200]!r}, but a manifest names only pairs beside it: it"
                 " was not written by data_prep; delete it, or make the data again"
             )
         if not isinstance(shard.get("loss_mask", {}), dict):

@@ -1,4 +1,4 @@
-"""Samples of one source: which tokens sample j is made of, in every epoch."""
+"""Samples of one source: which tokens sample j consists of, in every epoch."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from megatron_taipan.errors import UserError
 class PackedSamples:
     """Consecutive slices of a token stream, documents packed back to back, in a new pseudo-random order each epoch.
 
-    The stream is a ring. Each epoch starts cutting it at another place, so the cuts through documents differ from
+    The stream is a ring. Each epoch starts cutting it at another position, so the cuts through documents differ from
     epoch to epoch, and visits the slices in another order. Within an epoch every token is an input at most once and
     only the n_tokens % seq_len tokens of the ring's last, incomplete slice are left out.
 
@@ -46,10 +46,11 @@ class PackedSamples:
 
 
 class LongSamples:
-    """Samples that each lie inside one document, for training on long contexts.
+    """Samples that are each inside one document, for training on long contexts.
 
-    A document of n tokens gives (n - 1) // seq_len samples an epoch, shorter ones none. The tokens left over are
-    skipped in front of a document's first sample, a number of them that changes from epoch to epoch.
+    A document of n tokens gives (n - 1) // seq_len samples an epoch, so a document of seq_len tokens or fewer gives
+    none. Some of the tokens left over are skipped in front of a document's first sample, a number of them that changes
+    from epoch to epoch.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int):

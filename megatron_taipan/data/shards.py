@@ -16,7 +16,7 @@ class Shards(IndexedReader):
     held-out documents do not change when shards are merged, or a pair is split into shards.
 
     Attributes:
-        pairs: the shards, in order; `prefix` is what they are called together.
+        pairs: the shards, in order; `prefix` is the name of all of them together.
 
     Raises:
         UserError: they hold ids of different types.
@@ -28,8 +28,8 @@ class Shards(IndexedReader):
         for pair in pairs:
             if pair.dtype != self.dtype:
                 raise UserError(
-                    f"{pair.prefix} holds {pair.dtype} and {pairs[0].prefix} {self.dtype}, so they are no shards of one"
-                    " output; name them as sources of their own"
+                    f"{pair.prefix} holds {pair.dtype} and {pairs[0].prefix} {self.dtype}, so they are not shards of"
+                    " one output; name them as separate sources"
                 )
         documents, tokens = [pair.n_documents for pair in pairs], [pair.n_tokens for pair in pairs]
         self._documents = np.cumsum([0, *documents])  # [s + 1], in front of each shard
@@ -40,7 +40,7 @@ class Shards(IndexedReader):
         self.fingerprint = self._hash()
 
     def _hash(self) -> str:
-        """What `IndexedReader` takes of a pair with these documents, one sequence each."""
+        """The hash that `IndexedReader` computes of a pair with these documents, one sequence each."""
         digest = blake2b(
             HEADER.pack(MAGIC, 1, CODES[self.dtype], self.n_documents, self.n_documents + 1), digest_size=16
         )
@@ -56,7 +56,7 @@ class Shards(IndexedReader):
         return digest.hexdigest()
 
     def __getstate__(self) -> dict:
-        return self.__dict__.copy()  # the pairs see to their files
+        return self.__dict__.copy()  # each pair opens its own files again
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

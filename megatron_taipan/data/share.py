@@ -1,8 +1,8 @@
-"""Files dealt out over processes, each of which reads its own."""
+"""Distributes files over processes, each of which reads its own."""
 
 
 def share(files: list[tuple[int, str]], parts: int, number: int) -> list[str]:
-    """The names of part `number` when files (bytes, name) are dealt out so that every part has about the same size."""
+    """The names in part `number` of files (bytes, name) that are split into parts of about the same size."""
     loads, mine = [0] * parts, []
     for size, name in sorted(files, reverse=True):
         lightest = loads.index(min(loads))

@@ -1,4 +1,4 @@
-"""What a name stands for: one pair, the shards of one output, or what a glob finds; read as one source in any case."""
+"""Which pairs the name of a source means: one pair, the shards of one output, or what a glob finds."""
 
 import glob
 import os
@@ -29,14 +29,14 @@ def find_pairs(name: str) -> list[str]:
             its pairs in natural order, loss masks left out.
 
     Raises:
-        UserError: a glob finds nothing, a shard is missing, or one stands there that the manifest does not name.
+        UserError: a glob finds nothing, a shard is missing, or there is one that the manifest does not name.
     """
     if any(os.path.exists(name + ending) for ending in (".idx", ".bin")):
         return [name]
     if glob.has_magic(name):
         found = glob_pairs(name)
         if not found:
-            raise UserError(f"{name} gives no .bin/.idx pair")
+            raise UserError(f"{name} matches no .bin/.idx pair")
         return found
     here = [pair for pair in glob_pairs(glob.escape(name) + "-*") if NUMBER.fullmatch(pair[len(name) :])]
     named = named_shards(name)
@@ -45,20 +45,20 @@ def find_pairs(name: str) -> list[str]:
     wanted = named or [f"{name}-{number:05d}" for number in range(len(here))]
     for pair in wanted:
         if pair not in here:
-            why = "its manifest names" if named else "here stand"
+            why = "its manifest names" if named else "there are"
             raise UserError(
-                f"{name} is in shards and {pair}.idx does not exist, though {why} {len(wanted)} of them: bring it here,"
+                f"{name} is in shards and {pair}.idx does not exist, though {why} {len(wanted)} of them: copy it here,"
                 " or make them again"
             )
     if more := [pair for pair in here if pair not in wanted]:
         raise UserError(
-            f"{more[0]} stands beside the {len(wanted)} shards that {name}.json names: move it away, or name the shards"
+            f"{more[0]} is beside the {len(wanted)} shards that {name}.json names: move it away, or name the shards"
             f" by a glob, '{name}-*'"
         )
     return wanted or [name]
 
 
-def standing(name: str) -> bool:
+def has_index(name: str) -> bool:
     """Whether all pairs of a source have an index."""
     try:
         return all(os.path.isfile(pair + ".idx") for pair in find_pairs(name))
@@ -67,7 +67,7 @@ def standing(name: str) -> bool:
 
 
 def glob_pairs(pattern: str) -> list[str]:
-    """Pairs of a glob over prefixes in natural order; loss masks are none, they come with theirs."""
+    """Pairs of a glob over prefixes in natural order, without loss masks, which are read with their pairs."""
     found = [path[:-4] for path in glob.glob(pattern.removesuffix(".idx") + ".idx")]
     return sorted((prefix for prefix in found if not prefix.endswith(SUFFIX)), key=natural)
 

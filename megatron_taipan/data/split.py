@@ -2,7 +2,7 @@
 
 Documents are picked at random, not by position: corpora are often sorted (by date, by site), and the last percent of
 such a file is another distribution. The choice depends on the data alone, not on the seed of the sample order, so that
-no other seed ever trains on what an earlier run validated on.
+a run with another seed never trains on what an earlier run validated on.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
 """`python -m megatron_taipan.evaluation.calibrate CHECKPOINT`: thresholds that select the fraction C of held-out text.
 
 In training P(m = 1) = alpha, so the budget pins the mean of alpha to C. In evaluation a token is selected where
-s_1 - s_0 exceeds a threshold, and with threshold 0 (alpha > 1/2) the fraction is another one unless the gates
-saturate. The threshold of each layer is set to the (1 - C) quantile of s_1 - s_0. The result is stored beside the
-checkpoint; evaluation, generation and export use it from then on.
+s_1 - s_0 exceeds a threshold, and with threshold 0 (alpha > 1/2) the fraction differs from C unless the gates saturate.
+The threshold of each layer is set to the (1 - C) quantile of s_1 - s_0. The result is stored beside the checkpoint;
+evaluation, generation and export use it from then on.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: flo
         capacity: wanted fraction; None: the configuration's C.
 
     Raises:
-        UserError: no batches, the model has no S layer or draws at random, or the capacity is no fraction.
+        UserError: no batches, the model has no S layer or draws at random, or the capacity is not a fraction.
     """
     wanted = model.config.gate.final_capacity if capacity is None else capacity
     gates = [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
@@ -53,7 +53,7 @@ def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: flo
             f" which; C is {model.config.gate.final_capacity:g}"
         )
     if not 0 <= wanted <= 1:
-        raise UserError(f"calibrate: capacity={wanted} is no fraction between 0 and 1")
+        raise UserError(f"calibrate: capacity={wanted} is not a fraction between 0 and 1")
     was_training = model.training
     model.eval()
     for gate in gates:

@@ -1,7 +1,7 @@
 """`python -m megatron_taipan.evaluation.passkey MODEL`: can the model repeat a number that it read long ago?
 
-A five-digit key stands somewhere in a long text about nothing, and the text ends with the question for it
-(arXiv 2305.16300, appendix). Answers are greedy and right if they begin with the key.
+A five-digit key is hidden somewhere in a long filler text, and the text ends with the question for it
+(arXiv 2305.16300, appendix). Answers are decoded greedily and count as right if they begin with the key.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def make_example(tokenizer: Tokenizer, length: int, depth: float, key: str) -> E
     Only whole sentences of filler are used, so the prompt falls short of `length` by less than one round of them.
 
     Raises:
-        UserError: the length has no room for needle and question.
+        UserError: needle and question do not fit into the length.
     """
     needle, question = NEEDLE.format(key=key), QUESTION
 
@@ -47,7 +47,7 @@ def make_example(tokenizer: Tokenizer, length: int, depth: float, key: str) -> E
 
     if len(tokenizer.encode(text(0))) > length:
         raise UserError(
-            f"{length} tokens have no room for needle and question ({len(tokenizer.encode(text(0)))} tokens)"
+            f"needle and question ({len(tokenizer.encode(text(0)))} tokens) do not fit into {length} tokens"
         )
     rounds = length // max(1, len(tokenizer.encode(FILLER)))
     while len(tokenizer.encode(text(rounds))) > length:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_taipan.evaluation.passkey", description=__doc__)
     parser.add_argument("model", type=Path, help="a checkpoint, a run's folder of checkpoints, or an exported folder")
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the prompts, separated by commas")
-    parser.add_argument("--depths", type=int, default=5, help="places of the key, evenly from the start to the end")
+    parser.add_argument("--depths", type=int, default=5, help="positions of the key, evenly from the start to the end")
     parser.add_argument("--samples", type=int, default=10, help="keys for each length and depth")
     parser.add_argument("--seed", type=int, default=0, help="of the keys")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
@@ -91,11 +91,15 @@ def main(arguments: list[str] | None = None) -> int:
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
     tokenizer = model_tokenizer(named, config.data if config else None)
-    show(model.to(pick_device(options.device)), tokenizer, lengths, options.depths, options.samples, options.seed)
+    print_accuracy(
+        model.to(pick_device(options.device)), tokenizer, lengths, options.depths, options.samples, options.seed
+    )
     return 0
 
 
-def show(model: Taipan, tokenizer: Tokenizer, lengths: list[int], n_depths: int, samples: int, seed: int) -> None:
+def print_accuracy(
+    model: Taipan, tokenizer: Tokenizer, lengths: list[int], n_depths: int, samples: int, seed: int
+) -> None:
     """Prints the share of right answers, a line a length and a column a depth."""
     depths = [i / max(1, n_depths - 1) for i in range(n_depths)]
     answer_tokens = max(len(tokenizer.encode(f" {key}")) for key in (12345, 99999, 70707)) + 1

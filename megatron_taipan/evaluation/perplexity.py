@@ -1,7 +1,7 @@
 """`python -m megatron_taipan.evaluation.perplexity MODEL ...`: perplexity on a tokenized dataset.
 
-Every model named sees the same samples. `--untrained` adds the first model's network with its initial weights, so
-that one sees what training did.
+All models see the same samples. `--untrained` adds the first model's network with its initial weights, to show what
+training changed.
 """
 
 import argparse
@@ -49,12 +49,12 @@ def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1
     total, count = 0.0, 0
     for rows in read_batches(dataset, samples, batch):
         tokens, labels, mask, seq_idx = (rows[name].to(device) for name in INPUTS)  # [b, l] each
-        which = rows["sample"].to(device)  # [b], by which a random gate draws, not by a row's place in its batch
+        which = rows["sample"].to(device)  # [b], what a random gate draws by, not by a row's position in its batch
         out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, samples=which, ce_scale=1.0)
         total += float(out.ce_loss)
         count += int(mask.sum())
     model.train(was_training)
-    return mean(total, count)
+    return mean_score(total, count)
 
 
 def read_batches(dataset: SampleDataset, samples: int, batch: int) -> Iterator[Batch]:
@@ -64,11 +64,11 @@ def read_batches(dataset: SampleDataset, samples: int, batch: int) -> Iterator[B
         yield dataset.batch(list(range(first, min(first + batch, samples))))
 
 
-def mean(total: float, count: int) -> Score:
+def mean_score(total: float, count: int) -> Score:
     """The score of a sum of cross entropies in nats.
 
     Raises:
-        UserError: it is the sum of nothing.
+        UserError: there are no tokens.
     """
     if not count:
         raise UserError("the dataset has no token to score: every document is one token long")
@@ -80,11 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
     parser = make_parser("perplexity", __doc__)
     parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
-    options = parse(parser, arguments)
+    options = parse_options(parser, arguments)
 
     print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
     for label, model, dataset in read_models(options, options.untrained):
-        show(label, model, dataset, options)
+        print_score(label, model, dataset, options)
     return 0
 
 
@@ -102,7 +102,7 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """The options.
 
     Raises:
@@ -135,7 +135,7 @@ def read_models(options: argparse.Namespace, untrained: bool = False) -> Iterato
         yield str(path), model.to(device), dataset
 
 
-def show(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace) -> None:
+def print_score(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace) -> None:
     """Scores one model and prints its line."""
     result = score(model, dataset, samples=options.samples, batch=options.batch)
     print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)

@@ -2,11 +2,11 @@
 
 A token is a recall token when it ends a bigram that occurred earlier in its document: the context holds the answer,
 and a model that can look it up predicts it better. arXiv 2312.04927 calls them associative recall hits and finds that
-they make most of the difference between attention and recurrent models; it takes those whose bigram is rare in
+they make most of the difference between attention and recurrent models; it counts only those whose bigram is rare in
 training, here all are counted. Classes are distances to the last earlier occurrence: beyond the window of the S and W
 layers none of them sees it any more.
 
-Every model named sees the same samples. A cell holds cross entropy in nats and the number of tokens it is the mean of.
+All models see the same samples. A cell holds cross entropy in nats and the number of tokens it is the mean of.
 """
 
 import argparse
@@ -23,7 +23,15 @@ from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.evaluation.perplexity import INPUTS, Score, make_parser, mean, parse, read_batches, read_models
+from megatron_taipan.evaluation.perplexity import (
+    INPUTS,
+    Score,
+    make_parser,
+    mean_score,
+    parse_options,
+    read_batches,
+    read_models,
+)
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 
@@ -34,8 +42,8 @@ CHUNK_ELEMENTS = 1 << 25  # log probabilities held at once: 128 MiB in float32
 def recall_distance(tokens: Tensor, labels: Tensor, loss_mask: Tensor, seq_idx: Tensor) -> Tensor:
     """How many tokens ago each position's bigram (token, label) was last seen in its document.
 
-    Positions that are not scored neither count nor are found: their label belongs to another document. What lies
-    outside the row does not count either, since no model sees it.
+    Positions that are not scored are ignored: their label belongs to another document. What is outside the row does
+    not count either, since no model sees it.
 
     Args:
         tokens, labels, loss_mask, seq_idx: [b, l] each, as `SampleDataset.batch` gives them.
@@ -49,10 +57,10 @@ def recall_distance(tokens: Tensor, labels: Tensor, loss_mask: Tensor, seq_idx: 
     size = 1 + int(torch.maximum(tokens.max(), labels.max()))
     scored = loss_mask.flatten().nonzero()[:, 0]  # [n]
     key = ((document * size + tokens.flatten()) * size + labels.flatten())[scored]  # 2^57 for 8 M tokens of 2^17 ids
-    key, order = key.sort(stable=True)  # equal bigrams of a document stand together, in the order of the text
-    place = scored[order]
+    key, order = key.sort(stable=True)  # equal bigrams of a document are next to each other, in the order of the text
+    position = scored[order]
     distance = torch.zeros_like(document)
-    distance[place[1:]] = torch.where(key[1:] == key[:-1], place[1:] - place[:-1], 0)
+    distance[position[1:]] = torch.where(key[1:] == key[:-1], position[1:] - position[:-1], 0)
     return distance.view_as(tokens)
 
 
@@ -68,7 +76,7 @@ class RecallScores:
     @property
     def total(self) -> Score:
         """What `perplexity.score` gives."""
-        return mean(sum(self.nats), sum(self.tokens))
+        return mean_score(sum(self.nats), sum(self.tokens))
 
     def beyond(self, edge: int) -> tuple[float, int]:
         """Summed cross entropy and number of the recall tokens farther away than one of the edges."""
@@ -107,9 +115,9 @@ def score_by_distance(
         losses = cross_entropies(logits.flatten(0, 1), rows["labels"].flatten().to(device)).cpu()[scored]  # [n]
         nats += torch.bincount(kind, losses.double(), minlength=len(nats))
         counts += torch.bincount(kind, minlength=len(counts))
-        del logits  # before the next ones come
+        del logits  # before the next ones are made
     model.train(was_training)
-    mean(0.0, int(counts.sum()))
+    mean_score(0.0, int(counts.sum()))
     return RecallScores(edges, tuple(nats.tolist()), tuple(counts.tolist()))
 
 
@@ -131,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         help=f"largest distance of each class; default: {', '.join(map(str, EDGES))} and the models' windows",
     )
-    options = parse(parser, arguments)
+    options = parse_options(parser, arguments)
     edges = options.edges or default_edges([open_weights(path).network for path in options.models])
     names = ["all", "new", *(f"{low + 1}-{high}" for low, high in itertools.pairwise((0, *edges))), f">{edges[-1]}"]
     print(f"{'model':<48}" + "".join(f" {name:>18}" for name in names))

@@ -1,6 +1,6 @@
 """`python -m megatron_taipan.evaluation.selection MODEL --text FILE`: which tokens does a model select?
 
-The text is read as one document, in evaluation mode. A table tells the share of the tokens that each S layer selects,
+The text is read as one document, in evaluation mode. A table shows the share of the tokens that each S layer selects,
 by position and by kind (evaluation/token_kinds.py defines the kinds). `--out` writes a page that shades every token of
 the text by the number of layers that select it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.errors import UserError, exits_cleanly, writing
-from megatron_taipan.evaluation.choices import Choices, collect
+from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_decisions
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
 from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
@@ -26,8 +26,8 @@ from megatron_taipan.tokenizer.load import load_tokenizer_file
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
 
 
-class Group(NamedTuple):
-    """Tokens of one kind or place, and how many of them are selected."""
+class TokenGroup(NamedTuple):
+    """Tokens of one kind or range of positions, and how many of them are selected."""
 
     name: str
     tokens: int  # how many
@@ -58,25 +58,26 @@ def main(arguments: list[str] | None = None) -> int:
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
     whole, parts = load_tokenizer_file(named).encode_with_bytes(text)
-    parts = shorten(parts, options.max_tokens)
+    parts = truncate_tokens(parts, options.max_tokens)
     ids = whole[: len(parts)]
-    choices = collect(model.to(device), ids, options.chunk)
-    groups = group(choices, token_kinds(ids, parts))
+    decisions = collect_decisions(model.to(device), ids, options.chunk)
+    groups = group_tokens(decisions, token_kinds(ids, parts))
 
-    facts = {
+    summary = {
         "model": str(options.model), "pattern": model.config.pattern, "text": str(options.text), "tokens": len(ids),
         "text_tokens": len(whole),
     }  # fmt: skip
-    cells = table(groups, choices.layers)
+    cells = table_cells(groups, decisions.layers)
     print(f"{options.model} reads {len(ids):,} of the {len(whole):,} tokens of {options.text}; share selected:\n")
-    print(aligned(cells))
-    for place, content in (
-        (options.json, lambda: json.dumps(numbers(facts, groups, choices), indent=1, ensure_ascii=False) + "\n"),
-        (options.out, lambda: make_page(facts, ids, parts, choices, cells)),
+    print(markdown_table(cells))
+    report = json_report(summary, groups, decisions)
+    for file, content in (
+        (options.json, lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
+        (options.out, lambda: make_page(summary, ids, parts, decisions, cells)),
     ):
-        if place is not None:
-            with writing(place):
-                write_text(place, content())
+        if file is not None:
+            with writing(file):
+                write_text(file, content())
     return 0
 
 
@@ -84,7 +85,7 @@ def read_text(file: Path) -> str:
     """The text as it is, ends of lines included.
 
     Raises:
-        UserError: it cannot be read, is no UTF-8, or is empty.
+        UserError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
         text = file.read_bytes().decode()
@@ -95,35 +96,35 @@ def read_text(file: Path) -> str:
     return text
 
 
-def shorten(parts: list[bytes], most: int) -> list[bytes]:
-    """The first `most` tokens; a character of several tokens is taken to its end."""
+def truncate_tokens(parts: list[bytes], most: int) -> list[bytes]:
+    """The first `most` tokens, and the rest of a character that several tokens share."""
     rest = b"".join(parts[most:])
     while rest and rest[0] & 0xC0 == 0x80:  # not the first byte of a character
         most, rest = most + 1, rest[len(parts[most]) :]
     return parts[:most]
 
 
-def group(choices: Choices, kinds: dict[str, list[bool]]) -> list[Group]:
+def group_tokens(decisions: GateDecisions, kinds: dict[str, list[bool]]) -> list[TokenGroup]:
     """The table's rows: all tokens, by position, by kind."""
-    l = choices.selected.shape[1]
+    l = decisions.selected.shape[1]
     position = torch.arange(l)
     masks = {"all": torch.ones(l, dtype=torch.bool)}
     for first, end in zip_longest(POSITIONS, POSITIONS[1:]):
         name = f"position {first:,} and beyond" if end is None else f"position {first:,} to {end - 1:,}"
         masks[name] = (position >= first) & (position < (l if end is None else end))
     masks |= {kind: torch.tensor(of_it) for kind, of_it in kinds.items()}
-    return [_group(name, choices.selected[:, mask]) for name, mask in masks.items()]
+    return [_token_group(name, decisions.selected[:, mask]) for name, mask in masks.items()]
 
 
-def _group(name: str, selected: Tensor) -> Group:
-    """Of some tokens' choices [s, n]."""
+def _token_group(name: str, selected: Tensor) -> TokenGroup:
+    """The group of some tokens, from their decisions [s, n]."""
     if not selected.shape[1]:
-        return Group(name, 0, None, [None] * len(selected))
+        return TokenGroup(name, 0, None, [None] * len(selected))
     shares = selected.double().mean(1)  # [s]
-    return Group(name, selected.shape[1], shares.mean().item(), shares.tolist())
+    return TokenGroup(name, selected.shape[1], shares.mean().item(), shares.tolist())
 
 
-def table(groups: list[Group], layers: list[int]) -> list[list[str]]:
+def table_cells(groups: list[TokenGroup], layers: list[int]) -> list[list[str]]:
     """The cells of the table, the header first; shares in percent."""
     header = ["kind", "tokens", "mean", *(f"layer {layer}" for layer in layers)]
     return [header, *([g.name, f"{g.tokens:,}", *map(percent, (g.mean, *g.shares))] for g in groups)]
@@ -134,7 +135,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
-def aligned(cells: list[list[str]]) -> str:
+def markdown_table(cells: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal: names on the left, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -147,13 +148,14 @@ def aligned(cells: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def numbers(facts: dict, groups: list[Group], choices: Choices) -> dict:
-    """What --json writes: shares from 0 to 1, null where there is no token; tokens_by_layers[k]: of k layers."""
-    by_layers = choices.selected.sum(0).bincount(minlength=len(choices.layers) + 1)
-    return facts | {
-        "layers": choices.layers,
+def json_report(summary: dict, groups: list[TokenGroup], decisions: GateDecisions) -> dict:
+    """What --json writes: shares from 0 to 1, null where there is no token; tokens_by_layers[k]: tokens that k layers
+    select."""
+    by_layers = decisions.selected.sum(0).bincount(minlength=len(decisions.layers) + 1)
+    return summary | {
+        "layers": decisions.layers,
         "mean_alpha_selected": [
-            a[s].mean().item() if s.any() else None for a, s in zip(choices.alpha, choices.selected, strict=True)
+            a[s].mean().item() if s.any() else None for a, s in zip(decisions.alpha, decisions.selected, strict=True)
         ],
         "tokens_by_layers": by_layers.tolist(),
         "groups": [g._asdict() for g in groups],

@@ -1,12 +1,12 @@
-"""A page of HTML that shows which tokens of a text are selected. It needs no other file, no network and no script."""
+"""An HTML page that shows which tokens of a text are selected. It needs no other file, no network and no script."""
 
 import codecs
 import unicodedata
 from html import escape
 
-from megatron_taipan.evaluation.choices import Choices
+from megatron_taipan.evaluation.gate_decisions import GateDecisions
 
-SIGNS = {" ": "·", "\t": "→", "\n": "↵", "\r": "←"}  # for white space that is to be seen
+SIGNS = {" ": "·", "\t": "→", "\n": "↵", "\r": "←"}  # for white space that should be visible
 OTHER_BLANK = "␣"
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --faint: #6b6b6b; --line: #d8d8d8; --shade: 255 150 0; }
@@ -34,19 +34,21 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 """
 
 
-def make_page(facts: dict, ids: list[int], parts: list[bytes], choices: Choices, table: list[list[str]]) -> str:
+def make_page(
+    summary: dict, ids: list[int], parts: list[bytes], decisions: GateDecisions, table: list[list[str]]
+) -> str:
     """The whole file.
 
     Args:
-        facts: "model", "pattern", "text", "tokens" and "text_tokens", shown at the top.
-        parts: the bytes that each token stands for. The text within `id="text"` is the joined parts, character by
-            character, but for NUL, which HTML cannot hold: U+FFFD stands for it. A character of several tokens is
-            text of its last one.
+        summary: "model", "pattern", "text", "tokens" and "text_tokens", shown at the top.
+        parts: the bytes of each token. The text within `id="text"` is the concatenated parts, character by character,
+            except for NUL, which HTML cannot hold and U+FFFD replaces. A character that several tokens share is text of
+            the last one.
         table: cells, the header first.
     """
-    s = len(choices.layers)
-    counts = choices.selected.sum(0)  # [l] layers that select each token
-    # the root, because most tokens are selected by few of many layers
+    s = len(decisions.layers)
+    counts = decisions.selected.sum(0)  # [l] layers that select each token
+    # the square root, because most tokens are selected by few of many layers
     strengths = [0.85 * (k / s) ** 0.5 for k in range(s + 1)]
     shades = "".join(f".k{k} {{ background: rgb(var(--shade) / {a:.3f}); }}\n" for k, a in enumerate(strengths))
     totals = counts.bincount(minlength=s + 1).tolist()
@@ -55,22 +57,22 @@ def make_page(facts: dict, ids: list[int], parts: list[bytes], choices: Choices,
     header, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table]
     body = "".join(
         f'<span class="k{k}" title="{escape(hint)}">{shown}</span>'
-        for k, hint, shown in zip(counts.tolist(), _hints(ids, choices), _shown(parts), strict=True)
+        for k, hint, shown in zip(counts.tolist(), _hints(ids, decisions), _shown(parts), strict=True)
     )
-    part = "" if facts["tokens"] == facts["text_tokens"] else f" of {facts['text_tokens']:,}"
+    part = "" if summary["tokens"] == summary["text_tokens"] else f" of {summary['text_tokens']:,}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which tokens are selected: {escape(facts["model"])}</title>
+<title>Which tokens are selected: {escape(summary["model"])}</title>
 <style>{STYLE}{shades}</style>
 </head>
 <body>
 <h1>Which tokens are selected</h1>
-<p>Model {escape(facts["model"])}<br>
-<span class="faint">Pattern {escape(facts["pattern"])}, of which {s} S layers have a gate</span><br>
-Text {escape(facts["text"])}, {facts["tokens"]:,}{part} tokens<br>
+<p>Model {escape(summary["model"])}<br>
+<span class="faint">Pattern {escape(summary["pattern"])}, of which {s} S layers have a gate</span><br>
+Text {escape(summary["text"])}, {summary["tokens"]:,}{part} tokens<br>
 {counts.double().mean() / s:.1%} of the tokens are selected, in the mean over the layers; {totals[0]:,} by no layer</p>
 <p class="legend">Layers that select a token:<br>
 {legend}</p>
@@ -86,19 +88,19 @@ A byte of a character that several tokens share shows as &lt;0xE2&gt;, a token w
 """
 
 
-def _hints(ids: list[int], choices: Choices) -> list[str]:
-    """What pointing at each token tells."""
+def _hints(ids: list[int], decisions: GateDecisions) -> list[str]:
+    """What pointing at each token shows."""
     hints = []
-    columns = zip(ids, choices.selected.T.tolist(), choices.alpha.T.tolist(), strict=True)
+    columns = zip(ids, decisions.selected.T.tolist(), decisions.alpha.T.tolist(), strict=True)
     for number, (index, selected, alpha) in enumerate(columns):
-        by_layer = zip(choices.layers, selected, alpha, strict=True)
+        by_layer = zip(decisions.layers, selected, alpha, strict=True)
         lines = [f"layer {layer} {'●' if m else '○'} {a:.3f}" for layer, m, a in by_layer]
         hints.append("\n".join([f"token {number:,}, id {index}", *lines]))
     return hints
 
 
 def _shown(parts: list[bytes]) -> list[str]:
-    """The HTML of each token: the characters that end in it, and signs for what has no shape of its own."""
+    """The HTML of each token: the characters that end in it, and signs for what is not visible by itself."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     shown = []
     for part in parts:
@@ -117,7 +119,7 @@ def _shown(parts: list[bytes]) -> list[str]:
 
 
 def _character(character: str, alone: bool) -> str:
-    """One character; with a sign if it ends a line, is a control character, or its token is nothing but white space."""
+    """One character; with a sign if it ends a line, is a control character, or its token is only white space."""
     if character == "\0":
         return _sign("<0x00>", "\ufffd")
     if character in "\n\r" or (alone and character in SIGNS):
@@ -130,11 +132,11 @@ def _character(character: str, alone: bool) -> str:
 
 
 def _bytes(part: bytes) -> str:
-    """Bytes that are no whole character."""
+    """Bytes that are not a whole character."""
     return "".join(_sign(f"<0x{byte:02X}>") for byte in part)
 
 
 def _sign(sign: str, instead_of: str = "") -> str:
-    """A sign that style draws in place of a text, which stays there to be copied."""
+    """A sign that the style sheet draws in place of a text, which can still be copied."""
     kept = instead_of.replace("\r", "&#13;")  # as it is, it would be read as an end of line
     return f'<i data-sign="{escape(sign)}">{kept}</i>'

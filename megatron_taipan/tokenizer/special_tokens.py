@@ -1,9 +1,9 @@
-"""Which token begins a document and which ends it, as a tokenizer and the files beside it say.
+"""Which token begins a document and which ends it, according to a tokenizer and the files beside it.
 
 `tokenizer_config.json` and `special_tokens_map.json` (of transformers) name them, and null there means that there is
-none; where both are silent the tokenizer itself may say it, then `generation_config.json` (ids); where nothing says it,
-special tokens of a usual spelling count. A token that the tokenizer does not mark as special never does: it is an
-ordinary piece, which text may hold too, as `<s>` is in Qwen's vocabulary and `</s>`, a tag of HTML, in Gemma's.
+none. Where neither names one, the tokenizer itself may, then `generation_config.json` (ids); failing that, special
+tokens of a usual spelling count. A token that the tokenizer does not mark as special never counts: it is an ordinary
+token, which text may hold too, such as `<s>` in Qwen's vocabulary and `</s>`, a tag of HTML, in Gemma's.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json
 
-# Spellings that released tokenizers give to a role. Some have several of them, of which only the configuration tells
-# the right one: Qwen's and Llama-3's base models end with another token than their chat models, with the same file.
+# Spellings that released tokenizers give to a role. Some have several of them, and only the configuration says which
+# is right: Qwen's and Llama-3's base models end with another token than their chat models, with the same file.
 USUAL = {
     "bos_token": (
         "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<BOS_TOKEN>",
@@ -33,10 +33,10 @@ CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_confi
 
 @dataclass(frozen=True)
 class Role:
-    """The tokens that may play a role, by id, with their spelling; none, one, or several of which nobody chose.
+    """The tokens that may play a role, by id, with their spelling: none, one, or several where nothing decides.
 
     Attributes:
-        said: who says so; where there is none or more than one, why, as the middle of a sentence.
+        said: what names the token; where there is none or more than one, why, as the middle of a sentence.
     """
 
     said: str
@@ -55,7 +55,7 @@ def find_role(
 
     Args:
         kind: a key of USUAL.
-        path: the tokenizer's file, beside which the configuration lies; None where there is no file.
+        path: the tokenizer's file, which has the configuration beside it; None where there is no file.
         token_id: the id of a token by its spelling.
         special: spelling of the tokens that the tokenizer marks as special, by id.
         own: spelling that the tokenizer's file itself gives the role.
@@ -86,14 +86,14 @@ def find_role(
 
 
 def _agreed(voices: dict[str, str], token_id: Callable[[str], int | None], special: dict[int, str]) -> Role:
-    """The one token that all name; `voices`: spelling by who says it."""
+    """The one token that all of `voices` name, a spelling by what names it."""
     found: dict[int, str] = {}
     for name, spelling in voices.items():
         index = token_id(spelling)
         if index is None:
             return Role(f"{name} names {spelling!r}, and the tokenizer has no such token")
         if index not in special:
-            return Role(f"{name} names {spelling!r}, id {index}, an ordinary piece, which text may hold too")
+            return Role(f"{name} names {spelling!r}, id {index}, an ordinary token, which text may hold too")
         found[index] = spelling
     if len(found) > 1:
         return Role("; ".join(f"{name} names {spelling!r}" for name, spelling in voices.items()), found)
@@ -106,7 +106,7 @@ def _shown(tokens: dict[int, str]) -> str:
 
 
 def _spelling(said: object) -> str | None:
-    """Of a token that a configuration names, which may be an object with the spelling as `content`."""
+    """The spelling of a token in a configuration, where it may be an object with the spelling as `content`."""
     said = said.get("content") if isinstance(said, dict) else said
     return said if isinstance(said, str) else None
 
@@ -119,8 +119,8 @@ def _read(path: Path) -> dict:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}; mend it, it says which tokens begin and end a text"
+            f"{path} cannot be read: {error}; repair it, it says which tokens begin and end a text"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object; mend it, it says which tokens begin and end a text")
+        raise UserError(f"{path} is not a JSON object; repair it, it says which tokens begin and end a text")
     return found

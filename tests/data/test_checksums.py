@@ -78,7 +78,7 @@ def test_every_file_is_read_by_one_process(made, monkeypatch):
                     except UserError as error:
                         found += path.name in str(error)
             assert found == 1
-    monkeypatch.setattr(checksums, "TURN", 1 << 14)
+    monkeypatch.setattr(checksums, "BYTES_PER_TURN", 1 << 14)
     monkeypatch.setattr(checksums, "BLOCK", 1 << 13)
     turn, turns = verify(made)
     assert turn.size / (3 << 13) <= turns <= turn.size / (1 << 14) + 1

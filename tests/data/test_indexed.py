@@ -122,7 +122,7 @@ def header(sequences, documents, magic=b"MMIDIDX\0\0", version=1, code=8):
     [
         (b"", b"", "0 bytes"),
         (header(0, 1)[:20], b"", "20 bytes"),
-        (b"PK\3\4" + bytes(60), b"", "no token index"),
+        (b"PK\3\4" + bytes(60), b"", "not a token index"),
         (header(0, 1, version=2) + bytes(8), b"", "version 2"),
         (header(0, 1, code=99) + bytes(8), b"", "type code 99"),
         (header(0, 1, code=7) + bytes(8), b"", "type code 7"),

@@ -146,8 +146,8 @@ def test_a_source_with_nothing_held_out_is_left_out_of_validation(tmp_path):
     with pytest.warns(UserWarning) as caught:
         valid = dataset([a, small, single, b], "valid", **options)
     said = [str(warning.message) for warning in caught]
-    assert "small is left out of it" in said[0] and "8 tokens" in said[0] and "= 17" in said[0]
-    assert "single is left out of it" in said[1] and "1 document" in said[1] and len(said) == 2
+    assert "small is left out of validation" in said[0] and "8 tokens" in said[0] and "= 17" in said[0]
+    assert "single is left out of validation" in said[1] and "1 document" in said[1] and len(said) == 2
     assert torch.equal(epoch_inputs(valid), epoch_inputs(dataset([a, b], "valid", **options)))
     for nothing in (small, [small], [single, small]):  # where none is left it is an error
         with pytest.raises(UserError, match="validation: .*set data.valid"):
@@ -380,9 +380,11 @@ def test_ids_beyond_the_vocabulary(tmp_path):
         epoch_inputs(data)
 
 
-@pytest.mark.parametrize(("bad", "message"), [(-5, "no id is negative"), (2_000_000_000, "vocabulary has 100 ids")])
-def test_an_id_that_no_model_has_is_told_with_its_place(tmp_path, bad, message):
-    """At the start, and when a sample is read whose stretch goes round the held-out documents."""
+@pytest.mark.parametrize(
+    ("bad", "message"), [(-5, "ids are never negative"), (2_000_000_000, "vocabulary has 100 ids")]
+)
+def test_an_id_outside_the_vocabulary_is_named_with_its_position(tmp_path, bad, message):
+    """At the start, and when a sample is read whose span goes round the held-out documents."""
     prefix = corpus(tmp_path / "x", [4] * 16, dtype=np.int32)
     stored = np.fromfile(prefix + ".bin", "<i4")
     held = held_out_documents(IndexedReader(prefix), 0.3).tolist()

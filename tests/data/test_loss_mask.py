@@ -143,7 +143,7 @@ def test_bad_masks(tmp_path):
     with pytest.raises(UserError, match="holds uint16, and a loss mask holds uint8"):
         dataset(prefix)
     data = dataset(write(tmp_path / "x", documents, [[2] * 7] * 9))
-    with pytest.raises(UserError, match="holds 2, and a loss mask is 0 and 1"):
+    with pytest.raises(UserError, match="holds 2, and a loss mask holds only 0 and 1"):
         data.batch([0])
 
 

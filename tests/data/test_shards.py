@@ -114,7 +114,7 @@ def test_shards_that_do_not_belong_together_are_one_line(tmp_path):
     write(tmp_path / "o-00003_loss_mask", [1])
     assert find_pairs(name) == find_pairs(f"{name}-0*") == [f"{name}-0000{k}" for k in range(3)]
     (tmp_path / "o.json").write_text(json.dumps({"shards": [{"prefix": f"o-0000{k}"} for k in range(2)]}))
-    with pytest.raises(UserError, match=r"o-00002 stands beside the 2 shards that .*o.json names"):
+    with pytest.raises(UserError, match=r"o-00002 is beside the 2 shards that .*o.json names"):
         find_pairs(name)
     (tmp_path / "o.json").write_text(json.dumps({"shards": [{"prefix": f"o-0000{k}"} for k in range(4)]}))
     with pytest.raises(UserError, match=r"o-00003.idx does not exist, though its manifest names 4"):
@@ -199,7 +199,7 @@ def test_weights_that_cannot_be_compared_are_one_line():
     for train, message in (
         ([{"prefix": "a", "weight": "tokens"}, "b"], "1 of 2 sources have weight: tokens"),
         ([{"prefix": ["a", "b"], "weight": 2}], "needs weight: tokens"),
-        ([{"prefix": "a", "weight": "tokns"}], "'tokns' is no number, and not `tokens`"),
+        ([{"prefix": "a", "weight": "tokns"}], "'tokns' is neither a number nor `tokens`"),
         ([{"prefix": "a", "weight": 0}], "above 0 and finite"),
     ):
         with pytest.raises(ValueError, match=message):

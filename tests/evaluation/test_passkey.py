@@ -35,7 +35,7 @@ def test_a_prompt_has_its_length_and_its_key_at_its_depth(tokenizer, length, dep
 
 
 def test_too_short_a_length_is_refused(tokenizer):
-    with pytest.raises(UserError, match="no room for needle"):
+    with pytest.raises(UserError, match="needle and question"):
         make_example(load_tokenizer_file(tokenizer), 10, 0.5, "12345")
 
 

@@ -9,8 +9,8 @@ import torch
 
 from checkpoints.tokenizer import convert_sentencepiece
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation.choices import Choices, collect
-from megatron_taipan.evaluation.selection import group, main, shorten
+from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_decisions
+from megatron_taipan.evaluation.selection import group_tokens, main, truncate_tokens
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.hard_texts import hostile_texts
@@ -57,14 +57,14 @@ def test_choices_are_those_of_one_pass_without_a_cache(chunk):
         wanted_selected.append(logits[:, 1] - logits[:, 0] > gate.threshold)
     lengths = []
     hook = model.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
-    choices = collect(model.train(), ids, chunk)
+    decisions = collect_decisions(model.train(), ids, chunk)
     hook.remove()
     assert sum(lengths) == 40 and max(lengths) == min(chunk, 40)
-    assert choices.layers == [1, 3] and model.training
+    assert decisions.layers == [1, 3] and model.training
     assert not model.layers[1].gate._forward_hooks
-    torch.testing.assert_close(choices.alpha, torch.stack(wanted_alpha))
-    assert torch.equal(choices.selected, torch.stack(wanted_selected))
-    assert 8 <= choices.selected[0].sum() <= 16 and 20 <= choices.selected[1].sum() <= 28
+    torch.testing.assert_close(decisions.alpha, torch.stack(wanted_alpha))
+    assert torch.equal(decisions.selected, torch.stack(wanted_selected))
+    assert 8 <= decisions.selected[0].sum() <= 16 and 20 <= decisions.selected[1].sum() <= 28
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_choices_are_those_of_one_pass_without_a_cache(chunk):
 )
 def test_what_has_no_choices_is_refused(pattern, ids, words):
     with pytest.raises(UserError, match=words):
-        collect(small_model(pattern), ids)
+        collect_decisions(small_model(pattern), ids)
 
 
 def test_groups_are_counted_by_hand():
@@ -82,7 +82,7 @@ def test_groups_are_counted_by_hand():
     selected[0, :64] = True  # all of the first 64
     selected[1, [0, 70, 599]] = True
     of_kind = {"odd": [i % 2 == 1 for i in range(l)], "none": [False] * l}
-    found = {g.name: g[1:] for g in group(Choices([2, 5], selected, selected.float()), of_kind)}
+    found = {g.name: g[1:] for g in group_tokens(GateDecisions([2, 5], selected, selected.float()), of_kind)}
     assert found["all"] == (600, pytest.approx(67 / 1200), pytest.approx([64 / 600, 3 / 600]))
     assert found["position 0 to 63"] == (64, pytest.approx(65 / 128), pytest.approx([1, 1 / 64]))
     assert found["position 64 to 511"] == (448, pytest.approx(1 / 896), pytest.approx([0, 1 / 448]))
@@ -93,7 +93,7 @@ def test_groups_are_counted_by_hand():
 
 def test_a_character_is_read_to_its_end():
     parts = [b"a", b" \xe2", b"\x82", b"\xac", b"b"]
-    assert [len(shorten(parts, most)) for most in (1, 2, 3, 4, 5, 9)] == [1, 4, 4, 4, 5, 5]
+    assert [len(truncate_tokens(parts, most)) for most in (1, 2, 3, 4, 5, 9)] == [1, 4, 4, 4, 5, 5]
 
 
 class Page(HTMLParser):
@@ -124,16 +124,16 @@ class Page(HTMLParser):
         self.inside = self.inside and tag != "div"
 
 
-FACTS = {"model": "a<b>&amp;", "pattern": "M S", "text": "t", "tokens": 3, "text_tokens": 3}
+SUMMARY = {"model": "a<b>&amp;", "pattern": "M S", "text": "t", "tokens": 3, "text_tokens": 3}
 
 
-def page_of(ids: list[int], parts: list[bytes], layers: int = 3) -> tuple[Page, Choices, str]:
-    """A page of random choices."""
+def page_of(ids: list[int], parts: list[bytes], layers: int = 3) -> tuple[Page, GateDecisions, str]:
+    """A page of random decisions."""
     draw = torch.Generator().manual_seed(0)
     alpha = torch.rand(layers, len(ids), generator=draw)
-    choices = Choices(list(range(1, 2 * layers, 2)), torch.rand(alpha.shape, generator=draw) > 0.5, alpha)
-    content = make_page(FACTS, ids, parts, choices, [["tokens", "count"], ["<all>", "3"]])
-    return Page(content), choices, content
+    decisions = GateDecisions(list(range(1, 2 * layers, 2)), torch.rand(alpha.shape, generator=draw) > 0.5, alpha)
+    content = make_page(SUMMARY, ids, parts, decisions, [["tokens", "count"], ["<all>", "3"]])
+    return Page(content), decisions, content
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])
@@ -149,12 +149,12 @@ def test_the_page_holds_the_text_and_only_the_text(tokenizer, tmp_path, kind):
 
 def test_shades_and_hints_are_the_choices(tokenizer):
     ids, parts = load_tokenizer_file(tokenizer).encode_with_bytes(TEXT)
-    page, choices, content = page_of(ids, parts)
+    page, decisions, content = page_of(ids, parts)
     assert len(page.tokens) == len(ids)
     for i, token in enumerate(page.tokens):
-        by = [choices.selected[layer, i].item() for layer in range(3)]
+        by = [decisions.selected[layer, i].item() for layer in range(3)]
         assert token["class"] == f"k{by.count(True)}"
-        lines = [f"layer {2 * n + 1} {'●' if m else '○'} {choices.alpha[n, i].item():.3f}" for n, m in enumerate(by)]
+        lines = [f"layer {2 * n + 1} {'●' if m else '○'} {decisions.alpha[n, i].item():.3f}" for n, m in enumerate(by)]
         assert token["hint"].split("\n") == [f"token {i}, id {ids[i]}", *lines]
     assert "a&lt;b&gt;&amp;amp;" in content and "<b>" not in content and "&lt;all&gt;" in content
     for k in range(4):
@@ -193,7 +193,7 @@ def test_the_program_end_to_end(folders, tokenizer, tmp_path, capsys, form):
     arguments = [str(place), "--text", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer), "--chunk", "50"]
     assert main([*arguments, "--out", str(out), "--json", str(figures), "--device", "cpu"]) == 0
     ids, _ = load_tokenizer_file(tokenizer).encode_with_bytes(TEXT * 3)
-    wanted = collect(folders[2], ids)
+    wanted = collect_decisions(folders[2], ids)
     assert 0 < wanted.selected.float().mean() < 1
     page = Page(out.read_bytes().decode())
     assert page.text == TEXT * 3

@@ -185,7 +185,7 @@ def beside(folder: Path, data: bytes) -> None:
         "model.safetensors.index.json": [lambda: weight_files(folder)],
         "config.json": [lambda: open_export(folder), lambda: read_settings(folder)],
         "x.json": [
-            lambda: manifests.named_shards(prefix), lambda: manifests.described(prefix), lambda: tokenizer_of(prefix),
+            lambda: manifests.named_shards(prefix), lambda: manifests.manifest_of(prefix), lambda: tokenizer_of(prefix),
             lambda: find_pairs(prefix), lambda: added_ids([prefix]), lambda: manifest.read(prefix),
             lambda: manifest.forget(prefix + "-00001"),
         ],

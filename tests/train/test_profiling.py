@@ -48,7 +48,7 @@ def test_traces_hold_the_named_steps_and_their_operators(tmp_path):
 
 
 def test_a_wrong_range_or_key_is_refused():
-    with pytest.raises(ConfigError, match="stop=2 lies before start=5"):
+    with pytest.raises(ConfigError, match="stop=2 is before start=5"):
         toy_config("x", train={"steps": 4, "global_batch": 2, "profile": {"start": 5, "stop": 2}})
     with pytest.raises(ConfigError, match=r"did you mean train.profile.stop"):
         toy_config("x", train={"steps": 4, "global_batch": 2, "profile": {"start": 5, "stopp": 2}})

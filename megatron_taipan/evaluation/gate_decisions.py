@@ -1,4 +1,4 @@
-"""What every gate of a network decides for the tokens of a text."""
+"""Which tokens of a text each gate of a network selects."""
 
 from typing import NamedTuple
 
@@ -11,17 +11,17 @@ from megatron_taipan.model.blocks import SelectiveAttentionBlock
 from megatron_taipan.model.taipan import Taipan
 
 
-class Choices(NamedTuple):
-    """Of s gates for a document of l tokens."""
+class GateDecisions(NamedTuple):
+    """What s gates decide for a document of l tokens."""
 
-    layers: list[int]  # [s] places of their layers in the pattern, counted from 0
+    layers: list[int]  # [s] indices of their layers in the pattern, counted from 0
     selected: Tensor  # [s, l] bool
     alpha: Tensor  # [s, l] weight that the attention's output takes where the token is selected
 
 
 @torch.inference_mode()
-def collect(model: Taipan, ids: list[int], chunk: int = 2048) -> Choices:
-    """Reads one document in evaluation mode and notes what the gates decide; the result lies on the CPU.
+def collect_decisions(model: Taipan, ids: list[int], chunk: int = 2048) -> GateDecisions:
+    """Reads one document in evaluation mode and records what the gates decide; the result is on the CPU.
 
     Args:
         chunk: tokens per pass; bounds the memory, changes nothing else.
@@ -39,7 +39,7 @@ def collect(model: Taipan, ids: list[int], chunk: int = 2048) -> Choices:
         raise UserError("the text has 0 tokens; give a text that the tokenizer does not drop")
     if max(ids) >= size:
         raise UserError(
-            f"the tokenizer gives id {max(ids)}, the model has {size}; pass the data's own with --tokenizer"
+            f"the tokenizer gives id {max(ids)}, and the model has {size} ids; pass the data's own with --tokenizer"
         )
     noted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]  # for each gate and chunk, selected and alpha
     hooks = [
@@ -61,4 +61,4 @@ def collect(model: Taipan, ids: list[int], chunk: int = 2048) -> Choices:
         for hook in hooks:
             hook.remove()
     selected, alpha = (torch.stack([torch.cat([part[i] for part in parts]) for parts in noted]) for i in (0, 1))
-    return Choices([block.layer for block in blocks], selected, alpha)
+    return GateDecisions([block.layer for block in blocks], selected, alpha)

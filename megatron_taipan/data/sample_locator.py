@@ -1,64 +1,64 @@
-"""Where samples lie in the files, found for many samples at once.
+"""Where samples are in the files, found for many samples at once.
 
-To find one sample takes a pseudo-random number, a search among the ranges of its stream and two among the documents of
-its file: more time in Python than the reading of its tokens. As array operations over a few hundred samples the same
-takes a microsecond each. So whoever reads batches at a regular distance, as every loader does, has the coming ones
-found ahead; any other access is found as it comes, and the result is the same.
+Finding one sample takes a pseudo-random number, a search among the ranges of its stream and two among the documents of
+its file: in Python, more time than reading its tokens. As array operations over a few hundred samples it takes a
+microsecond each. So when batches are read at a regular distance, as every loader does, the samples of the coming ones
+are found ahead; any other access is found on demand, with the same result.
 """
 
 import numpy as np
 
 from megatron_taipan.data.blend import Blend
 from megatron_taipan.data.samples import Samples
-from megatron_taipan.data.stream import Stretches, TokenSpan
+from megatron_taipan.data.stream import TokenSpan, TokenSpans
 
 AHEAD_SAMPLES, AHEAD_TOKENS = 512, 1 << 21  # found together at most, or the samples of one batch
 
 
-class Places:
+class SampleLocator:
     """Finds samples by number. Not for several threads at once."""
 
     def __init__(self, sources: list[Samples], blend: Blend, seq_len: int):
         self.sources, self.blend = sources, blend
         self.ahead = min(AHEAD_SAMPLES, AHEAD_TOKENS // seq_len)
-        self._found: list[tuple[Stretches, dict[int, int]]] = []  # and of each sample its number among them
+        self._found: list[tuple[TokenSpans, dict[int, int]]] = []  # spans, and the number among them of each sample
         self._last = self._distance = 0  # first sample of the last batch, and how far it was from the one before
 
     def __call__(self, indices: list[int]) -> list[TokenSpan]:
-        """The places of the samples `indices`, in their order."""
+        """The spans of the samples `indices`, in their order."""
         distance = indices[0] - self._last
-        places = self._of(indices)
-        if places is None:
+        spans = self._of(indices)
+        if spans is None:
             wanted = np.array(indices, np.int64)
             batches = self.ahead // len(indices)
             if distance == self._distance > 0 and batches > 1:  # the third batch at one distance; more will come
                 wanted = (wanted + distance * np.arange(batches)[:, None]).reshape(-1)
             self._found = self.find(wanted)
-            places = self._of(indices)
-            assert places is not None
+            spans = self._of(indices)
+            assert spans is not None
         self._last, self._distance = indices[0], distance
-        return places
+        return spans
 
     def _of(self, indices: list[int]) -> list[TokenSpan] | None:
-        """The places of samples that have been found, or None where one has not."""
+        """The spans of samples that have been found, or None where one has not."""
         try:
             if len(self._found) == 1:
                 found, number = self._found[0]
-                return found.places([number[index] for index in indices])
-            places: list[TokenSpan] = []
+                return found.spans([number[index] for index in indices])
+            spans: list[TokenSpan] = []
             for index in indices:
                 found, number = next(one for one in self._found if index in one[1])
-                places += found.places([number[index]])
-            return places
+                spans += found.spans([number[index]])
+            return spans
         except (KeyError, StopIteration):
             return None
 
-    def find(self, indices: np.ndarray) -> list[tuple[Stretches, dict[int, int]]]:
-        """Finds any samples, int64 [m]: of each source that they come from, stretches and their numbers by sample."""
+    def find(self, indices: np.ndarray) -> list[tuple[TokenSpans, dict[int, int]]]:
+        """Finds any samples, int64 [m]: for each source that they come from, its spans and their numbers by sample."""
         sources, numbers = self.blend.many(indices)
         found = []
         for k in np.unique(sources).tolist():  # of many sources few come
             source, mine = self.sources[k], np.flatnonzero(sources == k)
-            stretches = source.stream.locate(source.positions(numbers[mine]), source.seq_len + 1)
-            found.append((stretches, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
+            spans = source.stream.locate(source.positions(numbers[mine]), source.seq_len + 1)
+            found.append((spans, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
         return found
