@@ -1,4 +1,4 @@
-"""Speed and memory, ours and the peers' in the same process.
+"""Speed and memory of this project and of its peers, in the same process.
 
     python -m benchmarks step --help
 
@@ -16,7 +16,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 
 
 class Benchmark(NamedTuple):
-    """A module of this package, by whose name it is called, with `add_arguments(parser)` and `run(options)`."""
+    """A benchmark: the module of that name in this package, with `add_arguments(parser)` and `run(options)`."""
 
     help: str
     needs_gpu: bool = True
@@ -33,7 +33,7 @@ BENCHMARKS = {
     "layouts": Benchmark("the same training step on several GPUs, by tensor, data and ZeRO layout"),
     "data": Benchmark("tokenization and reading (needs no GPU)", needs_gpu=False),
     "comm": Benchmark("what tensor parallelism sends (needs no GPU)", needs_gpu=False),
-    "checkpoint": Benchmark("how long training stands still for a save (no GPU)", needs_gpu=False),
+    "checkpoint": Benchmark("how long training pauses for a save (needs no GPU)", needs_gpu=False),
 }
 
 

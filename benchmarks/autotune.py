@@ -1,7 +1,7 @@
-"""Compiles what mamba_ssm's kernels try when they tune themselves, in as many processes as the host has cores.
+"""Compiles the candidates that mamba_ssm's kernels try in autotuning, in as many processes as the host has cores.
 
 Their first call compiles and times every candidate one after the other, for minutes. Here each process compiles its
-share into Triton's cache, so that the call afterwards has nothing left to do but the timing. The choice stays theirs.
+share into Triton's cache, so that only the timing remains for the call afterwards. The choice is still made there.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def compile_ahead(d_model: int, batch: int, length: int) -> float:
-    """Fills the cache for a Mamba2 of that size; gives the seconds it took. A failure costs time later, no more."""
+    """Fills the cache for a Mamba2 of that size; returns the seconds it took. A failure only costs time later."""
     workers = max(1, min(16, os.cpu_count() or 1))
     environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "0", "OMP_NUM_THREADS": "1"}  # its timings are not real
     began = time.perf_counter()
@@ -36,7 +36,7 @@ def compile_ahead(d_model: int, batch: int, length: int) -> float:
 
 
 def compile_share(d_model: int, batch: int, length: int, share: int, shares: int) -> None:
-    """Runs one layer forward and backward; of every kernel's candidates only this share is compiled."""
+    """Runs one layer forward and backward; only this share of every kernel's candidates is compiled."""
     import torch
     from mamba_ssm.modules.mamba2 import Mamba2
     from triton.runtime.autotuner import Autotuner

@@ -1,11 +1,11 @@
-"""How long training stands still for a checkpoint: written behind the training, and waited for.
+"""How long training pauses for a checkpoint, written in the background or waited for.
 
     python -m benchmarks checkpoint --config launch/configs/taipan_190m.yaml data.seq_len=64 train.global_batch=1
     torchrun --nproc_per_node 8 -m benchmarks checkpoint --config ...
 
-Trains on random tokens by the real loop, once with checkpoint.asynchronous=true and once with false, saving every few
-steps, and reads stall and write time from the run's own log. The first save is told apart: it gets the memory that
-later ones use again. DIR must have room for two checkpoints.
+Trains on random tokens with the real loop, once with checkpoint.asynchronous=true and once with false, saving every few
+steps, and reads stall and write time from the run's own log. The first save is listed separately: it allocates the
+memory that later ones use again. DIR must have room for two checkpoints.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         for asynchronous in (True, False):
             directory = folder / ("behind" if asynchronous else "waiting")
-            config = prepare(args, folder, directory, asynchronous, place)
-            measure(config, place, device)
+            config = make_run_config(args, folder, directory, asynchronous, place)
+            train_run(config, place, device)
             if place.rank == 0:
-                report(directory, asynchronous, place.world_size)
+                print_saves(directory, asynchronous, place.world_size)
                 shutil.rmtree(directory)
     finally:
         dist.barrier()
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
     stop_processes()
 
 
-def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronous: bool, place: RankInfo) -> Config:
+def make_run_config(
+    args: argparse.Namespace, folder: Path, directory: Path, asynchronous: bool, place: RankInfo
+) -> Config:
     """The configuration of one measurement, with data of random tokens."""
     options = [
         f"data.train={folder / 'data'}", "data.valid_fraction=0", f"checkpoint.dir={directory}",
@@ -79,7 +81,7 @@ def prepare(args: argparse.Namespace, folder: Path, directory: Path, asynchronou
     return config
 
 
-def measure(config: Config, place: RankInfo, device: torch.device) -> None:
+def train_run(config: Config, place: RankInfo, device: torch.device) -> None:
     """Trains; the run's log.jsonl holds the figures."""
     from megatron_taipan.train.loop import train
 
@@ -88,15 +90,15 @@ def measure(config: Config, place: RankInfo, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def report(directory: Path, asynchronous: bool, processes: int) -> None:
-    """Prints what the log says about the saves in mid-training."""
+def print_saves(directory: Path, asynchronous: bool, processes: int) -> None:
+    """Prints what the log says about the saves during training."""
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     saves = [record for record in records if record["event"] == "save"][:-1]  # a run waits for its last one
     steps = [record["step_s"] for record in records if record["event"] == "step"][1:]
     newest = find_newest(directory)
     size = sum(size for size, _ in read_manifest(newest.path).values()) if newest else 0
     stalls, writes = ([save[key] for save in saves] for key in ("stall_s", "write_s"))
-    kind = "behind the training" if asynchronous else "waited for"
+    kind = "in the background" if asynchronous else "waited for"
     print(
         f"{kind:<20} {processes} processes, {size / 1e9:.2f} GB: stall first {stalls[0]:.2f} s, then median"
         f" {statistics.median(stalls[1:] or stalls):.2f} s; write {statistics.median(writes):.2f} s;"

@@ -1,6 +1,6 @@
 """`python -m benchmarks coldstart`: seconds to the first step, with an empty and with a filled cache of kernels.
 
-Each row is a process of its own, as a user's start is; the second finds in TRITON_CACHE_DIR what the first compiled.
+Each row is a separate process, as a user's start is; the second finds in TRITON_CACHE_DIR what the first compiled.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.child:
-        print(MARK + json.dumps(measure(options)), flush=True)
+        print(MARK + json.dumps(measure_start(options)), flush=True)
         return
     table = Table("coldstart", options.out)
     with tempfile.TemporaryDirectory() as cache:
@@ -50,14 +50,14 @@ def in_a_process(options: argparse.Namespace, cache: str) -> dict:
     return json.loads(lines[-1].removeprefix(MARK)) | {"process s": round(whole, 1), "kernels in the cache": kernels}
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Seconds of the model's and engine's making, of the first step and of the second."""
+def measure_start(options: argparse.Namespace) -> dict:
+    """Seconds for building model and engine, for the first step and for the second."""
     import torch
 
-    from benchmarks.step import ours
+    from benchmarks.step import our_training
 
     began = time.perf_counter()
-    training = ours(preset(options))
+    training = our_training(preset(options))
     torch.cuda.synchronize()
     numbers = {"build s": round(time.perf_counter() - began, 2)}
     for name in ("first step s", "second step s"):

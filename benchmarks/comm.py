@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 -m benchmarks comm --config launch/configs/taipan_190m.yaml [a.b=c ...]
 
 Runs one micro-batch forward and backward (float32, gloo or NCCL) with all processes in one tensor group, with and
-without sequence parallelism. The formula stands in megatron_taipan/parallel/traffic.py.
+without sequence parallelism. The formula is in megatron_taipan/parallel/traffic.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron_taipan.parallel.traffic import Traffic, expected_traffic
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 
 
-def measure(
+def measure_traffic(
     model_config: ModelConfig, *, sequence: bool, batch: int, length: int, device: torch.device
 ) -> tuple[Traffic, Traffic]:
     """(counted, expected) of one micro-batch on all processes of the run; collective."""
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(place)
     start_processes(place, device, 600)
     for sequence in (False, True):
-        counted, expected = measure(
+        counted, expected = measure_traffic(
             config.model, sequence=sequence, batch=args.batch, length=args.length, device=device
         )
         if place.rank == 0:

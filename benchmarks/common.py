@@ -1,4 +1,4 @@
-"""What every benchmark shares: a table that is printed and kept as JSON, clocks, a preset as a run on one GPU."""
+"""What all benchmarks share: a table that is printed and kept as JSON, timers, a preset as a run on one GPU."""
 
 import argparse
 import gc
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Table:
-    """Rows of one benchmark, printed as they come and kept as JSON beside."""
+    """Rows of one benchmark, printed as they are measured and kept as JSON."""
 
     def __init__(self, name: str, out: Path):
         self.path = out / f"benchmark_{name}.json"
@@ -41,13 +41,13 @@ class Table:
         part.replace(self.path)
 
     def ratios(self, ours: str, key: str) -> None:
-        """Prints and keeps our row's `key` divided by every other row's."""
+        """Adds rows with our row's `key` divided by every other row's."""
         mine = next((row[key] for row in self.rows if row["what"] == ours and key in row), None)
         for row in [row for row in self.rows if mine and key in row and row["what"] != ours]:
             self.add(f"{ours} / {row['what']}", ratio=round(mine / row[key], 3))
 
     def attempt(self, what: str, measure: Callable[[], dict]) -> None:
-        """Adds what `measure` returns; a peer that is missing or does not fit is a row that says so."""
+        """Adds what `measure` returns; for a peer that is missing or does not fit, a row that says so."""
         try:
             numbers = measure()
         except (ImportError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -64,7 +64,7 @@ def hardware() -> dict[str, str]:
     for package in ("triton", "deepspeed", "mamba_ssm", "flash_attn"):
         try:
             about[package] = __import__(package).__version__
-        except Exception as error:  # a peer that does not import is named, not needed
+        except Exception as error:  # a peer that does not import is listed as missing
             about[package] = f"missing ({type(error).__name__})"
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
@@ -82,7 +82,7 @@ def median_ms(
     time is the GPU's, not the CPU's.
 
     Args:
-        before: called before that, such as a barrier that sets several GPUs off together.
+        before: called before that, such as a barrier that starts several GPUs together.
     """
     for _ in range(warm):
         run()
@@ -100,7 +100,7 @@ def median_ms(
 
 
 def recorded(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of run() after one for warming up, and what the recorded one returned, which replays overwrite."""
+    """A CUDA graph of run() after a warm-up call, and what the recorded call returned, which replays overwrite."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -114,7 +114,7 @@ def recorded(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def median_step_ms(step: Callable[[], Any], repeats: int = 7, warm: int = 3) -> float:
-    """Milliseconds of a training step among others, the median of `repeats`, gaps between kernels included.
+    """Milliseconds of a training step in a row of steps, the median of `repeats`, gaps between kernels included.
 
     As in training, nothing waits for the GPU between steps: the host launches the next one while the last one's update
     still runs.
@@ -131,8 +131,8 @@ def median_step_ms(step: Callable[[], Any], repeats: int = 7, warm: int = 3) -> 
 
 
 def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
-    """Milliseconds by kernel ("launches x name") of one run, the longest first; before them their sum, and how long no
-    kernel ran."""
+    """Milliseconds by kernel ("launches x name") of one run, the longest first; before them their sum, how long no
+    kernel ran, and the number of launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -140,8 +140,8 @@ def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
     spans = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[shorten(event.name)] += event.time_range.elapsed_us() / 1e3
-            launches[shorten(event.name)] += 1
+            times[short_kernel_name(event.name)] += event.time_range.elapsed_us() / 1e3
+            launches[short_kernel_name(event.name)] += 1
             spans.append((event.time_range.start, event.time_range.end))
     idle, covered = 0.0, min(spans)[1]
     for start, end in sorted(spans):
@@ -152,8 +152,8 @@ def kernel_times(run: Callable[[], Any], top: int) -> dict[str, float]:
     return about | {f"{launches[name]:4d} x {name}": round(ms, 3) for name, ms in longest}
 
 
-def shorten(kernel: str) -> str:
-    """A kernel's name without what all of torch's have in common."""
+def short_kernel_name(kernel: str) -> str:
+    """A kernel's name without the prefixes that torch's kernels share."""
     for common in ("void ", "at::native::", "(anonymous namespace)::", "std::"):
         kernel = kernel.replace(common, "")
     return kernel[:150]
@@ -181,7 +181,7 @@ def preset(options: argparse.Namespace) -> Config:
 
 
 def join_processes(config: Config) -> tuple[torch.device, Any]:
-    """This process's GPU and its place in the groups of the configured layout; one process where no launcher ran."""
+    """This process's GPU and the process groups of the configured layout; one process where no launcher ran."""
     import torch.distributed as dist
 
     from megatron_taipan.parallel.connect import connect

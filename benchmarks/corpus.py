@@ -1,9 +1,9 @@
-"""The benchmark corpus: documentation packages of Debian as JSON lines, in documents of real lengths, each once.
+"""The benchmark corpus: Debian's documentation packages as JSON lines, in documents of real lengths, each once.
 
 python -m benchmarks.corpus --megabytes 200 --cache FOLDER
 
-HTML becomes text, its menus and scripts left out; translations are left out too. Where the packages hold less than was
-asked for, the corpus is as long as they are: a copy in the held-out documents would be one that training has seen.
+HTML becomes text without its menus and scripts; translations are left out. Where the packages hold less than was asked
+for, the corpus is shorter: a copy among the held-out documents would be one that training has seen.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PACKAGES = (
     " libboost1.81-doc debian-handbook anarchism vim-doc python-django-doc python-sqlalchemy-doc sqlite3-doc"
     " cppreference-doc-en-html swi-prolog-doc cmake-doc libvirt-doc libreoffice-help-en-us nodejs-doc octave-doc"
 ).split()
-LONG_LINE = 40  # characters from which on a line says where it comes from
+LONG_LINE = 40  # characters from which on a line is likely to identify its document
 BLOCKS = "p div li dt dd tr h1 h2 h3 h4 h5 h6 section article table ul ol dl pre br details summary title".split()
 UNREAD = "script style nav header footer noscript".split()
 NUMBERED = "//*[contains(@class, 'line-numbers')]"  # rustdoc's column of numbers, but also code that gets some
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_corpus(cache: Path, megabytes: int, *, repeat: bool = False) -> str:
-    """Makes a .jsonl of about this size, where it is not there yet, and gives its path.
+    """Makes a .jsonl of about this size, unless it exists, and returns its path.
 
     Args:
         megabytes: the document that reaches so many million bytes is the last.
-        repeat: fill up with numbered copies of the documents. For timing alone: copies cross any split.
+        repeat: fill up with numbered copies of the documents. For timing only: copies end up on both sides of a split.
 
     Raises:
-        UserError: lxml is missing, no package is to be had, or megabytes is below 1.
+        UserError: lxml is missing, no package is available, or megabytes is below 1.
     """
     if megabytes < 1:
         raise UserError(f"megabytes={megabytes}: a corpus has at least 1")
@@ -69,7 +69,7 @@ def build_corpus(cache: Path, megabytes: int, *, repeat: bool = False) -> str:
 
 
 def fetch(packages: Path) -> None:
-    """Unpacks every package into a folder of its name, where that is not there yet."""
+    """Unpacks every package into a folder of its name, unless it exists."""
     packages.mkdir(parents=True, exist_ok=True)
     for name in PACKAGES:
         if (packages / name).exists():
@@ -82,11 +82,11 @@ def fetch(packages: Path) -> None:
             archive.unlink()
             unfinished.rename(packages / name)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            print(f"package {name} is not to be had ({error}); going on without it", file=sys.stderr)
+            print(f"package {name} is not available ({error}); going on without it", file=sys.stderr)
 
 
 def write_distinct(packages: Path, target: Path, size: int) -> None:
-    """Writes documents of which none repeats another until `size` bytes are reached, and says how many there are.
+    """Writes documents of which none repeats another until `size` bytes are reached, and prints their number.
 
     Raises:
         UserError: there is none.
@@ -109,11 +109,11 @@ def write_distinct(packages: Path, target: Path, size: int) -> None:
 
 
 class Distinct:
-    """Tells documents that are new from those that repeat one that came before.
+    """Decides whether a document is new or repeats an earlier one.
 
     A document repeats when it is equal to an earlier one, or when more than half of the characters of its long lines
-    stand in lines of earlier documents: other versions of a page, sources beside what was made from them, pages that
-    are a frame around little.
+    are in lines of earlier documents: other versions of a page, sources beside what was made from them, pages that are
+    mostly boilerplate.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ def append_copies(target: Path, size: int) -> None:
                 while written < size and source.tell() < distinct:
                     written += out.write(json_line(f"Copy {turn}. {json.loads(source.readline())['text']}"))
     if turn:
-        print(f"filled up with copies to {written / 1e6:.1f} MB: for timing alone", file=sys.stderr)
+        print(f"filled up with copies to {written / 1e6:.1f} MB: for timing only", file=sys.stderr)
 
 
 def json_line(text: str) -> bytes:
@@ -177,7 +177,7 @@ def translated(path: Path) -> bool:
 
 
 def text_of_html(data: bytes) -> str:
-    """What a page shows, a line for each block; "" where there is nothing to parse."""
+    """The visible text of a page, a line for each block; "" where there is nothing to parse."""
     html = lxml_html()
     try:
         data.decode()
@@ -207,7 +207,7 @@ def lxml_html() -> Any:
         from lxml import html
     except ImportError as error:
         raise UserError(
-            "the corpus is made of HTML, and reading it takes the package lxml; `pip install --constraint"
+            "the corpus is made of HTML, and reading it needs the package lxml; `pip install --constraint"
             " constraints.txt lxml`, or give a .jsonl file with --corpus"
         ) from error
     return html

@@ -1,14 +1,14 @@
-"""Measures data preparation and reading, side by side with what is importable here.
+"""Measures data preparation and reading, side by side with the peers that are installed here.
 
     python -m benchmarks data                       # corpus of 100 MB, all tokenizers that are given
     python -m benchmarks data --megabytes 600 --tokenizer gpt2/tokenizer.json --rounds 5
 
 Every contender is a whole process, start-up included. Contenders take turns, round after round, so that a busy machine
-slows all of them alike; the table gives the median and the ratio of medians, and the processor time, which other work
-on the machine changes less. The contenders besides `ours` are described in data_peers.py.
+slows all of them alike; the table shows the median and the ratio of medians, and the processor time, which other work
+on the machine affects less. The contenders besides `ours` are described in data_peers.py.
 
-The corpus is made once from documentation packages of Debian: HTML turned into text, doubles dropped, documents in
-their real lengths. Beyond what the packages hold numbered copies follow, since only the time matters here.
+The corpus is made once from Debian's documentation packages: HTML turned into text, duplicates dropped, documents in
+their real lengths. Where the packages hold less, numbered copies follow, since only the time matters here.
 """
 
 import argparse
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{corpus}: {os.path.getsize(corpus) / 1e6:.0f} MB; {args.workers} workers, {args.rounds} rounds, medians\n")
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as folder:
         if args.only == "reading":
-            measure(ours(corpus, tokenizers[0], f"{folder}/ours", args.workers))
+            run_measured(tokenize_command(corpus, tokenizers[0], f"{folder}/ours", args.workers))
             reading(f"{folder}/ours")
             return
         for tokenizer in tokenizers:
-            compare(corpus, tokenizer, args, folder)
+            compare_contenders(corpus, tokenizer, args, folder)
         if "resuming" not in args.skip:
             resuming(corpus, tokenizers[0], args.workers, folder)
         if "reading" not in args.skip:
@@ -80,19 +80,19 @@ def run(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- tokenizing
 
 
-def ours(corpus: str, tokenizer: str, output: str, workers: int) -> list[str]:
+def tokenize_command(corpus: str, tokenizer: str, output: str, workers: int) -> list[str]:
     """The command that is measured."""
     command = [sys.executable, "-m", "data_prep", "tokenize", "--input", corpus, "--tokenizer", tokenizer]
     return [*command, "--append-eod", "--output", output, "--workers", str(workers)]
 
 
-def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) -> None:
+def compare_contenders(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) -> None:
     """One table: seconds, speed and memory of each contender for one tokenizer; leaves what ours wrote as `ours`."""
     from benchmarks.data_peers import importable
 
     contenders = {
-        "ours": ours(corpus, tokenizer, f"{folder}/ours", args.workers),
-        "ours, 1 worker": ours(corpus, tokenizer, f"{folder}/one", 1),
+        "ours": tokenize_command(corpus, tokenizer, f"{folder}/ours", args.workers),
+        "ours, 1 worker": tokenize_command(corpus, tokenizer, f"{folder}/one", 1),
     }
     if args.workers == 1:
         del contenders["ours, 1 worker"]
@@ -106,11 +106,12 @@ def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) 
         for name, command in contenders.items():
             for ending in (".bin", ".idx", ".json"):  # or it would be complete already
                 Path(outputs[name] + ending).unlink(missing_ok=True)
-            results[name].append(measure(command))
+            results[name].append(run_measured(command))
     size = os.path.getsize(corpus) / 1e6
     small = f"{folder}/small.jsonl"
     Path(small).write_text('{"text": "one document"}\n')
-    start = [measure(ours(small, tokenizer, f"{folder}/small{i}", args.workers)).seconds for i in range(args.rounds)]
+    commands = [tokenize_command(small, tokenizer, f"{folder}/small{i}", args.workers) for i in range(args.rounds)]
+    start = [run_measured(command).seconds for command in commands]
     print(f"tokenizer {tokenizer}\n{results['ours'][-1].output.strip()}")
     print(f"ours on a single document, its start-up: {statistics.median(start):.2f} s\n")
     print(
@@ -140,7 +141,7 @@ def compare(corpus: str, tokenizer: str, args: argparse.Namespace, folder: str) 
 
 
 def _efficiency(results: dict[str, list["Measured"]], workers: int) -> str:
-    """Of the whole process, and of the part of it in which documents are tokenized, from what ours says of itself."""
+    """Parallel efficiency of the whole process, and of the part that tokenizes documents, from the tool's output."""
     said = []
     for part, seconds in (("the whole process", _whole), ("tokenizing alone", _tokenizing)):
         one, all = (statistics.median(map(seconds, results[name])) for name in ("ours, 1 worker", "ours"))
@@ -160,16 +161,16 @@ def _tokenizing(run: "Measured") -> float:
 
 
 def resuming(corpus: str, tokenizer: str, workers: int, folder: str) -> None:
-    """What a run costs that was killed in the middle: seconds until the kill and of the run that continues."""
-    command = ours(corpus, tokenizer, f"{folder}/resumed", workers)
-    whole = measure(command).seconds
+    """The cost of a run that was killed in the middle: seconds until the kill, and of the run that continues."""
+    command = tokenize_command(corpus, tokenizer, f"{folder}/resumed", workers)
+    whole = run_measured(command).seconds
     for ending in (".bin", ".idx", ".json"):
         Path(f"{folder}/resumed{ending}").unlink()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(0.6 * whole)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    rest = measure(command)
+    rest = run_measured(command)
     said = next((line for line in rest.output.splitlines() if line.startswith("continuing")), "nothing was finished")
     print(
         f"resuming: undisturbed {whole:.2f} s; killed after {0.6 * whole:.2f} s, the same command then took"
@@ -185,8 +186,8 @@ class Measured:
         self.seconds, self.processor, self.memory, self.output = seconds, processor, memory, output
 
 
-def measure(command: list[str]) -> Measured:
-    """Runs a command and watches it."""
+def run_measured(command: list[str]) -> Measured:
+    """Runs a command and measures it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -292,7 +293,7 @@ def reading(prefix: str) -> None:
 
 
 def opening(documents: int) -> None:
-    """Seconds and memory to open a corpus and to know any sample of any epoch, in a fresh process."""
+    """Seconds and memory to open a corpus and to read samples of two epochs, in a fresh process."""
     import numpy as np
 
     from megatron_taipan.data.indexed import commit, write_index
@@ -302,7 +303,7 @@ def opening(documents: int) -> None:
         lengths = np.minimum(np.random.default_rng(0).lognormal(6.4, 1, documents), 20_000).astype("<i4") + 1
         lengths.tofile(prefix + ".len.partial")
         with open(prefix + ".bin.partial", "wb") as file:
-            file.truncate(2 * int(lengths.sum(dtype=np.int64)))  # a hole: opening looks at the index
+            file.truncate(2 * int(lengths.sum(dtype=np.int64)))  # a sparse file: opening reads the index
         write_index(prefix + ".idx.partial", np.dtype(np.uint16), prefix + ".len.partial")
         commit(prefix)
         code = f"""

@@ -1,16 +1,16 @@
-"""What data preparation is measured against, each run in a process of its own.
+"""What data preparation is measured against, each run in a separate process.
 
     python -m benchmarks.data_peers NAME CORPUS TOKENIZER WORKERS OUTPUT
 
-    megatron    the way of Megatron-LM's tools/preprocess_data.py: worker processes send the ids of each document to the
+    megatron    as Megatron-LM's tools/preprocess_data.py does it: worker processes send the ids of each document to the
                 parent, which adds them one by one
-    gigatoken   the way of its tools/preprocess_data_fast.py: the library gigatoken reads and tokenizes the whole file
+    gigatoken   as its tools/preprocess_data_fast.py does it: the library gigatoken reads and tokenizes the whole file
                 in threads, and the ids of the corpus are written from memory
-    library     the tokenizer library that data_prep chose, alone: documents already in memory, encoded in worker
-                processes and thrown away. Not a tool but the limit of one.
+    library     only the tokenizer library that data_prep chose: documents already in memory, encoded in worker
+                processes and discarded. Not a tool, but an upper limit for one.
 
-megatron-core carries neither tool, so both are written here, with its IndexedDatasetBuilder and without what the tools
-import besides (megatron.training), which makes them start faster than they do.
+megatron-core contains neither tool, so both are written here, with its IndexedDatasetBuilder and without what the tools
+import besides (megatron.training), so they start faster than the real tools.
 """
 
 import json
@@ -63,7 +63,7 @@ def megatron(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     builder.finalize(output + ".idx")
 
 
-def library(corpus: str, tokenizer: str, workers: int, output: str) -> None:
+def library_alone(corpus: str, tokenizer: str, workers: int, output: str) -> None:
     from data_prep.fast import fast_backend_of
     from megatron_taipan.tokenizer.files import tokenizer_file
     from megatron_taipan.tokenizer.load import load_tokenizer
@@ -96,7 +96,7 @@ def _encode_all(encoder, texts: list[str]) -> None:
 
 
 def gigatoken_fast(corpus: str, tokenizer: str, workers: int, output: str) -> None:
-    """As preprocess_data_fast.py; it takes all cores, whatever `workers` says."""
+    """As preprocess_data_fast.py does it; it uses all cores and ignores `workers`."""
     import awkward
     import gigatoken
     import numpy as np
@@ -120,7 +120,7 @@ def gigatoken_fast(corpus: str, tokenizer: str, workers: int, output: str) -> No
 
 def main(arguments: list[str]) -> None:
     name, corpus, tokenizer, workers, output = arguments
-    run = {"megatron": megatron, "gigatoken": gigatoken_fast, "library": library}[name]
+    run = {"megatron": megatron, "gigatoken": gigatoken_fast, "library": library_alone}[name]
     run(corpus, tokenizer, int(workers), output)
 
 

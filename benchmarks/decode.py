@@ -1,9 +1,9 @@
 """`python -m benchmarks decode`: prefill in chunks, and decoded tokens per second by context and batch.
 
-One row of random tokens is prefilled to each context; its state is then repeated for the batch, whose rows go on with
-tokens of their own. An untrained gate selects more or less as the context grows, and a selected token reads a window of
-keys; so the thresholds are set anew at each context, for decoded tokens to be selected at the capacity, as trained
-gates do. The clock of a GPU that has just worked hard is another one than at rest: each row decodes for a while first.
+One row of random tokens is prefilled to each context; its state is then repeated for the batch, whose rows continue
+with different tokens. An untrained gate selects more or fewer tokens as the context grows, and a selected token reads a
+window of keys; so the thresholds are set again at each context, for the share of selected tokens to be the capacity, as
+with trained gates. The clock rate of a GPU under load differs from that at rest: each row first decodes for a while.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from megatron_taipan.ops.dispatch import pick_ops
 WARM_S = 6.0  # seconds of decoding before the first measured token
 
 
-@torch.inference_mode()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `run` takes."""
     add_preset(parser)
@@ -35,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", action="store_true", help="also our kernels' times")
 
 
+@torch.inference_mode()
 def run(options: argparse.Namespace) -> None:
     table = Table("decode", options.out)
     config = preset(options).model
@@ -43,14 +43,14 @@ def run(options: argparse.Namespace) -> None:
     contexts = sorted(options.contexts)
     document = torch.randint(0, config.vocab_size, (1, contexts[-1]), device="cuda")
     calibrate(model, [{"tokens": document[:, : options.chunk], "seq_idx": None}])  # for the prefill
-    warm = model.new_cache(1)  # the same pieces as below: kernels are compiled for their sizes
+    warm = model.new_cache(1)  # the same chunks as below: kernels are compiled for their sizes
     for first, last in itertools.pairwise([0, *contexts[:2]]):
-        prefill(model, warm, document[:, first:last], options.chunk)
-    for batch in options.batches:  # each alone: what a large batch leaves in the memory slows a small one down
+        time_prefill(model, warm, document[:, first:last], options.chunk)
+    for batch in options.batches:  # each by itself: what a large batch leaves in the memory slows a small one down
         by_context(table, model, document, contexts, batch, options)
         torch.cuda.empty_cache()
     once = model.new_cache(1)
-    prefill(model, once, document[:, : contexts[0]], options.chunk)
+    time_prefill(model, once, document[:, : contexts[0]], options.chunk)
     table.add("decode, batch 1, without a captured graph", **decode(model, once, 1, options.steps, captured=False))
 
 
@@ -62,7 +62,7 @@ def by_context(
     cache, times, speeds = model.new_cache(1), [], []
     for context in contexts:
         new = context - cache.length
-        times.append(prefill(model, cache, document[:, cache.length : context], options.chunk))
+        times.append(time_prefill(model, cache, document[:, cache.length : context], options.chunk))
         table.add(f"prefill, tokens {context - new} to {context}", ms=round(times[-1], 1),
                   **{"tokens/s": round(new / times[-1] * 1e3)})  # fmt: skip
         settle_gates(model, cache)
@@ -76,8 +76,8 @@ def by_context(
     table.add(f"batch {batch}: slowest context / fastest", ratio=round(min(speeds) / max(speeds), 4))
 
 
-def prefill(model: Taipan, cache: Cache, tokens: torch.Tensor, chunk: int) -> float:
-    """Milliseconds in which the cache takes in [1, l] tokens."""
+def time_prefill(model: Taipan, cache: Cache, tokens: torch.Tensor, chunk: int) -> float:
+    """Milliseconds to prefill the cache with [1, l] tokens."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     for part in tokens.split(chunk, 1):
@@ -90,7 +90,7 @@ def decode(
     model: Taipan, prefilled: Cache, batch: int, steps: int, *, captured: bool, profiled: bool = False
 ) -> dict[str, Any]:
     """Median and mean over `steps` tokens of every row (the mean holds the rare moves of a window's buffer)."""
-    cache = repeated(prefilled, batch)
+    cache = repeat_cache(prefilled, batch)
     stepper = Stepper(model, cache, captured=captured)
     tokens = torch.randint(0, model.config.vocab_size, (steps, batch, 1), device="cuda")
     selected = selected_share(model, stepper, tokens[:EAGER_STEPS])
@@ -113,7 +113,7 @@ def decode(
     return numbers | (kernel_times(lambda: stepper.step(tokens[0]), 20) if profiled else {})
 
 
-def repeated(prefilled: Cache, batch: int) -> Cache:
+def repeat_cache(prefilled: Cache, batch: int) -> Cache:
     """A copy of the one prefilled row for every row of a batch."""
     cache = copy.deepcopy(prefilled)
     cache.select(torch.zeros(batch, dtype=torch.int64, device="cuda"))
@@ -121,9 +121,9 @@ def repeated(prefilled: Cache, batch: int) -> Cache:
 
 
 def settle_gates(model: Taipan, prefilled: Cache, batch: int = 32, steps: int = 4) -> None:
-    """Sets each gate's threshold so that it selects its capacity of decoded tokens, from below: what one layer selects
-    changes what the next one sees."""
-    cache = repeated(prefilled, batch)
+    """Sets each gate's threshold so that it selects its capacity of decoded tokens, from the first layer on: what one
+    layer selects changes what the next one sees."""
+    cache = repeat_cache(prefilled, batch)
     for gate in [layer.gate for layer in model.layers if hasattr(layer, "gate")]:
         margins: list[torch.Tensor] = []
         hook = gate.register_forward_hook(lambda _, __, out, into=margins: into.append(out.margin.flatten()))
@@ -134,7 +134,7 @@ def settle_gates(model: Taipan, prefilled: Cache, batch: int = 32, steps: int = 
 
 
 def selected_share(model: Taipan, stepper: Stepper, tokens: torch.Tensor) -> float:
-    """Takes the first steps, launched kernel by kernel, and gives the share of rows that their gates selected."""
+    """Runs the first steps, launched kernel by kernel, and returns the share of rows that their gates selected."""
     shares: list[torch.Tensor] = []
     gates = [layer.gate for layer in model.layers if hasattr(layer, "gate")]
     hooks = [

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     table = Table("layer", options.out)
-    compile_ahead(2048, 4, 4096)  # what mamba_ssm's kernels try
+    compile_ahead(2048, 4, 4096)  # the candidates of mamba_ssm's kernels
     for batch, length in ((4, 4096), (1, 32768)):
         x = torch.randn(batch, length, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn_like(x)

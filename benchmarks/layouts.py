@@ -1,8 +1,8 @@
 """`python -m benchmarks layouts`: the same training step on several GPUs of this host, laid out in several ways.
 
-Each row is a run of its own under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these
-options of `parallel`, and four micro-batches a step for each data rank; with micro_batch=8 such of eight rows. The
-first row is what others are compared with.
+Each row is a separate run under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these options
+of `parallel`, and four micro-batches a step for each data rank; micro_batch=8 gives them eight rows each. The other
+rows are compared with the first.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.child:
-        measure(options)
+        measure_layout(options)
         return
     table = Table("layouts", options.out)
     for layout in options.layouts or [words for words in USUAL if int(words.split()[0]) <= torch.cuda.device_count()]:
@@ -85,7 +85,7 @@ def in_processes(options: argparse.Namespace, layout: str) -> dict:
 
 
 def settings(layout: str, batch: int) -> tuple[list[str], int, int]:
-    """Overrides of the configuration, processes, and rows of a micro-batch, from a layout's words."""
+    """Overrides of the configuration, number of processes, and rows of a micro-batch, from a layout's words."""
     number, *words = layout.split()
     options = dict(word.split("=") for word in words)
     processes, accumulate = int(number), int(options.pop("micro_batches", 1))
@@ -95,16 +95,16 @@ def settings(layout: str, batch: int) -> tuple[list[str], int, int]:
     return [*overrides, f"train.global_batch={batch * data * accumulate}"], processes, batch
 
 
-def measure(options: argparse.Namespace) -> None:
-    """One process of a run: the median step; rank 0 prints."""
+def measure_layout(options: argparse.Namespace) -> None:
+    """One process of a run: measures the median step; rank 0 prints it."""
     import torch.distributed as dist
 
-    from benchmarks.step import ours, print_profile
+    from benchmarks.step import our_training, print_profile
     from megatron_taipan.train.distributed import stop_processes
 
     faulthandler.dump_traceback_later(max(1, options.timeout - 15))  # where a row hangs
     config = preset(options)
-    training = ours(config)
+    training = our_training(config)
     ms = median_step_ms(training.step, warm=4)
     tokens = config.train.global_batch * config.data.seq_len
     shares = training.engine.module.layer_metrics.of_gates(training.results[-1].layer_metrics, "selected")
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
             "selected": round(sum(shares) / max(len(shares), 1), 3),
         }  # fmt: skip
         if (tp := training.engine.module.tp).sequence_parallel:
-            numbers["tokens travel"] = "by collectives" if tp.exchange is None else "in pieces"
+            numbers["token exchange"] = "collectives" if tp.exchange is None else "overlapped chunks"
         print(MARK + json.dumps(numbers), flush=True)
     if options.profile:
         if dist.get_rank() == 0:

@@ -1,8 +1,8 @@
 """`python -m benchmarks memory`: the memory of a training step, and the largest micro batch that fits.
 
-Memory is what torch holds of the GPU, freed blocks that it keeps and recorded graphs included: these appear in no count
-of live tensors. A step's peak grows linearly with the micro batch, so two small batches predict the largest; the
-prediction is then tried, and corrected one by one until a batch fits and the next one does not.
+Memory is what torch has reserved on the GPU, including freed blocks that it keeps and recorded graphs, which no count
+of live tensors includes. A step's peak grows linearly with the micro batch, so two small batches predict the largest;
+the prediction is then tried, and corrected one by one until a batch fits and the next one does not.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from benchmarks.common import Table, add_preset, preset
-from benchmarks.step import composition, ours
+from benchmarks.step import composition_training, our_training
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     table = Table("memory", options.out)
     config = preset(options)
     if not options.only or "composition" in options.only:
-        table.attempt(f"composition of today's parts, micro batch {options.batch}", lambda: composition_peak(config))
+        table.attempt(f"composition of existing parts, micro batch {options.batch}", lambda: composition_peak(config))
     for recompute in ("none", "selective", "full"):
         if options.only and recompute not in options.only:
             continue
@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def composition_peak(config: Config) -> dict:
-    """Peak of the second step, when the optimizer's state is there."""
-    training = composition(config)
+    """Peak of the second step, when the optimizer's state exists."""
+    training = composition_training(config)
     training.step()
     torch.cuda.reset_peak_memory_stats()
     training.step()
@@ -52,10 +52,10 @@ def composition_peak(config: Config) -> dict:
 
 
 def search(table: Table, config: Config, options: argparse.Namespace) -> None:
-    """Rows for the usual micro batch and for the largest one that fits, from `peak` of a few."""
+    """Rows for the usual micro batch and for the largest one that fits, from the peaks of a few."""
     name, recompute = config.name, config.parallel.recompute
     peaks = {batch: our_peak(config, batch) for batch in (1, options.batch)}
-    table.add(f"{name}, recompute {recompute}, micro batch {options.batch}", **said(peaks[options.batch]))
+    table.add(f"{name}, recompute {recompute}, micro batch {options.batch}", **peak_row(peaks[options.batch]))
     first, usual = peaks[1], peaks[options.batch]
     if first is None or usual is None:
         return
@@ -74,21 +74,21 @@ def search(table: Table, config: Config, options: argparse.Namespace) -> None:
         batch += 1
     tried = " ".join(f"{b}:{'-' if peak is None else round(peak / GIB, 1)}" for b, peak in sorted(peaks.items()))
     what = "largest micro batch" if batch < options.largest else "micro batch at the end of the search"
-    table.add(f"{name}, recompute {recompute}, {what}", batch=batch, **said(peaks[batch]), tried=tried)
+    table.add(f"{name}, recompute {recompute}, {what}", batch=batch, **peak_row(peaks[batch]), tried=tried)
 
 
-def said(peak: int | None) -> dict:
+def peak_row(peak: int | None) -> dict:
     return {"peak GiB": round(peak / GIB, 2)} if peak is not None else {"failed": "out of memory"}
 
 
 def our_peak(config: Config, batch: int) -> int | None:
-    """Peak bytes of the second step; None where it does not fit. Everything is made anew: a step that ran out of
-    memory leaves an engine that cannot go on."""
+    """Peak bytes of the second step; None where it does not fit. Everything is built again each time: a step that ran
+    out of memory leaves an engine that cannot continue."""
     config = config.model_copy(deep=True)
     config.train = config.train.model_copy(update={"micro_batch": batch, "global_batch": batch})
     training = None
     try:
-        training = ours(config)
+        training = our_training(config)
         training.step()
         torch.cuda.reset_peak_memory_stats()
         training.step()

@@ -1,4 +1,4 @@
-"""What our speed is compared with: a Transformer++ and a Taipan composed of today's parts. Benchmarks only.
+"""What our speed is compared with: a Transformer++ and a Taipan composed of existing parts. Benchmarks only.
 
 Plain modules in bf16 with the sizes of a ModelConfig, called as `model(tokens, labels) -> loss`.
 """
@@ -46,12 +46,12 @@ class FullAttention(nn.Module):
         """x: [b, l, d]; cos and sin: [l, d / heads / 2], made once for all layers."""
         b, l, d = x.shape
         q, k, v = self.qkv(self.norm(x)).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.out(o.transpose(1, 2).reshape(b, l, d))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of [b, h, l, d] with tables [l, d / 2]."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -65,7 +65,7 @@ def rope_tables(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class WindowAttention(FullAttention):
-    """Sliding window over every query through flex_attention: what a selective layer is made of today."""
+    """Sliding window over every query through flex_attention: how a selective layer is made of existing parts."""
 
     def __init__(self, d: int, heads: int, mask: Any):
         super().__init__(d, heads)
@@ -88,7 +88,7 @@ def window_mask(window: int, length: int) -> Any:
 
 
 class MambaSsmBlock(nn.Module):
-    """mamba_ssm's Mamba2 behind a norm. Its kernels are its own; a compiler sees the norm and the addition only."""
+    """mamba_ssm's Mamba2 after a norm. It has its own kernels; the compiler only sees the norm and the addition."""
 
     def __init__(self, config: ModelConfig):
         from mamba_ssm.modules.mamba2 import Mamba2
@@ -138,7 +138,7 @@ class Stack(nn.Module):
         self.head = torch.compile(self.head, dynamic=False)  # type: ignore[method-assign]
 
 
-def transformer(config: ModelConfig, layers: int = 20) -> nn.Module:
+def make_transformer(config: ModelConfig, layers: int = 20) -> nn.Module:
     """Transformer++: the preset transformerpp of the same width."""
     blocks = []
     for _ in range(layers):
@@ -146,7 +146,7 @@ def transformer(config: ModelConfig, layers: int = 20) -> nn.Module:
     return Stack(config, blocks)
 
 
-def composition(config: ModelConfig, length: int) -> nn.Module:
+def make_composition(config: ModelConfig, length: int) -> nn.Module:
     """The pattern of `config` with mamba_ssm's Mamba2 for M and an all-query flex window for S."""
     blocks: list[nn.Module] = []
     mask = window_mask(config.attention.window, length)
@@ -155,7 +155,7 @@ def composition(config: ModelConfig, length: int) -> nn.Module:
         if kind is MAMBA2:
             blocks.append(MambaSsmBlock(config))
         elif not kind.attends:
-            raise UserError(f"no peer's {kind.name} stands beside ours")
+            raise UserError(f"there is no peer for layers of {kind.name}; take them out of model.pattern")
         else:
             attention = WindowAttention(config.d_model, config.attention.n_heads, mask)
             blocks.append(nn.Sequential(attention, FeedForward(config.d_model, config.d_ff)))

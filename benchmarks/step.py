@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`: whole training steps through DeepSpeed, ours and the peers'."""
+"""`python -m benchmarks step`: whole training steps through DeepSpeed, of this project and of its peers."""
 
 import argparse
 import cProfile
@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> None:
     config = preset(options)
     rows = {
         config.name: lambda: our_step(config, options.profile),
-        "transformer++ compiled": lambda: timed(transformer(config), config, options.profile),
-        "composition of today's parts, compiled": lambda: composition_step(config, options.profile),
+        "transformer++ compiled": lambda: timed(transformer_training(config), config, options.profile),
+        "composition of existing parts, compiled": lambda: composition_step(config, options.profile),
     }
     for name, measure in rows.items():
         if not options.only or any(part in name for part in options.only):
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
 def our_step(config: Config, profiled: bool) -> dict:
     """Our trainer's own engine and step."""
     began = time.perf_counter()
-    training = ours(config)
+    training = our_training(config)
     built = time.perf_counter() - began
     numbers = timed(training, config, profiled) | {"build s": round(built, 1)}
     losses = [result.loss for result in training.results]
@@ -69,7 +69,7 @@ def our_step(config: Config, profiled: bool) -> dict:
     return numbers
 
 
-def ours(config: Config) -> Training:
+def our_training(config: Config) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
     from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs
     from megatron_taipan.train.loop import build_model
@@ -104,7 +104,7 @@ def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor
 
 
 def select_capacity(model: torch.nn.Module, config: Config) -> None:
-    """Makes every gate choose about C of the tokens, as a trained one does: weight 0, bias at log(C / (1 - C))."""
+    """Makes every gate select about C of the tokens, as a trained one does: weight 0, bias log(C / (1 - C))."""
     capacity = min(max(config.model.gate.final_capacity, 1e-6), 1 - 1e-6)
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
@@ -115,26 +115,26 @@ def select_capacity(model: torch.nn.Module, config: Config) -> None:
                 parameter[1].log_()
 
 
-def transformer(config: Config) -> Training:
+def transformer_training(config: Config) -> Training:
     """Transformer++, compiled as one graph."""
-    return peer(peers.transformer, config, torch.nn.Module.compile)
+    return peer_training(peers.make_transformer, config, torch.nn.Module.compile)
 
 
 def composition_step(config: Config, profiled: bool) -> dict:
     """The composition, its kernels' candidates compiled beforehand."""
     seconds = compile_ahead(config.model.d_model, config.train.micro_batch, config.data.seq_len)
-    return timed(composition(config), config, profiled) | {"compiled ahead s": round(seconds, 1)}
+    return timed(composition_training(config), config, profiled) | {"compiled ahead s": round(seconds, 1)}
 
 
-def composition(config: Config) -> Training:
-    """The composition of today's parts, compiled by regions."""
+def composition_training(config: Config) -> Training:
+    """The composition of existing parts, compiled by regions."""
     length = config.data.seq_len
-    build = lambda model: peers.composition(model, length)  # noqa: E731
-    return peer(build, config, peers.Stack.compile_regions)
+    build = lambda model: peers.make_composition(model, length)  # noqa: E731
+    return peer_training(build, config, peers.Stack.compile_regions)
 
 
-def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> Training:
-    """A peer through DeepSpeed with the same settings as ours, what we quickened there included."""
+def peer_training(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> Training:
+    """A peer through DeepSpeed with the same settings as ours, including our faster reductions."""
     import deepspeed
 
     from megatron_taipan.engine.build import count_parameters, deepspeed_config
@@ -160,7 +160,7 @@ def peer(build: Callable, config: Config, compile_it: Callable[[Any], Any]) -> T
 
 
 def timed(training: Training, config: Config, profiled: bool) -> dict:
-    """First step, median, tokens per second and peak memory; the engine is taken down."""
+    """First step, median, tokens per second and peak memory; the engine is destroyed afterwards."""
     began = time.perf_counter()
     training.step()
     torch.cuda.synchronize()

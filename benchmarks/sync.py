@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.common import ROOT, Table, add_preset, preset
-from benchmarks.step import Training, ours
+from benchmarks.step import Training, our_training
 
 WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")  # the host waits
 CAUSES = ("aten::item", "aten::nonzero", "aten::is_nonzero", "aten::_local_scalar_dense")  # torch's reasons to
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     table = Table("sync", options.out)
-    training = ours(preset(options))
+    training = our_training(preset(options))
     for _ in range(3):  # kernels compiled, optimizer state made
         training.step()
     torch.cuda.synchronize()
@@ -54,8 +54,8 @@ def traced(training: Training) -> tuple[dict[str, collections.Counter], Any]:
     """Waiting calls of one step by part, and the profile."""
     with parts_marked(training.engine), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         training.step()
-        torch.cuda.synchronize()  # ends the trace; counted by nobody: it lies outside the parts
-    return count(list(trace.events())), trace
+        torch.cuda.synchronize()  # ends the trace; not counted, since it is outside the parts
+    return count_waits(list(trace.events())), trace
 
 
 @contextmanager
@@ -80,10 +80,10 @@ def _marked(call: Callable, part: str) -> Callable:
     return run
 
 
-def count(events: list[Any]) -> dict[str, collections.Counter]:
-    """Waiting calls by the part in whose time they began; copies to the host by the call that started them.
+def count_waits(events: list[Any]) -> dict[str, collections.Counter]:
+    """Waiting calls by the part during which they began; copies to the host by the call that started them.
 
-    The engine's `backward` waits for autograd's thread, so what that thread does lies within its time as well.
+    The engine's `backward` waits for autograd's thread, so what that thread does is within its time as well.
     """
     spans = [(e.name, e.time_range.start, e.time_range.end) for e in events if e.name in PARTS]
     result: dict[str, collections.Counter] = {part: collections.Counter() for part in (*PARTS, "between them")}
@@ -98,7 +98,7 @@ def count(events: list[Any]) -> dict[str, collections.Counter]:
 
 
 def warned(step: Callable[[], None]) -> collections.Counter:
-    """Runs a step and gives the lines of Python under which torch saw the host wait, with how often."""
+    """Runs a step and returns the lines of Python at which torch saw the host wait, with their counts."""
     lines: collections.Counter = collections.Counter()
 
     def note(message: Any, *_: Any, **__: Any) -> None:

@@ -2,11 +2,11 @@
 
 RUN is a model with layers `W`, kept by `real_text.py --recipes samba --keep`. Its attention output is multiplied by a
 mask, token by token and layer by layer; nothing is trained. The value of a (token, layer) pair is -d loss / d mask,
-averaged over masks that keep each pair with probability 1/2: the mean of what is lost when it goes and gained when it
-comes. Printed as JSON, cross entropy on held-out text with all, no or one layer's pairs, and by the share of pairs that
-keep their attention, chosen
+averaged over masks that keep each pair with probability 1/2: the mean of the loss from removing it and the gain from
+adding it. Printed as JSON: cross entropy on held-out text with all, no or one layer's pairs, and by the share of pairs
+that keep their attention, chosen
 
-    by value        by the values of these very tokens, which know the answer: a bound, no gate can have it
+    by value        by the values of these very tokens, which depend on their labels: a bound that no gate can reach
     by gate         by a linear function of what a gate reads, fitted by least squares to values on the training text
     at random
 
@@ -36,7 +36,7 @@ RIDGE = 1e-3  # of the mean square of what a gate reads
 
 
 class Masked:
-    """A model whose attention layers multiply their outputs by masks, and remember what they read."""
+    """A model whose attention layers multiply their outputs by masks, and remember their inputs."""
 
     def __init__(self, model: Taipan):
         self.model, self.device = model, next(model.parameters()).device
@@ -61,7 +61,7 @@ class Masked:
         return self.model(tokens, labels=labels, loss_mask=scored, seq_idx=seq_idx, ce_scale=1.0).ce_loss
 
     def values(self, rows: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """([layers, b * l] values, [layers, b * l, d] what gates there would read where every token attends)."""
+        """([layers, b * l] values, [layers, b * l, d] the inputs of gates there, where every token attends)."""
         shape = rows["tokens"].shape
         total = torch.zeros(self.layers, rows["tokens"].numel(), device=self.device)
         for _ in range(DRAWS):
@@ -79,7 +79,7 @@ def with_ones(u: Tensor) -> Tensor:
 
 
 def fit(masked: Masked, batches: list[Batch], generator: torch.Generator) -> Tensor:
-    """[layers, d + 1] the linear functions of what gates read that are nearest to the values."""
+    """[layers, d + 1] the linear functions of the gates' inputs that are nearest to the values."""
     squares = products = torch.zeros((), dtype=torch.float64, device=masked.device)
     for rows in batches:
         worth, u = masked.values(rows, generator)
@@ -109,17 +109,19 @@ def main(arguments: list[str] | None = None) -> int:
     model, _, config = load_model(options.run, torch.bfloat16 if device.type == "cuda" else torch.float32)
     masked = Masked(model.to(device))
     if config is None or not masked.layers:
-        raise UserError(f"{options.run} is no run of launch/pretrain.py with layers W; real_text.py --keep keeps them")
+        raise UserError(
+            f"{options.run} is not a run of launch/pretrain.py with layers W; real_text.py --keep keeps such runs"
+        )
     data, vocab = config.data.model_copy(update={"seed": 0}), config.model.vocab_size
     rows, generator = max(1, options.tokens // data.seq_len), torch.Generator().manual_seed(0)
     batch = min(8, rows)
     training = list(read_batches(build_dataset(data, "train", vocab), 2 * rows, batch))
     held_out = list(read_batches(build_dataset(data, "valid", vocab), rows, batch))
-    print(json.dumps(measure(masked, training, held_out, generator), indent=1))
+    print(json.dumps(measure_value(masked, training, held_out, generator), indent=1))
     return 0
 
 
-def measure(masked: Masked, training: list[Batch], held_out: list[Batch], generator: torch.Generator) -> dict:
+def measure_value(masked: Masked, training: list[Batch], held_out: list[Batch], generator: torch.Generator) -> dict:
     """What the program prints."""
     gates = fit(masked, training, generator)
     known = [masked.values(batch, generator) for batch in held_out]

@@ -1,4 +1,4 @@
-"""The gates in a training loop that never reads from the device: what they are told, what they measure, a short log."""
+"""The gates in a training loop that never reads from the device: their settings, their statistics, a short log."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from megatron_taipan.train.schedule import gate_step
 
 
 class GateVectors:
-    """What the gates are told at each step, on the device: reading the shares would make the host wait for it."""
+    """The gates' settings at each step, on the device: reading the shares would make the host wait for it."""
 
     def __init__(self, config: ModelConfig, steps: int, device: torch.device):
         rows = [gate_step(config.gate, step, steps, [], len(config.gated_layers)).vector() for step in range(steps)]
@@ -22,7 +22,7 @@ class GateVectors:
         return torch.cat([self.rows[step, :4], self.shares])
 
     def after(self, metrics: Tensor | None) -> Tensor:
-        """Notes what was selected in a step, whose layers measured `metrics` [n], and gives these; empty for None."""
+        """Records the shares selected in a step, from its layers' `metrics` [n], and returns these; empty for None."""
         metrics = self.shares.new_zeros(0) if metrics is None else metrics
         self.shares = metrics[self.selected]
         return metrics

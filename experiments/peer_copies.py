@@ -5,9 +5,9 @@
     (the figures of docs/performance.md: with TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0 in the environment)
 
 Forward: the partial product that leaves a block, its sum over the ranks, and the product into the next block. Backward:
-the gradient of that input, its sum, the weight's gradient, and the product behind it (a block's backward pass also
-gathers the input once more, and has the gradient of the weight before). Each as a CUDA graph of four, in
-ms; what is shown for copies is `Exchange` (parallel/exchange.py) at work.
+the gradient of that input, its sum, the weight's gradient, and the product after it (a block's backward pass also
+gathers the input once more, and computes the gradient of the weight before). Each as a CUDA graph of four runs, in ms;
+the copies are those of `Exchange` (parallel/exchange.py).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 
-TIMES = 4  # runs of a graph, so that what begins and ends it weighs little
+TIMES = 4  # runs in a graph, so that its start and end weigh little
 
 
 def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -68,13 +68,13 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
         dist.all_gather_into_tensor(x, shard, group=tp.group)
         return x
 
-    def pieces_forward() -> object:
+    def chunks_forward() -> object:
         out = y.new_empty(n, joint)
         mine = exchange.scatter(lambda rank: part(y, rank) @ w_out.t())
-        exchange.gather(mine, lambda rank, piece: torch.mm(piece, w_in.t(), out=part(out, rank)))
+        exchange.gather(mine, lambda rank, chunk: torch.mm(chunk, w_in.t(), out=part(out, rank)))
         return out
 
-    def pieces_backward() -> object:
+    def chunks_backward() -> object:
         kept: list[Tensor] = []
         mine = exchange.scatter(
             lambda rank: part(dz, rank) @ w_in,
@@ -82,22 +82,22 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
             lambda total: total.addmm_(part(dz, tp.rank), w_in),
         )
         out = y.new_empty(n, inner)
-        exchange.gather(mine, lambda rank, piece: torch.mm(piece, w_out, out=part(out, rank)))
+        exchange.gather(mine, lambda rank, chunk: torch.mm(chunk, w_out, out=part(out, rank)))
         return kept, out
 
     return {
         "forward, no communication": lambda: F.linear(F.linear(y, w_out), w_in),
         "forward, all-reduce": lambda: F.linear(reduced(F.linear(y, w_out)), w_in),
         "forward, reduce-scatter and all-gather": lambda: F.linear(scattered(F.linear(y, w_out)), w_in),
-        "forward, in pieces": pieces_forward,
+        "forward, overlapped chunks": chunks_forward,
         "backward, no communication": lambda: (dz.t() @ x, (dz @ w_in) @ w_out),
         "backward, all-reduce": lambda: (dz.t() @ x, reduced(dz @ w_in) @ w_out),
-        "backward, in pieces": pieces_backward,
+        "backward, overlapped chunks": chunks_backward,
     }
 
 
 def repeat(run: Callable[[], object], times: int) -> list[object]:
-    """What each of so many runs gives."""
+    """The results of `times` runs."""
     return [run() for _ in range(times)]
 
 
@@ -109,7 +109,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise UserError("this measures GPUs and torch sees none")
+        raise UserError("this measures GPUs and torch sees none; run it on a machine with at least two")
     place = find_place(os.environ)
     device = pick_device(place)
     start_processes(place, device, 600)
@@ -118,7 +118,7 @@ def main() -> int:
         ms = median_ms(graph.replay, before=dist.barrier) / TIMES
         if place.rank == 0:
             print(f"{name:40s} {ms:.3f} ms", flush=True)
-        del graph  # NCCL waits for ever to leave a communicator that a graph still holds
+        del graph  # NCCL hangs when it leaves a communicator that a graph still uses
     dist.barrier()
     stop_processes()
     sys.stdout.flush()

@@ -2,11 +2,11 @@
 
     python -m experiments.precision --out docs/precision
 
-A 50M-parameter Taipan (experiments/precision.yaml) takes 300 steps on the State of the Union addresses, each
-precision in a process of its own through launch/pretrain.py, with the same weights, samples and gate noise. fp32
-runs the reference operations in plain torch, the others the kernels. The losses are compared in windows of 20 steps;
-bf16 and fp16 should stay within 1 % of fp32. On a CPU fp16 is refused and TF32 is fp32. The table goes to OUT.md, every
-loss to OUT.json, as soon as a run ends.
+A 50M-parameter Taipan (experiments/precision.yaml) trains for 300 steps on the State of the Union addresses, each
+precision in a separate process through launch/pretrain.py, with the same weights, samples and gate noise. fp32 runs the
+reference operations in plain torch, the others the kernels. The losses are compared in windows of 20 steps; bf16 and
+fp16 should stay within 1 % of fp32. On a CPU fp16 is refused and TF32 is fp32. The table goes to OUT.md, every loss to
+OUT.json, whenever a run ends.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data_prep" / "sample" / "state_of_the_union.jsonl.gz"
 PRECISIONS = {
-    # in plain torch: what the kernels of the others are compared with, too
+    # in plain torch, so that the kernels of the others are compared with it, too
     "fp32": ["train.precision=fp32", "train.tf32=false", "ops.backend=reference"],
     "tf32": ["train.precision=fp32", "train.tf32=true"],
     "bf16": ["train.precision=bf16"],
@@ -34,7 +34,7 @@ PRECISIONS = {
 }
 
 
-def prepare(folder: Path, vocab_size: int) -> Path:
+def prepare_data(folder: Path, vocab_size: int) -> Path:
     """A sentencepiece tokenizer of the sample and the sample as token ids, made once; returns the ids' prefix."""
     prefix, tokenizer = folder / "text", folder / "tokenizer.model"
     if prefix.with_suffix(".idx").exists():
@@ -49,7 +49,7 @@ def prepare(folder: Path, vocab_size: int) -> Path:
 
 
 def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: float | None) -> dict:
-    """One training run of at most that many seconds; what its log says, or how it failed."""
+    """One training run of at most `seconds` seconds: the results from its log, or how it failed."""
     directory = work / name
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
     directory.mkdir(parents=True)
@@ -77,7 +77,7 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: floa
     valid = [record["ce"] for record in records if record["event"] == "valid"]
     scales = [record["loss_scale"] for record in steps if "loss_scale" in record]
     for path in directory.glob("step_*"):
-        shutil.rmtree(path)  # the weights are not what this is about
+        shutil.rmtree(path)  # only the losses are needed
     return {
         "ce": [record["ce"] for record in steps],
         "skipped": sum(record["skipped"] for record in steps),
@@ -93,9 +93,9 @@ def smoothed(losses: list[float | None], window: int) -> list[float]:
     return [sum(part) / len(part) if part else math.nan for part in parts]
 
 
-def compare(results: dict[str, dict], window: int) -> dict[str, dict]:
-    """Largest and last relative difference of the smoothed loss from fp32's over the steps that both have made, and
-    of the validation loss at the end."""
+def compare_losses(results: dict[str, dict], window: int) -> dict[str, dict]:
+    """Largest and last relative difference of the smoothed loss from fp32's over the steps that both have taken, and of
+    the validation loss at the end."""
     rows: dict[str, dict] = {}
     for name, result in results.items():
         if "failed" in result:
@@ -116,7 +116,7 @@ def compare(results: dict[str, dict], window: int) -> dict[str, dict]:
     return rows
 
 
-def table(rows: dict[str, dict], window: int) -> str:
+def comparison_table(rows: dict[str, dict], window: int) -> str:
     """The comparison as Markdown."""
     lines = [
         f"| precision | steps | loss, last {window} | validation loss | steps compared with fp32 | largest difference"
@@ -147,12 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=20, help="steps that are averaged before losses are compared")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--seconds", type=float, help="end each run after this long; its steps so far are compared")
-    parser.add_argument("--against", type=Path, help="JSON of an earlier call: its runs stand beside the new ones")
+    parser.add_argument("--against", type=Path, help="JSON of an earlier call: its runs are listed beside the new ones")
     parser.add_argument("--prepare", action="store_true", help="only make the tokenizer and the token ids")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of the runs, such as train.steps=20")
     options = parser.parse_args(arguments)
     work = options.work.resolve()
-    prefix = prepare(work / "data", options.vocab_size)
+    prefix = prepare_data(work / "data", options.vocab_size)
     if options.prepare:
         return 0
     overrides = [f"model.vocab_size={options.vocab_size}", *options.overrides]
@@ -164,18 +164,18 @@ def main(arguments: list[str] | None = None) -> int:
         waiting = {pool.submit(run, name, prefix, work, overrides, options.seconds): name for name in options.only}
         for done in as_completed(waiting):
             results[waiting[done]] = done.result()
-            write(options, about, {name: results[name] for name in PRECISIONS if name in results})
+            write_report(options, about, {name: results[name] for name in PRECISIONS if name in results})
     if all("failed" in result for result in results.values()):
         raise UserError("every run failed: " + "; ".join(f"{k}: {v['failed']}" for k, v in results.items()))
     return 0
 
 
-def write(options: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
+def write_report(options: argparse.Namespace, about: dict, results: dict[str, dict]) -> None:
     """Prints and keeps the comparison of the runs that have ended."""
-    rows = compare(results, options.window)
+    rows = compare_losses(results, options.window)
     content = {"about": about, "overrides": options.overrides, "window": options.window, "rows": rows, "runs": results}
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1))
-    text = table(rows, options.window)
+    text = comparison_table(rows, options.window)
     options.out.with_suffix(".md").write_text(text)
     print(text, flush=True)
 

@@ -6,8 +6,8 @@
 
 Each run is the network of real_text.yaml (or real_text_deep.yaml) with the layers and the gate of a recipe
 (experiments/recipes.py), and becomes a line of OUT (see real_text_score.py and real_text_report.py). A run that
-has a result there is skipped, and with --minutes none starts that would not end in time, so the whole can be made in
-parts. With several GPUs each takes a run.
+has a result there is skipped, and with --minutes none starts that would not end in time, so all runs can be made over
+several calls. With several GPUs each trains one run at a time.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.common import hardware
 from benchmarks.corpus import build_corpus
-from experiments.in_parts import make, read_made
-from experiments.real_text_report import read_log, table
+from experiments.in_parts import make_runs, read_results
+from experiments.real_text_report import read_log, results_table
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
@@ -33,16 +33,16 @@ from megatron_taipan.errors import UserError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, VOCABULARY = 220, 8192
-# Networks by the name of their file. Equal size: what is left of the attention layers' parameters goes into more
-# Mamba-2 blocks, or fewer.
+# Networks by the name of their file. Their sizes are equal: models without attention layers, or with larger ones, have
+# more Mamba-2 blocks, or fewer.
 PATTERNS = {
     "real_text": {"M": "(M*8)*2", "W": "(M*6 W)*2", "A": "(M*6 A)*2", "S": "(M*6 S)*2", "transformerpp": "A*8"},
     "real_text_deep": {"M": "(M*8)*5", "W": "(M*6 W)*5", "A": "(M*6 A)*5", "S": "(M*6 S)*5", "transformerpp": "A*22"},
 }
 
 
-def plan(options: argparse.Namespace) -> list[dict]:
-    """The runs asked for, and of each all that its outcome depends on."""
+def real_text_runs(options: argparse.Namespace) -> list[dict]:
+    """The runs asked for, each with everything that its outcome depends on."""
     text = f"{options.data.name} {IndexedReader(options.data).fingerprint[:8]}"
     patterns = PATTERNS[options.network]
     network = {} if options.network == "real_text" else {"network": options.network}  # lines from before there were two
@@ -81,7 +81,7 @@ def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) ->
     scored = directory / "score.json"
     call(["-m", "experiments.real_text_score", str(directory), "--out", str(scored)], directory / "said.txt", gpu)
     for path in [] if keep else directory.glob("step_*"):
-        shutil.rmtree(path)  # the weights are not what this is about
+        shutil.rmtree(path)  # only the scores are needed
     seconds = {"training": round(trained - began, 1), "scoring": round(time.perf_counter() - trained, 1)}
     return {**read_log(directory / "log.jsonl"), **json.loads(scored.read_text()), "seconds": seconds}
 
@@ -90,7 +90,7 @@ def call(program: list[str], said: Path, gpu: str | None) -> None:
     """Runs a program of this repository on one GPU.
 
     Raises:
-        RuntimeError: it failed; with the last it said.
+        RuntimeError: it failed; with its last lines of output.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     if gpu is not None:
@@ -103,7 +103,7 @@ def call(program: list[str], said: Path, gpu: str | None) -> None:
         raise RuntimeError(f"{program[:2]}: status {status}: {' / '.join(said.read_text().splitlines()[-3:])}")
 
 
-def prepare(prefix: Path) -> None:
+def prepare_corpus(prefix: Path) -> None:
     """The corpus, a tokenizer of it, and its tokens, made once."""
     if prefix.with_suffix(".idx").exists():
         return
@@ -118,7 +118,7 @@ def prepare(prefix: Path) -> None:
 
 
 def gpu_names() -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES can name; [None] without a GPU: one run at a time."""
+    """The GPUs as CUDA_VISIBLE_DEVICES names them; [None] without a GPU: one run at a time."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     return list(names) or [None]
@@ -147,18 +147,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     prefix = options.data.resolve()
     if options.prepare:
-        prepare(prefix)
+        prepare_corpus(prefix)
     elif not options.table:
         if not prefix.with_suffix(".idx").exists():
             raise UserError(f"--data={options.data}: no such .bin/.idx pair; --prepare makes it")
         about, one = hardware(), partial(run, prefix=prefix, work=options.work.resolve(), keep=options.keep)
-        left = make(
-            options.out, plan(options), lambda what, gpu: one(what, gpu) | {"about": about}, options.minutes,
-            places=gpu_names(), expected=options.expect,
+        left = make_runs(
+            options.out, real_text_runs(options), lambda what, gpu: one(what, gpu) | {"about": about}, options.minutes,
+            devices=gpu_names(), expected=options.expect,
         )  # fmt: skip
         print(f"{left} of the runs asked for have no result yet", flush=True)
     if not options.prepare:
-        print(table(read_made(options.out)))
+        print(results_table(read_results(options.out)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the runs of experiments/real_text.py say: from their logs, and all of them as a table."""
+"""Results of the runs of experiments/real_text.py: from their logs, and all of them as a table."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from megatron_taipan.layer_kinds.metrics import logged
 
-LAST = 50  # steps at the end of a run that stand for it
+LAST = 50  # steps at the end of a run that are averaged
 POINTS = 12  # of a run's course
 
 
@@ -46,10 +46,10 @@ def read_log(log: Path) -> dict:
     }
 
 
-def table(records: list[dict]) -> str:
-    """Markdown: for each corpus and length of run a line a recipe and setting, in the order of their losses.
+def results_table(records: list[dict]) -> str:
+    """Markdown: for each corpus and length of run one line per recipe and setting, in the order of their losses.
 
-    A loss is the mean over the seeds in nats a token, with half of their spread; the columns behind "all" are the
+    A loss is the mean over the seeds in nats per token, with half of their spread; the columns after "all" are the
     classes of evaluation/recall_tokens.py. Shares selected are given layer by layer.
     """
     sets: dict[str, dict[str, list[dict]]] = {}
@@ -69,7 +69,7 @@ def one_table(rows: dict[str, list[dict]]) -> str:
     heads = ["recipe", "parameters", "seeds", *classes, "selected: training", "evaluation", "tokens/s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for label, runs in sorted(rows.items(), key=lambda item: fmean(r["by_distance"]["all"][0] for r in item[1])):
-        losses = [told([r["by_distance"][name][0] for r in runs]) for name in classes]
+        losses = [mean_and_spread([r["by_distance"][name][0] for r in runs]) for name in classes]
         shares = [
             ", ".join(f"{fmean(layer):.2f}" for layer in zip(*(by_layer(r[key]) for r in runs), strict=True)) or "–"
             for key in ("selected_training", "selected_evaluation")
@@ -84,7 +84,7 @@ def by_layer(shares: dict[str, float] | list[float]) -> list[float]:
     return list(shares.values()) if isinstance(shares, dict) else shares
 
 
-def told(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
     """The mean, and half of the spread where there are several."""
     spread = f" ±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
     return f"{fmean(values):.3f}{spread}"

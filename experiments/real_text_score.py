@@ -1,9 +1,9 @@
-"""`python -m experiments.real_text_score RUN --out FILE`: what real_text.py wants to know of a trained model.
+"""`python -m experiments.real_text_score RUN --out FILE`: scores a trained model for real_text.py.
 
 Writes JSON:
     by_distance     class -> [mean cross entropy in nats, tokens] on the held-out documents; "all", and the classes of
                     evaluation/recall_tokens.py by distance in tokens: "new", "1-64", ..., ">4096"
-    by_context      tokens of context -> mean cross entropy on held-out documents that are longer; null: none is
+    by_context      tokens of context -> mean cross entropy on held-out documents that are longer; null: there are none
     params          parameters of the network
 """
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = pick_device("auto")
     model, _, config = load_model(options.run, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if config is None:
-        raise UserError(f"{options.run} is no run of launch/pretrain.py")
+        raise UserError(f"{options.run} is not a run of launch/pretrain.py; name the checkpoint folder of one")
     model.to(device)
     # the same samples whatever the run's order of samples was
     data, vocab = config.data.model_copy(update={"seed": 0}), config.model.vocab_size
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             by_distance[name] = [nats / tokens, tokens]
     by_context: dict[int, float | None] = {}
     for length in CONTEXTS:
-        # whole documents: a longer row of packed short ones has no longer context
+        # whole documents: in a longer row of packed short ones the context is not longer
         try:
             long = build_dataset(data.model_copy(update={"seq_len": length, "one_document": True}), "valid", vocab)
             by_context[length] = score(model, long, samples=options.tokens // length, batch=max(1, 32768 // length)).ce

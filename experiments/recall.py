@@ -1,16 +1,16 @@
-"""Multi-query associative recall: can the model look up what it read, and can the gate learn which tokens must?
+"""Multi-query associative recall: can the model look up what it read, and can the gate learn which tokens need to?
 
 The task (arXiv 2312.04927, Zoology): a row shows n key-value pairs, then asks for the values of the keys in random
-order among filler tokens. A state of fixed size must hold all pairs; attention can go back and look. The score is the
+order among filler tokens. A state of fixed size must hold all pairs; attention can look back. The score is the
 fraction of asked values that the model ranks first, on rows it has never seen.
 
     python -m experiments.recall --recipes mamba2 samba paper anneal-all-add --seeds 0 1 2 --minutes 8
     python -m experiments.recall --recipes anneal-all-add --capacity 0.05 0.1 0.3
     python -m experiments.recall --table
 
-Every run (see experiments/recipes.py) becomes a line of OUT, runs/recall.jsonl unless told; a call makes those
-that are missing. `--table` makes Markdown and pictures of them, beside OUT. On a GPU the layers are CUDA graphs and the
-host never waits for the device; `--small` is a toy for a CPU.
+Every run (see experiments/recipes.py) becomes a line of OUT, by default runs/recall.jsonl; a call makes those that are
+missing. `--table` makes Markdown and pictures of them, beside OUT. On a GPU the layers are CUDA graphs and the host
+never waits for the device; `--small` is a toy for a CPU.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from benchmarks.common import hardware
 from experiments.gate_vectors import GateVectors, log_of
-from experiments.in_parts import make, read_made
-from experiments.recall_report import report
+from experiments.in_parts import make_runs, read_results
+from experiments.recall_report import make_report
 from experiments.recall_task import SMALL, Settings, make_batch, make_rows
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import AttentionConfig, GateConfig, MambaConfig, ModelConfig, OptimConfig
@@ -37,12 +37,12 @@ from megatron_taipan.model.blocks import SelectiveAttentionBlock
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train.schedule import learning_rate
 
-LAST = 50  # steps that the metrics at the end of training are the mean of
+LAST = 50  # steps at the end of training over which the metrics are averaged
 TOKENS_AT_ONCE = 65536  # of a scoring pass: its logits are float32 [tokens, vocab]
 
 
 def pattern_of(recipe: str) -> str:
-    """An attention layer among four of Mamba-2; those without another kind of layer are about as large."""
+    """An attention layer among four of Mamba-2; patterns with one kind of layer give about the same size."""
     whole = {"mamba2": "M*6", "transformerpp": "A*5"}
     return whole.get(recipe, f"M*2 {RECIPES[recipe].attention} M*2")
 
@@ -61,7 +61,7 @@ def gates_of(model: Taipan) -> list[torch.nn.Module]:
     return [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
 
 
-def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def train_recall(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Loss [steps] and the layers' metrics [steps, n]; every model sees the same rows in the same order."""
     optim = OptimConfig(lr=s.lr, min_lr=0.0, warmup_steps=s.warmup)
     optimizer = torch.optim.AdamW(
@@ -91,9 +91,9 @@ def train(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[
 
 
 @torch.no_grad()
-def score(model: Taipan, s: Settings, n_pairs: int, seed: int, device: torch.device) -> dict[str, float]:
-    """Fractions on unseen rows: accuracy, of asked values that are ranked first; with gates also how much is selected
-    of all tokens, of those that ask and of the others. A model in training mode draws what it selects."""
+def score_recall(model: Taipan, s: Settings, n_pairs: int, seed: int, device: torch.device) -> dict[str, float]:
+    """Fractions on unseen rows: accuracy, the share of asked values that are ranked first; with gates also the share
+    selected of all tokens, of those that ask and of the others. A model in training mode draws what it selects."""
     rows = make_rows(s, n_pairs, s.test_rows, torch.Generator().manual_seed(9000 + seed))
     tokens, labels = (t.to(device) for t in rows)
     chosen: list[Tensor] = []  # [b, l] bool, of each gate in each part
@@ -116,21 +116,21 @@ def score(model: Taipan, s: Settings, n_pairs: int, seed: int, device: torch.dev
 
 
 def run(what: dict, device: torch.device) -> dict:
-    """Trains and scores one run of `plan`."""
+    """Trains and scores one run of `recall_runs`."""
     s, seed = Settings(**what["settings"]), what["seed"]
     began = time.perf_counter()
     model = make_model(what["pattern"], what["gate"], s, seed).to(device)
     graphs = device.type == "cuda" and model.graphable
     if graphs:
         model.capture(s.batch, s.seq_len)
-    losses, metrics = train(model, s, seed, device)
+    losses, metrics = train_recall(model, s, seed, device)
     model.release_graphs()
     trained = time.perf_counter()
     model.eval()
     every = sorted({*s.pairs, *s.score_pairs})
 
     def scores() -> dict[int, dict[str, float]]:
-        return {n: score(model, s, n, seed, device) for n in every}
+        return {n: score_recall(model, s, n, seed, device) for n in every}
 
     result: dict[str, Any] = {
         "params": model.num_params(), "graphs": graphs, "loss": losses[-LAST:].mean().item(),
@@ -141,7 +141,7 @@ def run(what: dict, device: torch.device) -> dict:
         model.train()
         result["scores"]["training"] = scores()
         model.eval()
-    if gates_of(model) and model.config.gate.noise != "random":  # which no threshold changes
+    if gates_of(model) and model.config.gate.noise != "random":  # a threshold changes nothing there
         held_out = [make_rows(s, n, s.test_rows // 2, torch.Generator().manual_seed(7000 + seed))[0] for n in s.pairs]
         batches: list[dict[str, Any]] = [{"tokens": t.to(device), "seq_idx": None} for t in held_out]
         result["thresholds"] = calibrate(model, batches)
@@ -150,9 +150,9 @@ def run(what: dict, device: torch.device) -> dict:
     return result | {"train_seconds": round(trained - began, 1)}
 
 
-def plan(options: argparse.Namespace, s: Settings) -> list[dict]:
-    """The runs asked for, each once, and of each all that its outcome depends on. One seed of all recipes comes first:
-    a call that stops early leaves something to compare."""
+def recall_runs(options: argparse.Namespace, s: Settings) -> list[dict]:
+    """The runs asked for, each once, with everything that its outcome depends on. One seed of all recipes comes first,
+    so that a call that stops early leaves something to compare."""
     sweeps = [x or [None] for x in (options.capacity, options.tau, options.budget_lambda, options.window)]
     runs: list[dict] = []
     for seed, recipe, capacity, tau, budget_lambda, window in product(options.seeds, options.recipes, *sweeps):
@@ -164,13 +164,13 @@ def plan(options: argparse.Namespace, s: Settings) -> list[dict]:
             "recipe": recipe, "changes": changes, "seed": seed, "pattern": pattern_of(recipe),
             "gate": gate_options(recipe, **changes), "settings": asdict(here),
         }  # fmt: skip
-        if what not in runs:  # a sweep of the gate does not change a model without
+        if what not in runs:  # a sweep of the gate does not change a model without one
             runs.append(what)
     return runs
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """The command line, and the settings that it leads to."""
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """The command line, and the settings that follow from it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/recall.jsonl"), help="file of the runs")
     parser.add_argument("--table", action="store_true", help="only make the tables and pictures of the runs in OUT")
@@ -191,7 +191,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     given: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name != "window"}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     s = replace(SMALL if options.small else Settings(), **given)
-    # In longer rows as large a part of the tokens asks, unless told otherwise.
+    # In longer rows the same share of the tokens asks, unless --pairs is given.
     pairs = s.pairs if "pairs" in given else tuple(s.seq_len // part for part in (16, 8, 4))
     s = replace(s, window=s.seq_len, pairs=pairs)
     s.check()
@@ -201,14 +201,15 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The program."""
-    options, s = parse(arguments)
+    options, s = parse_arguments(arguments)
     if options.table:
-        records = [r for r in read_made(options.out) if r["run"]["recipe"] in options.recipes]
-        print(report(records, options.out))
+        records = [r for r in read_results(options.out) if r["run"]["recipe"] in options.recipes]
+        print(make_report(records, options.out))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = hardware()
-    left = make(options.out, plan(options, s), lambda what, _: run(what, device) | {"about": about}, options.minutes)
+    wanted = recall_runs(options, s)
+    left = make_runs(options.out, wanted, lambda what, _: run(what, device) | {"about": about}, options.minutes)
     print(f"{left} of the runs asked for have no result yet", flush=True)
     return 0
 

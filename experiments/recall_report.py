@@ -10,7 +10,7 @@ from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.pattern import parse_pattern
 
 
-def report(records: list[dict], out: Path) -> str:
+def make_report(records: list[dict], out: Path) -> str:
     """Markdown with a table for each setting, which is also written beside `out`, with its pictures.
 
     Args:
@@ -21,7 +21,7 @@ def report(records: list[dict], out: Path) -> str:
         settings = next(iter(groups.values()))[0]["run"]["settings"]
         pairs = [str(n) for n in sorted({*settings["pairs"], *settings["score_pairs"]})]
         trained = [str(n) for n in settings["pairs"]]
-        text.append(f"Rows of {about}:\n\n{table(groups, pairs, trained)}")
+        text.append(f"Rows of {about}:\n\n{recall_table(groups, pairs, trained)}")
         end = f"-{settings['seq_len']}-{number + 1}.svg"
         stem.with_name(f"{stem.name}-pairs{end}").write_text(by_pairs(groups, pairs, settings["seq_len"]))
         stem.with_name(f"{stem.name}-share{end}").write_text(by_share(groups, trained))
@@ -56,8 +56,8 @@ def figure(records: list[dict], mode: str, pairs: list[str], name: str) -> list[
     return [mean(r["result"]["scores"][mode][n][name] for n in pairs) for r in records]
 
 
-def told(values: list[float]) -> str:
-    """The mean and, of several, each."""
+def mean_and_values(values: list[float]) -> str:
+    """The mean, and where there are several values, each of them."""
     each = f" ({', '.join(f'{v:.2f}' for v in values)})" if len(values) > 1 else ""
     return f"{mean(values):.2f}{each}"
 
@@ -70,8 +70,8 @@ def first_gate(result: dict) -> dict[str, float]:
     return {name: next(iter(logged(measured, name).values())) for name in GATE_METRICS} if measured else {}
 
 
-def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -> str:
-    """One row a recipe, and where its gate has thresholds to calibrate, one with those."""
+def recall_table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -> str:
+    """One row per recipe, and another one with calibrated thresholds where its gate has them."""
     heads = ["recipe", "pattern", "parameters", *(f"{n} pairs" for n in pairs), "mix", "selected in training"]
     heads += ["selected", "of asking tokens", "of others", "alpha", "entropy", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -81,12 +81,13 @@ def table(groups: dict[str, list[dict]], pairs: list[str], trained: list[str]) -
         for mode in [m for m in ("evaluation", "calibrated") if m in first["scores"]]:
             cells = [name + (", calibrated" if mode == "calibrated" else ""), f"`{records[0]['run']['pattern']}`"]
             cells.append(f"{first['params']:,}")
-            cells += [told(figure(records, mode, [n], "accuracy")) for n in pairs]
-            cells.append(told(figure(records, mode, trained, "accuracy")))
+            cells += [mean_and_values(figure(records, mode, [n], "accuracy")) for n in pairs]
+            cells.append(mean_and_values(figure(records, mode, trained, "accuracy")))
             if gates:
-                cells.append(told([g["selected"] for g in gates]))
-                cells += [told(figure(records, mode, trained, of)) for of in ("selected", "asking", "others")]
-                cells += [told([g[of] for g in gates]) for of in ("alpha", "entropy")]
+                cells.append(mean_and_values([g["selected"] for g in gates]))
+                shares = ("selected", "asking", "others")
+                cells += [mean_and_values(figure(records, mode, trained, share)) for share in shares]
+                cells += [mean_and_values([g[of] for g in gates]) for of in ("alpha", "entropy")]
             else:
                 cells += ["–"] * 6
             cells.append(f"{mean(r['result']['seconds'] for r in records):.0f}")
@@ -104,8 +105,8 @@ def by_pairs(groups: dict[str, list[dict]], pairs: list[str], seq_len: int) -> s
 
 
 def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
-    """Accuracy on the trained mix against the share of tokens that attend in evaluation, a point each label. Without a
-    gate that is all of them where a layer attends, else none."""
+    """Accuracy on the trained mix against the share of tokens that attend in evaluation, one point per label. Without a
+    gate that is all tokens where a layer attends, else none."""
     series: dict[str, list[tuple[float, float, str]]] = {}
     for name, records in groups.items():
         run = records[0]["run"]

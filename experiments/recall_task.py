@@ -36,8 +36,8 @@ class Settings:
         keys, most = self.vocab_size // 2 - 1, max(self.pairs + self.score_pairs)
         if most > keys or 3 * most > self.seq_len:
             raise UserError(
-                f"{most} pairs need {3 * most} tokens and {most} keys; rows have {self.seq_len} tokens, of vocab_size="
-                f"{self.vocab_size} are {keys} keys: choose fewer pairs or longer rows"
+                f"{most} pairs need {3 * most} tokens and {most} keys; rows have {self.seq_len} tokens, and vocab_size="
+                f"{self.vocab_size} has {keys} keys: choose fewer pairs or longer rows"
             )
         if self.batch % len(self.pairs):
             raise UserError(f"batch={self.batch} is not divisible by the {len(self.pairs)} numbers of pairs")
@@ -50,10 +50,10 @@ SMALL = Settings(
 
 
 def make_rows(s: Settings, n_pairs: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """tokens and labels [rows, seq_len] on the generator's device; labels are -1 where nothing is asked.
+    """Tokens and labels [rows, seq_len] on the generator's device; labels are -1 where nothing is asked.
 
     Ids: 0 is filler, keys are 1 .. v/2 - 1, values v/2 .. v - 1. The row: k1 v1 k2 v2 ... then every key once more, in
-    random order at random places; the label at such a key is its value.
+    random order at random positions; the label at such a key is its value.
     """
     half = s.vocab_size // 2
     on: dict[str, Any] = {"generator": generator, "device": generator.device}
@@ -63,14 +63,14 @@ def make_rows(s: Settings, n_pairs: int, rows: int, generator: torch.Generator) 
     labels = torch.full_like(tokens, -1)
     tokens[:, 0 : 2 * n_pairs : 2], tokens[:, 1 : 2 * n_pairs : 2] = keys, values
     room = s.seq_len - 2 * n_pairs
-    places = torch.rand(rows, room, **on).topk(n_pairs).indices + 2 * n_pairs  # of key 0, 1, ...
-    tokens.scatter_(1, places, keys)
-    labels.scatter_(1, places, values)
+    positions = torch.rand(rows, room, **on).topk(n_pairs).indices + 2 * n_pairs  # of key 0, 1, ...
+    tokens.scatter_(1, positions, keys)
+    labels.scatter_(1, positions, values)
     return tokens, labels
 
 
 def make_batch(s: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """tokens and labels [batch, seq_len], as many rows of each number of pairs."""
+    """Tokens and labels [batch, seq_len], with equally many rows for each number of pairs."""
     parts = [make_rows(s, n, s.batch // len(s.pairs), generator) for n in s.pairs]
     tokens, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return tokens, labels

@@ -1,9 +1,9 @@
-"""How far do runs drift apart that differ by rounding alone? A deep network learns one batch of random tokens.
+"""How far do runs drift apart that differ only by rounding? A deep network learns one batch of random tokens.
 
     torchrun --nproc_per_node N -m experiments.rounding [--precision fp32] [--perturb 1e-3]
 
 N processes are one tensor-parallel group; 35 layers `(M*6 S)*5`, reference operations, 11 steps. Prints their losses.
-What the figures are for stands in docs/performance.md, under several GPUs.
+docs/performance.md, under several GPUs, says what the figures are for.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 620, 340, 60, 200, 20, 50  # pixels; the legend stands at the right
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 620, 340, 60, 200, 20, 50  # pixels; the legend is on the right
 ROW = 15  # of the legend
 
 
@@ -16,7 +16,7 @@ class Series(NamedTuple):
 
 
 def colour(index: int) -> str:
-    """Neighbours in the legend lie far apart on the colour wheel."""
+    """Neighbours in the legend are far apart on the colour wheel."""
     return f"hsl({index * 137.5 % 360:.0f},70%,{(42, 58)[index // 8 % 2]}%)"
 
 
@@ -43,11 +43,11 @@ def chart(series: list[Series], ticks: dict[float, str], caption: str) -> str:
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{height - 10}" text-anchor="middle">{escape(caption)}</text>')
     for row, one in enumerate(series):
         paint = colour(row)
-        places = [(x(a), y(b)) for a, b in one.points]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        points = [(x(a), y(b)) for a, b in one.points]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{paint}"/>' for a, b in places]
-        for (a, b), word in zip(places, one.marks, strict=False):
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{paint}"/>' for a, b in points]
+        for (a, b), word in zip(points, one.marks, strict=False):
             parts.append(f'<text x="{a + 5:.1f}" y="{b - 5:.1f}" font-size="9" fill="{paint}">{escape(word)}</text>')
         legend = f'x="{right + 15}" y="{TOP + 5 + ROW * row}" fill="{paint}"'
         parts.append(f"<text {legend}>{escape(one.name)}</text>")

@@ -1,10 +1,10 @@
-"""What does a second process gain: for `data_prep tokenize`, and for the fast tokenizer library alone, its ceiling?
+"""What does a second process gain for `data_prep tokenize`, and for the fast tokenizer library alone, its upper limit?
 
     python -m experiments.worker_scaling --corpus CORPUS.jsonl --tokenizer tokenizer.json --rounds 5
 
-Each round runs one process bound to a core and then two, of the library alone and of `data_prep`, so that what else the
-machine does falls on all of them. Printed are all seconds, and medians with the efficiency, time of one / (2 x time of
-two). The library's documents are in memory before its clock starts.
+Each round runs one process bound to a core and then two, of the library alone and of `data_prep`, so that other work on
+the machine affects all of them. Prints all seconds, and medians with the efficiency, time of one / (2 x time of two).
+The library's documents are in memory before its clock starts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def encode(arguments: argparse.Namespace, rank: int, processes: int, start: Any,
     results.put(time.perf_counter() - began)
 
 
-def library(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
+def time_library(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
     """Seconds until the last of the processes is done."""
     start = Barrier(processes)
     results: Any = Queue()
@@ -50,7 +50,7 @@ def library(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
     return {"library alone": max(seconds)}
 
 
-def ours(arguments: argparse.Namespace, workers: int) -> dict[str, float]:
+def time_data_prep(arguments: argparse.Namespace, workers: int) -> dict[str, float]:
     """Seconds of a whole `data_prep tokenize`, and of its tokenizing; one worker is bound to one core."""
     cores = sorted(os.sched_getaffinity(0))[:workers]
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, dict[int, list[float]]] = {}
     for _ in range(arguments.rounds):
-        for measure in (library, ours):
+        for measure in (time_library, time_data_prep):
             for processes in (1, 2):
                 for name, seconds in measure(arguments, processes).items():
                     found.setdefault(name, {1: [], 2: []})[processes].append(seconds)

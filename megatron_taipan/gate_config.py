@@ -47,8 +47,8 @@ Scheduled = Annotated[Annotated[float, Tag("constant")] | Annotated[Schedule, Ta
 def at_the_end(value: float | Schedule) -> float:
     """The final value of a constant or a schedule, which evaluation, exports and estimates of cost use.
 
-    It does not ask for the class Schedule: transformers runs an exported folder's files twice, for the configuration and
-    for the model, and a schedule that one of them made is not an instance of the other's class.
+    It does not ask for the class Schedule: transformers runs an exported folder's files twice, for the configuration
+    and for the model, and a schedule that one of them made is not an instance of the other's class.
     """
     return value if isinstance(value, int | float) else value.end
 

@@ -162,7 +162,7 @@ def test_missing_sections_and_files_are_named(tmp_path):
         with pytest.raises(UserError, match=word):
             load_config(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_bytes(b"\x80\x02}")  # some other file, given by mistake
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(UserError, match="not text"):
         load_config(tmp_path / "c.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Finding the layer that first gave a value that is not finite."""
+"""Finding the layer that first produced a value that is not finite."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def first_not_finite(engine: Any, batches: list[Batch], *, step: int, gate: Gate
 
 @torch.no_grad()
 def _first_module(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> str | None:
-    """The innermost module that first gave a value that is not finite; None if all are."""
+    """The innermost module that first produced a value that is not finite; None if all are finite."""
     found: list[str] = []
     handles = []
     staged = hasattr(engine.module, "modules_by_full_name")

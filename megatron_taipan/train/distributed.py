@@ -1,7 +1,7 @@
 """Which process this is, and how the processes of a run find each other.
 
-The same program starts under `deepspeed`, `torchrun`, `srun` or plain `python`: each leaves its marks in the
-environment, and `find_place` reads them. `start_processes` then joins the run.
+The same program starts under `deepspeed`, `torchrun`, `srun` or plain `python`: each sets its own environment
+variables, and `find_place` reads them. `start_processes` then joins the run.
 """
 
 import os
@@ -33,7 +33,7 @@ class Unreachable(UserError):
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place among all processes of the run."""
+    """This process's rank among all processes of the run."""
 
     rank: int  # 0 <= rank < world_size
     world_size: int
@@ -45,14 +45,14 @@ class RankInfo:
 
 
 def find_place(env: Mapping[str, str]) -> RankInfo:
-    """Reads this process's place from environment variables.
+    """Reads this process's rank from environment variables.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun they
     come from SLURM's variables; those of a *step* are asked for, because a batch script itself (outside srun) carries
     SLURM_PROCID and SLURM_NTASKS too, and would wait for tasks that never start.
 
     Raises:
-        UserError: a variable is missing or no number, or an MPI launcher started several processes.
+        UserError: a variable is missing or not a number, or an MPI launcher started several processes.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         place = RankInfo(
@@ -85,9 +85,9 @@ def find_place(env: Mapping[str, str]) -> RankInfo:
 
 
 def refuse_mpi(env: Mapping[str, str]) -> None:
-    """Raises UserError if `mpirun` started several processes and nobody translated its variables.
+    """Raises UserError if `mpirun` started several processes and its variables were not translated.
 
-    It does not tell where rank 0 listens, so each of them would train alone (Open MPI, MPICH and MVAPICH).
+    They do not say where rank 0 listens, so each process would train alone (Open MPI, MPICH and MVAPICH).
     """
     for mpi in ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"):
         if _number(env, f"{mpi}SIZE", 1) > 1:
@@ -113,7 +113,7 @@ def first_host(nodelist: str) -> str:
 
 
 def _expanded(nodelist: str) -> list[str]:
-    """All hosts of a list as SLURM itself expands it; none where its command is not installed or does not answer."""
+    """All hosts of a list as SLURM itself expands it; empty where its command is not installed or does not answer."""
     try:
         told = subprocess.run(
             ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=10, check=True
@@ -124,7 +124,7 @@ def _expanded(nodelist: str) -> list[str]:
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
-    """The same for every task of a step, another for each step, for jobs that may share a host, and for a restart.
+    """The same port for every task of a step, and another for each step, job (jobs may share a host) and restart.
 
     It stays below 32768, where Linux begins to take ports for outgoing connections.
     """
@@ -133,7 +133,7 @@ def _slurm_port(env: Mapping[str, str]) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
+    """A TCP port of this host that is not in use now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -174,7 +174,7 @@ def start_processes(place: RankInfo, device: torch.device, timeout_s: float) -> 
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
     )
-    if OMPI_LOCAL in os.environ:  # of an mpirun further out; DeepSpeed fails where it is not LOCAL_RANK
+    if OMPI_LOCAL in os.environ:  # from an outer mpirun; DeepSpeed fails where it is not LOCAL_RANK
         os.environ[OMPI_LOCAL] = str(place.local_rank)
     deepspeed = import_deepspeed(device)
     if device.type == "cuda":
@@ -201,7 +201,7 @@ def start_processes(place: RankInfo, device: torch.device, timeout_s: float) -> 
 
 
 def stop_processes() -> None:
-    """Leaves the run in good order."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -226,4 +226,4 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return default
     with suppress(ValueError):
         return int(text)
-    raise UserError(f"the environment variable {name}={text!r} is no whole number")
+    raise UserError(f"the environment variable {name}={text!r} is not a whole number")

@@ -1,4 +1,4 @@
-"""What a configuration would do, found out on the meta device: no GPU, no memory, no other process."""
+"""What a configuration would do, determined on the meta device: no GPU, no memory, no other process."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +20,7 @@ from megatron_taipan.train.shortfalls import shortfalls
 
 
 def dry_run(config: Config, processes: int) -> Iterator[str]:
-    """Builds and checks everything for that many processes; gives the report line by line, the data last.
+    """Builds and checks everything for that many processes; yields the report line by line, the data last.
 
     Raises:
         UserError: the layout or the data do not fit.
@@ -77,7 +77,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
 
 
 def largest_stage(model: Taipan, config: Config) -> int:
-    """Parameters of the pipeline stage that holds most, of one tensor rank; without a pipeline, all of them."""
+    """Parameters, on one tensor rank, of the pipeline stage that has most; without a pipeline, all of them."""
     stages = config.parallel.pipeline
     if stages == 1:
         return count_parameters(model)

@@ -33,11 +33,11 @@ def evaluate(
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
 
     Every rank runs the same number of micro-batches, since ZeRO-3 gathers parameters along the way. In the last round
-    some hold fewer rows, the wanted ones, or one that does not count: filled up, they would change the gates' means.
+    some hold fewer rows (only the wanted ones, or one that does not count): padding would change the gates' means.
 
     Args:
-        gate: with a budget of the batch all samples count as one batch; C is where its schedule leads to.
-        beat: called after every micro-batch: however long it all takes, it does not hang.
+        gate: with a budget of the batch all samples count as one batch; C is the final value of its schedule.
+        beat: called after every micro-batch, so that a long evaluation is not taken for a hang.
     """
     samples = min(samples, len(dataset))
     together = micro_batch * groups.data_size
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
-    """[loss, ce, budget, layers' metrics] of one micro-batch; entries that other stages hold are 0."""
+    """[loss, ce, budget, layers' metrics] of one micro-batch; entries of other stages are 0."""
     if groups.pipeline_size > 1:
         from megatron_taipan.engine.pipeline import score_pipeline
 
@@ -91,7 +91,7 @@ def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
 
 
 def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
-    """Adds up what the stages hold of [ce, tokens, rows, layers' metrics ...]; all of them counted tokens and rows."""
+    """Adds up the stages' parts of [ce, tokens, rows, layers' metrics ...]; all of them counted tokens and rows."""
     joined = sums.clone()
     dist.all_reduce(joined)
     joined /= dist.get_world_size() / groups.pipeline_size

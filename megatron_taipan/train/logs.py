@@ -1,6 +1,6 @@
-"""Where the words and numbers of a run go: JSONL, TensorBoard, Weights & Biases, a text file of every rank.
+"""Where messages and numbers of a run go: JSONL, TensorBoard, Weights & Biases, a text file of every rank.
 
-None of them may end a run: a log that cannot be written is told of once, and training goes on.
+None of them may end a run: a log that cannot be written is reported once, and training goes on.
 """
 
 import json
@@ -51,7 +51,7 @@ class JsonLines:
             self.handle = None
 
     def _open(self) -> int:
-        """Opens the file if it is not, or no longer the one that stands under the name; ends a line cut in two."""
+        """Opens the file if it is closed or another one now has its name; removes a last line that is cut in two."""
         if self.handle is not None:
             try:
                 if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
@@ -63,7 +63,7 @@ class JsonLines:
         size = os.fstat(self.handle).st_size
         start = max(size - (1 << 20), 0)
         tail = os.pread(self.handle, size - start, start)
-        if tail and not tail.endswith(b"\n"):  # a killed process' last line: half a record is none
+        if tail and not tail.endswith(b"\n"):  # half a record: the last line of a killed process
             os.ftruncate(self.handle, start + tail.rfind(b"\n") + 1)
         return self.handle
 
@@ -78,7 +78,7 @@ def append(handle: int, line: bytes) -> None:
 
 
 def records_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, last one first; lines that are no JSON are left out."""
+    """The records of a JSONL file, last one first; lines that are not JSON are left out."""
     try:
         file = open(path, "rb")
     except OSError:
@@ -101,7 +101,7 @@ class TextLog:
     """`logs/rank_00000.log` in the run's folder: rotating, one for every rank, standard library's logging."""
 
     def __init__(self, config: Config, rank: int):
-        self.logger = logging.Logger(f"rank {rank}")  # of its own: other runs in this process have theirs
+        self.logger = logging.Logger(f"rank {rank}")  # a separate one: other runs in this process have theirs
         self.handler: logging.Handler | None = None
         if config.log.text_mb:
             file = Path(config.checkpoint.dir) / TEXT / f"rank_{rank:05d}.log"
@@ -116,7 +116,7 @@ class TextLog:
 
     def close(self) -> None:
         if self.handler is not None:
-            with suppress(OSError):  # what a full disk did not take is lost
+            with suppress(OSError):  # what did not fit on a full disk is lost
                 self.handler.close()
 
 
@@ -152,7 +152,7 @@ def open_boards(config: Config, step: int) -> tuple[list[Any], list[str]]:
                 boards.append(kind(config, step))
             except UserError:
                 raise
-            except Exception as error:  # whatever the library raises, it is no reason not to train
+            except Exception as error:  # whatever the library raises, training goes on
                 faults.append(f"{kind.name} is off: {type(error).__name__}: {error}")
     return boards, faults
 

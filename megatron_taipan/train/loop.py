@@ -119,7 +119,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         for shortfall in shortfalls(config, progress.step, progress.run_steps):
             metrics.note("warning", shortfall)
         if unlike:
-            metrics.note("init", f"the network of checkpoint.init={c.init} computed otherwise: {'; '.join(unlike)}")
+            metrics.note("init", f"the network of checkpoint.init={c.init} computed differently: {'; '.join(unlike)}")
         if loaded.config is not None:
             for change in changed_settings(loaded.config, config):
                 metrics.note("changed", f"differs from the checkpoint's {change}")
@@ -148,7 +148,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         tokens_per_step = t.global_batch * config.data.seq_len
         streak, before_streak = 0, progress
         watchdog.beat()  # the start is done
-        stopping = any_rank(signals.reason() is not None, device)  # told to stop while it started
+        stopping = any_rank(signals.reason() is not None, device)  # a signal came while it started
         if progress.step == 0 and not stopping:
             validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
@@ -186,7 +186,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 tokens=progress.tokens + tokens_per_step,
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
-                # where logits were NaN a gate selected nothing: that is no share to steer by
+                # where logits were NaN a gate selected nothing: that share must not steer the next step
                 shares=progress.shares
                 if result.skipped
                 else model.layer_metrics.of_gates(result.layer_metrics, "selected"),
@@ -250,7 +250,7 @@ def build_model(config: Config, groups: Groups, ops: Ops) -> Any:
 
 
 def settle_numerics(config: Config) -> None:
-    """Process-wide switches of torch that decide about rounding."""
+    """Process-wide switches of torch that affect rounding."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
@@ -266,7 +266,7 @@ def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
 
 
 def verify(config: Config, place: RankInfo, device: torch.device, watchdog: Watchdog) -> str:
-    """Every rank reads its share of the data, a part at a time, so that who has less does not wait past a timeout."""
+    """Every rank reads its share of the data, a part at a time, so that no rank waits past a timeout for another."""
     verification = run_on_all_ranks(lambda: Verification(config.data, place.rank, place.world_size))
     while any_rank(verification.unfinished, device):
         run_on_all_ranks(verification.go_on)
@@ -277,7 +277,7 @@ def verify(config: Config, place: RankInfo, device: torch.device, watchdog: Watc
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """A micro-batch on the training device, queued without waiting for it.
 
-    Through pinned memory: a copy from any other may first wait for what the device was given, the last update too.
+    Through pinned memory: a copy from other memory may first wait for all queued work, the last update included.
     """
     if device.type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}

@@ -15,7 +15,7 @@ PACKAGES = ("megatron_taipan", "torch", "deepspeed", "numpy", "triton", "mamba_s
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about numbers; absent ones are left out."""
+    """Versions of Python and of the packages that affect numbers; absent ones are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,8 +31,8 @@ def versions() -> dict[str, str]:
 def git_commit(source: Path = Path(__file__)) -> str | None:
     """The commit of the tree that `source` is a file of, with "+changes" where tracked files differ from it.
 
-    None where no repository has the file: an installed package may lie inside one that knows nothing of it. Whose the
-    repository is does not matter, though git minds: the code in it is what runs here.
+    None where the file is not in a repository: an installed package may be inside one that does not track it. Who owns
+    the repository does not matter here, though git checks it: the code in it is what runs.
     """
 
     def git(*arguments: str) -> str:

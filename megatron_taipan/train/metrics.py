@@ -1,4 +1,4 @@
-"""What a run says about itself: a JSONL of every step, curves, text files, and a line for whoever watches."""
+"""What a run reports about itself: a JSONL of every step, curves, text files, and a line on the terminal."""
 
 import logging
 import resource
@@ -20,14 +20,14 @@ from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import StepResult
 from megatron_taipan.train.summary import Summary, duration, unfinished_run
 
-WARNINGS = ("alarm", "warning", "jump", "spike", "skipped")  # events of a run that its owner should look at
+WARNINGS = ("alarm", "warning", "jump", "spike", "skipped")  # events that are logged as warnings
 
 
 class Metrics:
     """Rank 0 writes everything; the other ranks a text file each.
 
-    Speed is measured between steps, so it includes waiting for data and the validation's own time is left out. On a GPU
-    a step's update may still run when its numbers are known: its time is in the next step's then.
+    Speed is measured per step: it includes waiting for data and leaves the time of validations out. On a GPU a step's
+    update may still run when its numbers are known; its time then counts for the next step.
 
     Raises:
         UserError: a board was asked for whose package is not installed.
@@ -44,7 +44,7 @@ class Metrics:
         self.step, self.end = start.step, min(config.train.stop_at or config.train.steps, config.train.steps)
         self.summary = Summary()
         self.step_seconds: float | None = None  # smoothed, for the time left
-        self.stall_s = 0.0  # for checkpoints, since the last step was recorded
+        self.stall_s = 0.0  # seconds lost to checkpoints since the last step was recorded
         self.lap = time.perf_counter()
         self.text = TextLog(config, rank)
         self.jsonl: JsonLines | None = None
@@ -71,7 +71,7 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Says what was done, however the run ended, and closes everything."""
+        """Logs the summary, however the run ended, and closes everything."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -109,11 +109,11 @@ class Metrics:
 
         Args:
             step: steps taken, this one included.
-            gate: what the gates were told, where there are any.
+            gate: the gates' settings, where there are gates.
             tokens: of this step, over all ranks.
             data_wait_s: seconds that this rank waited for its batches.
             loss_scale: after this step, where fp16 has one.
-            epochs: how often each data source has been gone through, by its prefix.
+            epochs: how often each data source has been read, by its prefix.
         """
         seconds, self.step = self.seconds(), step
         self.summary.add(result, tokens, seconds)
@@ -158,7 +158,7 @@ class Metrics:
         self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
 
     def after_save(self, step: int, path: Path, *, stall: float, write: float) -> None:
-        """Records a complete checkpoint: seconds that training stood still for it, and seconds of rank 0's writing."""
+        """Records a complete checkpoint: seconds that training paused for it, and seconds of rank 0's writing."""
         self.summary.saves += 1
         self.summary.stall_s += stall
         self._write({"event": "save", "step": step, "path": str(path), "stall_s": stall, "write_s": write})
@@ -166,11 +166,11 @@ class Metrics:
         self._line(f"step {step}  checkpoint {path}  ({stall:.2f} s of training, {write:.2f} s of writing)")
 
     def stalled(self, seconds: float) -> None:
-        """Training stood still for a checkpoint; the next step's record carries the sum."""
+        """Adds seconds that training paused for a checkpoint; the next step's record holds the sum."""
         self.stall_s += seconds
 
     def note(self, event: str, text: str, **values: Any) -> None:
-        """Records anything else that a reader of the log should know, and says it."""
+        """Records anything else that a reader of the log should know, and prints it."""
         self._write({"event": event, "step": self.step, "text": text, **values})
         self._line(text, level=logging.WARNING if event in WARNINGS else logging.INFO)
 
@@ -200,15 +200,15 @@ class Metrics:
             self._on_board(board, lambda board=board: board.scalars(numbers, step))
 
     def _on_board(self, board: Any, action: Any) -> None:
-        """Runs `action`; a board that fails is closed for this run, since its file is then torn."""
+        """Runs `action`; a board that fails is not used again in this run, since its file may be incomplete."""
         try:
             action()
-        except Exception as error:  # whatever the library raises, it is no reason not to train
+        except Exception as error:  # whatever the library raises, training goes on
             self.boards = [other for other in self.boards if other is not board]
             self._line(f"alarm: {board.name} is off from here on: {type(error).__name__}: {error}", logging.WARNING)
 
     def _line(self, text: str, level: int = logging.INFO, more: str = "") -> None:
-        """Says it on rank 0, and writes it to every rank's text file, with `more` about the rank."""
+        """Prints a line on rank 0, and writes it to every rank's text file, with `more` about the rank."""
         self.text.write(text + more, level)
         if not self.writes:
             return
@@ -219,7 +219,7 @@ class Metrics:
 
 
 def peak_memory_gb() -> float:
-    """The most that this process has held so far: of GPU memory, or without a GPU of the host's."""
+    """The most GPU memory that this process has used so far, or without a GPU the most host memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 1e9  # recorded graphs are in no count of live tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

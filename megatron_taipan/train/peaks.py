@@ -1,8 +1,8 @@
-"""What the makers say a GPU can do: the one table that MFU and the benchmarks are computed from."""
+"""Peak speeds of GPUs by their makers' data sheets: the one table that MFU and the benchmarks are computed from."""
 
 import torch
 
-# Dense TFLOP/s in bf16 (V100: fp16, it has no bf16) by the whole name that the driver gives: variants of one chip
+# Dense TFLOP/s in bf16 (V100: fp16, it has no bf16) by the full name that the driver reports: variants of one chip
 # differ by a third, so a name that only resembles one of these has no known peak. From the makers' data sheets.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
@@ -34,5 +34,5 @@ def device_name() -> str | None:
 
 
 def known_peak(name: str | None, precision: str = "bf16") -> float | None:
-    """Peak TFLOP/s of the GPU of that name; None for no GPU, one that the table does not know, or float32."""
+    """Peak TFLOP/s of the GPU of that name; None without a GPU, for one that is not in the table, and for float32."""
     return PEAK_TFLOPS.get(name) if name is not None and precision != "fp32" else None

@@ -1,4 +1,4 @@
-"""What a run does so that its work reaches the disk: it watches its folder, and insists on its last checkpoint."""
+"""What a run does so that its work reaches the disk: it watches its folder, and retries its last checkpoint."""
 
 import time
 
@@ -19,17 +19,17 @@ class Unsaved(UserError):
 
 
 class FolderGuard:
-    """Sees to it that the run's folder stands where it was, and that this run alone holds it; for rank 0."""
+    """Checks that the run's folder still exists and that only this run uses it; for rank 0."""
 
     def __init__(self, lock: FolderLock, metrics: Metrics):
         self.lock, self.metrics = lock, metrics
-        self.told = False  # of a folder that is gone and cannot be made anew
+        self.reported = False  # that the folder is gone and cannot be created again
 
     def check(self) -> None:
-        """Makes a folder that has vanished anew, with an alarm: training goes on, and the next checkpoint stands there.
+        """Creates a vanished folder again, with an alarm: training goes on, and the next checkpoint goes there.
 
         Raises:
-            FolderHeld: another run has taken the place meanwhile.
+            FolderHeld: another run has taken the folder meanwhile.
         """
         if not self.lock.lost():
             return
@@ -38,15 +38,15 @@ class FolderGuard:
         except FolderHeld:
             raise
         except UserError as error:
-            if not self.told:
+            if not self.reported:
                 self.metrics.note("alarm", f"the run's folder vanished, and {error}; it is tried again at every step")
-            self.told = True
+            self.reported = True
             return
-        self.told = False
+        self.reported = False
         self.metrics.note(
             "alarm",
-            f"{self.lock.path.parent} vanished and was made anew; the checkpoints that were in it are not there, the"
-            " next one will be",
+            f"{self.lock.path.parent} vanished and was created again; the checkpoints that were in it are gone, the"
+            " next one will be there",
         )
 
 
@@ -59,7 +59,7 @@ def save_with_retry(
     metrics: Metrics,
     watchdog: Watchdog,
 ) -> None:
-    """Saves and waits; tries again while the disk refuses, so that somebody can make room; collective.
+    """Saves and waits; tries again while the disk refuses, which leaves time to free space; collective.
 
     Raises:
         Unsaved: on all ranks, when checkpoint.last_tries tries have failed.
@@ -74,8 +74,8 @@ def save_with_retry(
             if not left:
                 raise Unsaved(
                     f"{failure}. The last {checkpoint.last_tries} tries to save step {progress.step} failed"
-                    " (checkpoint.last_tries); the checkpoints before are whole. Make room, then start the same command"
-                    " again: it continues from the newest one"
+                    " (checkpoint.last_tries); the checkpoints before it are whole. Free some space, then start the"
+                    " same command again: it continues from the newest one"
                 ) from failure
             metrics.note(
                 "alarm", f"step {progress.step}: {failure}; tried again in {checkpoint.retry_s:g} s, {left} times"

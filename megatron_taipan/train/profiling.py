@@ -3,8 +3,8 @@
     checkpoint.dir/profile/steps_00000003-00000005_rank0.trace.json.gz    chrome://tracing or ui.perfetto.dev
     checkpoint.dir/profile/steps_00000003-00000005_rank0.memory.pickle    pytorch.org/memory_viz (GPU only)
 
-The trace holds every operator and kernel of these steps, each step under its name, and of whatever else happened
-between them (a validation, a checkpoint). Profiled steps are slower; the others are not touched.
+The trace holds every operator and kernel of these steps, each step under its name, and of what else happened between
+them (a validation, a checkpoint). Profiled steps are slower; the others are not affected.
 """
 
 import os
@@ -49,7 +49,7 @@ class StepProfiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """A run that ends within the steps leaves what it has."""
+        """A run that ends within the steps writes what it has."""
         if self.trace is not None:
             self._finish()
 
@@ -86,7 +86,7 @@ class StepProfiler:
         self.trace.__enter__()
 
     def _finish(self) -> None:
-        """Writes both files under temporary names first; a disk that refuses them does not end the run."""
+        """Writes both files, under temporary names first; a full disk does not end the run."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the last kernels belong to the trace
         if self.mark is not None:
@@ -96,7 +96,7 @@ class StepProfiler:
         name = f"steps_{self.first:08d}-{self.last:08d}_rank{self.rank}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # the writer goes by the ending, so the temporary name keeps it
+            # the writer chooses the format by the suffix, so the temporary name keeps it
             self._write(f"{name}.trace.json.gz", trace.export_chrome_trace)
             if self.memory:
                 self._write(f"{name}.memory.pickle", torch.cuda.memory._dump_snapshot)

@@ -1,4 +1,4 @@
-"""Saving during training: at most one state is on its way to the disk, and a failed save does not end the run."""
+"""Saving during training: at most one state is being written at a time, and a failed save does not end the run."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_taipan.train.metrics import Metrics
 class Saver:
     """Writes checkpoints of a run and keeps the wanted ones.
 
-    Every method is collective but `writing` and `overdue`, which answer for this rank.
+    Every method is collective, except `writing` and `overdue`, which are about this rank.
     """
 
     def __init__(self, engine: Any, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
@@ -27,9 +27,9 @@ class Saver:
         self.directory = Path(config.checkpoint.dir)
         self.memory = HostMemory()
         self.pending: list[Saving] = []  # of one snapshot
-        self.stall = 0.0  # seconds that training has stood still for it, not yet recorded
+        self.stall = 0.0  # seconds that training has paused for it, not yet recorded
         self.last = time.monotonic()
-        self.failed = False  # the newest save; it is tried again before its turn
+        self.failed = False  # whether the newest save failed; it is then tried again before the next one is due
 
     def writing(self) -> bool:
         """Whether this rank is still writing; when no rank is, `finish` completes the checkpoint without waiting."""
@@ -41,7 +41,7 @@ class Saver:
         return (c.save_minutes is not None and waited > 60 * c.save_minutes) or (self.failed and waited > c.retry_s)
 
     def save_due(self, progress: Progress, *, asked: bool) -> None:
-        """Starts what the cadences want after this step; `asked`: a full save is wanted in any case."""
+        """Starts the saves that are due after this step; `asked`: a full save in any case."""
         every, weights_every = self.config.checkpoint.save_every, self.config.checkpoint.save_weights_every
         kinds = [FULL] if asked or (every and progress.step % every == 0) else []
         kinds += [WEIGHTS] if weights_every and progress.step % weights_every == 0 else []
@@ -51,7 +51,7 @@ class Saver:
                 self.finish()
 
     def save_last(self, progress: Progress) -> None:
-        """Saves and waits; a run that ends must not lose its work quietly.
+        """Saves and waits; a run that ends must not lose its work silently.
 
         Raises:
             SaveFailed: it could not be written.
@@ -62,7 +62,7 @@ class Saver:
         self.finish(must=True)
 
     def finish(self, *, must: bool = False) -> None:
-        """Completes what is pending, waiting for it if need be; with `must` a failure is raised, not only told."""
+        """Completes what is pending, waiting for it if need be; with `must` a failure is raised, not only logged."""
         pending, self.pending = self.pending, []
         failures = []
         for saving in pending:
@@ -94,18 +94,19 @@ class Saver:
         return not any_rank(not held_state_is_finite(self.engine, self.groups.data_rank), self.engine.device)
 
     def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
-        """Copies the state and lets it be written behind the training; what was pending is completed first.
+        """Copies the state and has it written in the background; what was pending is completed first.
 
         Raises:
-            UserError: on all ranks, if the state is not finite: nobody could go on from it, and it would push out the
-                last one that is sound.
+            UserError: on all ranks, if the state is not finite: no run could continue from it, and it would displace
+                the last sound one.
         """
         self.finish()
         began = time.perf_counter()
         if not self.finite():
             raise UserError(
-                f"at step {progress.step} a parameter or a moment of the optimizer is not finite, which no step mends,"
-                f" so it is not saved and the run ends; {where_to_go_on(self.directory, progress.step)}. Lower"
+                f"at step {progress.step} a parameter or a moment of the optimizer is not finite, which no further step"
+                " repairs, so it is not saved and the run ends;"
+                f" {where_to_go_on(self.directory, progress.step)}. Lower"
                 " optim.lr, or look at the data"
             )
         snapshot = take_snapshot(self.engine, self.config, self.groups, self.memory)

@@ -1,4 +1,4 @@
-"""What changes over training, each a pure function of the step, so that a resumed run needs no scheduler state."""
+"""Values that change over training, each a pure function of the step: a resumed run needs no scheduler state."""
 
 import math
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
 
 
 def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:
-    """What a constant or a schedule is at one optimizer step.
+    """The value of a constant or a schedule at one optimizer step.
 
     Args:
         step: steps already taken, so the first step is 0.
-        run_steps: what the schedule's fractions are of: train.steps as it was when the run began.
+        run_steps: the steps that the schedule's fractions refer to: train.steps as it was when the run began.
     """
     if not isinstance(value, Schedule):
         return value
@@ -48,17 +48,17 @@ def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:
 
 @dataclass(frozen=True)
 class GateStep:
-    """What the gates are told for one optimizer step; the same on every rank."""
+    """The gates' settings for one optimizer step; the same on every rank."""
 
     capacity: float
     tau: float
     budget_lambda: float
     every_query: bool
     shares: list[float]  # share that each gate selected in the step before; C where there was none
-    budget: str  # of what; see GateConfig.budget
+    budget: str  # see GateConfig.budget
 
     def vector(self) -> list[float]:
-        """As GateSettings.unpack takes it."""
+        """The settings in the order of GateSettings.unpack."""
         return [self.capacity, self.tau, self.budget_lambda, float(self.every_query), *self.shares]
 
 
@@ -98,11 +98,11 @@ def describe_gate(gate: GateConfig, run_steps: int) -> str:
 
 
 def jumps(before: Config, now: Config, step: int, run_steps: int) -> list[str]:
-    """What would be another value at this step by the other configuration's schedules, as `name from X to Y`.
+    """Values that differ at this step between two configurations' schedules, as `name from X to Y`.
 
     Args:
         before: the checkpoint's configuration; now: of the run that resumes it.
-        step, run_steps: as for `scheduled`, where the run goes on.
+        step, run_steps: as for `scheduled`, where the run continues.
     """
     values = [
         {

@@ -1,4 +1,4 @@
-"""What a configuration's schedules say, and a run of its length cannot do: told before it costs a run."""
+"""Warns of schedules that a run of the configured length cannot follow, before it costs a run."""
 
 from megatron_taipan.config import Config, OptimConfig
 from megatron_taipan.gate_config import Schedule
@@ -6,19 +6,19 @@ from megatron_taipan.train.schedule import GATE_SCHEDULES, learning_rate, schedu
 
 
 def shortfalls(config: Config, step: int, run_steps: int) -> list[str]:
-    """A sentence for each.
+    """A sentence for each shortfall.
 
     Args:
-        step: where the run goes on; 0 for a new one.
-        run_steps: what the fractions of the gate's schedules are of, see `schedule.scheduled`.
+        step: where the run continues; 0 for a new one.
+        run_steps: the steps that fractions of the gate's schedules refer to, see `schedule.scheduled`.
     """
     t = config.train
     found = []
     for name, last in (("train.steps", t.steps), ("train.stop_at", t.stop_at)):
         if last is not None and last < step:
-            found.append(f"{name}={last} lies before step {step}, where the checkpoint stands: nothing is trained")
+            found.append(f"{name}={last} is before step {step}, where the checkpoint is: nothing is trained")
     if t.stop_at is not None and t.stop_at > t.steps:
-        found.append(f"train.stop_at={t.stop_at} lies behind the last step, train.steps={t.steps}: it stops nothing")
+        found.append(f"train.stop_at={t.stop_at} is after the last step, train.steps={t.steps}: it has no effect")
     found += _of_the_learning_rate(config.optim, t.steps)
     if config.model.gated_layers:
         for name in GATE_SCHEDULES:
@@ -33,16 +33,17 @@ def _of_the_learning_rate(optim: OptimConfig, steps: int) -> list[str]:
     if warmup >= steps:
         return [
             f"optim.warmup_steps={warmup} takes all of train.steps={steps}: the learning rate ends at {last:.4g},"
-            f" {last / optim.lr:.3g} of its peak, and never decays; lower optim.warmup_steps, to {steps // 10} say"
+            f" {last / optim.lr:.3g} of its peak, and never decays; lower optim.warmup_steps, for example to"
+            f" {steps // 10}"
         ]
     if decay is not None and decay <= warmup:
         return [
-            f"optim.decay_steps={decay} is not behind optim.warmup_steps={warmup}: after the warm-up the learning rate"
+            f"optim.decay_steps={decay} is not after optim.warmup_steps={warmup}: after the warm-up the learning rate"
             f" falls from {optim.lr:.4g} to optim.min_lr={optim.min_lr:.4g} at once"
         ]
     if decay is not None and decay > steps:
         return [
-            f"optim.decay_steps={decay} lies behind train.steps={steps}: the learning rate ends at {last:.4g}, not at"
+            f"optim.decay_steps={decay} is after train.steps={steps}: the learning rate ends at {last:.4g}, not at"
             f" optim.min_lr={optim.min_lr:.4g}"
         ]
     return []
@@ -58,7 +59,7 @@ def _of_a_gate_schedule(name: str, value: Schedule, steps: int, run_steps: int) 
     if last > steps:
         reached = scheduled(value, steps - 1, run_steps)
         return [
-            f"{name}: until={value.until:g} is step {last:g}, and the run ends at train.steps={steps}: it gets to"
-            f" {reached:.4g}, not to end={value.end:g}, which evaluation and exports go by"
+            f"{name}: until={value.until:g} is step {last:g}, and the run ends at train.steps={steps}: it reaches"
+            f" {reached:.4g}, not end={value.end:g}, which evaluation and exports use"
         ]
     return []

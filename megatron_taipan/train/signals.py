@@ -1,4 +1,4 @@
-"""What asks a run to stop: the step is finished, a checkpoint written, and the exit status says why."""
+"""What stops a run early: the step is finished, a checkpoint written, and the exit status says why."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ ONE_PRESS_S = 2.0
 
 
 class StopSignals:
-    """While entered, notes a stopping signal instead of dying of it; a second Ctrl-C, seconds later, kills at once."""
+    """While entered, records a stopping signal instead of ending; a second Ctrl-C, seconds later, ends at once."""
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         self.received: str | None = None
@@ -46,9 +46,9 @@ class StopSignals:
 class Launcher:
     """The torchrun or deepspeed processes above this one.
 
-    A killed launcher leaves its ranks running, and they would go on without anybody who knows of them, while the same
-    command, started again, is refused because they hold the folder. Ranks started in another way are left alone: a
-    shell that ends behind `nohup python ... &` is no reason to stop.
+    A killed launcher leaves its ranks running: they would go on unnoticed, while the same command, started again, is
+    refused because they hold the folder. Ranks started in another way are left alone: a shell that ends after
+    `nohup python ... &` is not a reason to stop.
     """
 
     def __init__(self, env: Mapping[str, str]):
@@ -68,7 +68,7 @@ class Launcher:
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process; None where /proc does not tell."""
+    """The parent of a process; None where /proc does not say."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):

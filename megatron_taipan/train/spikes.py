@@ -1,6 +1,6 @@
-"""Loss spikes: a step whose loss stands far above those before it, and the way back to before it happened.
+"""Loss spikes: a step whose loss is far above those before it, and the rewind to a checkpoint before it happened.
 
-What a run remembers for this (the last losses, the rewinds so far) is part of its progress, so it stands in every
+What a run remembers for this (the last losses, the rewinds so far) is part of its progress, so it is in every
 checkpoint, and a resumed run judges and rewinds as the uninterrupted one would have done.
 """
 
@@ -18,7 +18,7 @@ SMALLEST_DEVIATION = 1e-6  # nats; a window of equal losses must not make a spik
 def z_score(recent: list[float], result: StepResult, train: TrainConfig) -> float | None:
     """How many standard deviations a step's cross entropy is above the window's mean, if that is a spike.
 
-    None where nothing is looked for, while the window is not full, for a skipped step, and below `train.spike_z`.
+    None where `train.spike_z` is null, while the window is not full, for a skipped step, and below `train.spike_z`.
     """
     if train.spike_z is None or result.skipped or len(recent) < train.spike_window:
         return None
@@ -36,7 +36,7 @@ def remember(recent: list[float], result: StepResult, train: TrainConfig) -> lis
 
 
 def after_rewind(saved: Progress, now: Progress, *, z: float, train: TrainConfig) -> Progress:
-    """The progress to go on with from an older checkpoint, past all samples that were drawn since.
+    """The progress with which to continue from an older checkpoint, past all samples that were drawn since.
 
     Args:
         saved: of the checkpoint; its step, tokens and window are what the weights have seen.

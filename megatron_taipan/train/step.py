@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class StepResult:
-    """What one step gave; the same numbers on every rank."""
+    """The results of one step; the same numbers on every rank."""
 
     loss: float  # ce + budget_lambda * budget
     ce: float  # mean cross entropy of the global batch's unmasked tokens, nats
@@ -45,9 +45,9 @@ def train_step(
         batches: this rank's micro-batches, each a dict of [b, l] tensors on its device.
         step: steps taken before this one; a counter of the gate's noise.
         grad_clip: largest gradient norm, 0 for no limit; applied here at ZeRO 0, by DeepSpeed at the other stages.
-        gate: settings of the gates; None: what the configuration's schedules lead to.
+        gate: settings of the gates; None: the final values of the configuration's schedules.
         requests: flags that a rank may raise (stop, save now, ...). Each comes back true where any rank raised it, so
-            that all ranks act at the same step. They travel with the losses: one small all-reduce a step in all.
+            that all ranks act at the same step. They are reduced with the losses: one small all-reduce a step in all.
     """
     scale = cross_entropy_scale(batches, groups)
     flags = send(requests or [], scale.device)
@@ -63,7 +63,7 @@ def train_step(
     loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
     names = engine.module.layer_metrics
     measured = names.named(values)
-    if gate is not None and gate.budget != "row":  # a part's own budget says little: the batch's, by the shares of all
+    if gate is not None and gate.budget != "row":  # not a micro-batch's own budget: the batch's, by the shares of all
         measured = with_batch_budget(names, measured, gate.capacity, gate.budget)
         budget = sum(names.of_gates(measured, "budget"))
         loss = ce + gate.budget_lambda * budget
@@ -110,7 +110,7 @@ def _run_whole(
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             norm = clip_gradients(engine.module, groups.tensor, grad_clip)
         if number == len(batches):
-            numbers = _share(sums / len(batches), flags)  # ahead of the update, so that reading waits for no update
+            numbers = _share(sums / len(batches), flags)  # before the update, so that reading does not wait for it
         engine.step()
 
     if engine.zero_optimization_stage() == 0:
@@ -128,7 +128,7 @@ def _share(means: Tensor, flags: Tensor) -> Readback:
 def with_batch_budget(
     names: LayerMetrics, measured: dict[str, float], capacity: float, budget: str
 ) -> dict[str, float]:
-    """The metrics with the budget loss of the batch that `selected` was measured on, or the layers' parts of it."""
+    """The metrics with the budget loss of the batch that `selected` was measured on, or the layers' shares of it."""
     shares = names.of_gates(measured, "selected")
     if budget == "batch":
         losses = [(capacity - share) ** 2 for share in shares]

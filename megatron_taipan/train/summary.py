@@ -1,4 +1,4 @@
-"""A run in a few numbers, said at its end; that of a killed run is put together at the next start."""
+"""A run in a few numbers, logged at its end; that of a killed run is computed at the next start."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Summary:
     last_loss: float | None = None
     skipped: int = 0
     saves: int = 0
-    stall_s: float = 0.0  # training stood still for checkpoints
+    stall_s: float = 0.0  # training paused for checkpoints
 
     def add(self, result: StepResult, tokens: int, seconds: float) -> None:
         self.count(result.ce, bool(result.skipped), tokens, seconds)
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def unfinished_run(log: Path) -> tuple[Summary, int] | None:
-    """What the start before did, and the last step it logged, if it was killed before it could say so itself.
+    """What the start before did, and the last step it logged, if it was killed before it could log this itself.
 
     Read from the end of the JSONL back to the last `start`.
     """

@@ -1,4 +1,4 @@
-"""Says what a process waits for while the processes of a run meet, which a wrong address makes last for ever."""
+"""Reports what a process waits for while the processes of a run meet; with a wrong address they never do."""
 
 import socket
 import sys
@@ -13,7 +13,7 @@ class Waiting:
 
     Args:
         address, port: where rank 0 listens.
-        timeout_s: when the waiting ends by itself.
+        timeout_s: seconds after which the process stops waiting.
     """
 
     def __init__(self, *, rank: int, local_rank: int, world_size: int, address: str, port: int, timeout_s: float):
@@ -49,7 +49,7 @@ class Waiting:
 
 
 def found(address: str) -> str:
-    """What a host's name stands for here, or that nobody knows it."""
+    """The address of a host's name as this host resolves it, or that the name is unknown here."""
     try:
         return "that is " + str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and shows where every rank stood."""
+"""Ends a run that hangs, and shows the stacks of every rank."""
 
 import faulthandler
 import os
@@ -9,16 +9,16 @@ import time
 from megatron_taipan.errors import EXIT_HANG
 
 GRACE_S = 30.0
-# What the others are given to print theirs: once a rank has gone, a launcher kills them, and collectives that wait for
-# it fail with less to say.
+# Time for the others to print theirs: once a rank has gone, a launcher kills them, and collectives that wait for it
+# fail with less to say.
 LINGER_S = 3.0
 
 
 class Watchdog:
     """While entered, a process that does not call `beat` for `seconds` prints the stacks of all its threads and exits.
 
-    A thread of our own says which rank it is. Should the hanging code never release Python's lock, faulthandler, which
-    needs none, does the same half a minute later.
+    A thread of its own prints which rank it is. Should the hanging code never release Python's global lock,
+    faulthandler, which does not need it, does the same half a minute later.
     """
 
     def __init__(self, seconds: float, rank: int):
@@ -37,7 +37,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """Something was finished: the time starts again."""
+        """There is progress: the time starts again."""
         self.last = time.monotonic()
         if self.seconds and not self.ended.is_set():
             faulthandler.dump_traceback_later(self.seconds + GRACE_S, exit=True)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.common import Table, hardware
-from benchmarks.sync import COPIES, PARTS, count, parts_marked
+from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
 from megatron_taipan.train import peaks
 
 
@@ -60,7 +60,7 @@ def test_waiting_calls_are_counted_by_the_part_of_the_step_they_fall_in():
         event("cudaStreamSynchronize", 5), event("aten::item", 4, 6), event("cudaStreamSynchronize", 12),
         event("cudaStreamSynchronize", 35), event("Memcpy DtoH (Device -> Pinned)", 45),
     ]  # fmt: skip
-    calls = count(events)
+    calls = count_waits(events)
     assert calls["forward"] == {"cudaStreamSynchronize": 1, "aten::item": 1}
     assert calls["backward"] == calls["between them"] == {"cudaStreamSynchronize": 1}
     assert calls["optimizer step"] == {COPIES: 1}

@@ -54,7 +54,7 @@ def test_copies_come_only_where_they_are_asked_for_and_beside_the_distinct_corpu
     assert repeated[:10] == distinct
     assert repeated[10:30] == [f"Copy {turn}. {text}" for turn in (1, 2) for text in distinct]
     assert 1_000_000 <= sum(len(json.dumps({"text": text})) + 1 for text in repeated) < 1_010_000
-    assert "for timing alone" in capsys.readouterr().err
+    assert "for timing only" in capsys.readouterr().err
     assert texts(build_corpus(cache, 1)) == distinct  # from the cache
 
 

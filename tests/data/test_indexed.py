@@ -74,11 +74,11 @@ def test_boundaries(tmp_path_factory, documents, data):
     reader = IndexedReader(write(tmp_path_factory.mktemp("pair") / "x", documents))
     drawn = data.draw(st.lists(st.tuples(*[st.integers(0, reader.n_tokens)] * 2), min_size=1, max_size=4))
     starts = np.cumsum([0, *map(len, documents)])[:-1].tolist()
-    found, stretch = reader.boundaries(*np.array([sorted(ends) for ends in drawn]).T)
+    found, span = reader.boundaries(*np.array([sorted(ends) for ends in drawn]).T)
     for k, ends in enumerate(drawn):
         a, b = sorted(ends)
-        assert found[stretch == k].tolist() == sorted({s for s in starts if a <= s < b})
-    assert (np.diff(stretch) >= 0).all()
+        assert found[span == k].tolist() == sorted({s for s in starts if a <= s < b})
+    assert (np.diff(span) >= 0).all()
 
 
 def test_the_vocabulary_chooses_the_type():

@@ -295,7 +295,7 @@ def plain_samples(prefix, lengths, held, seq_len, seed):
     data=st.data(),
 )
 def test_any_access_follows_the_plain_formula(tmp_path_factory, lengths, held, batch, data):
-    """Regular batches, whose places are found ahead and over many epochs, and jumps between them."""
+    """Regular batches, whose spans are found ahead and over many epochs, and jumps between them."""
     prefix = corpus(tmp_path_factory.mktemp("c") / "x", lengths)
     try:
         both = dataset(prefix, seq_len=10, valid_fraction=held, seed=3)
@@ -314,11 +314,11 @@ def test_any_access_follows_the_plain_formula(tmp_path_factory, lengths, held, b
                 assert rows["sample"][row] == at + row
 
 
-def test_places_are_found_ahead_where_batches_come_at_one_distance(tmp_path):
+def test_spans_are_found_ahead_where_batches_come_at_one_distance(tmp_path):
     data = dataset(corpus(tmp_path / "x", [9] * 100))
     asked = []
-    find = data._places.find
-    data._places.find = lambda indices: asked.append(len(indices)) or find(indices)
+    find = data._locate.find
+    data._locate.find = lambda indices: asked.append(len(indices)) or find(indices)
     for at in range(0, 1024, 8):
         data.batch([at, at + 1])
     assert asked == [2, 2, 512]  # 256 batches of 2
@@ -390,8 +390,8 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(tmp_path, bad, 
     held = held_out_documents(IndexedReader(prefix), 0.3).tolist()
     at = 5 * next(d for d in range(1, 16) if d - 1 in held and d not in held) + 2
     good = dataset(prefix, vocab_size=100, valid_fraction=0.3)
-    for index, place in enumerate(good._places([*range(len(good))])):
-        assert stored[[place.token(number) for number in range(9)]].tolist() == good.tokens(index)[0].tolist()
+    for index, span in enumerate(good._locate([*range(len(good))])):
+        assert stored[[span.token(number) for number in range(9)]].tolist() == good.tokens(index)[0].tolist()
     stored[at] = bad
     stored.tofile(prefix + ".bin")
     wanted = f"x.bin holds id {bad} at token {at} .in document {at // 5}.*{message}"

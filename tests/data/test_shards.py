@@ -126,7 +126,7 @@ def test_shards_that_do_not_belong_together_are_one_line(tmp_path):
     write(tmp_path / "o-00001", [3], np.int32)
     with pytest.raises(UserError, match="o-00001 holds int32 and .*o-00000 uint16"):
         open_source(name)
-    with pytest.raises(UserError, match="gives no"):
+    with pytest.raises(UserError, match="matches no"):
         open_source(str(tmp_path / "z*"))
     with pytest.raises(UserError, match="z.idx does not exist"):
         open_source(str(tmp_path / "z"))
@@ -138,7 +138,7 @@ def test_a_shard_without_its_mask_is_one_line(tmp_path):
     name, _ = sharded(tmp_path, [[50], [60], [70]], mask=True)
     for ending in (".bin", ".idx"):
         (tmp_path / f"o-00001_loss_mask{ending}").unlink()
-    with pytest.raises(UserError, match="o-00001 has no loss mask and .*o-00000_loss_mask stands"):
+    with pytest.raises(UserError, match="o-00001 has no loss mask and .*o-00000_loss_mask is beside"):
         build_dataset(DataConfig(train=name, seq_len=9, valid_fraction=0), "train", 999)
 
 

@@ -77,7 +77,7 @@ def test_ordinary_pieces_are_no_special_tokens(tmp_path, capsys):
         assert "no special token has a usual name" in capsys.readouterr().err
     named = make(tmp_path / "n", (), tokenizer_config={"eos_token": "</s>"})
     assert tokenize(tmp_path, named, "--append-eod") == 2
-    assert "'</s>', id 3, an ordinary piece" in capsys.readouterr().err
+    assert "'</s>', id 3, an ordinary token" in capsys.readouterr().err
     assert tokenize(tmp_path, named, "--append-eod", "--eod-token", "</s>") == 0  # who insists
     assert ids(tmp_path / "o") == [0, 1, 3]
 

@@ -54,7 +54,7 @@ def test_merge_bad_input(tmp_path, capsys):
         ((a, tmp_path / "../" / tmp_path.name / "a", "--output", tmp_path / "o"), "twice"),
         ((a, "--output", b), "--overwrite"),
         ((tmp_path / "none", "--output", tmp_path / "o"), "does not exist"),
-        ((tmp_path / "x*", "--output", tmp_path / "o"), "gives no"),
+        ((tmp_path / "x*", "--output", tmp_path / "o"), "matches no"),
     ):
         assert run("merge", *args) == 2
         assert re.search(message, capsys.readouterr().err)

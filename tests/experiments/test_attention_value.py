@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.attention_value import Masked, fit, keep_largest, measure
+from experiments.attention_value import Masked, fit, keep_largest, measure_value
 from tests.model.small import close, small_model, tokens
 
 B, L = 2, 11
@@ -57,7 +57,7 @@ def test_the_share_kept_is_that_asked_for_over_layers_and_batches():
 
 def test_everything_kept_is_the_models_own_loss_and_a_fitted_gate_ranks_what_it_has_seen():
     masked, batch = Masked(small_model("WMW")), rows()
-    found = measure(masked, [batch], [batch], torch.Generator().manual_seed(0))
+    found = measure_value(masked, [batch], [batch], torch.Generator().manual_seed(0))
     assert found["all"][1:] == [1, 1] and found["none"][1:] == [0, 0] and found["layer 1 alone"][1:] == [0, 1]
     assert found["all"][0] == pytest.approx(masked.loss(batch, ones(2)).item() / (B * L), abs=1e-4)
     worth, read = masked.values(batch, torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ class Stub:
 
     def make(self, path, wanted, minutes=None, broken=()):
         self.made, self.broken = [], broken
-        left = in_parts.make(path, wanted, self.run, minutes, clock=lambda: self.now)
+        left = in_parts.make_runs(path, wanted, self.run, minutes, clock=lambda: self.now)
         return self.made, left
 
 
@@ -39,7 +39,7 @@ def test_what_has_a_result_is_not_made_again_and_what_failed_is(tmp_path):
     assert lines[1]["error"] == "RuntimeError: no luck" and "result" not in lines[1]
     assert stub.make(path, named("a", "b", "c", "d")) == (["b", "d"], 0)
     assert stub.make(path, named("a", "b", "c", "d")) == ([], 0)
-    records = in_parts.read(path)
+    records = in_parts.read_runs(path)
     assert sorted(r["run"]["name"] for r in records.values() if "result" in r) == list("abcd")
     assert stub.make(path, named("a", seed=1)) == (["a"], 0)  # another setting is another run
 
@@ -64,17 +64,17 @@ def test_places_work_side_by_side_and_each_run_is_made_once(tmp_path):
         return {}
 
     runs = named("a", "b", "c", "d", "e")
-    assert in_parts.make(tmp_path / "runs.jsonl", runs, run, places=("0", "1")) == 0
+    assert in_parts.make_runs(tmp_path / "runs.jsonl", runs, run, devices=("0", "1")) == 0
     assert sorted(name for name, _ in seen) == list("abcde") and {place for _, place in seen[:2]} == {"0", "1"}
-    assert len(in_parts.read(tmp_path / "runs.jsonl")) == 5
+    assert len(in_parts.read_runs(tmp_path / "runs.jsonl")) == 5
 
 
 def test_what_is_expected_counts_until_a_run_has_ended(tmp_path):
     stub = Stub()
     stub.made, stub.broken = [], ()
     given = {"minutes": 1, "clock": lambda: stub.now}
-    assert in_parts.make(tmp_path / "none.jsonl", named("a"), stub.run, expected=61, **given) == 1
-    assert in_parts.make(tmp_path / "one.jsonl", named("a", "b"), stub.run, expected=60, **given) == 1
+    assert in_parts.make_runs(tmp_path / "none.jsonl", named("a"), stub.run, expected=61, **given) == 1
+    assert in_parts.make_runs(tmp_path / "one.jsonl", named("a", "b"), stub.run, expected=60, **given) == 1
 
 
 @pytest.mark.parametrize("torn", ['{"run": {"na', '{"run": {"name": "b", "pairs": [4, 8]}, "result"'])
@@ -88,4 +88,4 @@ def test_a_line_that_was_cut_off_costs_that_run_alone(tmp_path, torn):
 
 def test_a_file_without_runs_makes_no_table(tmp_path):
     with pytest.raises(UserError, match="nothing.jsonl holds no run"):
-        in_parts.read_made(tmp_path / "nothing.jsonl")
+        in_parts.read_results(tmp_path / "nothing.jsonl")

@@ -18,20 +18,20 @@ def result(losses):
 
 
 def test_losses_are_compared_by_windows():
-    rows = precision.compare(
+    rows = precision.compare_losses(
         {"fp32": result([4.0, 4.0, 2.0, 2.0]), "bf16": result([4.2, 4.0, 2.0, None]), "fp16": {"failed": "no GPU"}}, 2
     )
     assert rows["bf16"]["largest"] == pytest.approx(0.025) and rows["bf16"]["at_end"] == 0
     assert rows["fp32"]["largest"] == 0 and rows["fp16"] == {"failed": "no GPU"}
-    text = precision.table(rows, 2)
+    text = precision.comparison_table(rows, 2)
     assert "| bf16 | 4 | 2.0000 | 2.0000 | 4 |" in text and "+2.500 %" in text and "not run: no GPU" in text
 
 
 def test_a_run_that_was_cut_off_is_compared_over_the_windows_it_finished():
     cut = {**result([4.0, 4.0, 3.0]), "valid": None}
-    rows = precision.compare({"fp32": cut, "bf16": result([4.0, 4.2, 9.0, 9.0])}, 2)
+    rows = precision.compare_losses({"fp32": cut, "bf16": result([4.0, 4.2, 9.0, 9.0])}, 2)
     assert rows["bf16"]["compared"] == 2 and rows["bf16"]["largest"] == pytest.approx(0.025)
-    assert "valid_apart" not in rows["bf16"] and "| fp32 | 3 | 3.0000 | – | 2 |" in precision.table(rows, 2)
+    assert "valid_apart" not in rows["bf16"] and "| fp32 | 3 | 3.0000 | – | 2 |" in precision.comparison_table(rows, 2)
 
 
 def test_it_trains_through_the_pretraining_program_and_reports_what_did_not_run(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from experiments import recall
 from experiments.gate_vectors import log_of
-from experiments.recall_report import report
+from experiments.recall_report import make_report
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
@@ -57,7 +57,7 @@ def test_a_batch_has_as_many_rows_of_each_number_of_pairs_and_others_at_the_next
 def test_every_recipe_trains(recipe):
     model = recall.make_model(recall.pattern_of(recipe), gate_options(recipe), TOY, seed=0)
     before = [p.detach().clone() for p in model.parameters()]
-    losses, metrics = recall.train(model, TOY, 0, CPU)
+    losses, metrics = recall.train_recall(model, TOY, 0, CPU)
     assert losses.isfinite().all() and losses.shape == (2,)
     assert metrics.isfinite().all() and metrics.shape == (2, 5 * (RECIPES[recipe].attention == "S"))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -87,7 +87,7 @@ def test_gates_are_told_what_the_trainer_would_tell_them():
         return out
 
     model.forward = watched
-    _, metrics = recall.train(model, s, 0, CPU)
+    _, metrics = recall.train_recall(model, s, 0, CPU)
     for step in range(s.steps):
         shares = seen[step - 1] if step else []
         assert told[step] == pytest.approx(gate_step(model.config.gate, step, s.steps, shares, 2).vector())
@@ -101,7 +101,7 @@ def test_scores_are_those_of_a_plain_count(monkeypatch):
     with torch.no_grad():
         for gate in recall.gates_of(model):
             gate.weight.mul_(50)
-    found = recall.score(model, TOY, 4, 0, CPU)
+    found = recall.score_recall(model, TOY, 4, 0, CPU)
     tokens, labels = recall.make_rows(TOY, 4, 6, torch.Generator().manual_seed(9000))
     chosen = []
     for gate in recall.gates_of(model):
@@ -131,11 +131,11 @@ def test_the_log_has_eight_points_with_the_last():
 
 
 def test_the_plan_has_each_run_once():
-    options, s = recall.parse(
+    options, s = recall.parse_arguments(
         "--seq-len 256 --recipes mamba2 samba paper anneal --seeds 0 1 --capacity 0.05 0.3 --window 64 128".split()
     )
     assert s.pairs == (16, 32, 64) and s.window == 256
-    runs = recall.plan(options, s)
+    runs = recall.recall_runs(options, s)
     assert [r["seed"] for r in runs] == [0] * 11 + [1] * 11  # mamba2 once, samba by window, the gates by both
     first = [(r["recipe"], r["changes"].get("capacity"), r["settings"]["window"]) for r in runs[:11]]
     assert sorted(first, key=str) == sorted(
@@ -191,7 +191,7 @@ def test_tables_have_means_and_seeds_and_pictures_a_point_each(tmp_path, old):
         record("paper", 0, (0.5, 0.25), 0.2, old), record("paper", 0, (0.75, 0.25), 0.4, old, capacity=0.3),
     ]  # fmt: skip
     records.append({"run": {**record("random", 2, (0, 0))["run"]}, "error": "RuntimeError: no luck"})
-    text = report(records, tmp_path / "recall.jsonl")
+    text = make_report(records, tmp_path / "recall.jsonl")
     assert "| samba | `M*2 W M*2` | 1,234 | 0.90 (1.00, 0.80) | 0.70 (0.80, 0.60) | 0.80 (0.90, 0.70) | – |" in text
     assert "| paper, C=0.3 | `M*2 S M*2` | 1,234 | 0.75 | 0.25 | 0.50 | 0.15 | 0.40 | 0.90 | 0.10 | 0.20 |" in text
     assert "- random, seed 2: RuntimeError: no luck" in text

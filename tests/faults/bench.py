@@ -1,4 +1,4 @@
-"""Where faults are tried: a training run that is always the same, disturbed, continued, and compared bit for bit."""
+"""The bench for faults: a training run that is always the same, disturbed, continued, and compared bit for bit."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_manifest, step_of
-from tests.faults.zygote import Job, Zygote
+from tests.faults.zygote import TrainingJob, Zygote
 from tests.train.runs import records
 from tests.train.toy import toy_tree, write_data
 
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 class Unavailable(Exception):
-    """This machine cannot make the fault; the text says why."""
+    """The fault cannot be made on this machine; the text says why."""
 
 
 @dataclass
@@ -55,9 +55,9 @@ class Bench:
         self.prefix = write_data(self.root / "data")
 
     def reference(self, layout: str) -> Reference:
-        """The undisturbed run; made when first asked for."""
+        """The undisturbed run, made at the first call."""
         if layout not in self.references:
-            run = Run(self, f"reference {layout}", layout, seed=0)
+            run = CaseRun(self, f"reference {layout}", layout, seed=0)
             began = time.monotonic()
             job = run.start({"count": True})
             run.wait_for_step(1, job)
@@ -73,8 +73,8 @@ class Bench:
         self.zygote.close()
 
 
-class Run:
-    """One run in a folder of its own: started, disturbed, started again by the same command."""
+class CaseRun:
+    """One run in its own folder: started, disturbed, started again by the same command."""
 
     def __init__(self, bench: Bench, name: str, layout: str, seed: int, **sections: dict[str, Any]):
         self.bench, self.layout = bench, layout
@@ -90,7 +90,7 @@ class Run:
     def reference(self) -> Reference:
         return self.bench.reference(self.layout)
 
-    def start(self, inside: dict[str, Any] | None = None) -> Job:
+    def start(self, inside: dict[str, Any] | None = None) -> TrainingJob:
         """The training program, always the same command."""
         self.starts += 1
         return self.bench.zygote.start(self.write_config(), self.home / f"start{self.starts}", inside=inside)
@@ -140,7 +140,7 @@ class Run:
 
     # ---- moments ----
 
-    def wait_until(self, condition: Callable[[], bool], job: Job, what: str, timeout: float = 90.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool], job: TrainingJob, what: str, timeout: float = 90.0) -> bool:
         """Until the condition holds; False if the job ended before."""
         end = time.monotonic() + timeout
         while not condition():
@@ -152,10 +152,10 @@ class Run:
             time.sleep(0.003)
         return True
 
-    def wait_for_step(self, step: int, job: Job) -> bool:
+    def wait_for_step(self, step: int, job: TrainingJob) -> bool:
         return self.wait_until(lambda: any(r["step"] >= step for r in self.records("step")), job, f"step {step}")
 
-    def random_moment(self, job: Job, first: float = 0.0, last: float = STEPS - 2) -> None:
+    def random_moment(self, job: TrainingJob, first: float = 0.0, last: float = STEPS - 2) -> None:
         """Waits until a random instant between two steps; by default, between the run's start and its last steps."""
         moment = self.rng.uniform(first, last)
         if moment < 1:
@@ -197,34 +197,34 @@ class Run:
 
 
 @contextmanager
-def small_file_system(place: Path, size: str) -> Iterator[None]:
-    """A tmpfs of that size mounted at `place`.
+def small_file_system(folder: Path, size: str) -> Iterator[None]:
+    """A tmpfs of that size mounted at `folder`.
 
     Raises:
         Unavailable: this process may not mount.
     """
-    place.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         raise Unavailable(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
-def remount(place: Path, how: str) -> None:
-    """`ro` or `rw`; a busy file system refuses `ro` while a file is being written, so it is asked until it agrees."""
+def remount(folder: Path, how: str) -> None:
+    """Remounts as `ro` or `rw`; retried, since `ro` is refused while a file is being written."""
     for _ in range(500):
-        if subprocess.run(["mount", "-o", f"remount,{how}", place], capture_output=True).returncode == 0:
+        if subprocess.run(["mount", "-o", f"remount,{how}", folder], capture_output=True).returncode == 0:
             return
         time.sleep(0.01)
-    raise Unavailable(f"cannot remount {place} {how}")
+    raise Unavailable(f"cannot remount {folder} {how}")
 
 
-def fill(place: Path) -> Path:
+def fill_disk(folder: Path) -> Path:
     """Takes all the space that is left; returns the file that holds it."""
-    filler = place / "filler"
+    filler = folder / "filler"
     with open(filler, "ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:

@@ -12,7 +12,7 @@ import psutil
 
 from megatron_taipan.train.distributed import free_port
 from tests.distributed.launch import ROOT
-from tests.faults.bench import Bench, Run
+from tests.faults.bench import Bench, CaseRun
 from tests.faults.zygote import alive
 
 LAYOUT = "2 data, ZeRO 1"
@@ -29,7 +29,7 @@ class Command:
         return self.output.read_text(errors="replace")
 
     def ranks(self) -> list[int]:
-        """Process numbers of the ranks, however deep they stand under the launcher."""
+        """Process numbers of the ranks, at any depth under the launcher."""
         below = psutil.Process(self.process.pid).children(recursive=True)
         return [p.pid for p in below if "launch/pretrain.py" in p.cmdline() and "--config" in p.cmdline()
                 and not {"torch.distributed.run", "deepspeed.launcher.launch"} & set(p.cmdline())]  # fmt: skip
@@ -47,7 +47,7 @@ class Command:
         return self.process.returncode
 
 
-def begin(run: Run, launcher: str) -> Command:
+def start_launcher(run: CaseRun, launcher: str) -> Command:
     """The same command as the zygote's, through a launcher."""
     config = run.write_config()
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -63,11 +63,11 @@ def begin(run: Run, launcher: str) -> Command:
     return Command(process, output)
 
 
-def disturbed(bench: Bench, seed: int, launcher: str, number: int, *, victim: str) -> tuple[Run, int, str]:
-    """Starts, waits for a random step, sends a signal, waits for the end; the run goes on far enough to be met."""
+def disturbed(bench: Bench, seed: int, launcher: str, number: int, *, victim: str) -> tuple[CaseRun, int, str]:
+    """Starts, waits for a random step, sends a signal, waits for the end; the run is long enough for the signal."""
     bench.reference(LAYOUT)
-    run = Run(bench, f"{launcher} {signal.Signals(number).name} {victim}", LAYOUT, seed)
-    command = begin(run, launcher)
+    run = CaseRun(bench, f"{launcher} {signal.Signals(number).name} {victim}", LAYOUT, seed)
+    command = start_launcher(run, launcher)
     wanted = run.rng.randint(1, 5)
     end = time.monotonic() + 180
     while not any(r["step"] >= wanted for r in run.records("step")):
@@ -80,7 +80,7 @@ def disturbed(bench: Bench, seed: int, launcher: str, number: int, *, victim: st
     return run, status, command.text()
 
 
-def saved_where_it_stopped(run: Run) -> None:
+def saved_where_it_stopped(run: CaseRun) -> None:
     done = max(run.losses())
     assert run.newest() == done, f"step {done} was done and only {run.newest()} is saved"
 
@@ -92,7 +92,7 @@ def torchrun_loses_a_rank(bench: Bench, seed: int) -> None:
     run.continues_the_same()
 
 
-def torchrun_is_told_to_stop(bench: Bench, seed: int) -> None:
+def torchrun_gets_sigterm(bench: Bench, seed: int) -> None:
     """torchrun: SIGTERM to it; the ranks save the step they are at."""
     run, _, _ = disturbed(bench, seed, "torchrun", signal.SIGTERM, victim="launcher")
     saved_where_it_stopped(run)
@@ -106,7 +106,7 @@ def torchrun_is_killed(bench: Bench, seed: int) -> None:
     run.continues_the_same()
 
 
-def deepspeed_is_told_to_stop(bench: Bench, seed: int) -> None:
+def deepspeed_gets_sigterm(bench: Bench, seed: int) -> None:
     """deepspeed: SIGTERM to it; the ranks save the step they are at."""
     run, _, _ = disturbed(bench, seed, "deepspeed", signal.SIGTERM, victim="launcher")
     saved_where_it_stopped(run)
@@ -121,7 +121,7 @@ def deepspeed_is_killed(bench: Bench, seed: int) -> None:
 
 
 def deepspeed_returns_75(bench: Bench, seed: int) -> None:
-    """deepspeed: SIGTERM to a rank; its own exit status is 75, on which a batch script starts anew."""
+    """deepspeed: SIGTERM to a rank; its own exit status is 75, at which a batch script starts it again."""
     run, status, text = disturbed(bench, seed, "deepspeed", signal.SIGTERM, victim="rank")
     assert status == 75, f"{status}: {text[-3000:]}"
     saved_where_it_stopped(run)
@@ -129,6 +129,6 @@ def deepspeed_returns_75(bench: Bench, seed: int) -> None:
 
 
 CASES = [
-    torchrun_loses_a_rank, torchrun_is_told_to_stop, torchrun_is_killed, deepspeed_is_told_to_stop, deepspeed_is_killed,
+    torchrun_loses_a_rank, torchrun_gets_sigterm, torchrun_is_killed, deepspeed_gets_sigterm, deepspeed_is_killed,
     deepspeed_returns_75,
 ]  # fmt: skip

@@ -9,7 +9,7 @@ A fault is a dictionary with the rank it is meant for (`rank`, null for all) and
     hang_at_step: N                 never returns from the N-th step
     nan_at_step: N                  the N-th update leaves a parameter of this rank (of `victim`) that is not finite
     loss_nan_from_step: N           from the N-th step on no loss is finite
-    clock: seed                     the wall clock jumps by up to a year, back and forth, at every look
+    clock: seed                     the wall clock jumps by up to a year, back and forth, at every reading
 """
 
 import importlib
@@ -48,7 +48,7 @@ def run_rank(task: dict[str, Any], number: int, port: int) -> None:
     fault = task["inside"] or {}
     at_end: list[Callable[[], None]] = []
     if fault and fault.get("rank") in (None, number):
-        prepare(fault, at_end)
+        arm(fault, at_end)
     status = 1
     try:
         status = pretrain.main(["--config", task["config"]])
@@ -64,8 +64,8 @@ def run_rank(task: dict[str, Any], number: int, port: int) -> None:
         os._exit(status)
 
 
-def prepare(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
-    """Makes the fault happen later on; adds to `at_end` what is to be done when the program has returned."""
+def arm(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
+    """Makes the fault happen later on; adds to `at_end` what must be done when the program has returned."""
     if "count" in fault or "kill_at_operation" in fault:
         operations = Operations(fault.get("kill_at_operation", 0))
         at_end.append(lambda: print("operations:", operations.seen, file=sys.stderr))
@@ -85,8 +85,8 @@ def prepare(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
         jumping_clock(fault["clock"])
 
 
-# places in a run, as functions of the product by module and name
-PLACES: dict[str, tuple[Any, str]] = {
+# moments of a run, as functions of the product by module and name
+HOOKS: dict[str, tuple[Any, str]] = {
     "start": (loop, "open_data"),
     "evaluate": (loop, "evaluate"),
     "step": (loop, "train_step"),
@@ -95,9 +95,9 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def on_call(place: str, nth: int, action: Callable[[], None]) -> None:
+def on_call(hook: str, nth: int, action: Callable[[], None]) -> None:
     """Runs `action` before the N-th call of a function of the product."""
-    module, name = PLACES[place]
+    module, name = HOOKS[hook]
     function, calls = getattr(module, name), [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def on_call(place: str, nth: int, action: Callable[[], None]) -> None:
 
 
 def around_steps(with_fault: Callable[..., Any]) -> None:
-    """Puts `with_fault(step, engine, run, groups)` in the place of every step, which `run()` takes."""
+    """Replaces every step by `with_fault(step, engine, run, groups)`; `run()` takes the step."""
     train_step = loop.train_step
 
     def taken(engine: Any, batches: Any, *, step: int, groups: Any, **kwargs: Any) -> Any:
@@ -173,6 +173,6 @@ class Operations:
 
 
 def jumping_clock(seed: int) -> None:
-    """`time.time` as of a machine whose clock is corrected all the time."""
+    """`time.time` as on a machine whose clock is corrected all the time."""
     rng, real = random.Random(seed), time.time
     time.time = lambda: real() + rng.uniform(-3e7, 3e7)

@@ -5,8 +5,8 @@
     python -m tests.faults.run --only hang --seeds 5                      one kind
 
 A fault is survived when the same command, started again, ends with status 0 and with the same bits in parameters and
-Adam moments, and the same loss at every step, as the run that nothing disturbed; and when what the case itself says
-about statuses, messages and kept checkpoints holds (tests/faults/cases.py).
+Adam moments, and the same loss at every step, as the undisturbed run; and when what the case itself asserts about
+statuses, messages and kept checkpoints holds (tests/faults/cases.py).
 """
 
 import argparse
@@ -34,8 +34,8 @@ BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
 @dataclass
-class Result:
-    """What became of one case."""
+class CaseResult:
+    """The outcome of one case."""
 
     case: Case
     seed: int
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="puts the table between two marks of this file")
     options = parser.parse_args()
 
-    chosen = plan(options.seeds, options.first, options.only, not options.no_launchers)
+    chosen = choose_cases(options.seeds, options.first, options.only, not options.no_launchers)
     folder = Path(tempfile.mkdtemp(prefix="taipan-faults-"))
     bench, results = Bench(folder), []
     began = time.monotonic()
@@ -66,17 +66,17 @@ def main() -> int:
     finally:
         bench.close()
     seconds = time.monotonic() - began
-    table = describe(results, seconds)
+    table = results_table(results, seconds)
     print(table)
     failed = [r for r in results if r.fate == "failed"]
     if options.write and not options.only:
-        put(options.write, table)
+        write_between_marks(options.write, table)
     if not failed:
         shutil.rmtree(folder)
     return 1 if failed else 0
 
 
-def plan(seeds: int, first: int, only: str | None, real: bool) -> list[tuple[Case, int]]:
+def choose_cases(seeds: int, first: int, only: str | None, real: bool) -> list[tuple[Case, int]]:
     """Cases and seeds, in order."""
     every = [*KILLS, *OTHERS, *launchers.CASES]
     if only:
@@ -90,7 +90,7 @@ def plan(seeds: int, first: int, only: str | None, real: bool) -> list[tuple[Cas
     return kills + others + ([(case, first) for case in launchers.CASES] if real else [])
 
 
-def attempt(bench: Bench, case: Case, seed: int) -> Result:
+def attempt(bench: Bench, case: Case, seed: int) -> CaseResult:
     """Tries one case; a failure's text goes to stderr."""
     began, fate, why = time.monotonic(), "survived", ""
     try:
@@ -100,10 +100,10 @@ def attempt(bench: Bench, case: Case, seed: int) -> Result:
     except Exception as error:
         fate, why = "failed", str(error).splitlines()[0] if str(error) else type(error).__name__
         traceback.print_exc()
-    return Result(case, seed, fate, why, time.monotonic() - began)
+    return CaseResult(case, seed, fate, why, time.monotonic() - began)
 
 
-def describe(results: list[Result], seconds: float) -> str:
+def results_table(results: list[CaseResult], seconds: float) -> str:
     """The table in Markdown."""
     count = {fate: sum(r.fate == fate for r in results) for fate in ("survived", "failed", "skipped")}
     lines = [
@@ -131,8 +131,8 @@ def describe(results: list[Result], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def put(file: Path, table: str) -> None:
-    """Replaces what stands between the marks."""
+def write_between_marks(file: Path, table: str) -> None:
+    """Replaces the text between the marks."""
     text = file.read_text()
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)

@@ -1,4 +1,4 @@
-"""One seed of every fault; the count over many stands in docs/reliability.md (`python -m tests.faults.run`)."""
+"""One seed of every fault; the count over many is in docs/reliability.md (`python -m tests.faults.run`)."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_same_command_continues_to_the_same_weights_after(case, bench: Bench, re
 
 def test_harness_sees_other_weights(bench: Bench, tmp_path: Path):
     """A run that trains differently after its resume must not count as survived."""
-    run = cases.make(bench, "another learning rate", 0)
+    run = cases.make_run(bench, "another learning rate", 0)
     job = run.start()
     run.wait_for_step(5, job)
     job.kill()

@@ -5,9 +5,10 @@
     job.wait()                                            # the launcher's exit status
     zygote.close()
 
-Only the interpreter's start and the imports are saved. A rank runs `megatron_taipan.pretrain.main` in a process of its
-own with torchrun's environment; gloo, DeepSpeed and the network are set up after the fork. The launcher behaves as
-torchrun does: it passes SIGTERM on, and when a rank fails it ends the others, killing those that do not go.
+Only the interpreter's start and the imports are saved. A rank runs `megatron_taipan.pretrain.main` in a separate
+process with torchrun's environment; gloo, DeepSpeed and the network are set up after the fork. The launcher behaves as
+torchrun does: it passes SIGTERM on, and when a rank fails it ends the others, killing those that do not end by
+themselves.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ GRACE_S = 20.0  # between SIGTERM and SIGKILL to the ranks that outlive another
 
 
 class Zygote:
-    """The process that forks; used from the process that judges."""
+    """The process that forks; used from the process that runs the cases."""
 
     def __init__(self) -> None:
         env = process_env(0, 1, 0)
@@ -41,7 +42,7 @@ class Zygote:
         )  # fmt: skip
         self._answer()
 
-    def start(self, config: Path, folder: Path, *, ranks: int = 2, inside: dict[str, Any] | None = None) -> "Job":
+    def start(self, config: Path, folder: Path, *, ranks: int = 2, inside: dict[str, Any] | None = None) -> "TrainingJob":
         """Starts the training program.
 
         Args:
@@ -55,7 +56,7 @@ class Zygote:
         end = time.monotonic() + 20
         while not (folder / "pids").exists() and time.monotonic() < end:
             time.sleep(0.002)
-        return Job(self, pid, json.loads((folder / "pids").read_text()), folder)
+        return TrainingJob(self, pid, json.loads((folder / "pids").read_text()), folder)
 
     def ask(self, **request: Any) -> Any:
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -73,7 +74,7 @@ class Zygote:
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """One start of the training program."""
 
     zygote: Zygote
@@ -143,7 +144,7 @@ def send(pid: int, number: int) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (one that only waits to be collected does not)."""
+    """Whether a process runs (one that only waits to be reaped does not)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -158,14 +159,14 @@ def serve() -> None:
     """Answers requests until its input ends, then kills what still runs."""
     from tests.faults import rank  # noqa: F401  # everything that is slow to import
 
-    # ranks whose launcher was killed become our children, so that somebody collects them
+    # ranks whose launcher was killed become children of this process, so that they are reaped
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     statuses: dict[int, int] = {}
     launchers: set[int] = set()
     print("true", flush=True)
     while True:
         ready, _, _ = select.select([sys.stdin], [], [], 0.1)
-        collect(statuses)
+        reap_children(statuses)
         if not ready:
             continue
         line = sys.stdin.readline()
@@ -184,8 +185,8 @@ def serve() -> None:
         send(pid, signal.SIGKILL)
 
 
-def collect(statuses: dict[int, int]) -> None:
-    """Notes the exit status of every child that has ended."""
+def reap_children(statuses: dict[int, int]) -> None:
+    """Records the exit status of every child that has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -210,10 +211,10 @@ def as_launcher(task: dict[str, Any]) -> None:
             detach_streams(Path(task["folder"]) / f"output{number}")
             run_rank(task, number, port)
         pids.append(pid)
-    told: list[int] = []
+    passed_on: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
-        told.append(number)
+        passed_on.append(number)
         for pid in pids:
             send(pid, number)
 
@@ -226,7 +227,7 @@ def as_launcher(task: dict[str, Any]) -> None:
     statuses: dict[int, int] = {}
     while len(statuses) < len(pids):
         known = len(statuses)
-        collect(statuses)
+        reap_children(statuses)
         failed = [code for code in statuses.values() if code]
         if failed and not first_failure:
             first_failure, deadline = failed[0], time.monotonic() + GRACE_S

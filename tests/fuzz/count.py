@@ -1,11 +1,11 @@
-"""Counts executions of the readers on mutated inputs; needs nothing but the tests' own packages.
+"""Counts executions of the readers on mutated inputs; needs only the tests' own packages.
 
     python -m tests.fuzz.count --executions 1000000                   all targets in turn
     python -m tests.fuzz.count --executions 100000 --only packed      one
 
-An input that makes a target raise anything but the user's error, ends the process, or takes more than 20 s or 2 GB, is
-a finding: it is kept in --kept, told with its traceback, and the exit status is 1. What is tried follows from --first
-alone. Targets that are quick have more turns.
+An input that makes a target raise anything but a UserError, ends the process, or takes more than 20 s or 2 GB, is a
+finding: it is kept in --kept, printed with its traceback, and the exit status is 1. The inputs depend on --first alone.
+Targets that are quick have more turns.
 """
 
 import argparse
@@ -31,18 +31,18 @@ from tests.fuzz.seeds import MAKERS, mutated, seeds
 SECONDS, MEMORY = 20, 2 << 30  # of one execution; of addresses beyond those at the start
 MOST_FINDINGS = 20
 TURNS = [*["index", "lines", "packed", "text", "table", "beside"] * 5, "configuration", "state", "tensors"]
-CHUNK = 5000  # executions of one process; a library that ends it costs the count no more
+CHUNK = 5000  # executions of one process: what is lost at most when a library ends it
 
 
 @dataclass
-class Result:
-    """What was tried."""
+class FuzzCount:
+    """Executions, seconds and findings by target."""
 
     executions: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
-    def add(self, other: "Result") -> None:
+    def add(self, other: "FuzzCount") -> None:
         for name, number in other.executions.items():
             self.executions[name] = self.executions.get(name, 0) + number
             self.seconds[name] = self.seconds.get(name, 0.0) + other.seconds[name]
@@ -58,11 +58,11 @@ class Result:
         return "\n".join([*lines, f"| all | {total:,} | {sum(self.seconds.values()):.0f} | {len(self.findings)} |"])
 
 
-def count(
+def count_findings(
     names: list[str], executions: int, *, first: int, kept: Path, say: Any = lambda text: None, at: Any = None
-) -> Result:
-    """Runs targets in turn on inputs that follow from numbers `first` on; `at[:8]` becomes the one at hand."""
-    result = Result(dict.fromkeys(names, 0), dict.fromkeys(names, 0.0))
+) -> FuzzCount:
+    """Runs targets in turn on the inputs of the numbers from `first` on; `at[:8]` holds the current number."""
+    result = FuzzCount(dict.fromkeys(names, 0), dict.fromkeys(names, 0.0))
     folder = Path(tempfile.mkdtemp(prefix="fuzz_", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         for number in range(first, first + executions):
@@ -80,7 +80,7 @@ def count(
                 (kept / f"{name}-{number}").write_bytes(raw)
                 result.findings.append(f"{name} {number}: {type(error).__name__}: {error}")
                 say(f"{result.findings[-1]}\n{traceback.format_exc()}")
-                shutil.rmtree(folder / name, ignore_errors=True)  # what it left may be half of something
+                shutil.rmtree(folder / name, ignore_errors=True)  # what it left may be incomplete
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             result.executions[name] += 1
@@ -92,19 +92,23 @@ def count(
     return result
 
 
-def in_child(names: list[str], executions: int, *, first: int, kept: Path, say: Any) -> Result:
-    """`count` in a process of its own; where that dies, the input at hand is a finding and the next one goes on."""
+def in_child(names: list[str], executions: int, *, first: int, kept: Path, say: Any) -> FuzzCount:
+    """`count_findings` in a child process; where that dies, its current input is a finding and the next one follows."""
     at, answer = mmap.mmap(-1, 8), tempfile.NamedTemporaryFile()
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what programs print
-        result = count(names, executions, first=first, kept=kept, say=lambda text: print(text, file=sys.stderr), at=at)
+
+        def to_stderr(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        result = count_findings(names, executions, first=first, kept=kept, say=to_stderr, at=at)
         Path(answer.name).write_text(json.dumps(asdict(result)))
         sys.stderr.flush()
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     if status == 0:
-        return Result(**json.loads(Path(answer.name).read_text()))
+        return FuzzCount(**json.loads(Path(answer.name).read_text()))
     number = int.from_bytes(at[:8], "little")
     name = names[number % len(names)]
     kept.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def in_child(names: list[str], executions: int, *, first: int, kept: Path, say: 
     finding = f"{name} {number}: the process died of {os.waitstatus_to_exitcode(status)}"
     say(finding)
     done = number + 1 - first
-    result = Result(dict.fromkeys(names, 0), dict.fromkeys(names, 0.0), [finding])
+    result = FuzzCount(dict.fromkeys(names, 0), dict.fromkeys(names, 0.0), [finding])
     for met in range(first, number + 1):
         result.executions[names[met % len(names)]] += 1
     if done < executions:
@@ -141,14 +145,14 @@ def main() -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    result, end = Result(), options.first + options.executions
+    result, end = FuzzCount(), options.first + options.executions
     for name in set(names):
         seeds(name)  # what makes them is imported before the children begin
-    told = time.monotonic()
+    reported = time.monotonic()
     for first in range(options.first, end, CHUNK):
         result.add(in_child(names, min(CHUNK, end - first), first=first, kept=options.kept, say=say))
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
+        if time.monotonic() - reported > 60:
+            reported = time.monotonic()
             say(f"{sum(result.executions.values()):,} executions, {len(result.findings)} findings")
         if len(result.findings) >= MOST_FINDINGS:
             break

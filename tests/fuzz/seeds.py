@@ -41,7 +41,7 @@ MANIFEST_OF_DATA = {
 RECIPE = dict.fromkeys(("name", "source", "licence", "about", "verified", "renders", "text_field"), "x") | {
     "schema": {"x": "str"}, "example": {"x": "x"},
 }  # fmt: skip
-# what stands beside weights and data, and a valid one of each
+# the files beside weights and data, and a valid one of each
 BESIDE: dict[str, Any] = {
     "SHA256SUMS": SUM,
     "calibration.json": {"capacity": 0.15, "thresholds": {"layers.1.gate.threshold": 1.5}},

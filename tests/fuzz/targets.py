@@ -1,5 +1,4 @@
-"""What fuzzers call with bytes of their own: it comes back, or raises the user's error in one line; anything else is a
-finding."""
+"""Functions that fuzzers call with bytes: they return, or raise a UserError in one line; anything else is a finding."""
 
 import bz2
 import gzip
@@ -61,7 +60,7 @@ def index(folder: Path, data: bytes) -> None:
 
 
 def lines(folder: Path, data: bytes) -> None:
-    """The first byte says the size of blocks, the others are JSON lines: both ways of reading them agree, and every
+    """The first byte is the size of blocks, the others are JSON lines: both ways of reading them agree, and every
     line that is not blank gives one record."""
     block, raw = data[:1][0] + 1 if data else 1, data[1:]
     path = folder / "x.jsonl"
@@ -79,7 +78,7 @@ def lines(folder: Path, data: bytes) -> None:
 
 def packed(folder: Path, data: bytes) -> None:
     """The first byte says the form, the others are the file: the lines are those that the library alone unpacks,
-    wherever nothing is told to be wrong."""
+    wherever no fault is reported."""
     form, raw = ENDINGS[data[0] % len(ENDINGS)] if data else ".gz", data[1:]
     path = folder / f"x.jsonl{form}"
     path.write_bytes(raw)
@@ -116,7 +115,7 @@ def unpacked(form: str, raw: bytes) -> bytes | None:
 
 
 def text(folder: Path, data: bytes) -> None:
-    """The first byte says the size of blocks, the others are a text file: whole and in blocks it is read alike."""
+    """The first byte is the size of blocks, the others are a text file: as a whole and in blocks it reads the same."""
     block, raw = data[:1][0] + 1 if data else 1, data[1:]
     path = folder / "x.txt"
     path.write_bytes(raw)
@@ -170,7 +169,7 @@ def tensors(folder: Path, data: bytes) -> None:
 
 
 def beside(folder: Path, data: bytes) -> None:
-    """The first byte says which of the files that stand beside weights and data the others are."""
+    """The first byte says which of the files beside weights and data the others are."""
     names = list(BESIDE)
     name = names[data[0] % len(names)] if data else names[0]
     path = folder / name
@@ -204,11 +203,11 @@ def _refused_or_done(attempt: Callable[[], object]) -> None:
     try:
         attempt()
     except UserError as error:
-        assert "\n" not in str(error) or "^" in str(error), error  # which shows the place in a pattern
+        assert "\n" not in str(error) or "^" in str(error), error  # which marks the position in a pattern
 
 
 def _copy(folder: Path) -> Path:
-    """The seed checkpoint in the target's folder, made when first asked for."""
+    """The seed checkpoint in the target's folder, made at the first call."""
     path = folder / checkpoint().name
     if not path.exists():
         shutil.copytree(checkpoint(), path)

@@ -1,11 +1,11 @@
-"""The fuzz targets on mutated seeds, for a moment; tests/fuzz/count.py and run.py go on for hours."""
+"""The fuzz targets on mutated seeds, for a few seconds; tests/fuzz/count.py and run.py do it for hours."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import targets
-from tests.fuzz.count import count
+from tests.fuzz.count import count_findings
 from tests.fuzz.seeds import MAKERS, seeds
 
 
@@ -27,7 +27,7 @@ def test_mutated_seeds(tmp_path_factory, name, data):
 def test_valid_inputs_and_some_mutated_ones(tmp_path, name):
     for seed in seeds(name):
         getattr(targets, name)(tmp_path, seed)
-    assert count([name], 300, first=0, kept=tmp_path / "found").findings == []
+    assert count_findings([name], 300, first=0, kept=tmp_path / "found").findings == []
 
 
 def test_a_finding_is_seen_and_kept(tmp_path, monkeypatch):
@@ -35,5 +35,5 @@ def test_a_finding_is_seen_and_kept(tmp_path, monkeypatch):
         assert len(data) % 7
 
     monkeypatch.setattr(targets, "text", target)
-    result = count(["text"], 100, first=0, kept=tmp_path / "found")
+    result = count_findings(["text"], 100, first=0, kept=tmp_path / "found")
     assert 0 < len(result.findings) == len(list((tmp_path / "found").iterdir())) < 100

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.comm import measure
+from benchmarks.comm import measure_traffic
 from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
 from tests.distributed.launch import launch
 
@@ -22,8 +22,9 @@ def network(pattern: str, shared: bool) -> ModelConfig:
 
 def count_all() -> list:
     cases = [(p, shared, sequence) for p in PATTERNS for shared in (False, True) for sequence in (False, True)]
+    cpu = torch.device("cpu")
     return [
-        (case, *measure(network(*case[:2]), sequence=case[2], batch=BATCH, length=LENGTH, device=torch.device("cpu")))
+        (case, *measure_traffic(network(*case[:2]), sequence=case[2], batch=BATCH, length=LENGTH, device=cpu))
         for case in cases
     ]
 

@@ -144,7 +144,7 @@ def test_first_host(nodes, host):
         (SRUN | {"SLURM_STEP_NODELIST": ""}, ["MASTER_ADDR"]),
         (OMPI, ["OMPI_COMM_WORLD_SIZE=2", "mpirun", "torchrun, deepspeed or srun", "RANK=$OMPI_COMM_WORLD_RANK"]),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, ["PMI_SIZE=4", "mpirun"]),
-        ({"OMPI_COMM_WORLD_SIZE": "x"}, ["OMPI_COMM_WORLD_SIZE", "no whole number"]),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, ["OMPI_COMM_WORLD_SIZE", "not a whole number"]),
     ],
 )
 def test_broken_environments(env, words):

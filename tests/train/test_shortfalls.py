@@ -47,7 +47,7 @@ def test_so_do_the_programs_own_examples():
         (["train.steps=5000", "model.gate.capacity={start: 0.5, end: 0.1, after: 6000, until: 7000}"],
          ["model.gate.capacity: after=6000 is step 6000", "stays at 0.5"]),
         (["train.steps=5000", "model.gate.tau={start: 2, end: 1, after: 4000, until: 8000}"],
-         ["model.gate.tau: until=8000 is step 8000", "gets to 1.75, not to end=1"]),
+         ["model.gate.tau: until=8000 is step 8000", "reaches 1.75, not end=1"]),
         (["train.steps=5000", "model.gate.budget_lambda={start: 2, end: 1, after: 0.5, until: 5001}"],
          ["model.gate.budget_lambda: until=5001"]),
     ],
@@ -105,5 +105,5 @@ def test_the_dry_run_and_the_start_say_it(tmp_path):
     assert dry == started and len(dry) == 1 and "ends at 0.0008, 0.08 of its peak" in dry[0]
     dry, started = said(steps=2, stop_at=2)
     assert dry == started and len(dry) == 4
-    assert dry[0] == "train.steps=2 lies before step 4, where the checkpoint stands: nothing is trained"
+    assert dry[0] == "train.steps=2 is before step 4, where the checkpoint is: nothing is trained"
     assert "until=1 is step 8, and the run ends at train.steps=2" in dry[3]

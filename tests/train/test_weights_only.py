@@ -75,7 +75,7 @@ def test_a_new_run_starts_from_them_in_another_layout(place):
     (staged, *_) = log(place / "by_stages", "valid")
     assert abs(staged["ce"] - trained) < abs(untrained - trained) / 2
     (said,) = log(place / "by_stages", "init")
-    assert said["text"].endswith(" computed otherwise: model.gate.refinement: replace, this run add")
+    assert said["text"].endswith(" computed differently: model.gate.refinement: replace, this run add")
     assert not log(place / "by_init", "init")
 
 
