@@ -150,7 +150,7 @@ def document(args: argparse.Namespace, by_setting: dict[Setting, Done]) -> str:
         "# Parity: every layout against one process\n\n"
         f"`{command} --write {args.write}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}.\n\n"
         f"Relative differences, the worst of each kind; limits in float32: {GPU_LIMITS if on_gpus else LIMITS}."
-        " How each is computed stands at the top of `tests/distributed/parity.py`.\n"
+        " The top of `tests/distributed/parity.py` says how each is computed.\n"
     )
     for setting, done in by_setting.items():
         good = sum(not r["failed"] for _, r in done)

@@ -42,7 +42,9 @@ class Zygote:
         )  # fmt: skip
         self._answer()
 
-    def start(self, config: Path, folder: Path, *, ranks: int = 2, inside: dict[str, Any] | None = None) -> "TrainingJob":
+    def start(
+        self, config: Path, folder: Path, *, ranks: int = 2, inside: dict[str, Any] | None = None
+    ) -> "TrainingJob":
         """Starts the training program.
 
         Args:
