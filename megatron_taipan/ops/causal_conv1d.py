@@ -19,9 +19,9 @@ def causal_conv1d_reference(
     Args:
         x: [b, l, c]; weight: [c, w]; bias: [c].
         seq_idx: [b, l] document of each token, non-decreasing; None: one document.
-        initial_tail: [b, w-1, c], the inputs before the first token, of the first token's document; None: zeros.
-        return_tail: also return the last w-1 inputs [b, w-1, c], zeroed where they are not of the last token's
-            document, so that they can be the next call's initial_tail.
+        initial_tail: [b, w-1, c], the inputs before the first token, from the first token's document; None: zeros.
+        return_tail: also return the last w-1 inputs [b, w-1, c], zeroed where they belong to another document than the
+            last token, so that they can be the next call's initial_tail.
     """
     b, l, c = x.shape
     w = weight.shape[1]

@@ -1,7 +1,7 @@
 """The short causal convolution with SiLU in Triton, forward and backward, on tensors of any row stride.
 
 Forward in tiles of tokens x channels: a tap of the convolution is the same tile loaded one token earlier, which the
-first-level cache serves. Backward in stretches of tokens, because there every tap needs the gradient before the SiLU of
+first-level cache serves. Backward in runs of tokens, because there every tap needs the gradient before the SiLU of
 three later tokens, which a tile would have to compute again or to shuffle.
 """
 
@@ -82,8 +82,8 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
                      HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
     """dx of TOKENS tokens, walked four at a time with the last inputs and gradients in registers.
 
-    Also this stretch's part of the gradients of weight and bias: sums [stretches, width + 1, channels] float32. The
-    number 0 in a name is the newest token, 3 the oldest; three tokens past the stretch are walked for their gradients.
+    Also this run's part of the gradients of weight and bias: sums [runs, width + 1, channels] float32. The number 0 in
+    a name is the newest token, 3 the oldest; three tokens past the run are walked for their gradients.
     """
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * TOKENS
@@ -107,7 +107,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
     d1, d2, d3 = w1 * 0.0, w2 * 0.0, w3 * 0.0
     g0, g1, g2, g3, gb = zero, zero, zero, zero, zero
     end = tl.minimum(begin + TOKENS, length)
-    stop = tl.minimum(begin + TOKENS + 3, length)  # what lies behind counts as zero
+    stop = tl.minimum(begin + TOKENS + 3, length)  # past the end counts as zero
     for i in tl.range(0, TOKENS + 4, 4):  # four tokens at once, so that eight loads are under way before the first use
         token = begin + i
         xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
@@ -132,7 +132,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
                 y1, y2, y3 = x1, x2, x3
             u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
             s = 1 / (1 + tl.exp(-u))
-            d0 = dys[j].to(tl.float32) * s * (1 + u * (1 - s))  # 0 behind the end
+            d0 = dys[j].to(tl.float32) * s * (1 + u * (1 - s))  # 0 past the end
             own = tl.where(i < TOKENS, d0, 0.0)
             g0 += own * x0
             g1 += own * y1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """to[i] = tensors[i], of equal shapes; one launch for many of one pair of types.
+    """to[i] = tensors[i], of equal shapes; one launch for all tensors with the same pair of types.
 
     Raises:
         ValueError: the lists have different lengths.

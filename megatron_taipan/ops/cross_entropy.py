@@ -1,8 +1,8 @@
-"""Cross entropy of a linear head that never holds all logits, on one rank or with the vocabulary split over ranks.
+"""Cross entropy of a linear head without all logits in memory, on one rank or with the vocabulary split over ranks.
 
 The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits exist; the backward pass
 only scales them (the idea of Liger's fused linear cross entropy, arXiv 2410.10989). The vocabulary-parallel form
-follows Megatron-LM (arXiv 1909.08053, section 3): only per-token scalars travel between ranks.
+follows Megatron-LM (arXiv 1909.08053, section 3): ranks exchange only per-token scalars.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def linear_cross_entropy_reference(
         hidden: [n, d]; weight: [v, d], this rank's rows of the head; labels: [n] ids of the whole vocabulary.
         token_weights: [n] float32; no gradient flows to them.
         vocab_start: id of weight's first row.
-        n_valid: rows of weight that are real; the rest is padding that no token can have. None: all.
-        reduce_sum, reduce_max: plain all-reduces over the ranks that hold the other rows; None: this rank has all.
+        n_valid: rows of weight that belong to a token; the rest is padding. None: all.
+        reduce_sum, reduce_max: plain all-reduces over the ranks that have the other rows; None: this rank has all.
 
     Returns:
         A scalar in float32 (float64 for float64 input), the same on every rank. The gradient of hidden is this
@@ -45,7 +45,8 @@ def linear_cross_entropy_reference(
 
 
 def fp16_lift(token_weights: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The power of two, as a 0-dim float32 tensor, that brings the largest token weight to [1, 2); None but in fp16.
+    """The power of two, as a 0-dim float32 tensor, that scales the largest token weight to [1, 2); only in fp16, else
+    None.
 
     The gradients of logits are token weights times probabilities, and they are rounded before the loss scaler of fp16
     can reach them: with weights of 1 / (tokens of a batch) most would fall below its smallest number, 6e-8.
@@ -59,9 +60,9 @@ def fp16_lift(token_weights: Tensor, dtype: torch.dtype) -> Tensor | None:
 def scale_gradients(
     upstream: Tensor, lift: Tensor | None, grad_hidden: Tensor | None, grad_weight: Tensor | None, weight_dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients kept from the forward pass times the upstream gradient, in their own types."""
+    """The gradients saved in the forward pass times the upstream gradient, in their own types."""
     if lift is not None:
-        factor = upstream / lift  # fp16 holds neither a loss scale of 2^16 nor small factors
+        factor = upstream / lift  # fp16 can represent neither a loss scale of 2^16 nor small factors
         grad_hidden = (grad_hidden.float() * factor).to(grad_hidden.dtype) if grad_hidden is not None else None
         grad_weight = (grad_weight * factor).to(weight_dtype) if grad_weight is not None else None
         return grad_hidden, grad_weight

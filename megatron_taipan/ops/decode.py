@@ -1,4 +1,4 @@
-"""The operations of one decoded token a row: plain torch, nothing read by the host, so a CUDA graph can hold them."""
+"""The operations of one decoded token per row: plain torch, no reads by the host, so a CUDA graph can record them."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from megatron_taipan.ops.ssd import ssd_step
 
 
 def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, lo: Tensor, hi: Tensor, longest: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of one query a row over the slots lo <= j <= hi of that row's own buffer.
+    """softmax(q k^T / sqrt(d)) v of one query per row over the slots lo <= j <= hi of that row's own buffer.
 
     Args:
         q: [b, hq, d]; keys, values: [b, s, hk, d], hk divides hq (consecutive query heads share a key head).
-        lo, hi: [b] slots; a row with lo > hi sees nothing and gives zeros.
-        longest: no row sees more slots than this; the reference does not need it.
+        lo, hi: [b] slots; a row with lo > hi sees nothing and returns zeros.
+        longest: the largest number of slots that a row sees; the reference does not need it.
 
     Returns:
         [b, hq, d] in q's dtype.
     """
     b, hq, d = q.shape
     slots, hk = keys.shape[1:3]
-    place = torch.arange(slots, device=q.device)
-    visible = (place >= lo[:, None]) & (place <= hi[:, None])  # [b, s]
+    slot = torch.arange(slots, device=q.device)
+    visible = (slot >= lo[:, None]) & (slot <= hi[:, None])  # [b, s]
     queries = at_least_float32(q).view(b, hk, hq // hk, d)
     scores = torch.einsum("bhgd,bshd->bhgs", queries, at_least_float32(keys)) * d**-0.5
     scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)

@@ -1,10 +1,10 @@
-"""The operations of one decoded token a row in Triton. Both are bound by the memory that they read.
+"""The operations of one decoded token per row in Triton. Both are bound by the memory that they read.
 
-Attention: a row's keys are cut into spans that are read by programs of their own, so that one row fills the GPU too; a
-second kernel joins the spans' softmax parts (Flash-Decoding). Grids and loads depend on shapes alone, so a captured
+Attention: a row's keys are split into spans, each read by a separate program, so that a single row also fills the GPU; a
+second kernel combines the spans' softmax parts (Flash-Decoding). Grids and loads depend on shapes alone, so a captured
 launch is right for every later token.
 
-The scan: each program keeps a tile of one head's state, updates it in place and reads it out.
+The scan: each program loads a tile of one head's state, updates it in place and reads it out.
 """
 
 import torch
@@ -72,7 +72,9 @@ def decode_attention(q, keys, values, lo, hi, longest):
     b, heads, d = q.shape
     q = q.contiguous()
     if keys.stride() != values.stride() or keys.stride(3) != 1:
-        raise ValueError(f"decode_attention: keys {keys.stride()} and values {values.stride()} must be laid out alike")
+        raise ValueError(
+            f"decode_attention: keys {keys.stride()} and values {values.stride()} must have the same strides"
+        )
     spans = triton.cdiv(max(longest, 1), SPAN)
     out = torch.empty_like(q)
     acc = torch.empty((b, heads, spans, d), device=q.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The one place that picks which implementation of an operation runs, and says why."""
+"""Picks which implementation of an operation runs, and says why; nothing else does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Ops:
     mamba2_mix: Callable | None
     """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""
     kernels: frozenset[str]
-    """Names of the operations that CUDA tensors take a fast kernel for."""
+    """Names of the operations for which CUDA tensors take a fast kernel."""
     report: str
     """One line for the log: which implementation runs, and why."""
 
@@ -72,7 +72,7 @@ def pick_ops(backend: str = "auto") -> Ops:
     """Chooses the implementations once, at start-up.
 
     Args:
-        backend: "auto" takes each fast kernel that runs here; "reference" takes none; "fast" refuses to go without.
+        backend: "auto" takes each fast kernel that runs here; "reference" takes none; "fast" requires all of them.
 
     Raises:
         UserError: backend is "fast" and a kernel that this project has cannot run here.
@@ -133,7 +133,7 @@ def _on_gpu(fast: Callable, reference: Callable) -> Callable:
 
 
 def _on_its_gpu(kernel: Callable) -> Callable:
-    """A kernel that runs where its tensors are: Triton launches on the current device, whatever it is given."""
+    """A kernel that runs where its tensors are: Triton launches on the current device, wherever its arguments are."""
 
     def run(first: torch.Tensor, *args, **kwargs):
         if not first.is_cuda or first.get_device() == torch.cuda.current_device():  # CPU: Triton's interpreter

@@ -1,4 +1,4 @@
-"""The kernels by operation: where they live and which cases they leave to the reference.
+"""The kernels by operation: where they are and which cases they leave to the reference.
 
 Each loader imports its kernel, so that an ImportError (no Triton here) means: the reference runs.
 """
@@ -47,7 +47,7 @@ def load_add_rms_norm() -> Callable:
 
 
 def load_gated_rms_norm() -> Callable:
-    """Groups that lie on one rank, or that several ranks hold a part of each."""
+    """Groups that are on one rank, or of which several ranks each have a part."""
     from megatron_taipan.ops.gated_norm_triton import gated_rms_norm
 
     def run(y, z, weight, *, eps, group_size, reduce_sum=None):
@@ -87,7 +87,7 @@ def load_refine() -> Callable:
 
 
 def load_selected_rows(name: str) -> Callable[[], Callable]:
-    """The loader of one operation on picked rows; they come as one family, since they share the form of `Rows`."""
+    """The loader of one operation on selected rows; they are used all or none, since they share the form of `Rows`."""
 
     def load() -> Callable:
         from megatron_taipan.ops.selected_rows_triton import bounded_linear, gather_linear, scatter_rows, select_rows

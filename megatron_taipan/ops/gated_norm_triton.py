@@ -114,7 +114,7 @@ def gated_forward(y, z, weight, eps, group_size, reduce_sum=None):
     out = torch.empty((rows, d), dtype=weight.dtype, device=y.device)
     scale = torch.empty((rows, groups), dtype=torch.float32, device=y.device)
     block = triton.next_power_of_2(group)
-    total = scale  # where every group lies here, nothing is read from it
+    total = scale  # where every group is on this rank it is not read
     if reduce_sum is not None:
         squares = torch.empty((rows, groups, 1), dtype=torch.float32, device=y.device)
         _gated_squares_kernel[(rows, groups)](
@@ -139,7 +139,7 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
     groups = scale.shape[1]
     group = d // groups
     block = triton.next_power_of_2(group)
-    total = scale  # where every group lies here, nothing is read from it
+    total = scale  # where every group is on this rank it is not read
     if reduce_sum is not None:
         products = torch.empty((rows, groups, 1), dtype=torch.float32, device=y.device)
         _row_products_kernel[(rows, groups)](
@@ -231,7 +231,7 @@ def gated_rms_norm(
     group_size: int,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """As `gated_rms_norm_reference`, where every group lies on this rank or reduce_sum is given.
+    """As `gated_rms_norm_reference`, where every group is on this rank or reduce_sum is given.
 
     reduce_sum adds up float32 [rows, groups, 1] over the ranks of each group and gives every rank the total. It is
     called outside of autograd, once forward and once backward.

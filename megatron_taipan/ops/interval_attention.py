@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_taipan.ops.numerics import at_least_float32
 
-BLOCK = 128  # queries handled together: bounds the score matrix to BLOCK x (BLOCK + window)
+BLOCK = 128  # queries computed together: bounds the score matrix to BLOCK x (BLOCK + window)
 
 
 def interval_attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def interval_attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi
 
     Args:
         q: [nq, hq, d]; k, v: [nk, hk, d], hk divides hq (consecutive query heads share a key head).
-        lo, hi: [nq] integers, both non-decreasing among rows with lo <= hi. A row with lo > hi sees no key and gives
+        lo, hi: [nq] integers, both non-decreasing among rows with lo <= hi. A row with lo > hi sees no key and returns
             zeros (padding of a buffer of fixed capacity).
 
     Returns:
@@ -28,20 +28,20 @@ def interval_attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi
     if hq % hk:
         raise ValueError(f"interval_attention: {hk} key heads do not divide {hq} query heads")
     lows, highs = lo.tolist(), hi.tolist()
-    pieces = []
+    blocks = []
     start = 0
     while start < nq:
         end = start + 1
         # A block ends early where the next query shares no key with the one before (another row or document).
         while end < nq and end - start < BLOCK and lows[end] <= highs[end - 1]:
             end += 1
-        # Rows without keys may hold any numbers: the block's keys are those of its first and last row that has some.
+        # Rows without keys may have any lo and hi: the block's keys follow from its first and last row that has some.
         seeing = [i for i in range(start, end) if lows[i] <= highs[i]]
         first, last = (lows[seeing[0]], highs[seeing[-1]]) if seeing else (0, -1)
-        pieces.append(_block(q[start:end], k, v, lo[start:end], hi[start:end], first, last))
+        blocks.append(_block(q[start:end], k, v, lo[start:end], hi[start:end], first, last))
         start = end
     # Without queries q, k and v stay in the graph: every rank must have gradients of the same parameters.
-    return torch.cat(pieces) if pieces else q + 0 * (k.sum() + v.sum())
+    return torch.cat(blocks) if blocks else q + 0 * (k.sum() + v.sum())
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: int, last: int) -> Tensor:

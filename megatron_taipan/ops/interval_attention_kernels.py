@@ -20,7 +20,7 @@ def _block_interval(lo_ptr, hi_ptr, rows, n_queries, FAR: tl.constexpr):
 
 @triton.jit
 def _tile_order(start, end, BLOCK_K: tl.constexpr, QUANTUM: tl.constexpr):
-    """(number of tiles, first tile) of the keys start..end-1, taken in a circle.
+    """(number of tiles, first tile) of the keys start..end-1, in circular order.
 
     Blocks of queries that run at the same time need overlapping ranges of keys. Each begins at the same multiple of
     about its range's length, so that all of them read a key at about the same time: one read from device memory, the
@@ -134,7 +134,7 @@ def dkv_kernel(q_tiles, k_tiles, v_tiles, do_tiles, lse_ptr, delta_ptr, dk_ptr, 
                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr):  # fmt: skip
     """One program per block of keys and key head, over all query heads of its group.
 
-    Scores lie [queries, keys], so that what belongs to a query (lse, delta, lo, hi) is two numbers a thread. The two
+    Scores are [queries, keys], so that what belongs to a query (lse, delta, lo, hi) is two numbers a thread. The two
     products over queries then need their tiles transposed through shared memory, which is cheaper.
     """
     kv_head = tl.program_id(1)
@@ -179,7 +179,7 @@ def ranges_kernel(lo_ptr, hi_ptr, ranges_ptr, n_queries, n_keys, blocks, steps, 
     """first [blocks], then last [blocks]: the queries first..last-1 are those that touch a block of keys.
 
     Two binary searches in `steps` halvings: the first row with hi >= the block's start, and the first with lo past its
-    end. Rows without keys lie at the end of the buffer and count as beyond both.
+    end. Rows without keys are at the end of the buffer and count as beyond both.
     """
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = block * BLOCK_K

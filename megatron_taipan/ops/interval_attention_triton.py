@@ -152,7 +152,7 @@ def interval_attention(
         q: [nq, hq, d]; k, v: [nk, hk, d] with hq a multiple of hk (grouped-query attention).
         lo, hi: [nq] int32, 0 <= lo <= hi < nk, both non-decreasing. Rows with lo > hi may follow at the end: the
             padding of a buffer of fixed capacity. They see no key; their output and gradients are 0. Their q and the
-            gradients that arrive for them must be finite in the first 64 such rows and may be anything behind.
+            gradients that arrive for them must be finite in the first 64 such rows and may be anything beyond.
 
     Returns:
         o [nq, hq, d], of q's dtype; softmax and sums are float32.

@@ -12,7 +12,7 @@ from megatron_taipan.ops.numerics import at_least_float32
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; the result has weight's dtype (arXiv 1910.07467).
 
-    x may be a float32 residual stream while the weight, and so what the layer computes in, is bf16.
+    x may be a float32 residual stream while the weight, and so the layer's compute precision, is bf16.
     """
     xf = at_least_float32(x)
     scale = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
@@ -23,8 +23,7 @@ def add_rms_norm_reference(h: Tensor, branch: Tensor | None, weight: Tensor, eps
     """The residual stream's sum and its norm in one: a layer's input, and the stream that goes around the layer.
 
     Args:
-        h: [..., d] the stream; branch: [..., d] what the layer before adds to it, in h's type or a narrower one, or
-            None: nothing.
+        h: [..., d] the stream; branch: [..., d] the output of the layer before, in h's type or a narrower one, or None.
 
     Returns:
         u: [..., d] rms_norm(h + branch) in weight's dtype; h + branch: [..., d] in h's dtype.
@@ -53,7 +52,7 @@ def gated_rms_norm_reference(
         [..., d] in weight's dtype.
     """
     d = y.shape[-1]
-    local = min(group_size, d)  # channels of a group that this rank holds
+    local = min(group_size, d)  # channels of a group on this rank
     gated = at_least_float32(y) * F.silu(at_least_float32(z))
     groups = gated.unflatten(-1, (d // local, local))
     squares = groups.square().sum(-1, keepdim=True)

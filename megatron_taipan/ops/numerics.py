@@ -1,9 +1,9 @@
-"""In which precision the references accumulate."""
+"""The precision in which the references accumulate."""
 
 import torch
 from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged where it is float64 already: what statistics, states and softmaxes are computed in."""
+    """x in float32, or unchanged if it is float64: the type for statistics, states and softmaxes."""
     return x if x.dtype == torch.float64 else x.float()

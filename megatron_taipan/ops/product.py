@@ -1,14 +1,14 @@
-"""The product of activations with a weight matrix, which may be held by a module.
+"""The product of activations with a weight matrix, which may be in a module.
 
-The trainer's layers own bare parameters: joined, split over ranks, recorded in CUDA graphs. What is loaded through
-transformers holds the same matrices in `nn.Linear` modules, because adapters (LoRA), quantised weights and offloading
-take such a module's place or wrap its call.
+The trainer's layers own bare parameters: fused, split over ranks, recorded in CUDA graphs. A model loaded through
+transformers has the same matrices in `nn.Linear` modules, because adapters (LoRA), quantised weights and offloading
+replace such a module or wrap its call.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Weight = Tensor | nn.Module  # [e, d]; a module, when called, gives the product with one
+Weight = Tensor | nn.Module  # [e, d]; a module, when called, returns the product with its matrix
 
 
 def product(x: Tensor, weight: Weight) -> Tensor:
@@ -20,8 +20,8 @@ def product(x: Tensor, weight: Weight) -> Tensor:
 
 
 def bare(weight: Weight) -> Weight:
-    """The matrix of a module that only multiplies with it; what is not so plain (an adapter, a hook, a quantised
-    weight) as it is, to be called."""
+    """The matrix of a module that only multiplies with it; any other module (an adapter, a hook, a quantised weight)
+    unchanged, to be called."""
     if type(weight) is nn.Linear and type(weight.weight) is nn.Parameter and weight.bias is None:
         hooks = (*weight._forward_hooks, *weight._forward_pre_hooks)
         return weight if hooks or "forward" in vars(weight) else weight.weight  # some tools replace `forward` itself

@@ -1,4 +1,4 @@
-"""The refinement of a selective attention layer: the picked tokens move towards their attention output."""
+"""The refinement of a selective attention layer: the selected tokens move towards their attention output."""
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ def refine_reference(
 
     Args:
         h: [..., d] the residual stream; o: [..., d] attention output, of any floating type.
-        weight: [...] of h's dtype; a token with weight 0 keeps h bit for bit, whatever its o.
-        zero_is_unselected: where the weight is 0 its gradient is not wanted, so that o and h need not be read there.
+        weight: [...] of h's dtype; a token with weight 0 keeps h bit for bit, whatever its o is.
+        zero_is_unselected: where the weight is 0 its gradient is not needed, so that o and h need not be read there.
 
     Returns:
         [..., d] in h's dtype.

@@ -1,4 +1,4 @@
-"""What kernels share that work on tensors row by row."""
+"""Helpers of kernels that work on tensors row by row."""
 
 import torch
 
@@ -10,5 +10,5 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that holds `block` elements of a row."""
+    """Warps of a program with `block` elements of a row."""
     return min(16, max(1, block // 512))

@@ -1,8 +1,8 @@
-"""Products and copies that touch only some rows of a token axis: those that a gate picked.
+"""Products and copies that touch only some rows of a token axis: those that a gate selected.
 
-How many rows were picked is known on the device. The references below read it on the host and work on tensors of that
-length; the kernels (selected_rows_triton.py) never do: their buffers have room for every row, hold the picked ones
-in front, and each program looks the number up where it runs.
+The number of selected rows is known on the device. The references below read it on the host and work on tensors of that
+length; the kernels (selected_rows_triton.py) never do: their buffers are large enough for all rows and have the
+selected ones in front, and each program reads the number on the device.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from megatron_taipan.ops.product import Weight, product
 
 
 class Rows(NamedTuple):
-    """Picked rows of an axis of n, in rising order."""
+    """Selected rows of an axis of n, in rising order."""
 
-    at: Tensor  # [capacity] int64; entries from n_valid on stand for nothing and are 0
+    at: Tensor  # [capacity] int64; entries from n_valid on are unused and 0
     n_valid: Tensor | None  # [1] int32, on the device; None: all entries are valid
 
     def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' entries of lo and hi [n], as [capacity]; lo > hi behind the last row: no key is visible there."""
+        """The rows' entries of lo and hi [n], as [capacity]; lo > hi after the last row, where no key is visible."""
         lo, hi = lo[self.at], hi[self.at]
         if self.n_valid is None:
             return lo, hi
@@ -29,9 +29,9 @@ class Rows(NamedTuple):
 
 
 def select_rows_reference(like: Tensor, selected: Tensor) -> Rows:
-    """The rows where selected [n] is true; `like` is the tensor that they will be taken from.
+    """The rows where selected [n] is true; `like` is the tensor from which they will be taken.
 
-    The length becomes known on the host, for which a GPU has to be waited for.
+    The length becomes known on the host, which has to wait for the GPU.
     """
     return Rows(selected.nonzero()[:, 0], None)
 
@@ -42,10 +42,10 @@ def gather_linear_reference(x: Tensor, weight: Weight, rows: Rows) -> Tensor:
 
 
 def bounded_linear_reference(x: Tensor, weight: Weight, rows: Rows) -> Tensor:
-    """x @ weight^T of a buffer that holds picked rows: [capacity, d], [e, d] -> [capacity, e]."""
+    """x @ weight^T of a buffer of selected rows: [capacity, d], [e, d] -> [capacity, e]."""
     return product(x, weight)
 
 
 def scatter_rows_reference(x: Tensor, rows: Rows, n: int) -> Tensor:
-    """The rows of a buffer [capacity, d] at their places in [n, d], zeros elsewhere."""
+    """The rows of a buffer [capacity, d] at their positions in [n, d], zeros elsewhere."""
     return x.new_zeros(n, x.shape[1]).index_put((rows.at,), x)

@@ -1,8 +1,8 @@
-"""Products over the picked rows of a token axis, bounded by a count that stays on the device.
+"""Products over the selected rows of a token axis, bounded by a count that stays on the device.
 
-Buffers have room for every row of the axis, so nothing overflows and no shape depends on the data; a program whose
-rows lie behind the count ends at once. One more tile than needed is written, as zeros: kernels that read a buffer in
-tiles of up to 128 rows find numbers there, never what the memory held before.
+Buffers are large enough for all rows of the axis, so nothing overflows and no shape depends on the data; a program whose
+rows are beyond the count ends at once. One more tile than needed is written, as zeros: kernels that read a buffer in
+tiles of up to 128 rows find zeros there, never what the memory contained before.
 """
 
 import torch
@@ -108,7 +108,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def rows_product(a, weight, rows: Rows, out, *, transposed: bool, gather: bool, scatter: bool) -> torch.Tensor:
-    """Writes the product of the picked rows of `a` with weight^T (or weight, where transposed) into `out`."""
+    """Writes the product of the selected rows of `a` with weight^T (or weight, where transposed) into `out`."""
     n_out, n_in = weight.shape[::-1] if transposed else weight.shape
     b_in, b_out = weight.stride() if transposed else weight.stride()[::-1]
     options = _options(a.dtype)
@@ -122,7 +122,7 @@ def rows_product(a, weight, rows: Rows, out, *, transposed: bool, gather: bool, 
 
 
 def weight_gradient(dy, x, rows: Rows, weight, *, gather: bool) -> torch.Tensor:
-    """dy^T x over the picked rows, [e, d] like the weight."""
+    """dy^T x over the selected rows, [e, d] like the weight."""
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     narrow = 64 if dy.dtype == torch.float32 else 128
     grid = (triton.cdiv(weight.shape[0], narrow), triton.cdiv(weight.shape[1], narrow))
@@ -135,7 +135,7 @@ def weight_gradient(dy, x, rows: Rows, weight, *, gather: bool) -> torch.Tensor:
 
 
 def copy_rows(source, target, rows: Rows, *, scatter: bool) -> torch.Tensor:
-    """Moves the picked rows between a buffer and the axis; returns target."""
+    """Moves the selected rows between a buffer and the axis; returns target."""
     block, tile = min(1024, triton.next_power_of_2(source.shape[1])), 8
     grid = (triton.cdiv(source.shape[1], block), triton.cdiv(len(rows.at), tile))
     _copy_kernel[grid](
@@ -150,7 +150,7 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 
 
 class _RowsLinear(torch.autograd.Function):
-    """gather: the operand is the whole axis [n, d]; else a buffer [capacity, d] that holds the rows already."""
+    """gather: the operand is the whole axis [n, d]; else a buffer [capacity, d] of the rows themselves."""
 
     @staticmethod
     def forward(ctx, x, weight, index, count, gather):
@@ -188,7 +188,7 @@ class _ScatterRows(torch.autograd.Function):
 
 
 def select_rows(like: torch.Tensor, selected: torch.Tensor) -> Rows:
-    """As `select_rows_reference`, without waiting for the device: index has room for all n rows."""
+    """As `select_rows_reference`, without waiting for the device: index has n entries."""
     n = len(selected)
     running = selected.cumsum(0)  # int64: how many up to and including this one
     place = torch.where(selected, running - 1, n)
@@ -199,14 +199,14 @@ def select_rows(like: torch.Tensor, selected: torch.Tensor) -> Rows:
 
 
 def gather_linear(x: torch.Tensor, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """As `gather_linear_reference`; rows behind the count: zeros for one tile, then anything."""
+    """As `gather_linear_reference`; rows beyond the count: zeros for one tile, then anything."""
     if rows.n_valid is None:
         return gather_linear_reference(x, weight, rows)
     return _RowsLinear.apply(x, weight, *rows, True)
 
 
 def bounded_linear(x: torch.Tensor, weight: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """As `bounded_linear_reference`; rows behind the count: zeros for one tile, then anything."""
+    """As `bounded_linear_reference`; rows beyond the count: zeros for one tile, then anything."""
     if rows.n_valid is None:
         return bounded_linear_reference(x, weight, rows)
     return _RowsLinear.apply(x, weight, *rows, False)

@@ -4,7 +4,7 @@ The recurrence, per head, with state s [p, n]:
 
     s_t = exp(dt_t A) s_{t-1} + dt_t x_t B_t^T          y_t = s_t C_t + D x_t
 
-Documents packed into one row are islands: the state starts at zero where seq_idx changes.
+Documents packed into one row are independent: the state starts at zero where seq_idx changes.
 """
 
 import torch
@@ -37,7 +37,7 @@ def ssd_reference(
         chunk_size: tokens per chunk; changes speed, not results.
         D: [h] skip connection.
         seq_idx: [b, l] document of each token, non-decreasing; None: one document.
-        initial_state: [b, h, p, n], the state before the first token, of the first token's document.
+        initial_state: [b, h, p, n], the state before the first token, from the first token's document.
         return_state: also return the state after the last token, [b, h, p, n], of the last token's document.
 
     Returns:
@@ -91,7 +91,7 @@ def ssd_reference(
         incoming.append(state)
         state = carried[:, i, :, :, None, None] * state + added[:, i]
 
-    # 4. What tokens read from the state that came into their chunk.
+    # 4. What tokens read from the state that entered their chunk.
     reads = cum.exp() * (seq == before[:, :, None])[..., None, None]
     y = y + torch.einsum("bcign,bcigk,bcgkpn->bcigkp", C, reads, torch.stack(incoming, 1))
 
@@ -103,10 +103,10 @@ def ssd_reference(
 
 
 def _cumsum_by_document(x: Tensor, seq: Tensor) -> Tensor:
-    """Running sums of x [b, c, q, ...] along q that start anew where seq [b, c, q] changes.
+    """Running sums of x [b, c, q, ...] along q that start again where seq [b, c, q] changes.
 
-    Differences of one sum over all documents would be equal in exact arithmetic, but they round with what stands
-    before a document, whose results would then change in the last bits. Sums of 1, 2, 4, ... tokens are joined.
+    Differences of one sum over all documents would be equal in exact arithmetic, but their rounding depends on what is
+    before a document, whose results would then change in the last bits. Sums of 1, 2, 4, ... tokens are combined.
     """
     shift = 1
     while shift < x.shape[2]:

@@ -1,4 +1,4 @@
-"""The backward kernels of the SSD scan; `ssd_triton` says how they fit together."""
+"""The backward kernels of the SSD scan; `ssd_triton` describes how they work together."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def _reverse_kernel(dy_ptr, cum_ptr, C_ptr, seq_ptr, final_ptr, grads_ptr, initi
                     HAS_FINAL: tl.constexpr, KEEP: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """From the end of a segment to its start: the gradient of the state that leaves each chunk (KEEP), then enters.
 
-    TURNED: it is held as [n, p], so that its product takes C and dy from shared memory as they were loaded.
+    TURNED: it is stored as [n, p], so that its product takes C and dy from shared memory as they were loaded.
     """
     head = tl.program_id(0)
     row = (tl.program_id(1) // n_segments).to(tl.int64)
@@ -76,12 +76,12 @@ def _token_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, 
                   HAS_SEQ: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dx of one chunk, for heads_per_split heads of a group; also the gradient of the scores, added up over them.
 
-    Tiles of pairs are held as [s, t], sources down, so that dx = pairs @ dy takes them straight from registers. What
+    Tiles of pairs are stored as [s, t], sources down, so that dx = pairs @ dy takes them straight from registers. What
     the gradients of the decays need of every token goes to parts [5, b, h, padded] float32: 0 what it read and 1, without
     dt, what it gave within the chunk; 2, without dt, what it fed to the state that leaves; 3 x . dy. `_group_kernel`
     writes 4, what it read from the state that entered.
 
-    The numbers of the next head are loaded a turn ahead: they do not feed a product, so the compiler does not.
+    The numbers of the next head are loaded one iteration ahead, which the compiler does only for inputs of a product.
     """
     c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
@@ -197,9 +197,9 @@ def _group_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, seq_ptr, dscores
                   PRECISION: tl.constexpr):  # fmt: skip
     """dB and dC of one chunk and group: sums over heads that stay in registers. Same splits as `_token_kernel`.
 
-    Since it has both states at hand, it also finds what they give to the gradients of the decays: parts[4], each
-    token's y . dy as far as it read the entering state, and passed [b, chunks, h], the product of the entering state
-    and its gradient through the chunk.
+    Since it has both states, it also computes their contribution to the gradients of the decays: parts[4], each token's
+    y . dy as far as it read the entering state, and passed [b, chunks, h], the product of the entering state and its
+    gradient through the chunk.
     """
     c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
@@ -256,7 +256,7 @@ def _group_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, seq_ptr, dscores
 
 
 def turns(dtype: torch.dtype, p: int, n: int) -> bool:
-    """Whether `_reverse_kernel` holds its state turned: faster in half precision, where both sides fill a warpgroup."""
+    """Whether `_reverse_kernel` stores its state transposed: faster in half precision, where both sides fill a warpgroup."""
     return dtype != torch.float32 and p >= 64 and n >= 64
 
 
@@ -321,7 +321,7 @@ def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, dd
         x, dy, dt, cum, B, C, D if D is not None else dt, seq, grads, dx, parts, dscores, *sizes, *strides,
         *dx.stride()[:3], HAS_D=D is not None, **shapes, **launch_options("token", x.dtype),
     )  # fmt: skip
-    # one split writes its sums where they belong; several leave them to be added up
+    # one split writes its sums in place; several leave them to be added up
     out_B, out_C = (t[None] if splits == 1 else t.new_empty((splits, *t.shape), dtype=torch.float32) for t in (dB, dC))
     _group_kernel[(n_chunks, b, g * splits)](
         x, dy, dt, cum, B, C, seq, dscores, states, grads, parts, passed, out_B, out_C, *sizes, *strides, *out_B.stride()[:4],

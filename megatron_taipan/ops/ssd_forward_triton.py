@@ -1,4 +1,4 @@
-"""The forward kernels of the SSD scan, and what the backward ones share with them; `ssd_triton` says how they fit."""
+"""The forward kernels of the SSD scan, and helpers that the backward ones use too; see `ssd_triton`."""
 
 import torch
 import triton
@@ -20,7 +20,7 @@ def _softplus(u):
 @triton.jit
 def _decay_kernel(dt_ptr, bias_ptr, A_ptr, dt_out_ptr, cum_ptr, length, padded, n_heads, stride_b, stride_l, stride_h,
                   SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, LOG2E: tl.constexpr):  # fmt: skip
-    """dt (after bias and softplus) and cum, both [b, h, padded length] float32; dt = 0 behind the end."""
+    """dt (after bias and softplus) and cum, both [b, h, padded length] float32; dt = 0 past the end."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     heads = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
@@ -40,7 +40,7 @@ def _decay_kernel(dt_ptr, bias_ptr, A_ptr, dt_out_ptr, cum_ptr, length, padded, 
 
 @triton.jit
 def _documents(seq_ptr, row, tokens, first, length, CHUNK: tl.constexpr):
-    """Documents of a chunk's tokens (-1 behind the end), of the token before it, and of its last token."""
+    """Documents of a chunk's tokens (-1 past the end), of the token before it, and of its last token."""
     base = seq_ptr + row * length
     seq = tl.load(base + tokens, mask=tokens < length, other=-1)
     before = tl.load(base + tl.maximum(first - 1, 0))

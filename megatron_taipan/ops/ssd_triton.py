@@ -1,9 +1,9 @@
 """The SSD scan of Mamba-2 in Triton, forward and backward (arXiv 2405.21060, section 6).
 
-What sets it apart from the usual five-kernel form: the scan over chunks is serial inside one program per (row, head),
-the state stays in registers, and everything that a chunk needs is done while its tiles are on the chip. So x, B and C
-are read once and y is written once. Rows and heads fill the GPU (4 x 64 programs in the 1.3B preset); where they do
-not, the sequence is cut in segments whose incoming states are found by a first, cheaper pass.
+Unlike the usual five-kernel form, the scan over chunks is serial inside one program per (row, head), the state stays in
+registers, and everything that a chunk needs is done while its tiles are on the chip. So x, B and C are read once and y
+is written once. Rows and heads fill the GPU (4 x 64 programs in the 1.3B preset); where they do not, the sequence is
+split into segments whose incoming states are computed by a first, cheaper pass.
 
     forward    `_scan_kernel`      state in registers; keeps the (16-bit) state that enters each chunk for backward
     backward   `_reverse_kernel`   the same, from the end: the gradient of the state that leaves each chunk
@@ -13,8 +13,8 @@ not, the sequence is cut in segments whose incoming states are found by a first,
                `_steps_kernel`     the gradients of dt, A, D from what the two left of each token
 
 Notation in the kernels: c = position of the chunk; t, s = token in it as reader and as source; cum = running sum of
-dt * A inside the chunk, times log2(e), so that every decay is one exp2. Documents (seq_idx) are islands: a pair (t, s)
-counts where both have the same document; what enters a chunk belongs to the document of the token before it.
+dt * A inside the chunk, times log2(e), so that every decay is one exp2. Documents (seq_idx) are independent: a pair (t,
+s) counts where both have the same document; what enters a chunk belongs to the document of the token before it.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Which sizes the kernels that multiply tiles take."""
+"""The sizes that the kernels with matrix products support."""
 
 
 def fit_tiles(*sizes: int) -> bool:

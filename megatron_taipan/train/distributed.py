@@ -115,12 +115,12 @@ def first_host(nodelist: str) -> str:
 def _expanded(nodelist: str) -> list[str]:
     """All hosts of a list as SLURM itself expands it; empty where its command is not installed or does not answer."""
     try:
-        told = subprocess.run(
+        listed = subprocess.run(
             ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return told.stdout.split()
+    return listed.stdout.split()
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
