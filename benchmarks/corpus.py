@@ -59,7 +59,7 @@ def build_corpus(cache: Path, megabytes: int, *, repeat: bool = False) -> str:
         return str(target)
     lxml_html()  # before anything is fetched
     packages = cache / "packages"
-    fetch(packages)
+    fetch_packages(packages)
     partial = Path(f"{target}.partial")
     write_distinct(packages, partial, megabytes * 1_000_000)
     if repeat:
@@ -68,7 +68,7 @@ def build_corpus(cache: Path, megabytes: int, *, repeat: bool = False) -> str:
     return str(target)
 
 
-def fetch(packages: Path) -> None:
+def fetch_packages(packages: Path) -> None:
     """Unpacks every package into a folder of its name, unless it exists."""
     packages.mkdir(parents=True, exist_ok=True)
     for name in PACKAGES:

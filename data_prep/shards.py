@@ -15,7 +15,7 @@ from megatron_taipan.data import loss_mask
 from megatron_taipan.data.indexed import CHUNK, MAX_SEQUENCE, IndexedReader, commit, sync_and_close, write_index
 from megatron_taipan.data.loss_mask import find_mask
 from megatron_taipan.data.shards import Shards
-from megatron_taipan.data.sources import open_source
+from megatron_taipan.data.sources import open_reader
 from megatron_taipan.errors import UserError
 
 COPY_AT_ONCE = 1 << 30
@@ -29,7 +29,7 @@ class Source:
     """
 
     def __init__(self, prefix: str):
-        self.reader = open_source(prefix)
+        self.reader = open_reader(prefix)
         self.mask = find_mask(self.reader)
         self._parts = self.reader.pairs if isinstance(self.reader, Shards) else [self.reader]
         self.pairs = [pair.prefix for pair in self._parts]

@@ -10,7 +10,7 @@ from data_prep.blocks import refuse_foreign
 from data_prep.tokenizer_of_data import tokenizer_of_data
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import find_mask
-from megatron_taipan.data.sources import open_source
+from megatron_taipan.data.sources import open_reader
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.base import Tokenizer
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints counts, documents, histogram."""
-    reader = open_source(args.prefix)
+    reader = open_reader(args.prefix)
     tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     if args.first < 0 or (reader.n_documents and args.first >= reader.n_documents):
         raise UserError(f"--first {args.first}: {args.prefix} has documents 0 to {reader.n_documents - 1}")

@@ -11,7 +11,7 @@ from data_prep.commands.inspect import histogram
 from data_prep.commands.verify import count_learned
 from data_prep.tokenizer_of_data import tokenizer_of_data
 from megatron_taipan.data.loss_mask import find_mask
-from megatron_taipan.data.sources import open_source
+from megatron_taipan.data.sources import open_reader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Reads all tokens once."""
-    reader = open_source(args.prefix)
+    reader = open_reader(args.prefix)
     tokenizer = tokenizer_of_data(args.tokenizer, args.prefix) if args.tokenizer else None
     counts = np.zeros(1, np.int64)
     for at, block in blocks(reader):

@@ -28,7 +28,7 @@ from megatron_taipan.data.made_with import refuse_mixed, refuse_other
 from megatron_taipan.data.permutation import derive_key
 from megatron_taipan.data.sample_locator import SampleLocator
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
-from megatron_taipan.data.sources import find_pairs, open_source
+from megatron_taipan.data.sources import find_pairs, open_reader
 from megatron_taipan.data.split import split_documents
 from megatron_taipan.errors import UserError
 
@@ -135,7 +135,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
     kept: list[DataSource] = []
     identity: list[object] = []
     for source in chosen:
-        reader = open_source(source.prefix)
+        reader = open_reader(source.prefix)
         if not reader.n_tokens:
             raise UserError(f"{source.prefix}.bin holds no tokens; tokenize a corpus with text in it")
         _check_ids(reader, vocab_size)

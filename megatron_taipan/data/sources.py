@@ -11,7 +11,7 @@ from megatron_taipan.data.shards import Shards
 from megatron_taipan.errors import UserError
 
 
-def open_source(name: str) -> IndexedReader:
+def open_reader(name: str) -> IndexedReader:
     """All pairs of a source as one reader.
 
     Raises:

@@ -78,7 +78,7 @@ def mean_score(total: float, count: int) -> Score:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
-    parser = make_parser("perplexity", __doc__)
+    parser = scoring_parser("perplexity", __doc__)
     parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
     options = parse_options(parser, arguments)
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+def scoring_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """The arguments of a program that scores models on a tokenized dataset."""
     parser = argparse.ArgumentParser(prog=f"python -m megatron_taipan.evaluation.{program}", description=description)
     parser.add_argument("models", nargs="+", type=Path, help="checkpoints, runs' folders or exported folders")

@@ -26,11 +26,11 @@ from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import (
     INPUTS,
     Score,
-    make_parser,
     mean_score,
     parse_options,
     read_batches,
     read_models,
+    scoring_parser,
 )
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
@@ -131,7 +131,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
-    parser = make_parser("recall_tokens", __doc__)
+    parser = scoring_parser("recall_tokens", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--edges",

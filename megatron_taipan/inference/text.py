@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.made_with import added_ids
-from megatron_taipan.data.sources import has_index, open_source
+from megatron_taipan.data.sources import has_index, open_reader
 from megatron_taipan.tokenizer.base import Tokenizer
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
@@ -36,7 +36,7 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
     for source in data.train:
         if not has_index(source.prefix):
             continue
-        reader = open_source(source.prefix)
+        reader = open_reader(source.prefix)
         step = max(1, reader.n_documents * len(data.train) // count)
         for index in range(0, reader.n_documents, step):
             ids = reader.document(index)[:longest].tolist()

@@ -12,7 +12,7 @@ from megatron_taipan.config import DataConfig
 from megatron_taipan.data import checksums
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
-from megatron_taipan.data.sources import open_source
+from megatron_taipan.data.sources import open_reader
 from megatron_taipan.errors import UserError
 
 
@@ -50,7 +50,7 @@ def flipped(path, at):
 
 def test_a_token_that_the_fingerprint_does_not_cover_is_found(made):
     whole, _ = verify(made)
-    shards = len(open_source(str(made)).pairs)
+    shards = len(open_reader(str(made)).pairs)
     assert shards > 1 and whole.files == 4 * shards
     assert whole.size == sum(os.path.getsize(path) for path in made.parent.glob("o-*"))
     assert f"every byte of {4 * shards} files" in whole.report()
@@ -58,9 +58,9 @@ def test_a_token_that_the_fingerprint_does_not_cover_is_found(made):
         path = made.with_name(name)
         pair = IndexedReader(str(path)[:-4])
         assert pair.bin_bytes > 16 * 4600
-        before = pair.fingerprint, open_source(str(made)).fingerprint
+        before = pair.fingerprint, open_reader(str(made)).fingerprint
         with flipped(path, 4300):  # between the first two blocks that the fingerprint covers, of this pair and of all
-            assert (IndexedReader(pair.prefix).fingerprint, open_source(str(made)).fingerprint) == before
+            assert (IndexedReader(pair.prefix).fingerprint, open_reader(str(made)).fingerprint) == before
             with pytest.raises(UserError, match=f"{name} has checksum .*o.json says .*bytes of it changed"):
                 verify(made)
             if "mask" in name:

@@ -15,7 +15,7 @@ from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.data.shards import Shards
-from megatron_taipan.data.sources import find_pairs, open_source
+from megatron_taipan.data.sources import find_pairs, open_reader
 from megatron_taipan.errors import UserError
 
 shard_contents = st.lists(st.lists(st.integers(0, 9), max_size=20), min_size=2, max_size=6)
@@ -50,7 +50,7 @@ def sharded(folder, shards, mask=False):
 @given(shards=shard_contents)
 def test_shards_read_like_one_pair(tmp_path_factory, shards):
     name, merged = sharded(tmp_path_factory.mktemp("s"), shards)
-    ours, theirs = pickle.loads(pickle.dumps(open_source(name))), IndexedReader(merged)
+    ours, theirs = pickle.loads(pickle.dumps(open_reader(name))), IndexedReader(merged)
     assert isinstance(ours, Shards) and len(ours.pairs) == len(shards)
     n = theirs.n_documents
     assert (ours.n_documents, ours.n_tokens, ours.fingerprint) == (n, theirs.n_tokens, theirs.fingerprint)
@@ -125,11 +125,11 @@ def test_shards_that_do_not_belong_together_are_one_line(tmp_path):
         find_pairs(name)
     write(tmp_path / "o-00001", [3], np.int32)
     with pytest.raises(UserError, match="o-00001 holds int32 and .*o-00000 uint16"):
-        open_source(name)
+        open_reader(name)
     with pytest.raises(UserError, match="matches no"):
-        open_source(str(tmp_path / "z*"))
+        open_reader(str(tmp_path / "z*"))
     with pytest.raises(UserError, match="z.idx does not exist"):
-        open_source(str(tmp_path / "z"))
+        open_reader(str(tmp_path / "z"))
     write(tmp_path / "o", [4])  # a pair of that name comes first, as ever
     assert find_pairs(name) == [name]
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import cli, manifest
 from megatron_taipan.data.manifests import manifest_of, named_shards
-from megatron_taipan.data.sources import open_source
+from megatron_taipan.data.sources import open_reader
 from megatron_taipan.errors import UserError
 from tests.train.toy import write_data
 
@@ -36,7 +36,7 @@ def test_a_manifest_of_data_that_names_other_places_is_refused_and_nothing_is_de
         assert error.count("\n") == 1 and "o.json" in error, error
     assert (tmp_path / "secret.bin").exists() and (tmp_path / "secret.idx").exists()
     if isinstance(name, str):
-        for read in (lambda p: open_source(p + "-x"), named_shards, manifest_of):
+        for read in (lambda p: open_reader(p + "-x"), named_shards, manifest_of):
             with pytest.raises(UserError, match="names only pairs beside it"):
                 (home / "o-x.json").write_text(json.dumps(content))
                 read(str(home / "o"))

@@ -66,7 +66,7 @@ def main() -> int:
     finally:
         bench.close()
     seconds = time.monotonic() - began
-    table = results_table(results, seconds)
+    table = survival_table(results, seconds)
     print(table)
     failed = [r for r in results if r.fate == "failed"]
     if options.write and not options.only:
@@ -103,7 +103,7 @@ def attempt(bench: Bench, case: Case, seed: int) -> CaseResult:
     return CaseResult(case, seed, fate, why, time.monotonic() - began)
 
 
-def results_table(results: list[CaseResult], seconds: float) -> str:
+def survival_table(results: list[CaseResult], seconds: float) -> str:
     """The table in Markdown."""
     count = {fate: sum(r.fate == fate for r in results) for fate in ("survived", "failed", "skipped")}
     lines = [
