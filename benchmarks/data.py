@@ -101,7 +101,7 @@ def compare_contenders(corpus: str, tokenizer: str, args: argparse.Namespace, fo
             peer = [sys.executable, str(ROOT / "benchmarks/data_peers.py"), name, corpus, tokenizer]
             contenders[name] = [*peer, str(args.workers), f"{folder}/{name}"]
     outputs = {name: f"{folder}/{name}" for name in contenders} | {"ours, 1 worker": f"{folder}/one"}
-    results: dict[str, list[Measured]] = {name: [] for name in contenders}
+    results: dict[str, list[CommandCost]] = {name: [] for name in contenders}
     for _ in range(args.rounds):
         for name, command in contenders.items():
             for ending in (".bin", ".idx", ".json"):  # or it would be complete already
@@ -140,7 +140,7 @@ def compare_contenders(corpus: str, tokenizer: str, args: argparse.Namespace, fo
     print()
 
 
-def _efficiency(results: dict[str, list["Measured"]], workers: int) -> str:
+def _efficiency(results: dict[str, list["CommandCost"]], workers: int) -> str:
     """Parallel efficiency of the whole process, and of the part that tokenizes documents, from the tool's output."""
     said = []
     for part, seconds in (("the whole process", _whole), ("tokenizing alone", _tokenizing)):
@@ -149,11 +149,11 @@ def _efficiency(results: dict[str, list["Measured"]], workers: int) -> str:
     return "; ".join(said)
 
 
-def _whole(run: "Measured") -> float:
+def _whole(run: "CommandCost") -> float:
     return run.seconds
 
 
-def _tokenizing(run: "Measured") -> float:
+def _tokenizing(run: "CommandCost") -> float:
     found = re.search(r"([0-9.]+) s to tokenize", run.output)
     if not found:
         raise RuntimeError(f"ours did not say how long it tokenized:\n{run.output}")
@@ -178,7 +178,7 @@ def resuming(corpus: str, tokenizer: str, workers: int, folder: str) -> None:
     )
 
 
-class Measured:
+class CommandCost:
     """One run of a command: seconds, processor seconds of it and its children, peak of their summed proportional
     memory in MB, output."""
 
@@ -186,7 +186,7 @@ class Measured:
         self.seconds, self.processor, self.memory, self.output = seconds, processor, memory, output
 
 
-def run_measured(command: list[str]) -> Measured:
+def run_measured(command: list[str]) -> CommandCost:
     """Runs a command and measures it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
@@ -207,7 +207,7 @@ def run_measured(command: list[str]) -> Measured:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Measured(seconds, processor, peak[0], output)
+    return CommandCost(seconds, processor, peak[0], output)
 
 
 def _tree(pid: int) -> list[int]:

@@ -124,7 +124,7 @@ def in_child(names: list[str], executions: int, *, first: int, kept: Path, say: 
     return result
 
 
-def too_long(*_: Any) -> None:
+def raise_timeout(*_: Any) -> None:
     raise TimeoutError(f"longer than {SECONDS} s")
 
 
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--kept", type=Path, default=Path("fuzz-findings"), help="folder for what was found")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGALRM, raise_timeout)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     names = [options.only] if options.only else TURNS
