@@ -102,7 +102,7 @@ class SampleDataset(Dataset):
         return describe_blend(chosen, self.sources, self.blend.drawn(samples))
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source has been gone through after `samples` samples, by its prefix."""
+        """How often each source has been read after `samples` samples, by its prefix."""
         drawn = self.blend.drawn(samples)
         return {s.stream.reader.prefix: n / s.per_epoch for s, n in zip(self.sources, drawn, strict=True)}
 
