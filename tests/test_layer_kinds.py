@@ -207,8 +207,11 @@ def test_metrics_are_those_of_the_layer_by_itself():
 def test_a_metric_that_is_not_given_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setitem(KINDS, "L", replace(GATED_LINEAR, metrics=("forget", "state_norm", "more")))
     model = small_model("L M")
-    with pytest.raises(ValueError, match=r"gave 2 metrics, and their kinds declare 3 \(.*layers.0.more\)"):
-        model.named_metrics(model(tokens(1, 4)))
+    with pytest.raises(ValueError, match=r"layers.0 gave metrics of shape \[2\], .* declares 3 \(forget, .*, more\)"):
+        model(tokens(1, 4))
+    monkeypatch.setitem(KINDS, "M", replace(KINDS["M"], metrics=("state_norm",)))
+    with pytest.raises(ValueError, match=r"layers.0 gave metrics of shape \[\], .* declares 1 \(state_norm\)"):
+        small_model("M")(tokens(1, 4))
 
 
 def test_a_letter_that_no_kind_has_is_an_error_everywhere():

@@ -34,7 +34,7 @@ from megatron_taipan.model.flops import model_flops, model_params, pipeline_boun
 from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recomputed
-from megatron_taipan.model.stream import Stream
+from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.ops.dispatch import Ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
@@ -254,6 +254,7 @@ class PipelineLayer(nn.Module):
             stream, measured = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
             stream, measured = recomputed(self.layer, self.recompute, self.tp, Stream(stream.total()), ctx)
+        Measured.check(measured, f"layers.{self.index}", self.layer.kind.metrics)
         if measured is not None:
             budget = budget if measured.budget_loss is None else budget + measured.budget_loss
             self.records.append(measured.metrics.detach().double())

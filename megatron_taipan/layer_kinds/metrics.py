@@ -36,16 +36,7 @@ class LayerMetrics:
             self.spans.append(slice(start, len(self.names)))
 
     def named(self, values: Sequence[Value]) -> dict[str, Value]:
-        """The vector's values by their names.
-
-        Raises:
-            ValueError: they are more or fewer than the kinds of the layers declare.
-        """
-        if len(values) != len(self.names):
-            raise ValueError(
-                f"the layers gave {len(values)} metrics, and their kinds declare {len(self.names)}"
-                f" ({', '.join(self.names)}): a block must give what `LayerKind.metrics` names, in every pass"
-            )
+        """The vector's values by their names."""
         return dict(zip(self.names, values, strict=True))
 
     def gate_places(self, metric: str) -> list[int]:

@@ -93,7 +93,9 @@ def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: i
     stream, found = Stream(h), []
     for index in range(first, last):
         state = ctx.cache.layers[index] if ctx.cache is not None else None
-        stream, measured = layers[index](stream, ctx, state)
+        layer: Any = layers[index]
+        stream, measured = layer(stream, ctx, state)
+        Measured.check(measured, f"layers.{layer.layer}", layer.kind.metrics)
         if measured is not None:
             found.append(measured)
     return stream.total(), found

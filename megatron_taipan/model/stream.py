@@ -34,6 +34,16 @@ class Measured(NamedTuple):
     budget_loss: Tensor | None = None  # scalar, which the network adds to its loss with weight gate.budget_lambda
 
     @staticmethod
+    def check(measured: "Measured | None", layer: str, metrics: tuple[str, ...]) -> None:
+        """Raises ValueError where a layer did not give what its kind's `metrics` names: those of others would move."""
+        given = [] if measured is None else list(measured.metrics.shape)
+        if given != ([len(metrics)] if metrics else []):
+            raise ValueError(
+                f"{layer} gave metrics of shape {given}, and its kind declares {len(metrics)}"
+                f" ({', '.join(metrics)}): a block gives Measured with what LayerKind.metrics names, in every pass"
+            )
+
+    @staticmethod
     def join(parts: "list[Measured]") -> "Measured | None":
         """Of consecutive layers: their metrics in memory of their own, the sum of their losses; None without any."""
         if not parts:

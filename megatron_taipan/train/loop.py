@@ -178,6 +178,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                     metrics.note("skipped", first_not_finite(engine, batches, step=progress.step, gate=gate))
             else:
                 streak = 0
+            selected = model.layer_metrics.of_gates(result.layer_metrics, "selected")
             spike = z_score(progress.recent, result, t)
             progress = replace(
                 progress,
@@ -187,9 +188,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
                 # where logits were NaN a gate selected nothing: that share must not steer the next step
-                shares=progress.shares
-                if result.skipped
-                else model.layer_metrics.of_gates(result.layer_metrics, "selected"),
+                shares=progress.shares if result.skipped else selected,
             )
             metrics.after_step(
                 progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=tokens_per_step,

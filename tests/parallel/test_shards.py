@@ -101,7 +101,7 @@ def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.T
     told = settled(model.config.gate).pack(model.config.letters.count("S"), h.device)
     inputs = shard_sequence(h.view(rows, length, 24), tp), *batch_meta, told
     tp.counter.reset()
-    out, budget, _ = group.with_parameters(*group.own, *inputs) if ahead else group(*inputs)
+    out, _, budget = group.with_parameters(*group.own, *inputs) if ahead else group(*inputs)
     torch.autograd.backward((out, budget), (out.detach(), torch.ones_like(budget)))
     return {name: p.grad for name, p in model.layers.named_parameters()}, tp.counter.calls["all_reduce"]
 
