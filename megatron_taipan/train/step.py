@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.model.gate import STATS
-from megatron_taipan.parallel.groups import Groups, TensorParallel
+from megatron_taipan.model.stack import training_loss
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import GateStep
 
 Batch = dict[str, Tensor]
@@ -65,7 +67,7 @@ def train_step(
     if gate is not None and gate.budget != "row":  # a part's own budget says little: the batch's, by the shares of all
         gates = with_batch_budget(gates, gate.capacity, gate.budget)
         budget = sum(g["budget"] for g in gates)
-        loss = ce + gate.budget_lambda * budget
+        loss = training_loss(ce, budget, gate.budget_lambda)
     return StepResult(loss, ce, budget, gates=gates, grad_norm=norm, skipped=skipped, requests=(raised > 0).tolist())
 
 
