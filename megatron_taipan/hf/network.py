@@ -23,7 +23,7 @@ from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.stack import Recompute, recompute_all, residual_stream, run_layers, run_segment, total_budget
 from megatron_taipan.model.stream import Stream
-from megatron_taipan.ops.dispatch import Ops, pick_ops
+from megatron_taipan.ops.operations import Ops, reference_ops
 from megatron_taipan.ops.selected_rows import (
     bounded_linear_reference,
     gather_linear_reference,
@@ -49,6 +49,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     config_class = TaipanConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    find_ops = staticmethod(reference_ops)  # `megatron_taipan.hf` puts its kernels here; an exported folder has none
     supports_gradient_checkpointing = True
     _is_stateful = True  # no assisted decoding: states cannot be rolled back
     _no_split_modules = sorted({block.__name__ for block in BLOCKS.values()})
@@ -93,7 +94,7 @@ class TaipanModel(TaipanPreTrainedModel):
     def __init__(self, config: TaipanConfig):
         super().__init__(config)
         network = config.model_config()
-        self.ops = ops_of_modules()
+        self.ops = for_modules(self.find_ops())
         build = Build(network, parameter_table(network), 0, OneRank(), self.ops)
         self.embedding = nn.Embedding(network.vocab_size, network.d_model, device="meta")
         build.parameters(self.embedding, "embedding")
@@ -199,14 +200,14 @@ def arguments_beside(layer: nn.Module, args: tuple[Stream, Context, Any]) -> tup
     return moved, beside(layer, ctx), *(None if s is None else beside(layer, s) for s in states)
 
 
-def ops_of_modules() -> Ops:
-    """The operations of layers whose matrices are modules.
+def for_modules(ops: Ops) -> Ops:
+    """The operations where the matrices of layers are modules.
 
     A module multiplies whole tensors, so the rows that a gate picked are taken out first, as many as there are: the
     kernels for rows would leave unset memory behind them, which must not reach an adapter's gradient.
     """
     return replace(
-        pick_ops(),
+        ops,
         select_rows=select_rows_reference,
         gather_linear=gather_linear_reference,
         bounded_linear=bounded_linear_reference,

@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
-        self.layer, self.kind = layer, kind_of(build.config.letters[layer])
+        self.config, self.layer, self.kind = build.config, layer, kind_of(build.config.letters[layer])
 
 
 def make_layers(build: Build) -> nn.ModuleList:

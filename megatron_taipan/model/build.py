@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.init import initial_value
-from megatron_taipan.ops.dispatch import Ops
+from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.ops.operations import Ops
 from megatron_taipan.parallel.one_rank import OneRank
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import take_shard

@@ -10,8 +10,8 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import join_rows, take_rows
-from megatron_taipan.ops.dispatch import takes_kernels
 from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, bare, product
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.blocks import make_layers
 from megatron_taipan.model.build import Build
@@ -20,6 +19,7 @@ from megatron_taipan.model.graphs import GraphedLayers
 from megatron_taipan.model.layers import RMSNorm
 from megatron_taipan.model.recompute import recompute_of
 from megatron_taipan.model.stack import residual_stream, run_layers, total_budget, training_loss
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.tensor import TensorParallel

@@ -31,12 +31,13 @@ from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.randomness import set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.weights import open_weights
-from megatron_taipan.config import ModelConfig, load_config
+from megatron_taipan.config import load_config
 from megatron_taipan.data import manifests, special_tokens
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.made_with import added_ids, tokenizer_of
 from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from tests.fuzz.seeds import BESIDE, ENDINGS, STATE_FILES, TABLES, checkpoint
 
 MAGIC = {".gz": packing.GZIP[0], ".zst": packing.ZSTANDARD[0], ".bz2": packing.BZIP2[0], ".xz": packing.XZ[0]}

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 VOCABULARY = 37
 TREE = {
