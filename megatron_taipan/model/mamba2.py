@@ -10,7 +10,7 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import join_rows, take_rows
-from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
 from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, bare, product
 from megatron_taipan.ops.ssd import ssd_step
@@ -175,8 +175,7 @@ class Mamba2(KeepsFp32Params):
     def new_state(self, batch: int, device, dtype) -> MambaState:
         """An empty memory for `batch` rows."""
         channels = self.inner + 2 * self.groups * self.d_state
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
-            torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide),
+            torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide_dtype(dtype)),
         )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.ops.copies import copy_all
+from megatron_taipan.ops.numerics import wide_dtype
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        wide = wide_dtype(grads[0].dtype)
         flat = grads[0].new_empty(sum(g.numel() for g in grads), dtype=wide)
         parts = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
         copy_all(parts, grads)
