@@ -12,8 +12,9 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_taipan.config import ModelConfig, load_config
+from megatron_taipan.config import load_config
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.groups import build_groups
 from megatron_taipan.parallel.traffic import Traffic, expected_traffic

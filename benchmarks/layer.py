@@ -40,10 +40,10 @@ def layer_times(layer: Callable, x: torch.Tensor, grad: torch.Tensor, profiled: 
 
 def our_mamba_layer() -> Callable:
     """The mixer of the 1.3B preset, alone."""
-    from megatron_taipan.config import ModelConfig
     from megatron_taipan.gate_config import GateConfig
     from megatron_taipan.model.context import make_context
     from megatron_taipan.model.gate_settings import settled
+    from megatron_taipan.model_config import ModelConfig
 
     config = ModelConfig(pattern="M", vocab_size=64, d_model=2048, d_ff=64)
     with torch.device("cuda"):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.mamba2 import MAMBA2
 from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.model_config import ModelConfig
 
 
 class Norm(nn.Module):

@@ -8,10 +8,10 @@ it. A parameter that the table does not know is an error, never a default. What 
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError, divisors
 from megatron_taipan.layer_kinds.common import norm
 from megatron_taipan.layer_kinds.registry import kind_of, kinds_of
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.param_spec import ParamSpec
 
 

@@ -21,7 +21,6 @@ from megatron_taipan.model.flops import layer_flops, layer_params, pipeline_boun
 from megatron_taipan.model.layers import StreamNorm
 from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
 from megatron_taipan.parallel.traffic import expected_traffic
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table
@@ -94,7 +93,7 @@ class GatedLinear(torch.nn.Module):
 
     def forward(self, u, ctx, state=None):
         """The output, and metrics of this rank's heads: means of 1 - sigmoid(g) and of the last state's norm."""
-        parts = column_parallel_linear(u, self.tp, *(getattr(self, name) for name in PROJECTIONS))
+        parts = self.tp.column_parallel_linear(u, *(getattr(self, name) for name in PROJECTIONS))
         q, k, v, g = (p.view(ctx.batch, ctx.length, self.heads, -1) for p in parts)  # [b, l, h, e]
         sums = state.sums if state else q.new_zeros(ctx.batch, self.heads, q.shape[-1], q.shape[-1])
         first = torch.zeros(ctx.batch, ctx.length, dtype=torch.bool)
@@ -112,7 +111,7 @@ class GatedLinear(torch.nn.Module):
         y = torch.stack(out, 1).flatten(-2)
         y = y if ctx.single or not self.tp.sequence_parallel else y.flatten(0, 1)
         metrics = torch.stack([(1 - g.sigmoid()).mean(), sums.flatten(-2).norm(dim=-1).mean()])
-        return row_parallel_linear(y, self.out_proj, self.tp), metrics
+        return self.tp.row_parallel_linear(y, self.out_proj), metrics
 
 
 class GatedLinearBlock(Block, kinds=(GATED_LINEAR,)):

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ("megatron_taipan", "data_prep", "checkpoints", "launch", "benchmarks", "experiments")
 BASICS = {"megatron_taipan", "megatron_taipan.errors", "megatron_taipan.untrusted"}  # allowed everywhere
 
-KINDS = ("layer_kinds", "param_spec", "parameters")  # what layers are, and the table of their parameters
+# what layers are, the description of a network of them, and the table of their parameters
+KINDS = ("layer_kinds", "param_spec", "model_config", "parameters")
 
 PROGRAMS = {
     *KINDS,
@@ -43,11 +44,12 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.section": set(),
     "megatron_taipan.gate_config": {"section"},
     "megatron_taipan.versions": set(),
-    "megatron_taipan.config": {"pattern", "section", "gate_config", "layer_kinds", "plain_yaml"},
+    "megatron_taipan.model_config": {"pattern", "section", "gate_config", "layer_kinds"},
+    "megatron_taipan.config": {"section", "gate_config", "model_config", "plain_yaml"},
     "megatron_taipan.ops": set(),
-    "megatron_taipan.parameters": {"config", "layer_kinds", "param_spec"},
+    "megatron_taipan.parameters": {"model_config", "layer_kinds", "param_spec"},
     "megatron_taipan.parallel": {"config", "ops", *KINDS},
-    "megatron_taipan.model": {"config", "gate_config", "ops", "parallel", *KINDS},
+    "megatron_taipan.model": {"gate_config", "ops", "parallel", *KINDS},
     "megatron_taipan.engine": {"config", "ops", "parallel", "model", *KINDS},
     "megatron_taipan.tokenizer": set(),
     "megatron_taipan.data": {"config"},
@@ -76,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
         *KINDS,
         "engine",
     },
-    "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference", *KINDS},
+    "megatron_taipan.hf": {"gate_config", "versions", "ops", "parallel", "model", *KINDS},
     "data_prep": {"data", "tokenizer", "plain_yaml"},
     "checkpoints": {
         "config",

@@ -28,7 +28,8 @@ from megatron_taipan.engine.state_shards import (
     spread_masters,
 )
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.groups import Groups, TensorParallel
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
 
 

@@ -31,12 +31,12 @@ from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params, pipeline_bounds
-from megatron_taipan.model.gate_settings import GateSettings, settled
+from megatron_taipan.model.gate_settings import settings_of
 from megatron_taipan.model.layers import RMSNorm
-from megatron_taipan.model.recompute import recomputed
-from megatron_taipan.model.stream import Measured, Stream
+from megatron_taipan.model.recompute import recompute_of
+from megatron_taipan.model.stack import Recompute, training_loss
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.dispatch import Ops
-from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import parameter_table
 
@@ -57,13 +57,14 @@ class TaipanPipeline(PipelineModule):
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
         self.bounds = pipeline_bounds(config.model, config.data.seq_len, config.parallel.pipeline)
         tied = config.model.tie_embeddings
-        embedding: Any = LayerSpec(PipelineEmbedding, build, config)
+        embedding: Any = LayerSpec(PipelineEmbedding, build)
         head: Any = LayerSpec(PipelineHead, build, config)
         if tied:
             embedding = TiedLayerSpec("embedding", EmbeddingAndHead, build, config)
             head = TiedLayerSpec("embedding", EmbeddingAndHead, build, config, forward_fn=EmbeddingAndHead.score)
         last = [i + 1 in self.bounds for i in range(config.model.n_layers)]
-        layers = [LayerSpec(PipelineLayer, build, config, i, ends) for i, ends in enumerate(last)]
+        recompute = recompute_of(config.parallel.recompute, 1, groups.tensor)
+        layers = [LayerSpec(PipelineLayer, build, config, recompute, i, ends) for i, ends in enumerate(last)]
         super().__init__(
             [embedding, *layers, LayerSpec(PipelineNorm, build), head],
             topology=PipeModelDataParallelTopology(
@@ -210,13 +211,11 @@ def packed(batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor) -> 
 class PipelineEmbedding(Embedding):
     """First layer: batch_meta -> (h, budget, batch_meta)."""
 
-    def __init__(self, build: Build, config: Config):
+    def __init__(self, build: Build):
         super().__init__(build, "embedding")
-        self.residual_fp32 = config.model.residual_fp32
 
     def forward(self, batch_meta: Tensor) -> Payload:
         h = super().forward(batch_meta[..., 0])
-        h = at_least_float32(h) if self.residual_fp32 else h
         # a leaf that wants a gradient: DeepSpeed sends one back for every floating-point tensor
         return (
             h,
@@ -229,14 +228,14 @@ class PipelineLayer(nn.Module):
     """One layer of the pattern.
 
     Args:
+        recompute: activation checkpointing, as in `run_layers`; here always layer by layer.
         ends: whether it is the last one of its stage.
     """
 
-    def __init__(self, build: Build, config: Config, index: int, ends: bool):
+    def __init__(self, build: Build, config: Config, recompute: Recompute | None, index: int, ends: bool):
         super().__init__()
-        self.ends = ends
+        self.ends, self.recompute = ends, recompute
         self.index, self.packed = index, config.data.mask_documents
-        self.recompute, self.tp = config.parallel.recompute, build.tp
         self.layer: Block = make_layer(build, index)
         self.gate_config = config.model.gate
         self.gate: Tensor | None = None  # set by `gates_set_to`
@@ -246,15 +245,14 @@ class PipelineLayer(nn.Module):
         h, budget, batch_meta, *branch = payload
         stream = Stream(h, *branch)
         step = batch_meta[0, 0, 5]
-        settings = settled(self.gate_config, step) if self.gate is None else GateSettings.unpack(self.gate)
+        settings = settings_of(self.gate_config, self.gate, step)
         ctx = make_context(
             batch_meta[..., 0], batch_meta[..., 1].int() if self.packed else None, batch_meta[:, 0, 4], step, settings
         )
-        if self.recompute == "none" or not torch.is_grad_enabled():
+        if self.recompute is None or not torch.is_grad_enabled():
             stream, measured = self.layer(stream, ctx)
         else:  # what a recomputed layer is given is kept: one tensor, not two
-            stream, measured = recomputed(self.layer, self.recompute, self.tp, Stream(stream.total()), ctx)
-        Measured.check(measured, f"layers.{self.index}", self.layer.kind.metrics)
+            stream, measured = self.recompute.run(self.layer, Stream(stream.total()), ctx)
         if measured is not None:
             budget = budget if measured.budget_loss is None else budget + measured.budget_loss
             self.records.append(measured.metrics.detach().double())
@@ -287,8 +285,7 @@ class PipelineHead(Head):
         h, budget, batch_meta = payload
         weights = batch_meta[..., 3].int().view(torch.float32)
         ce_loss = super().forward(h, embedding, batch_meta[..., 2], weights)
-        settings = settled(self.gate_config) if self.gate is None else GateSettings.unpack(self.gate)
-        loss = ce_loss + settings.budget_lambda * budget[0]
+        loss = training_loss(ce_loss, budget[0], settings_of(self.gate_config, self.gate).budget_lambda)
         self.records.append(torch.stack([t.detach().double() for t in (loss, ce_loss, budget[0])]))
         return loss
 
@@ -297,7 +294,7 @@ class EmbeddingAndHead(PipelineEmbedding):
     """Embedding and head that share their weight, each used on its own stage."""
 
     def __init__(self, build: Build, config: Config):
-        super().__init__(build, config)
+        super().__init__(build)
         self.head = PipelineHead(build, config)
 
     def score(self, payload: Payload) -> Tensor:

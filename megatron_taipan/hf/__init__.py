@@ -9,6 +9,10 @@ from megatron_taipan.hf.modeling_taipan import (
     TaipanForSequenceClassification,
     TaipanModel,
 )
+from megatron_taipan.hf.network import TaipanPreTrainedModel
+from megatron_taipan.ops.dispatch import pick_ops
+
+TaipanPreTrainedModel.find_ops = staticmethod(pick_ops)  # this package's kernels, where they run
 
 AutoConfig.register(TaipanConfig.model_type, TaipanConfig, exist_ok=True)
 AutoModel.register(TaipanConfig, TaipanModel, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 READ = {"position_ids", "num_items_in_batch"}  # named by no signature: generate() and Trainer look for them otherwise
 
 # Ignored, because what they say is known already.
-IGNORED = {
+NOT_NEEDED = {
     "cache_position",  # generate() before 5.1: the cache counts its tokens itself
     "max_length_q",  # the four of DataCollatorWithFlattening for FlashAttention repeat where its documents begin,
     "max_length_k",  # which its position_ids or seq_idx say
@@ -38,7 +38,7 @@ def check_arguments(forward: Callable, given: dict[str, Any]) -> None:
         ValueError: one that asks for what Taipan cannot do.
     """
     for name, value in given.items():
-        if name in READ | IGNORED:
+        if name in READ | NOT_NEEDED:
             continue
         if name in UNSUPPORTED:
             if value is not None and value is not False:
@@ -47,6 +47,6 @@ def check_arguments(forward: Callable, given: dict[str, Any]) -> None:
             if value is False:
                 raise ValueError("Taipan does not support is_causal=False: its states run one way only")
         else:
-            known = {*inspect.signature(forward).parameters, *READ, *IGNORED, *UNSUPPORTED} - {"kwargs"}
+            known = {*inspect.signature(forward).parameters, *READ, *NOT_NEEDED, *UNSUPPORTED} - {"kwargs"}
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
             raise TypeError(f"Taipan does not know the argument {name!r}; the nearest is {near!r}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, __version__
 
-from megatron_taipan.config import ModelConfig
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.versions import check_transformers
 
 check_transformers(__version__)  # this file is the first of an export that transformers runs

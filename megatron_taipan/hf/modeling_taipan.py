@@ -15,6 +15,7 @@ from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
 from megatron_taipan.hf.documents import IGNORED, within_texts
 from megatron_taipan.hf.network import TaipanModel, TaipanPreTrainedModel, beside, check_tokens, documents_of, one_cache
+from megatron_taipan.model.stack import training_loss
 from megatron_taipan.ops.numerics import at_least_float32
 
 __all__ = ["TaipanCache", "TaipanForCausalLM", "TaipanForSequenceClassification", "TaipanModel"]
@@ -127,8 +128,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
             cross_entropy = sums / count
         if not self.training:
             return cross_entropy
-        share = 1.0 if n_items is None else counted.sum() / n_items
-        return cross_entropy + at_the_end(self.model.gate_config.budget_lambda) * budget * share
+        share = None if n_items is None else counted.sum() / n_items
+        return training_loss(cross_entropy, budget, at_the_end(self.model.gate_config.budget_lambda), share)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """transformers 5.3 forgets here that files of a model from a folder's code hold no tied head, and ties none."""

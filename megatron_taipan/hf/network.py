@@ -13,23 +13,24 @@ from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
 from megatron_taipan.hf.documents import documents_from_mask, documents_from_positions
 from megatron_taipan.hf.linears import hold_in_linears, register_names, table_name
-from megatron_taipan.model.blocks import BLOCKS
+from megatron_taipan.model.blocks import BLOCKS, make_layers
+from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import Cache as TaipanState
+from megatron_taipan.model.cache import new_cache
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.init import initial_value
-from megatron_taipan.model.recompute import run_layers
-from megatron_taipan.model.stream import Measured, Stream
-from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.ops.dispatch import Ops, pick_ops
-from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.model.layers import RMSNorm
+from megatron_taipan.model.stack import Recompute, recompute_all, residual_stream, run_layers, run_segment, total_budget
+from megatron_taipan.model.stream import Stream
+from megatron_taipan.ops.operations import Ops, reference_ops
 from megatron_taipan.ops.selected_rows import (
     bounded_linear_reference,
     gather_linear_reference,
     scatter_rows_reference,
     select_rows_reference,
 )
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.one_rank import OneRank
 from megatron_taipan.parameters import parameter_table
 
 register_names(TaipanConfig.model_type)
@@ -48,6 +49,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
     config_class = TaipanConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    find_ops = staticmethod(reference_ops)  # `megatron_taipan.hf` puts its kernels here; an exported folder has none
     supports_gradient_checkpointing = True
     _is_stateful = True  # no assisted decoding: states cannot be rolled back
     _no_split_modules = sorted({block.__name__ for block in BLOCKS.values()})
@@ -76,7 +78,6 @@ class TaipanPreTrainedModel(PreTrainedModel):
         """transformers' switch; the layers are recomputed by the model itself."""
         network: Any = self.base_model
         network.gradient_checkpointing = enable
-        network.recompute = "full" if enable else "none"
 
     def _float32_names(self, prefix: str) -> list[str]:
         """Names, as a class's state_dict has them, of what stays float32 in a bf16 or fp16 model."""
@@ -92,16 +93,18 @@ class TaipanModel(TaipanPreTrainedModel):
 
     def __init__(self, config: TaipanConfig):
         super().__init__(config)
-        network = Taipan(config.model_config(), ops=ops_of_modules())
-        hold_in_linears(network.layers)
-        self.embedding = nn.Embedding(network.config.vocab_size, network.config.d_model, device="meta")
-        self.embedding.weight = network.embedding.weight
-        self.layers, self.final_norm = network.layers, network.final_norm
+        network = config.model_config()
+        self.ops = for_modules(self.find_ops())
+        build = Build(network, parameter_table(network), 0, OneRank(), self.ops)
+        self.embedding = nn.Embedding(network.vocab_size, network.d_model, device="meta")
+        build.parameters(self.embedding, "embedding")
+        self.layers = make_layers(build)
+        hold_in_linears(self.layers)
         for layer in self.layers:
             layer.register_forward_pre_hook(arguments_beside)
-        self.ops, self.tp = network.ops, TensorParallel()
-        self.gate_config, self.residual_fp32 = network.config.gate, network.config.residual_fp32
-        self.recompute, self.gradient_checkpointing = "none", False
+        self.final_norm = RMSNorm(build, "final_norm")
+        self.gate_config, self.residual_fp32 = network.gate, network.residual_fp32
+        self.gradient_checkpointing = False
         self._train_step = 0  # draws fresh gate noise in every training step
         self._keep_in_fp32_modules_strict = self._float32_names("")
         self.post_init()
@@ -139,7 +142,7 @@ class TaipanModel(TaipanPreTrainedModel):
         if seq_idx is None:
             seq_idx = documents_of(embedded.shape[:2], attention_mask, kwargs, cache)
         self._train_step += self.training
-        h = at_least_float32(embedded) if self.residual_fp32 else embedded
+        h = residual_stream(embedded, fp32=self.residual_fp32)
         state = self._state_of(cache, h) if cache is not None else None
         step = self._train_step if self.training else 0
         seq_idx = None if seq_idx is None else seq_idx.to(h.device)
@@ -148,24 +151,17 @@ class TaipanModel(TaipanPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         between, found = [h], []
         if output_hidden_states:
-            for index, layer in enumerate(self.layers):
-                h, measured = self._one_layer(layer, h, ctx, index)
+            for index in range(len(self.layers)):
+                h, measured = run_segment(self.layers, h, ctx, index, index + 1)
                 between.append(h)
-                found += [] if measured is None else [measured]
+                found += measured
         else:
-            h, found = run_layers(self.layers, h, ctx, self.recompute, 1, self.tp)
+            recompute = Recompute(recompute_all) if self.gradient_checkpointing else None
+            h, found = run_layers(self.layers, h, ctx, recompute)
         h = self.final_norm(beside(self.final_norm, h))
         kept: dict[str, Any] = {CACHE: cache, "hidden_states": (*between[:-1], h) if output_hidden_states else None}
-        losses = [measured.budget_loss.to(h.device) for measured in found if measured.budget_loss is not None]
-        budget = sum(losses, torch.zeros((), device=h.device))
-        output = TaipanModelOutput(last_hidden_state=h, budget_loss=budget, **kept)
+        output = TaipanModelOutput(last_hidden_state=h, budget_loss=total_budget(found, h.device), **kept)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    def _one_layer(self, layer: nn.Module, h: Tensor, ctx: Context, index: int) -> tuple[Tensor, Measured | None]:
-        """The stream [b, l, d] behind one layer, and what it measured."""
-        state = ctx.cache.layers[index] if ctx.cache is not None else None
-        stream, measured = layer(Stream(h), ctx, state)
-        return stream.total(), measured
 
     def _state_of(self, cache: TaipanCache, h: Tensor) -> TaipanState:
         """The memory inside `cache` for h [b, l, d], made on first use.
@@ -185,12 +181,7 @@ class TaipanModel(TaipanPreTrainedModel):
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> TaipanState:
         """An empty memory for `batch` rows, each layer's on the layer's device; `device` where that is meta."""
         places = [next(layer.parameters()).device for layer in self.layers]
-        return TaipanState(
-            [
-                layer.new_state(batch, device if place.type == "meta" else place, dtype)  # type: ignore[operator]
-                for layer, place in zip(self.layers, places, strict=True)
-            ]
-        )
+        return new_cache(self.layers, batch, [device if place.type == "meta" else place for place in places], dtype)
 
 
 def beside(module: nn.Module, x: Any) -> Any:
@@ -209,14 +200,14 @@ def arguments_beside(layer: nn.Module, args: tuple[Stream, Context, Any]) -> tup
     return moved, beside(layer, ctx), *(None if s is None else beside(layer, s) for s in states)
 
 
-def ops_of_modules() -> Ops:
-    """The operations of layers whose matrices are modules.
+def for_modules(ops: Ops) -> Ops:
+    """The operations where the matrices of layers are modules.
 
     A module multiplies whole tensors, so the rows that a gate picked are taken out first, as many as there are: the
     kernels for rows would leave unset memory behind them, which must not reach an adapter's gradient.
     """
     return replace(
-        pick_ops(),
+        ops,
         select_rows=select_rows_reference,
         gather_linear=gather_linear_reference,
         bounded_linear=bounded_linear_reference,

@@ -14,11 +14,11 @@ from megatron_taipan.layer_kinds.record import LayerKind
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 
-def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
+def _plain_parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     return {"norm.weight": norm(config.d_model)} | attention_parameters(config, tensor)
 
 
@@ -28,7 +28,7 @@ def _check_rotary(config: "ModelConfig") -> None:
         raise ValueError(f"the rotary embedding of A layers needs an even head size, not {config.head_dim}")
 
 
-def _traffic(sent: "LayerTraffic") -> None:
+def _plain_traffic(sent: "LayerTraffic") -> None:
     sent.norm()
     sent.into_block()
     sent.out_of_block()
@@ -36,17 +36,17 @@ def _traffic(sent: "LayerTraffic") -> None:
 
 
 WINDOW_ATTENTION = LayerKind(
-    letter="W", mixer="sliding-window attention", noun="layer", parameters=_parameters,
+    letter="W", mixer="sliding-window attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, config.attention.window),
-    check=check_attention, splits=attention_splits, traffic=_traffic,
+    check=check_attention, splits=attention_splits, traffic=_plain_traffic,
     options=(*ATTENTION_OPTIONS, "attention.window"),
     residuals=2, attends=True, windowed=True, capturable=True, ends_graph=True,
 )  # fmt: skip
 
 FULL_ATTENTION = LayerKind(
-    letter="A", mixer="full causal attention", noun="layer", parameters=_parameters,
+    letter="A", mixer="full causal attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, None),
-    check=_check_rotary, splits=attention_splits, traffic=_traffic,
+    check=_check_rotary, splits=attention_splits, traffic=_plain_traffic,
     options=(*ATTENTION_OPTIONS, "attention.rope_theta"),
     residuals=2, attends=True, growing=True, capturable=True, ends_graph=True,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from megatron_taipan.layer_kinds.record import Split
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
 
 
 def norm(size: int) -> ParamSpec:

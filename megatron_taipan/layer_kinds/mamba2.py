@@ -12,11 +12,11 @@ from megatron_taipan.layer_kinds.record import LayerKind, Split
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 
-def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
+def _mamba2_parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     m, d, inner, heads = config.mamba, config.d_model, config.d_inner, config.mamba_heads
     states = m.n_groups * m.d_state
     whole = {"split": 0} if m.n_groups % tensor == 0 else {"summed": True}  # B and C: by groups, or on every rank
@@ -46,7 +46,7 @@ def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     return {"norm.weight": norm(d)} | {f"mixer.{name}": spec for name, spec in table.items()}
 
 
-def _flops(config: "ModelConfig", seq_len: int) -> float:
+def _mamba2_flops(config: "ModelConfig", seq_len: int) -> float:
     m, d, inner = config.mamba, config.d_model, config.d_inner
     states = m.n_groups * m.d_state
     projections = 2 * d * (2 * inner + 2 * states + config.mamba_heads) + 2 * inner * d
@@ -56,7 +56,7 @@ def _flops(config: "ModelConfig", seq_len: int) -> float:
     return float(projections + convolution + scan)
 
 
-def _check(config: "ModelConfig") -> None:
+def _mamba2_check(config: "ModelConfig") -> None:
     m = config.mamba
     if config.d_inner % m.headdim:
         raise ValueError(
@@ -70,14 +70,14 @@ def _check(config: "ModelConfig") -> None:
         )
 
 
-def _splits(config: "ModelConfig") -> tuple[Split, ...]:
+def _mamba2_splits(config: "ModelConfig") -> tuple[Split, ...]:
     return (
         Split("the number of SSM heads", config.mamba_heads),
         Split("model.mamba.n_groups", config.mamba.n_groups, shared=True),
     )
 
 
-def _traffic(sent: "LayerTraffic") -> None:
+def _mamba2_traffic(sent: "LayerTraffic") -> None:
     sent.norm()
     sent.into_block()
     groups = sent.config.mamba.n_groups
@@ -88,7 +88,7 @@ def _traffic(sent: "LayerTraffic") -> None:
 
 
 MAMBA2 = LayerKind(
-    letter="M", mixer="Mamba-2", noun="block", parameters=_parameters, flops=_flops, check=_check, splits=_splits,
-    traffic=_traffic, capturable=True,
+    letter="M", mixer="Mamba-2", noun="block", parameters=_mamba2_parameters, flops=_mamba2_flops,
+    check=_mamba2_check, splits=_mamba2_splits, traffic=_mamba2_traffic, capturable=True,
     options=tuple(f"mamba.{name}" for name in ("d_state", "headdim", "expand", "n_groups", "d_conv", "conv_bias")),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from megatron_taipan.layer_kinds.registry import kind_of
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
 
 Value = TypeVar("Value")
 

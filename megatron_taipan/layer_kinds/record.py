@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 

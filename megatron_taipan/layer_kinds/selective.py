@@ -14,7 +14,7 @@ from megatron_taipan.layer_kinds.record import LayerKind
 from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
-    from megatron_taipan.config import ModelConfig
+    from megatron_taipan.model_config import ModelConfig
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 # What a gate measures: the share of tokens selected, that above the threshold of evaluation, the means of alpha and of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GATE_METRICS = ("selected", "selected_eval", "alpha", "entropy", "budget")
 
 
-def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
+def _selective_parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     d = config.d_model
     return {
         "norm.weight": norm(d),
@@ -32,13 +32,13 @@ def _parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
     }
 
 
-def _flops(config: "ModelConfig", seq_len: int) -> float:
+def _selective_flops(config: "ModelConfig", seq_len: int) -> float:
     """With the share C of the queries, as at the end of training, and the gate."""
     share = config.gate.final_capacity
     return attention_flops(config, seq_len, config.attention.window, share) + 4 * config.d_model
 
 
-def _traffic(sent: "LayerTraffic") -> None:
+def _selective_traffic(sent: "LayerTraffic") -> None:
     d = sent.config.d_model
     sent.norm()
     sent.into_block()
@@ -54,8 +54,8 @@ def _traffic(sent: "LayerTraffic") -> None:
 
 
 SELECTIVE_ATTENTION = LayerKind(
-    letter="S", mixer="selective attention", noun="layer", parameters=_parameters, flops=_flops,
-    check=check_attention, splits=attention_splits, traffic=_traffic,
+    letter="S", mixer="selective attention", noun="layer", parameters=_selective_parameters, flops=_selective_flops,
+    check=check_attention, splits=attention_splits, traffic=_selective_traffic,
     # the gate's other options are of training
     options=(*ATTENTION_OPTIONS, "attention.window", "gate.refinement", "gate.weight"),
     metrics=GATE_METRICS,

@@ -12,7 +12,6 @@ from megatron_taipan.model.fused_params import take_rows
 from megatron_taipan.model.rope import rotate
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.selected_rows import Rows
-from megatron_taipan.parallel.replicated import sum_gradients
 
 
 class Attention(nn.Module):
@@ -101,7 +100,7 @@ class Attention(nn.Module):
         if self.shared_kv:
             assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # modules stand for weights on one rank
             first = self.kv_head * self.head_dim
-            k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in sum_gradients(self.tp, k_proj, v_proj))
+            k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
         k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
         if self.theta is not None:
             k = rotate(k.flatten(0, 1), within, self.theta).view_as(k)

@@ -12,13 +12,11 @@ from megatron_taipan.model.attention import Attention
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore, MambaState
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import StreamNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.model.stream import Measured, Stream
 from megatron_taipan.ops.selected_rows import Rows
-from megatron_taipan.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel, shard_sequence
 
 BLOCKS: dict[str, "type[Block]"] = {}  # by letter; see Block.__init_subclass__
 
@@ -42,13 +40,10 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.layer, self.kind = build.config, layer, kind_of(build.config.letters[layer])
 
-    def num_params(self) -> int:
-        """Parameters over all tensor ranks."""
-        return layer_params(self.config, self.layer)
 
-    def num_flops_per_token(self, seq_len: int) -> float:
-        """Forward operations per token in documents of seq_len tokens."""
-        return layer_flops(self.config, self.kind.letter, seq_len)
+def make_layers(build: Build) -> nn.ModuleList:
+    """All layers of the pattern, in order."""
+    return nn.ModuleList(make_layer(build, index) for index in range(build.config.n_layers))
 
 
 def make_layer(build: Build, index: int) -> Block:
@@ -101,9 +96,9 @@ class AttentionBlock(Block, kinds=(WINDOW_ATTENTION, FULL_ATTENTION)):
         if ctx.single:
             assert state is not None
             return self.attention.step(u, ctx, state)
-        whole = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
+        whole = self.tp.copy_to_tensor_parallel(u).view(ctx.batch, ctx.length, -1)
         (o,) = self.attention(whole, ctx, store=state)
-        return reduce_from_tensor_parallel(o.view(whole.shape), self.tp)
+        return self.tp.reduce_from_tensor_parallel(o.view(whole.shape))
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)
@@ -139,13 +134,13 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         if ctx.single:
             assert state is not None
             return self._step(u, h, selection, ctx, state), measured
-        u = copy_to_tensor_parallel(u, self.tp).view(ctx.batch, ctx.length, -1)
+        u = self.tp.copy_to_tensor_parallel(u).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
         refine = self._weight(selection).to(h.dtype)
         every = self._every_query(ctx)
         computed = [chosen] if every is False else [chosen, ~chosen & every]
         if every is not True:  # what is not computed has no gradient
-            refine = torch.where(shard_sequence(selection.selected, self.tp) | every, refine, 0)
+            refine = torch.where(self.tp.shard_sequence(selection.selected) | every, refine, 0)
         queries = [self.ops.select_rows(u, picked) for picked in computed]
         outputs = self.attention(u, ctx, queries, state)
         o = self._put_back(outputs, queries, u.shape)
@@ -178,10 +173,10 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         for rows, o in zip(queries, outputs, strict=True):
             # Only computed rows travel where every rank gets all of them. Where kernels pick the rows, the host does
             # not know their number and the buffer travels, as large as the sequence.
-            o = o if sharded else reduce_from_tensor_parallel(o, self.tp)
+            o = o if sharded else self.tp.reduce_from_tensor_parallel(o)
             placed.append(self.ops.scatter_rows(o, rows, shape[0] * shape[1]))
         whole = placed[0] if len(placed) == 1 else placed[0] + placed[1]
-        return reduce_from_tensor_parallel(whole, self.tp) if sharded else whole.view(shape)
+        return self.tp.reduce_from_tensor_parallel(whole) if sharded else whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.init import initial_value
-from megatron_taipan.ops.dispatch import Ops
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.ops.operations import Ops
+from megatron_taipan.parallel.one_rank import OneRank
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import take_shard
 
@@ -21,7 +21,7 @@ class Build:
     config: ModelConfig
     table: dict[str, ParamSpec]
     seed: int
-    tp: TensorParallel
+    tp: OneRank
     ops: Ops
 
     def parameters(self, module: nn.Module, prefix: str) -> None:

@@ -1,7 +1,8 @@
 """What decoding remembers: constant memory for Mamba-2 and window attention, all keys for full attention."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -207,3 +208,8 @@ class Cache:
         for layer in self.layers:
             total += sum(t.numel() * t.element_size() for t in layer.tensors())
         return total
+
+
+def new_cache(layers: Iterable[Any], batch: int, devices: Sequence[Any], dtype: torch.dtype) -> Cache:
+    """An empty memory for `batch` rows, each layer's on its device."""
+    return Cache([layer.new_state(batch, device, dtype) for layer, device in zip(layers, devices, strict=True)])

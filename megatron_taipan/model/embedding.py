@@ -5,33 +5,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
-from megatron_taipan.parallel.collectives import (
-    all_reduce_max,
-    all_reduce_sum,
-    copy_to_tensor_parallel,
-    reduce_from_tensor_parallel,
-)
+from megatron_taipan.model.stack import residual_stream
+from megatron_taipan.ops.numerics import at_least_float32
 
 
 class Embedding(nn.Module):
-    """Rows of the embedding matrix; each rank holds a contiguous part of the ids, padding rows at the end."""
+    """The residual stream as rows of the embedding matrix; each rank holds a contiguous part of the ids, padding rows
+    at the end."""
 
     weight: Tensor
 
     def __init__(self, build: Build, prefix: str):
         super().__init__()
-        self.tp = build.tp
+        self.tp, self.fp32 = build.tp, build.config.residual_fp32
         build.parameters(self, prefix)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, l] ids -> [b, l, d], or this rank's shard [n/tp, d] of it."""
+        return residual_stream(self._rows(tokens), fp32=self.fp32)
+
+    def _rows(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         rows = self.weight.shape[0]
         local = tokens - self.tp.rank * rows
         here = (local >= 0) & (local < rows)
         found = F.embedding(torch.where(here, local, 0), self.weight)
-        return reduce_from_tensor_parallel(torch.where(here[..., None], found, 0), self.tp)
+        return self.tp.reduce_from_tensor_parallel(torch.where(here[..., None], found, 0))
 
 
 class Head(nn.Module):
@@ -54,7 +54,7 @@ class Head(nn.Module):
         if labels is None:
             return self._logits(h, weight)
         assert token_weights is not None
-        h = copy_to_tensor_parallel(h, self.tp)
+        h = self.tp.copy_to_tensor_parallel(h)
         rows = weight.shape[0]
         start = self.tp.rank * rows
         return self.cross_entropy(
@@ -64,23 +64,16 @@ class Head(nn.Module):
             token_weights.flatten(),
             vocab_start=start,
             n_valid=min(max(self.vocab_size - start, 0), rows),
-            reduce_sum=self._sum if self.tp.size > 1 else None,
-            reduce_max=self._max if self.tp.size > 1 else None,
+            reduce_sum=self.tp.all_reduce_sum if self.tp.size > 1 else None,
+            reduce_max=self.tp.all_reduce_max if self.tp.size > 1 else None,
         )
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return all_reduce_sum(x, self.tp)
-
-    def _max(self, x: Tensor) -> Tensor:
-        return all_reduce_max(x, self.tp)
-
     def _logits(self, h: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(h, weight)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(F.linear(h, weight))
         if self.tp.size == 1:
             return logits
         # For evaluation only: every rank fills in its columns and the sum joins them.
         rows = weight.shape[0]
         whole = logits.new_zeros(*logits.shape[:-1], rows * self.tp.size)
         whole[..., self.tp.rank * rows : (self.tp.rank + 1) * rows] = logits
-        return all_reduce_sum(whole, self.tp)[..., : self.vocab_size]
+        return self.tp.all_reduce_sum(whole)[..., : self.vocab_size]

@@ -7,8 +7,8 @@ capacity C. A training step costs three times the forward pass.
 
 import math
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.parameters import parameter_table
 

@@ -11,14 +11,6 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise, uniform_noise
 from megatron_taipan.ops.numerics import at_least_float32
-from megatron_taipan.parallel.collectives import (
-    all_reduce_sum,
-    embed_shard,
-    gather_sequence,
-    shard_sequence,
-    sum_over_shards,
-)
-from megatron_taipan.parallel.replicated import stream_parameters
 
 
 class Selection(NamedTuple):
@@ -83,7 +75,7 @@ class Gate(KeepsFp32Params):
 
     def forward(self, u: Tensor, ctx: Context) -> Selection:
         """u: [b, l, d] normed hidden states (or this rank's shard [n/tp, d])."""
-        weight, bias = stream_parameters(self.tp, self.weight, self.bias)
+        weight, bias = self.tp.stream_parameters(self.weight, self.bias)
         wide = at_least_float32(u.detach() if self.input_gradient == "none" else u)
         weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
         logits = F.linear(wide, weight, bias)  # [b, l, 2] or [n/tp, 2]
@@ -93,19 +85,19 @@ class Gate(KeepsFp32Params):
         counters = (self.seed, ctx.step, ctx.samples, ctx.position, self.layer)
         counted = None  # m as the budget counts it
         if self.noise == "random":
-            m = hard = shard_sequence(uniform_noise(*counters)[..., 0] < ctx.gate.capacity, self.tp).to(alpha.dtype)
+            m = hard = self.tp.shard_sequence(uniform_noise(*counters)[..., 0] < ctx.gate.capacity).to(alpha.dtype)
         elif self.training:
-            noise = shard_sequence(gumbel_noise(*counters), self.tp) if self.noise == "gumbel" else None
+            noise = self.tp.shard_sequence(gumbel_noise(*counters)) if self.noise == "gumbel" else None
             m, hard = self.estimator(logits, noise, ctx.gate.tau)
             if self.input_gradient == "task":
                 counted, _ = self.estimator(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)
-        rows = embed_shard(m if counted is None else counted, self.tp).view(ctx.batch, ctx.length)
-        share = sum_over_shards(rows.sum(-1), self.tp) / ctx.length  # [b] fraction selected of each row
+        rows = self.tp.embed_shard(m if counted is None else counted).view(ctx.batch, ctx.length)
+        share = self.tp.sum_over_shards(rows.sum(-1)) / ctx.length  # [b] fraction selected of each row
         budget_loss = self._budget_loss(share, ctx)
         metrics = self._metrics(hard, above, alpha, budget_loss)
-        selected = gather_sequence(hard > 0.5, self.tp).view(ctx.batch, ctx.length)
+        selected = self.tp.gather_sequence(hard > 0.5).view(ctx.batch, ctx.length)
         return Selection(m, alpha, selected, margin, budget_loss, metrics)
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
@@ -130,6 +122,6 @@ class Gate(KeepsFp32Params):
         entropy = -(a * a.log() + (1 - a) * (1 - a).log())
         means = [t.float().mean() for t in (hard, above, alpha, entropy)]
         if self.tp.sequence_parallel:
-            means = list((all_reduce_sum(torch.stack(means), self.tp) / self.tp.size).unbind())
+            means = list((self.tp.all_reduce_sum(torch.stack(means)) / self.tp.size).unbind())
         found = dict(zip(("selected", "selected_eval", "alpha", "entropy"), means, strict=True), budget=budget_loss)
         return torch.stack([found[name].float() for name in GATE_METRICS])

@@ -39,6 +39,11 @@ class GateSettings(NamedTuple):
         return torch.stack([n.float() if isinstance(n, Tensor) else torch.full((), n, device=device) for n in numbers])
 
 
+def settings_of(gate: GateConfig, vector: Tensor | None, step: int | Tensor = 0) -> GateSettings:
+    """What a trainer said, float32 [4 + S layers], or where it said nothing what the schedules lead to."""
+    return settled(gate, step) if vector is None else GateSettings.unpack(vector)
+
+
 def settled(gate: GateConfig, step: int | Tensor = 0) -> GateSettings:
     """Where no trainer gives any: what the schedules lead to; the batch at hand stands for the step's."""
     capacity, tau, budget_lambda = (at_the_end(v) for v in (gate.capacity, gate.tau, gate.budget_lambda))

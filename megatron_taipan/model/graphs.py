@@ -16,10 +16,10 @@ from torch.func import functional_call
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.gate_settings import GateSettings
-from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.model.stack import Recompute, run_layers
 from megatron_taipan.model.stream import Measured
-from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.replicated import sum_gradients_ahead
+from megatron_taipan.parallel.tensor import TensorParallel
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
 
@@ -27,7 +27,7 @@ LONGEST = 7  # layers of a group; shorter groups let gradients leave for other r
 class Group(nn.Module):
     """Consecutive layers as a function of tensors alone, their parameters among them."""
 
-    def __init__(self, layers: list[nn.Module], recompute: tuple[str, int], tp: TensorParallel):
+    def __init__(self, layers: list[nn.Module], recompute: Recompute | None, tp: TensorParallel):
         super().__init__()
         self.layers, self.recompute, self.tp = nn.ModuleList(layers), recompute, tp
         self.names, self.own = zip(*self.named_parameters(), strict=True)
@@ -47,7 +47,7 @@ class Group(nn.Module):
             sum.
         """
         ctx = make_context(seq_idx, seq_idx, samples, step, GateSettings.unpack(gate))
-        h, found = run_layers(self.layers, h, ctx, *self.recompute, self.tp)
+        h, found = run_layers(self.layers, h, ctx, self.recompute)
         return h, *(t for t in Measured.join(found) or () if t is not None)
 
 
@@ -58,7 +58,7 @@ class GraphedLayers:
         layers: in order, on the device, where they stay: their parameters may change in place only.
         shape: (b, l) of a micro-batch.
         stream: an example of the residual stream as it enters the layers; its values do not matter.
-        recompute: mode and layers a segment of activation checkpointing.
+        recompute: activation checkpointing inside of a group.
         tensor_parallel: this rank's place, as the layers know it.
     """
 
@@ -67,7 +67,7 @@ class GraphedLayers:
         layers: nn.ModuleList,
         shape: tuple[int, int],
         stream: Tensor,
-        recompute: tuple[str, int] = ("none", 1),
+        recompute: Recompute | None = None,
         tensor_parallel: TensorParallel | None = None,
     ):
         self.shape = shape

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.param_spec import ParamSpec
 
 

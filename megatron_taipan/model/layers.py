@@ -4,8 +4,6 @@ from torch import Tensor, nn
 
 from megatron_taipan.model.build import Build
 from megatron_taipan.ops.product import Weight
-from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
-from megatron_taipan.parallel.replicated import stream_parameters
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +17,7 @@ class RMSNorm(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor) -> Tensor:
-        (weight,) = stream_parameters(self.tp, self.weight)
+        (weight,) = self.tp.stream_parameters(self.weight)
         return self.norm(h, weight, self.eps)
 
 
@@ -37,7 +35,7 @@ class StreamNorm(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, h: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        (weight,) = stream_parameters(self.tp, self.weight)
+        (weight,) = self.tp.stream_parameters(self.weight)
         return self.add_norm(h, branch, weight, self.eps)
 
 
@@ -54,7 +52,5 @@ class SwiGLU(nn.Module):
         build.parameters(self, prefix)
 
     def forward(self, u: Tensor) -> Tensor:
-        gated = self.silu_mul(
-            *column_parallel_linear(u, self.tp, self.gate_proj, self.up_proj)
-        )  # [b, l, d_ff] or [n, d_ff]
-        return row_parallel_linear(gated, self.down_proj, self.tp)
+        gated = self.silu_mul(*self.tp.column_parallel_linear(u, self.gate_proj, self.up_proj))  # [.., d_ff]
+        return self.tp.row_parallel_linear(gated, self.down_proj)

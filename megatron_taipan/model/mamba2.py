@@ -10,14 +10,11 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import join_rows, take_rows
-from megatron_taipan.ops.dispatch import takes_kernels
-from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
+from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, bare, product
 from megatron_taipan.ops.ssd import ssd_step
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import sum_over_ranks
-from megatron_taipan.parallel.linear import column_parallel_linear, row_parallel_linear
-from megatron_taipan.parallel.replicated import sum_gradients
 
 
 class Mamba2(KeepsFp32Params):
@@ -68,11 +65,11 @@ class Mamba2(KeepsFp32Params):
             return self._step(u, state)
         in_proj, conv_weight, conv_bias = self._joined_weights()
         states = self.groups * self.d_state
-        parts = column_parallel_linear(u, self.tp, *in_proj)
+        parts = self.tp.column_parallel_linear(u, *in_proj)
         zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
-            return row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj, self.tp)
+            return self.tp.row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
         initial_tail = state.conv_tail if state else None
@@ -81,12 +78,8 @@ class Mamba2(KeepsFp32Params):
         )
         if state is not None:
             xBC, state.conv_tail = xBC
-        x, B, C = xBC.split([self.inner, states, states], -1)
+        x, dt, A, B, C = self._ssm_inputs(xBC, dt)
         b, l = x.shape[:2]
-        x = x.view(b, l, self.heads, self.headdim)
-        B, C = (t.view(b, l, self.groups, self.d_state) for t in (B, C))
-        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [b, l, h]
-        A = -at_least_float32(self.A_log).exp()
 
         if state is None:
             y = self.ops.ssd(x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx)
@@ -99,7 +92,7 @@ class Mamba2(KeepsFp32Params):
                 initial_state=state.ssm, return_state=True,
             )  # fmt: skip
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
-        return row_parallel_linear(y, self.out_proj, self.tp)
+        return self.tp.row_parallel_linear(y, self.out_proj)
 
     def _step(self, u: Tensor, state: MambaState) -> Tensor:
         """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step.
@@ -114,23 +107,30 @@ class Mamba2(KeepsFp32Params):
             torch.cat([x, B, C], -1), conv_weight, conv_bias, initial_tail=state.conv_tail, return_tail=True
         )
         state.conv_tail.copy_(tail)
-        states = self.groups * self.d_state
-        x, B, C = xBC[:, 0].split([self.inner, states, states], -1)
-        y = self.ops.ssd_update(
-            state.ssm, x.unflatten(-1, (self.heads, self.headdim)),
-            F.softplus(at_least_float32(dt[:, 0]) + self.dt_bias), -at_least_float32(self.A_log).exp(),
-            B.unflatten(-1, (self.groups, self.d_state)), C.unflatten(-1, (self.groups, self.d_state)), self.D,
-        )  # fmt: skip
+        y = self.ops.ssd_update(state.ssm, *self._ssm_inputs(xBC[:, 0], dt[:, 0]), self.D)
         return product(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
         """What `forward` does between the two projections, from an empty state, as one operation."""
         assert self.ops.mamba2_mix is not None  # else `fused` is False
         return self.ops.mamba2_mix(
-            zxbcdt, conv_weight, conv_bias, self.dt_bias, -at_least_float32(self.A_log).exp(), self.D, self.norm_weight,
+            zxbcdt, conv_weight, conv_bias, self.dt_bias, self._decay_rate(), self.D, self.norm_weight,
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
             group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
         )  # fmt: skip
+
+    def _ssm_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the state space model reads, from the convolution's output [..., channels] and dt [..., h] as projected:
+        x [..., h, p], dt [..., h] above 0, A [h], B and C [..., g, n]."""
+        states = self.groups * self.d_state
+        x, B, C = xBC.split([self.inner, states, states], -1)
+        x = x.unflatten(-1, (self.heads, self.headdim))
+        B, C = (t.unflatten(-1, (self.groups, self.d_state)) for t in (B, C))
+        return x, F.softplus(at_least_float32(dt) + self.dt_bias), self._decay_rate(), B, C
+
+    def _decay_rate(self) -> Tensor:
+        """A [h], below 0."""
+        return -at_least_float32(self.A_log).exp()
 
     def _joined_weights(self) -> tuple[tuple[Weight, ...], Tensor, Tensor | None]:
         """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C.
@@ -142,7 +142,7 @@ class Mamba2(KeepsFp32Params):
         shared = tuple(getattr(self, name) for name in names)
         if self.shared_groups:
             first = self.group * self.d_state
-            shared = tuple(take_rows(t, first, self.d_state) for t in sum_gradients(self.tp, *shared))
+            shared = tuple(take_rows(t, first, self.d_state) for t in self.tp.sum_gradients(*shared))
         in_B, in_C, conv_B, conv_C, *biases = shared
         in_proj = tuple(map(bare, (self.in_proj_z, self.in_proj_x, in_B, in_C, self.in_proj_dt)))
         tensors = [weight for weight in in_proj if isinstance(weight, Tensor)]
@@ -166,17 +166,16 @@ class Mamba2(KeepsFp32Params):
         Differentiable, and its own adjoint: the kernels call it outside of autograd, for squares and for gradients.
         """
         if self.ranks_per_group == self.tp.size:
-            return sum_over_ranks(squares, self.tp)
+            return self.tp.sum_over_ranks(squares)
         # Several groups: each has its column, so that one all-reduce over the whole tensor group serves all.
         n_groups = self.tp.size // self.ranks_per_group
         columns = F.pad(squares, (self.group, n_groups - 1 - self.group))
-        return sum_over_ranks(columns, self.tp)[..., self.group : self.group + 1]
+        return self.tp.sum_over_ranks(columns)[..., self.group : self.group + 1]
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         """An empty memory for `batch` rows."""
         channels = self.inner + 2 * self.groups * self.d_state
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
-            torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide),
+            torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide_dtype(dtype)),
         )

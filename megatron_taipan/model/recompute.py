@@ -1,33 +1,37 @@
-"""Activation checkpointing: what is kept for the backward pass, and what is computed again."""
+"""Activation checkpointing as a run is configured: what is kept for the backward pass, what is computed again."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megatron_taipan.model.context import Context
-from megatron_taipan.model.stream import Measured, Stream
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.model.stack import Recompute, recompute_all
+from megatron_taipan.parallel.tensor import TensorParallel
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
 KEPT_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
-def recomputed(run: Callable[..., Any], mode: str, tp: TensorParallel, *args: Any) -> Any:
-    """run(*args), storing less for the backward pass.
+def recompute_of(mode: str, every: int, tp: TensorParallel) -> Recompute | None:
+    """What a configuration asks for; None: everything is kept.
 
     Args:
-        mode: "full" stores the arguments only; "selective" also the outputs of matrix products with weights, together
-            with what travels for them between tensor ranks, so that norms, convolution, scan and attention are
-            computed again. Both re-enter nothing (use_reentrant=False); the gate's noise is a hash and comes out the
-            same.
+        mode: "none"; "full" stores what a segment of `every` layers begins with; "selective", layer by layer, also the
+            outputs of matrix products with weights, together with what travels for them between tensor ranks, so that
+            norms, convolution, scan and attention are computed again.
         tp: this rank's place; holds what is kept of products that are joined with what travels.
     """
-    if mode == "full":
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    if mode == "none":
+        return None
+    return Recompute(recompute_all, every) if mode == "full" else Recompute(partial(recompute_selected, tp))
+
+
+def recompute_selected(tp: TensorParallel, run: Callable[..., Any], *args: Any) -> Any:
+    """run(*args), storing the arguments and the products with weights. It re-enters nothing (use_reentrant=False)."""
     run = tp.recompute_cache.checkpointed(run)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_products_contexts)
 
@@ -66,36 +70,3 @@ def _products_contexts() -> tuple[_Products, _Products]:
     """For both passes of one checkpointed call."""
     kept: list[tuple[Tensor, int] | None] = []
     return _Products(kept, first=True), _Products(kept, first=False)
-
-
-def run_layers(
-    layers: nn.ModuleList, h: Tensor, ctx: Context, mode: str, every: int, tp: TensorParallel
-) -> tuple[Tensor, list[Measured]]:
-    """The residual stream [b, l, d] through the layers, and what they measured.
-
-    Args:
-        mode: "none", "selective" or "full" activation checkpointing, while gradients are wanted.
-        every: layers of a segment whose start is kept with "full".
-        tp: this rank's place, as the layers know it.
-    """
-    if mode == "none" or not torch.is_grad_enabled() or ctx.cache is not None:
-        return _segment(layers, h, ctx, 0, len(layers))
-    every = every if mode == "full" else 1
-    found = []
-    for first in range(0, len(layers), every):
-        h, measured = recomputed(_segment, mode, tp, layers, h, ctx, first, min(first + every, len(layers)))
-        found += measured
-    return h, found
-
-
-def _segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Measured]]:
-    """Layers first to last - 1, which run together: additions to h are outstanding between them, not behind them."""
-    stream, found = Stream(h), []
-    for index in range(first, last):
-        state = ctx.cache.layers[index] if ctx.cache is not None else None
-        layer: Any = layers[index]
-        stream, measured = layer(stream, ctx, state)
-        Measured.check(measured, f"layers.{layer.layer}", layer.kind.metrics)
-        if measured is not None:
-            found.append(measured)
-    return stream.total(), found

@@ -6,25 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.layer_kinds.registry import kinds_of
-from megatron_taipan.model.blocks import make_layer
+from megatron_taipan.model.blocks import make_layers
 from megatron_taipan.model.build import Build
-from megatron_taipan.model.cache import Cache
+from megatron_taipan.model.cache import Cache, new_cache
 from megatron_taipan.model.context import Context, make_context, step_context
 from megatron_taipan.model.embedding import Embedding, Head
 from megatron_taipan.model.flops import model_flops, model_params
-from megatron_taipan.model.gate_settings import GateSettings, settled
+from megatron_taipan.model.gate_settings import settings_of, settled
 from megatron_taipan.model.graphs import GraphedLayers
 from megatron_taipan.model.layers import RMSNorm
-from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.model.recompute import recompute_of
+from megatron_taipan.model.stack import residual_stream, run_layers, total_budget, training_loss
 from megatron_taipan.model.stream import Measured
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import Ops, pick_ops
-from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
-from megatron_taipan.parallel.collectives import gather_sequence
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
 
 
@@ -70,7 +69,7 @@ class Taipan(nn.Module):
         self.graphs: GraphedLayers | None = None  # set by `capture`
         build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops)
         self.embedding = Embedding(build, "embedding")
-        self.layers = nn.ModuleList(make_layer(build, i) for i in range(config.n_layers))
+        self.layers = make_layers(build)
         self.final_norm = RMSNorm(build, "final_norm")
         self.head = Head(build, "head")
 
@@ -104,25 +103,21 @@ class Taipan(nn.Module):
             cache: memory of earlier tokens, extended in place.
             all_logits: False: logits of the last position only, [b, 1, vocab].
         """
-        settings = settled(self.config.gate, step) if gate is None else GateSettings.unpack(gate)
+        settings = settings_of(self.config.gate, gate, step)
         ctx = make_context(tokens, seq_idx, samples, step, settings, cache)
-        h = self.embedding(tokens)
-        h = at_least_float32(h) if self.config.residual_fp32 else h
-        h, found = self._run_layers(h, ctx)
+        h, found = self._run_layers(self.embedding(tokens), ctx)
         measured = Measured.join(found)
         metrics = measured.metrics if measured else None
         if labels is None:
-            h = gather_sequence(h, self.tp).view(*tokens.shape, -1)
+            h = self.tp.gather_sequence(h).view(*tokens.shape, -1)
             h = self.final_norm(h if all_logits else h[:, -1:])
             return TaipanOutput(logits=self.head(h, self.embedding.weight, None, None), metrics=metrics)
         h = self.final_norm(h)
         mask = torch.ones_like(tokens, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
         ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
-        budget_loss = torch.zeros_like(ce_loss)
-        if measured and measured.budget_loss is not None:
-            budget_loss = budget_loss + measured.budget_loss
-        loss = ce_loss + settings.budget_lambda * budget_loss
+        budget_loss = total_budget(found, ce_loss.device)
+        loss = training_loss(ce_loss, budget_loss, settings.budget_lambda)
         return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, metrics=metrics)
 
     def named_metrics(self, output: TaipanOutput) -> dict[str, Tensor]:
@@ -142,16 +137,14 @@ class Taipan(nn.Module):
         """`step` without what the host does first, `cache.advance()`."""
         if self.tp.size > 1 or self.training:
             raise ValueError("Taipan.step decodes on one tensor rank, in evaluation mode")
-        h = self.embedding(tokens)
-        h = at_least_float32(h) if self.config.residual_fp32 else h
-        h, _ = self._run_layers(h, step_context(tokens, cache, settled(self.config.gate)))
+        h, _ = self._run_layers(self.embedding(tokens), step_context(tokens, cache, settled(self.config.gate)))
         return self.head(self.final_norm(h), self.embedding.weight, None, None)[:, 0]
 
     def _run_layers(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Measured]]:
         """The residual stream through all layers, and what they measured."""
         if self.graphs is not None and self.training and torch.is_grad_enabled() and self.graphs.fits(ctx):
             return self.graphs(h, ctx)
-        return run_layers(self.layers, h, ctx, self.recompute, self.recompute_every, self.tp)
+        return run_layers(self.layers, h, ctx, recompute_of(self.recompute, self.recompute_every, self.tp))
 
     @property
     def graphable(self) -> bool:
@@ -167,10 +160,10 @@ class Taipan(nn.Module):
         on all ranks.
         """
         weight = self.embedding.weight
-        wide = torch.float32 if self.config.residual_fp32 else weight.dtype
         shape = self.tp.stream_shape(batch, length, self.config.d_model)
-        stream = torch.ones(shape, device=weight.device, dtype=wide)
-        recompute = (self.recompute, self.recompute_every)
+        embedded = torch.ones(shape, device=weight.device, dtype=weight.dtype)
+        stream = residual_stream(embedded, fp32=self.config.residual_fp32)
+        recompute = recompute_of(self.recompute, self.recompute_every, self.tp)
         self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp)
 
     def release_graphs(self) -> None:
@@ -186,7 +179,7 @@ class Taipan(nn.Module):
         """
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        return Cache([layer.new_state(batch, device, dtype) for layer in self.layers])  # type: ignore[operator]
+        return new_cache(self.layers, batch, [device] * len(self.layers), dtype)
 
     def num_params(self) -> int:
         """Parameters of the whole network, over all tensor ranks, shared ones once."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
 
 CHUNK_ELEMENTS = 1 << 25  # logits per chunk: 128 MiB in float32
 
@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, token_weights, vocab_start, n_valid, reduce_sum, reduce_max):
         n, v = hidden.shape[0], weight.shape[0]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.parallel.exchange import Messages, OverlappedComm
-from megatron_taipan.parallel.groups import Groups, TensorParallel, build_groups
+from megatron_taipan.parallel.groups import Groups, build_groups
+from megatron_taipan.parallel.tensor import TensorParallel
 
 
 def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Groups, str]:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taipan.ops.numerics import wide_dtype
+
 
 class Transfer(Protocol):
     """One exchange: at most one piece to and from every other rank, all of one shape."""
@@ -148,7 +150,7 @@ def add_up(mine: Tensor, others: list[Tensor]) -> Tensor:
     """The sum, rounded once to the parts' type."""
     if len(others) == 1:
         return mine + others[0]
-    wide = torch.float64 if mine.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(mine.dtype)
     total = mine.to(wide) + others[0]  # a new tensor: `mine` may be part of the caller's
     for part in others[1:]:
         total += part

@@ -4,40 +4,14 @@ Ranks are numbered with the tensor index fastest, then data, then pipeline, as i
 PipeModelDataParallelTopology, so that a tensor group lies within one host.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.counter import CommCounter
-from megatron_taipan.parallel.exchange import OverlappedComm
-from megatron_taipan.parallel.recompute_cache import RecomputeCache
-
-
-@dataclass(frozen=True)
-class TensorParallel:
-    """This rank's place in its tensor-parallel group. The default is a group of one."""
-
-    size: int = 1
-    rank: int = 0
-    group: Any = None
-    sequence_parallel: bool = False
-    counter: CommCounter = field(default_factory=CommCounter)
-    exchange: OverlappedComm | None = None  # of shards, in pieces under the products; None: collectives, or no shards
-    recompute_cache: RecomputeCache = field(default_factory=RecomputeCache)
-
-    def count(self, collective: str, tensor: Tensor, pieces: int = 1) -> None:
-        """Notes what is sent: a tensor as a whole, or as one of so many pieces of it."""
-        self.counter.add(collective, tensor.numel() * tensor.element_size() * pieces)
-
-    def stream_shape(self, batch: int, length: int, d_model: int) -> tuple[int, ...]:
-        """Of the residual stream on this rank: [b, l, d], or with sequence parallelism its run of the tokens."""
-        if self.sequence_parallel:
-            return batch * length // self.size, d_model
-        return batch, length, d_model
+from megatron_taipan.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -6,37 +6,25 @@ it is, and gathered once more there. Selective recomputation keeps what a produc
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.parallel.collectives import all_gather, reduce_scatter
 from megatron_taipan.parallel.exchange import Fetch
-from megatron_taipan.parallel.groups import TensorParallel
+
+if TYPE_CHECKING:
+    from megatron_taipan.parallel.tensor import TensorParallel
 
 
-def column_parallel_linear(x: Tensor, tp: TensorParallel, *weights: Weight) -> tuple[Tensor, ...]:
-    """F.linear(copy_to_tensor_parallel(x), weight) for each column-split weight [e, d].
+class ColumnParallelLinear(torch.autograd.Function):
+    """(tp, x, *weights) -> the products of `OneRank.column_parallel_linear`.
 
-    Returns:
-        [b, l, e], or [n, e] from a shard.
+    The input's gradient is on its way to the other ranks while the weights' gradients are computed.
     """
-    if tp.size == 1:
-        return tuple(product(x, weight) for weight in weights)
-    return _ColumnParallelLinear.apply(tp, x, *weights)
-
-
-def row_parallel_linear(x: Tensor, weight: Weight, tp: TensorParallel) -> Tensor:
-    """reduce_from_tensor_parallel(F.linear(x, weight)) for a row-split weight [d, e] and x [b, l, e] or [n, e]."""
-    return product(x, weight) if tp.size == 1 else _RowParallelLinear.apply(tp, x, weight)
-
-
-class _ColumnParallelLinear(torch.autograd.Function):
-    """The input's gradient is on its way to the other ranks while the weights' gradients are computed."""
 
     @staticmethod
     def forward(ctx, tp, x, *weights):
@@ -54,7 +42,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return None, dx, *dweights
 
 
-def _products(tp: TensorParallel, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _products(tp: "TensorParallel", x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """x [b, l, d], or [n, d] from its shards, times each of the weights."""
     if tp.exchange is None:
         whole = all_gather(x, tp) if tp.sequence_parallel else x
@@ -120,7 +108,7 @@ def _sum_over_weights(rows: list[Tensor], weights: list[Tensor], total: Tensor |
     return total
 
 
-class _RowParallelLinear(torch.autograd.Function):
+class RowParallelLinear(torch.autograd.Function):
     """x [..., e], weight [d, e] -> the ranks' sum [..., d], with sequence parallelism this rank's shard [n/tp, d]."""
 
     @staticmethod
@@ -148,7 +136,7 @@ class _RowParallelLinear(torch.autograd.Function):
         return None, dx, dweight
 
 
-def _summed_product(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+def _summed_product(tp: "TensorParallel", x: Tensor, weight: Tensor) -> tuple[Tensor]:
     """The sum over the ranks of x [..., e] @ weight [d, e].t(), or this rank's shard of it."""
     if tp.exchange is None:
         total, work = _start_sum(F.linear(x, weight), tp)
@@ -160,7 +148,7 @@ def _summed_product(tp: TensorParallel, x: Tensor, weight: Tensor) -> tuple[Tens
     return (shard,)
 
 
-def _start_sum(x: Tensor, tp: TensorParallel) -> tuple[Tensor, Any]:
+def _start_sum(x: Tensor, tp: "TensorParallel") -> tuple[Tensor, Any]:
     """The ranks' sum of x [..., d], or this rank's shard of it, once the work is done; x may be overwritten."""
     if tp.sequence_parallel:
         return reduce_scatter(x, tp, async_op=True)

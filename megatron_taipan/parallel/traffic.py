@@ -22,8 +22,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.registry import kind_of
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.cross_entropy import CHUNK_ELEMENTS
 from megatron_taipan.parameters import parameter_table
 

@@ -14,7 +14,8 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.engine.build import accumulation, count_parameters
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel, data_parallel_size
+from megatron_taipan.parallel.groups import data_parallel_size
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.shortfalls import shortfalls
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.layer_kinds.metrics import LayerMetrics, metric_name
-from megatron_taipan.parallel.groups import Groups, TensorParallel
+from megatron_taipan.model.stack import training_loss
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import GateStep
 
 Batch = dict[str, Tensor]
@@ -66,7 +68,7 @@ def train_step(
     if gate is not None and gate.budget != "row":  # not a micro-batch's own budget: the batch's, by the shares of all
         measured = with_batch_budget(names, measured, gate.capacity, gate.budget)
         budget = sum(names.of_gates(measured, "budget"))
-        loss = ce + gate.budget_lambda * budget
+        loss = training_loss(ce, budget, gate.budget_lambda)
     requested = (raised > 0).tolist()
     return StepResult(loss, ce, budget, measured, grad_norm=norm, skipped=skipped, requests=requested)
 

@@ -170,11 +170,11 @@ def is_lowered(name: str) -> bool:
 
 # A file of the exported folder, a line's part, and what stands there by mistake.
 MISTAKES = {
-    "a window of one less": ("taipan_model_context.py", "self.position - window + 1", "self.position - window + 2"),
-    "a cache that keeps the first keys": ("taipan_model_cache.py", "self.used - keep : self.used", ":keep"),
-    "a convolution that forgets": ("taipan_model_mamba2.py", "xBC, state.conv_tail = xBC", "xBC, _ = xBC"),
-    "a state passed on wrongly": ("taipan_ops_ssd.py", "carried = cum[:, :, -1]", "carried = cum[:, :, 0]"),
-    "a gate without threshold": ("taipan_model_gate.py", "margin > self.threshold", "margin > 0"),
+    "a window of one less": ("taipan_context.py", "self.position - window + 1", "self.position - window + 2"),
+    "a cache that keeps the first keys": ("taipan_context.py", "self.used - keep : self.used", ":keep"),
+    "a convolution that forgets": ("taipan_mamba2.py", "xBC, state.conv_tail = xBC", "xBC, _ = xBC"),
+    "a state passed on wrongly": ("taipan_ops.py", "carried = cum[:, :, -1]", "carried = cum[:, :, 0]"),
+    "a gate without threshold": ("taipan_attention.py", "margin > self.threshold", "margin > 0"),
 }
 
 
@@ -201,7 +201,7 @@ MISTOLD = {
         "with a cache",
     ),
     "a cache that seems empty": (
-        "taipan_hf_cache.py",
+        "taipan_inputs.py",
         "return self.state.length if self.state is not None else 0",
         "return 0",
         "from a returned cache",
@@ -268,9 +268,9 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 def test_a_folder_that_does_not_load_is_not_written(tmp_path, monkeypatch):
     sources = export_hf.bundle_sources()
-    del sources["taipan_ops_ssd.py"]
+    del sources["taipan_ops.py"]
     monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
-    with pytest.raises(UserError, match="does not stand by itself.*taipan_ops_ssd"):
+    with pytest.raises(UserError, match="does not stand by itself.*taipan_ops"):
         export(memory_state(), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 

@@ -149,7 +149,8 @@ def test_a_parameter_that_the_table_does_not_know_is_an_error():
 
 def test_deepspeed_reduces_in_float32_and_never_casts():
     config = toy_config("unused", train={"precision": "bf16"})
-    from megatron_taipan.parallel.groups import Groups, TensorParallel
+    from megatron_taipan.parallel.groups import Groups
+    from megatron_taipan.parallel.tensor import TensorParallel
 
     groups = Groups(TensorParallel(), 2, 0, None, 1, 0, None)
     settings = deepspeed_config(config, groups, 1000)

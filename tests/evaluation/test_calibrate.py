@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from megatron_taipan.checkpoint.calibration import read_thresholds
-from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.calibrate import calibrate, main
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
 from tests.distributed.launch import launch
 from tests.train.runs import runs
 from tests.train.toy import toy_config, toy_tree, write_data

@@ -31,12 +31,13 @@ from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.checkpoint.randomness import set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.weights import open_export
-from megatron_taipan.config import ModelConfig, load_config
+from megatron_taipan.config import load_config
 from megatron_taipan.data import manifests
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.made_with import added_ids, tokenizer_of
 from megatron_taipan.data.sources import find_pairs
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.tokenizer import special_tokens
 from tests.fuzz.seeds import BESIDE, ENDINGS, STATE_FILES, TABLES, checkpoint
 

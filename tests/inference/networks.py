@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 VOCABULARY = 61
 

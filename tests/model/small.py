@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.blocks import SelectiveAttentionBlock
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 VOCABULARY = 37
 TREE = {

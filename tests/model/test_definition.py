@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.noise import gumbel_noise
+from megatron_taipan.model_config import ModelConfig
 from tests.model.oracles import rms_norm
 from tests.model.small import close, documents, small_model, tokens
 

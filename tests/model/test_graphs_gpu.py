@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_taipan.config import ModelConfig, load_config
+from megatron_taipan.config import load_config
+from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 from tests.model.small import small_config, small_model, tokens
 
 LLAMA3 = 128_256
@@ -48,8 +50,8 @@ def test_baselines_count_as_their_published_layers_do(size, letter):
     with torch.device("meta"):
         model = Taipan(config(size, pattern))
     assert model.num_params() == by_hand(model.config) == sum(p.numel() for p in model.parameters())
-    for layer in model.layers:
-        assert layer.num_params() == sum(p.numel() for p in layer.parameters())
+    for index, layer in enumerate(model.layers):
+        assert layer_params(model.config, index) == sum(p.numel() for p in layer.parameters())
 
 
 def test_presets_have_the_tables_sizes():
@@ -94,8 +96,8 @@ def test_operations_of_the_projections_of_mamba2_equal_what_torch_counts():
 
 
 def test_selective_attention_counts_queries_at_the_capacity():
-    none, some, every = (small_model("S", gate={"capacity": c}).layers[0].num_flops_per_token(50) for c in (0, 0.25, 1))
-    window = small_model("W").layers[0].num_flops_per_token(50)
+    none, some, every = (layer_flops(small_config("S", gate={"capacity": c}), "S", 50) for c in (0, 0.25, 1))
+    window = layer_flops(small_config("W"), "W", 50)
     assert every == window + 4 * 24  # the gate
     assert some - none == pytest.approx((every - none) / 4)
     visible = sum(min(i + 1, 6) for i in range(50)) / 50
@@ -104,6 +106,5 @@ def test_selective_attention_counts_queries_at_the_capacity():
 
 def test_longer_documents_cost_more_in_full_attention_only():
     for letter, grows in {"M": False, "W": False, "A": True}.items():
-        layer = Taipan(small_config(letter)).layers[0]
-        near, far = layer.num_flops_per_token(10_000), layer.num_flops_per_token(20_000)
+        near, far = (layer_flops(small_config(letter), letter, length) for length in (10_000, 20_000))
         assert (far > 1.5 * near) == grows and far >= near

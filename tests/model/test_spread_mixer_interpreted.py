@@ -17,7 +17,8 @@ from megatron_taipan.model.context import make_context
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.ops.fast import load_mamba2_mix
 from megatron_taipan.parallel.counter import CommCounter
-from megatron_taipan.parallel.groups import TensorParallel, build_groups
+from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
 from tests.distributed.launch import ROOT, launch
 from tests.model.small import small_config, told

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.model.context import make_context
-from megatron_taipan.model.recompute import run_layers
+from megatron_taipan.model.stack import run_layers
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
@@ -36,7 +36,7 @@ def test_outstanding_additions_change_no_bit(dtype, wide):
     h = torch.randn(2, 20, 24).to(torch.float32 if wide else dtype).requires_grad_()
     upstream, leaves = torch.randn(2, 20, 24).to(h.dtype), [h, *model.layers.parameters()]
     results = []
-    for out in (run_layers(model.layers, h, context(), "none", 1, model.tp)[0], added_one_by_one(model.layers, h)):
+    for out in (run_layers(model.layers, h, context())[0], added_one_by_one(model.layers, h)):
         results.append([out, *torch.autograd.grad(out, leaves, upstream)])
     assert results[0][0].dtype == h.dtype
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_taipan.model.recompute import recomputed
+from megatron_taipan.model.recompute import recompute_selected
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 from tests.parallel.test_shards import ranks
@@ -65,14 +65,14 @@ def test_operators_within_are_not_taken_for_those_behind():
         return (Product.apply(tp, x, first).sin() @ second).sin()
 
     expected = torch.autograd.grad(run(x).sum(), (x, first, second))
-    gradients = torch.autograd.grad(recomputed(run, "selective", tp, x).sum(), (x, first, second))
+    gradients = torch.autograd.grad(recompute_selected(tp, run, x).sum(), (x, first, second))
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
 def test_a_change_in_place_is_refused():
     tp = TensorParallel()
     x, weight = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
-    loss = recomputed(lambda x: Product.apply(tp, x, weight).mul_(2).sin(), "selective", tp, x).sum()
+    loss = recompute_selected(tp, lambda x: Product.apply(tp, x, weight).mul_(2).sin(), x).sum()
     with pytest.raises(RuntimeError, match="changed in place"):
         loss.backward()
 
@@ -87,7 +87,7 @@ def test_a_forward_pass_alone_leaves_nothing():
         results.extend([weakref.ref(product), weakref.ref(tp.recompute_cache.segment)])
         return product.sin()
 
-    loss = recomputed(run, "selective", tp, x).sum()
+    loss = recompute_selected(tp, run, x).sum()
     del loss
     assert [result() for result in results] == [None, None]
 

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.graphs import Group
+from megatron_taipan.model.recompute import recompute_of
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.collectives import embed_shard, gather_sequence, shard_sequence
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 
@@ -54,10 +54,10 @@ def round_trip() -> list[bool]:
     """Three rows of six tokens of two numbers, cut in two: in shards and whole again, and a shard at its place."""
     tp = ranks()
     whole = torch.arange(36.0).view(3, 6, 2)
-    mine = shard_sequence(whole, tp)
-    places = embed_shard(mine[:, 0], tp).view(3, 6)
+    mine = tp.shard_sequence(whole)
+    places = tp.embed_shard(mine[:, 0]).view(3, 6)
     expected = torch.where((torch.arange(18) // 9 == tp.rank).view(3, 6), whole[..., 0], 0)
-    return [torch.equal(gather_sequence(mine, tp), whole.view(18, 2)), torch.equal(places, expected)]
+    return [torch.equal(tp.gather_sequence(mine), whole.view(18, 2)), torch.equal(places, expected)]
 
 
 def test_taking_and_putting_tokens_are_inverse():
@@ -94,12 +94,12 @@ def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.T
     """Every parameter's gradient of all layers as one group, and the all-reduces that they took."""
     tp = ranks()
     model = network(tp)
-    group = Group(list(model.layers), (recompute, 1), tp)
+    group = Group(list(model.layers), recompute_of(recompute, 1, tp), tp)
     rows, length = 2, 12
     h = torch.randn(rows * length, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     batch_meta = torch.zeros(rows, length, dtype=torch.int32), torch.arange(rows), torch.zeros((), dtype=torch.int64)
     told = settled(model.config.gate).pack(model.config.letters.count("S"), h.device)
-    inputs = shard_sequence(h.view(rows, length, 24), tp), *batch_meta, told
+    inputs = tp.shard_sequence(h.view(rows, length, 24)), *batch_meta, told
     tp.counter.reset()
     out, _, budget = group.with_parameters(*group.own, *inputs) if ahead else group(*inputs)
     torch.autograd.backward((out, budget), (out.detach(), torch.ones_like(budget)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.comm import measure_traffic
-from megatron_taipan.config import AttentionConfig, MambaConfig, ModelConfig
+from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
 from tests.distributed.launch import launch
 
 D, BATCH, LENGTH = 32, 2, 24
