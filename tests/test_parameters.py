@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import merge_shards, parameter_table, take_shard
 

@@ -16,7 +16,7 @@ from megatron_taipan.checkpoint.weights import Weights, open_weights
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
 
 

@@ -74,7 +74,7 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
     file = f"rank_{dist.get_rank():05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {"parameters": {}, "buffers": {}}
-    shards = held_shards(engine, groups.data_rank)
+    shards = held_shards(engine, groups.zero_rank)
     whole = {
         "tensor": config.parallel.tensor,
         "processes": dist.get_world_size(),
@@ -82,7 +82,7 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
         "scaler": scaler_state(engine),
     }
     if config.parallel.zero_stage == 0:
-        shards = [shard.part(groups.data_rank, groups.data_size) for shard in shards]
+        shards = [shard.part(groups.zero_rank, groups.zero_size) for shard in shards]
     for shard in shards:
         split = table[shard.name].split is not None
         if shard.replica or not shard.count or (not split and groups.tensor.rank > 0):
@@ -91,7 +91,7 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
             tensors[f"{shard.name}|{kind}"] = memory.copy(f"{shard.name}|{kind}", shard.tensor(kind).float())
         tensor_rank = groups.tensor.rank if split else 0
         index["parameters"][shard.name] = [[file, tensor_rank, shard.start, shard.count]]
-    if groups.data_rank == 0 and groups.tensor.rank == 0:
+    if groups.zero_rank == 0 and groups.tensor.rank == 0:
         for name, value in buffers(engine.module):
             tensors[f"{name}|buffer"] = memory.copy(f"{name}|buffer", value)
             index["buffers"][name] = file

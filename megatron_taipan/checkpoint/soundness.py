@@ -16,10 +16,10 @@ from megatron_taipan.engine.state_shards import KINDS, held_shards
 from megatron_taipan.parallel.all_ranks import gather_objects, this_rank, world_size
 
 
-def held_state_is_finite(engine: Any, data_rank: int) -> bool:
+def held_state_is_finite(engine: Any, zero_rank: int) -> bool:
     """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
     extremes: list[Tensor] = []
-    for shard in held_shards(engine, data_rank):
+    for shard in held_shards(engine, zero_rank):
         for kind in KINDS:
             extremes += torch.aminmax(shard.tensor(kind))  # one pass without a copy; NaN comes through
     return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())

@@ -51,7 +51,7 @@ def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], g
     saved = load_config(path / folder.CONFIG)
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
-    shards = held_shards(engine, groups.data_rank)
+    shards = held_shards(engine, groups.zero_rank)
     tp = groups.tensor
     for kind in KINDS:
         for shard in shards:

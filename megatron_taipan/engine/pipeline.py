@@ -56,6 +56,7 @@ class TaipanPipeline(PipelineModule):
         table = parameter_table(config.model, groups.tensor.size)
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
         self.bounds = pipeline_bounds(config.model, config.data.seq_len, config.parallel.pipeline)
+        self.pipeline_rank = groups.pipeline_rank  # before super().__init__, which asks for this stage's layers
         tied = config.model.tie_embeddings
         embedding: Any = LayerSpec(PipelineEmbedding, build, config)
         head: Any = LayerSpec(PipelineHead, build, config)
@@ -67,7 +68,7 @@ class TaipanPipeline(PipelineModule):
         super().__init__(
             [embedding, *layers, LayerSpec(PipelineNorm, build), head],
             topology=PipeModelDataParallelTopology(
-                num_pp=config.parallel.pipeline, num_mp=groups.tensor.size, num_dp=groups.data_size
+                num_pp=groups.mesh.pipeline, num_mp=groups.mesh.tensor, num_dp=groups.zero_size
             ),
             loss_fn=None,
         )
@@ -77,8 +78,7 @@ class TaipanPipeline(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         """Stage s holds specs parts[s] to parts[s + 1] - 1; the embedding is the first spec, norm and head the last."""
         self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), len(self._layer_specs)]
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._set_bounds(start=self.parts[self.pipeline_rank], stop=self.parts[self.pipeline_rank + 1])
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         """Parameters by their names in the whole network, so that optimizer and checkpoints know no stages."""

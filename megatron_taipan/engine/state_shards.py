@@ -39,11 +39,11 @@ class StateShard:
         return replace(self, start=self.start + first, count=last - first, offset=self.offset + first)
 
 
-def held_shards(engine: Any, data_rank: int) -> list[StateShard]:
+def held_shards(engine: Any, zero_rank: int) -> list[StateShard]:
     """All that this rank's optimizer updates, empty shards left out.
 
     Args:
-        data_rank: this rank's place among those that share the state.
+        zero_rank: this rank's number among those that share the state (`Groups.zero_rank`).
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = engine.basic_optimizer
@@ -54,7 +54,7 @@ def held_shards(engine: Any, data_rank: int) -> list[StateShard]:
             shard = StateShard(name, 0, parameter.numel(), parameter, 0, base, replica)
         elif stage == 3:
             group, offset, width = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = width * data_rank
+            start = width * zero_rank
             count = min(max(parameter.ds_numel - start, 0), width)
             shard = StateShard(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset, base, replica)
         else:

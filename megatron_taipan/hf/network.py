@@ -30,7 +30,7 @@ from megatron_taipan.ops.selected_rows import (
     scatter_rows_reference,
     select_rows_reference,
 )
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
 
 register_names(TaipanConfig.model_type)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatron_taipan.config import ModelConfig
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.ops.dispatch import Ops
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import take_shard
 

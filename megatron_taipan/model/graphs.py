@@ -17,8 +17,8 @@ from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.gate_settings import GateSettings
 from megatron_taipan.model.recompute import run_layers
-from megatron_taipan.parallel.groups import TensorParallel
 from megatron_taipan.parallel.replicated import sum_gradients_ahead
+from megatron_taipan.parallel.tensor import TensorParallel
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
 

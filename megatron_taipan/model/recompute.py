@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.stream import Stream
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 
 # Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
 KEPT_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

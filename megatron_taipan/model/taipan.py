@@ -23,7 +23,7 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.tiles import fit_tiles
 from megatron_taipan.parallel.collectives import gather_sequence
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
 
 

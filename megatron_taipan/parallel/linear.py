@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.parallel.collectives import all_gather, reduce_scatter
 from megatron_taipan.parallel.exchange import Fetch
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 
 
 def column_parallel_linear(x: Tensor, tp: TensorParallel, *weights: Weight) -> tuple[Tensor, ...]:

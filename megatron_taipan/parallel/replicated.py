@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.ops.copies import copy_all
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.param_spec import ParamSpec
 
 AHEAD = "summed_ahead"  # attribute of tensors whose gradients are summed over the ranks elsewhere

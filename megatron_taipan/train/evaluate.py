@@ -59,7 +59,7 @@ def evaluate(
         beat()
     engine.train()
     assert sums is not None  # a dataset has a sample
-    dist.all_reduce(sums, group=groups.data_group)
+    dist.all_reduce(sums, group=groups.zero_group)
     if groups.pipeline_size > 1:
         sums = _join_stages(sums, groups)
     ce_sum, tokens, rows, *gates = sums.tolist()
@@ -92,6 +92,6 @@ def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
     """Adds up what the stages hold of [ce, tokens, rows, gates' ...]; all of them counted tokens and rows."""
     joined = sums.clone()
     dist.all_reduce(joined)
-    joined /= dist.get_world_size() / groups.pipeline_size
+    joined /= groups.mesh.size("data", "context", "tensor")
     joined[1:3] = sums[1:3]
     return joined

@@ -24,12 +24,13 @@ from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
+from megatron_taipan.engine.timeouts import set_timeouts
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.groups import Groups, set_timeouts
+from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import RankInfo, any_rank
 from megatron_taipan.train.evaluate import evaluate

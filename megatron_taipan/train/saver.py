@@ -91,7 +91,7 @@ class Saver:
 
     def finite(self) -> bool:
         """Whether every parameter and moment of the training state is finite."""
-        return not any_rank(not held_state_is_finite(self.engine, self.groups.data_rank), self.engine.device)
+        return not any_rank(not held_state_is_finite(self.engine, self.groups.zero_rank), self.engine.device)
 
     def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
         """Copies the state and lets it be written behind the training; what was pending is completed first.

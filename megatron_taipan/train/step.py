@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.model.gate import STATS
-from megatron_taipan.parallel.groups import Groups, TensorParallel
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import GateStep
 
 Batch = dict[str, Tensor]
@@ -60,7 +61,7 @@ def train_step(
     values = numbers.read()
     means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
-    loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
+    loss, ce, budget, *values = (means / groups.mesh.size("data", "context", "tensor")).tolist()
     gates = name_gates(values)
     if gate is not None and gate.budget != "row":  # a part's own budget says little: the batch's, by the shares of all
         gates = with_batch_budget(gates, gate.capacity, gate.budget)
@@ -143,10 +144,12 @@ def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
     DeepSpeed averages gradients over micro-batches and data-parallel ranks. A mean over each micro-batch's own
     unmasked tokens would weigh a token by how many unmasked neighbours it happens to have; so the sum is divided by
     the count of the whole global batch instead, and multiplied by what DeepSpeed will divide by.
+
+    Ranks along data and context each hold some of these tokens.
     """
     count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
-    dist.all_reduce(count, group=groups.data_group)
-    return (len(batches) * groups.data_size / count.clamp(min=1)).float()
+    dist.all_reduce(count, group=groups.zero_group)
+    return (len(batches) * groups.zero_size / count.clamp(min=1)).float()
 
 
 def collect(out: Any) -> Tensor:

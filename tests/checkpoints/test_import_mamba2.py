@@ -19,7 +19,7 @@ from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.checkpoints.made import memory_state
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.model.small import small_config
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_taipan.model.recompute import recomputed
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 from tests.parallel.test_shards import ranks

@@ -10,7 +10,7 @@ from megatron_taipan.model.graphs import Group
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.collectives import embed_shard, gather_sequence, shard_sequence
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.groups import TensorParallel
+from megatron_taipan.parallel.tensor import TensorParallel
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 
