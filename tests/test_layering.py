@@ -63,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
         "checkpoint",
         *KINDS,
         "engine",
+        "versions",
     },
     "megatron_taipan.hf": {"config", "gate_config", "versions", "ops", "parallel", "model", "inference", *KINDS},
     "data_prep": {"data", "plain_yaml"},

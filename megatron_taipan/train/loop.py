@@ -45,6 +45,7 @@ from megatron_taipan.train.signals import StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
 from megatron_taipan.train.watchdog import Watchdog
+from megatron_taipan.versions import untried_torch
 
 
 def train(config: Config, place: RankInfo, device: torch.device) -> int:
@@ -120,8 +121,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
-        for shortfall in shortfalls(config, progress.step, progress.run_steps):
-            metrics.note("warning", shortfall)
+        for warning in (*untried_torch(torch.__version__), *shortfalls(config, progress.step, progress.run_steps)):
+            metrics.note("warning", warning)
         if unlike:
             metrics.note("init", f"the network of checkpoint.init={c.init} computed otherwise: {'; '.join(unlike)}")
         if loaded.config is not None:
