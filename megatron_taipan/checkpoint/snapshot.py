@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.randomness import random_states
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
     KINDS,
     MASTER,
@@ -68,7 +69,7 @@ def _empty_like(source: Tensor) -> Tensor:
     return torch.empty(source.shape, dtype=source.dtype)
 
 
-def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemory) -> Snapshot:
+def take_snapshot(engine: Engine, config: Config, groups: Groups, memory: HostMemory) -> Snapshot:
     """Copies this rank's part of the state; training may go on as soon as it returns."""
     table = parameter_table(config.model, config.parallel.tensor)
     file = f"rank_{dist.get_rank():05d}.safetensors"

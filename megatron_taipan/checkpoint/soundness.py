@@ -1,7 +1,6 @@
 """Whether a training state can be gone on from: one with a value that is not finite never recovers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +11,12 @@ from megatron_taipan.checkpoint.folder import STATE, Found, read_manifest, step_
 from megatron_taipan.checkpoint.reader import BLOCK
 from megatron_taipan.checkpoint.verification import damage, first_without, newest_first
 from megatron_taipan.data.share import share
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import KINDS, held_shards
 from megatron_taipan.parallel.all_ranks import gather_objects, this_rank, world_size
 
 
-def held_state_is_finite(engine: Any, zero_rank: int) -> bool:
+def held_state_is_finite(engine: Engine, zero_rank: int) -> bool:
     """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
     extremes: list[Tensor] = []
     for shard in held_shards(engine, zero_rank):

@@ -15,6 +15,7 @@ from megatron_taipan.checkpoint.identity import refuse_other_run
 from megatron_taipan.checkpoint.progress import Progress
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import Config, load_config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
     KINDS,
     buffers,
@@ -37,7 +38,7 @@ class Loaded:
     config: Config | None = None  # the checkpoint's
 
 
-def load(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Loaded:
+def load(engine: Engine, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Loaded:
     """Reads a checkpoint of any layout, whose files were verified, into the engine; collective.
 
     Args:

@@ -15,6 +15,7 @@ from torch import nn
 from megatron_taipan.config import Config
 from megatron_taipan.engine.mpu import ModelParallelUnit
 from megatron_taipan.engine.optimizer import make_optimizer
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
@@ -27,7 +28,7 @@ from megatron_taipan.parameters import check_tensor_size, parameter_table
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
 
-def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Any:
+def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Engine:
     """The DeepSpeedEngine that trains `model` (parameters float32, on any device).
 
     Raises:
@@ -209,7 +210,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     """Sets the rate of the next optimizer step in every group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr

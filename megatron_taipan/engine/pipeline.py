@@ -17,7 +17,7 @@ token beside the 4 d of the stream.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -25,6 +25,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.model.blocks import Block, make_layer
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
@@ -145,8 +146,34 @@ class TaipanPipeline(PipelineModule):
         return model_flops(self.config.model, seq_len)
 
 
+@runtime_checkable
+class StagedEngine(Engine, Protocol):
+    """An engine whose network is a `TaipanPipeline`: DeepSpeed's schedule moves micro-batches through the stages."""
+
+    @property
+    def module(self) -> TaipanPipeline:
+        """This process's stage."""
+
+    def train_batch(self, data_iter: Iterator[Any]) -> Any:
+        """A global batch forward and backward, and the update."""
+
+    def eval_batch(self, data_iter: Iterator[Any], *, num_micro_batches: int, bcast_loss: bool) -> Any:
+        """Forward passes only."""
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Rows for which the stages have buffers."""
+
+    def reset_activation_shape(self) -> Any:
+        """Makes these buffers anew, by what comes next."""
+
+
+def staged(engine: Engine) -> StagedEngine:
+    """The same engine, of which the caller knows that its network is cut into stages."""
+    return cast(StagedEngine, engine)
+
+
 def run_pipeline(
-    engine: Any, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor, gate: Tensor | None
+    engine: StagedEngine, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor, gate: Tensor | None
 ) -> Tensor:
     """One optimizer step over micro-batches; this stage's records (see `take_records`)."""
     engine.module.take_records()
@@ -156,7 +183,7 @@ def run_pipeline(
 
 
 @torch.no_grad()
-def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
+def score_pipeline(engine: StagedEngine, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
     """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]."""
     engine.module.take_records()
     one = torch.ones((), device=loss_mask.device)
@@ -172,7 +199,7 @@ def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> 
 
 
 @torch.no_grad()
-def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
+def repeat_forward(engine: StagedEngine, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
     """The forward passes of one micro-batch of a training step once more, the gate's noise included; the records."""
     engine.module.take_records()
     one = torch.ones((), device=batch["loss_mask"].device)

@@ -5,12 +5,14 @@ data-parallel rank, stage 3 cuts each parameter. Both come down to the same thin
 parameter on a rank, and as that they are saved and loaded; so a checkpoint knows nothing of stages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_taipan.engine.protocol import Engine
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
@@ -39,7 +41,7 @@ class StateShard:
         return replace(self, start=self.start + first, count=last - first, offset=self.offset + first)
 
 
-def held_shards(engine: Any, zero_rank: int) -> list[StateShard]:
+def held_shards(engine: Engine, zero_rank: int) -> list[StateShard]:
     """All that this rank's optimizer updates, empty shards left out.
 
     Args:
@@ -48,7 +50,8 @@ def held_shards(engine: Any, zero_rank: int) -> list[StateShard]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = engine.basic_optimizer
     shards = []
-    for name, parameter in engine.module.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = engine.module.named_parameters()  # DeepSpeed hangs attributes on each
+    for name, parameter in parameters:
         replica = bool(getattr(parameter, "ds_pipe_replicated", False))
         if stage == 0:
             shard = StateShard(name, 0, parameter.numel(), parameter, 0, base, replica)
@@ -94,7 +97,7 @@ def set_optimizer_step(shards: list[StateShard], step: int) -> None:
         shard.optimizer.state[shard.flat]["step"].fill_(step)
 
 
-def spread_masters(engine: Any) -> None:
+def spread_masters(engine: Engine) -> None:
     """Brings the parameters of the forward pass up to date with masters that were just loaded; collective."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
@@ -108,7 +111,7 @@ def spread_masters(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()  # and gather them again
 
 
-def scaler_state(engine: Any) -> dict[str, float] | None:
+def scaler_state(engine: Engine) -> dict[str, float] | None:
     """The dynamic loss scaler of fp16; None without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -119,7 +122,7 @@ def scaler_state(engine: Any) -> dict[str, float] | None:
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def set_scaler_state(engine: Any, state: dict[str, float] | None) -> None:
+def set_scaler_state(engine: Engine, state: dict[str, float] | None) -> None:
     """Restores what `scaler_state` gave; a run that has no scaler, or had none, starts its own way."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if state is not None and scaler is not None and getattr(scaler, "dynamic", False):

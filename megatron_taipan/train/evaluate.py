@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.data.loader import SampleDataset, make_loader
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.step import Batch, collect, name_gates, with_batch_budget
@@ -27,7 +27,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
+    engine: Engine, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
     gate: GateConfig, beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:  # fmt: skip
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
@@ -74,12 +74,12 @@ def evaluate(
     )
 
 
-def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
+def _score(engine: Engine, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
     """[loss, ce, budget, gates'] of one micro-batch; entries that other stages hold are 0."""
     if groups.pipeline_size > 1:
-        from megatron_taipan.engine.pipeline import score_pipeline
+        from megatron_taipan.engine.pipeline import score_pipeline, staged
 
-        return score_pipeline(engine, batch, mask)
+        return score_pipeline(staged(engine), batch, mask)
     return collect(
         engine(
             batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],

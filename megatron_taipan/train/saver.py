@@ -10,6 +10,7 @@ from megatron_taipan.checkpoint.saving import SaveFailed, Saving
 from megatron_taipan.checkpoint.snapshot import HostMemory, take_snapshot
 from megatron_taipan.checkpoint.soundness import held_state_is_finite, where_to_go_on
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.distributed import any_rank
@@ -22,7 +23,7 @@ class Saver:
     Every method is collective but `writing` and `overdue`, which answer for this rank.
     """
 
-    def __init__(self, engine: Any, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
+    def __init__(self, engine: Engine, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
         self.engine, self.config, self.metadata, self.groups, self.metrics = engine, config, metadata, groups, metrics
         self.directory = Path(config.checkpoint.dir)
         self.memory = HostMemory()

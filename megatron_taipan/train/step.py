@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.engine.protocol import Engine, norm_and_skipped
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.model.gate import STATS
 from megatron_taipan.parallel.groups import Groups
@@ -31,7 +32,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     batches: list[Batch],
     *,
     step: int,
@@ -71,17 +72,17 @@ def train_step(
 
 
 def _run_stages(
-    engine: Any, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
+    engine: Engine, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
 ) -> tuple[Readback, float, bool]:
     """The step through pipeline stages: `_share` of this stage's means, gradient norm, skipped."""
-    from megatron_taipan.engine.pipeline import run_pipeline
+    from megatron_taipan.engine.pipeline import run_pipeline, staged
 
-    means = run_pipeline(engine, batches, step=step, ce_scale=scale, gate=gate)
-    return _share(means, flags), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    means = run_pipeline(staged(engine), batches, step=step, ce_scale=scale, gate=gate)
+    return _share(means, flags), *norm_and_skipped(engine)
 
 
 def _run_whole(
-    engine: Any,
+    engine: Engine,
     batches: list[Batch],
     step: int,
     scale: Tensor,
@@ -114,7 +115,7 @@ def _run_whole(
 
     if engine.zero_optimization_stage() == 0:
         return numbers, norm, not math.isfinite(norm)
-    return numbers, float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    return numbers, *norm_and_skipped(engine)
 
 
 def _share(means: Tensor, flags: Tensor) -> Readback:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from megatron_taipan.engine.build import deepspeed_config, parameter_groups
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
+from tests.engine.test_protocol import unfulfilled
 from tests.train.toy import toy_config, write_data
 
 STEPS = 4
@@ -32,6 +34,7 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     model = Taipan(config.model, seed=3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = build_engine(model, config, groups, torch.device("cpu"))
+    assert isinstance(engine, Engine) and not unfulfilled(engine, Engine), unfulfilled(engine, Engine)
     data = build_dataset(config.data, "train", config.model.vocab_size)
     valid = build_dataset(config.data, "valid", config.model.vocab_size)
     loader = make_loader(
