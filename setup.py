@@ -13,9 +13,8 @@ ROOMS = ("megatron_taipan", "data_prep", "checkpoints")
 HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_taipan/__init__.py").read_text(), re.M).group(1)
 # The oldest transformers that an export accepts; a later one than was tested is warned of when a model is loaded.
-TRANSFORMERS = re.search(
-    r'^TRANSFORMERS_OLDEST = "(.+?)"', (HERE / "megatron_taipan/versions.py").read_text(), re.M
-).group(1)
+RELEASES = dict(re.findall(r'^(\w+) = "(.+?)"', (HERE / "megatron_taipan/versions.py").read_text(), re.M))
+MAJOR, MINOR = RELEASES["TORCH_NEWEST"].split(".")
 
 setup(
     name="megatron-taipan",
@@ -34,14 +33,14 @@ setup(
     package_data={"": ["*.yaml", "*.md", "*.jsonl.gz", "*.json"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.10",
+        f"torch>={RELEASES['TORCH_OLDEST']},<{MAJOR}.{int(MINOR) + 1}",  # a run under another one warns
         "deepspeed>=0.19.8,<0.20",
         "pydantic>=2.10,<3",
         "pyyaml>=6",
         "numpy>=2",
         "tqdm>=4.66",
         "tensorboard>=2.18",
-        f"transformers>={TRANSFORMERS},<6",
+        f"transformers>={RELEASES['TRANSFORMERS_OLDEST']},<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
         "protobuf>=5",

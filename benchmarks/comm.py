@@ -17,6 +17,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.parallel.mesh import Mesh
 from megatron_taipan.parallel.traffic import Traffic, expected_traffic
 from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
 
@@ -25,9 +26,7 @@ def measure_traffic(
     model_config: ModelConfig, *, sequence: bool, batch: int, length: int, device: torch.device
 ) -> tuple[Traffic, Traffic]:
     """(counted, expected) of one micro-batch on all processes of the run; collective."""
-    groups = build_groups(
-        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=dist.get_world_size(), sequence_parallel=sequence
-    )
+    groups = build_groups(Mesh(tensor=dist.get_world_size()), sequence_parallel=sequence)
     model = Taipan(model_config, seed=0, tensor_parallel=groups.tensor, ops=pick_ops("reference")).to(device)
     tokens = torch.randint(0, model_config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device)

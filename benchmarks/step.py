@@ -138,6 +138,7 @@ def peer_training(build: Callable, config: Config, compile_it: Callable[[Any], A
     import deepspeed
 
     from megatron_taipan.engine.build import count_parameters, deepspeed_config
+    from megatron_taipan.engine.mpu import ModelParallelUnit
     from megatron_taipan.engine.optimizer import make_optimizer
     from megatron_taipan.engine.zero import patch_zero12
 
@@ -146,7 +147,7 @@ def peer_training(build: Callable, config: Config, compile_it: Callable[[Any], A
         model = build(config.model).to(torch.bfloat16)
     optimizer = make_optimizer([{"params": list(model.parameters()), "weight_decay": 0.01}], config.optim, on_gpu=True)
     settings = deepspeed_config(config, groups, count_parameters(model))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(groups))
     engine.optimizer.check_grad_overflow = True
     patch_zero12(engine.optimizer)
     compile_it(model)

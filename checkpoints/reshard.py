@@ -32,7 +32,7 @@ from megatron_taipan.config import Config, dump_config, load_config, make_config
 from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
-from megatron_taipan.parallel.groups import data_parallel_size
+from megatron_taipan.parallel.mesh import Coordinates, Mesh, fit_mesh
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table
 
@@ -88,9 +88,8 @@ class Target:
     processes: int
 
     @cached_property
-    def data(self) -> int:
-        """Data-parallel size."""
-        return data_parallel_size(self.processes, self.config.parallel.tensor, self.config.parallel.pipeline)
+    def mesh(self) -> Mesh:
+        return fit_mesh(self.processes, self.config.parallel)
 
     @cached_property
     def table(self) -> dict[str, ParamSpec]:
@@ -101,19 +100,18 @@ class Target:
         return pipeline_bounds(self.config.model, self.config.data.seq_len, self.config.parallel.pipeline)
 
     def file(self, name: str, data: int = 0, tensor: int = 0) -> str:
-        """The file of the process that holds tensor `name` at that data and tensor rank (see parallel/groups.py)."""
+        """The file of the process that holds tensor `name` at that data and tensor rank (see parallel/mesh.py)."""
         stage = 0
         if name.startswith("layers."):
             stage = bisect_right(self.bounds, int(name.split(".")[1])) - 1
         elif not name.startswith("embedding."):
             stage = self.config.parallel.pipeline - 1
-        return file_name((stage * self.data + data) * self.config.parallel.tensor + tensor)
+        return file_name(self.mesh.rank_at(Coordinates(pipeline=stage, data=data, tensor=tensor)))
 
     def layout(self) -> dict[str, int]:
         """As metadata.json has it."""
-        p = self.config.parallel
-        sizes = {"tensor": p.tensor, "pipeline": p.pipeline, "data": self.data, "zero_stage": p.zero_stage}
-        return sizes | {"processes": self.processes}
+        sizes = {axis: self.mesh.size(axis) for axis in ("tensor", "pipeline", "data")}
+        return sizes | {"zero_stage": self.config.parallel.zero_stage, "processes": self.processes}
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,8 @@ def plan(reader: StateReader, target: Target, kinds: tuple[str, ...]) -> tuple[d
     parameters: dict[str, list] = {name: [] for name in target.table}
     for name, spec in target.table.items():
         n_ranks, size = tensor if spec.split is not None else 1, torch.Size(spec.local_shape(tensor)).numel()
-        width = -(-size // target.data)  # as ZeRO 3 cuts it
-        for kind, rank, data in itertools.product(kinds, range(n_ranks), range(target.data)):
+        width = -(-size // target.mesh.data)  # as ZeRO 3 cuts it
+        for kind, rank, data in itertools.product(kinds, range(n_ranks), range(target.mesh.data)):
             start, count = data * width, min(max(size - data * width, 0), width)
             if not count:
                 continue

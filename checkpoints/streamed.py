@@ -47,13 +47,11 @@ def empty(module: nn.Module) -> None:
 def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
     """Owner, name in the owner, name in the module, and the tensor itself."""
     for path, owner in list(module.named_modules()):
-        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
-            if tensor is not None:
-                yield owner, name, f"{path}.{name}" if path else name, tensor
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            yield owner, name, f"{path}.{name}" if path else name, tensor
 
 
 def _put(owner: nn.Module, name: str, value: Tensor) -> None:
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[name] = value
+    """In the place of the parameter or buffer of that name."""
+    is_parameter = isinstance(getattr(owner, name), nn.Parameter)
+    setattr(owner, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)

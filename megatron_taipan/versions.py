@@ -1,13 +1,33 @@
-"""Under which releases of transformers an export gives the trainer's text: the one place that says so.
+"""Under which releases of torch the trainer runs, and of transformers an export: the one place that says so.
 
 An exported folder holds this file, the model card names its numbers, and setup.py reads them from its text.
-tests/hf/test_versions.py runs the oldest release, the pinned one and the newest that there is.
+tests/hf/test_versions.py runs the oldest release of transformers, the pinned one and the newest that there is.
 """
 
 import warnings
 
 TRANSFORMERS_OLDEST = "5.3"  # 5.0 rounds to bf16 what must stay float32; under 4.57 nothing loads
 TRANSFORMERS_NEWEST = "5.24"  # that was run; a later one may rename what generate() passes, as 5.24 did
+
+TORCH_OLDEST = "2.10"
+TORCH_NEWEST = "2.13"  # every test ran under 2.13.0 on CPUs, those for GPUs under 2.11.0
+
+
+def untried_torch(version: str) -> list[str]:
+    """A sentence where the trainer was never run under this torch, whose private names it uses; else none.
+
+    pip keeps to these releases, but users bring their own build.
+
+    Args:
+        version: `torch.__version__`, such as "2.13.0+cpu" or "2.14.0a0+git1234".
+    """
+    if release(TORCH_OLDEST) <= release(version) <= release(TORCH_NEWEST):
+        return []
+    side = "older" if release(version) < release(TORCH_OLDEST) else "newer"
+    return [
+        f"torch {version} is {side} than what was tried ({TORCH_OLDEST} to {TORCH_NEWEST}): run the tests first;"
+        " tests/engine/test_internals.py and tests/test_private_names.py name what moved inside of it"
+    ]
 
 
 def check_transformers(version: str) -> None:

@@ -77,6 +77,7 @@ ROOMS: dict[str, set[str]] = {
         "checkpoint",
         *KINDS,
         "engine",
+        "versions",
     },
     "megatron_taipan.hf": {"gate_config", "versions", "ops", "parallel", "model", *KINDS},
     "data_prep": {"data", "tokenizer", "plain_yaml"},

@@ -19,6 +19,7 @@ from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
 from megatron_taipan.config import Config, ModelConfig, load_config
 from megatron_taipan.data.made_with import refuse_mixed
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
     KINDS,
     buffers,
@@ -42,7 +43,9 @@ class Loaded:
     config: Config | None = None  # the checkpoint's
 
 
-def load_training_state(engine: Any, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups) -> Loaded:
+def load_training_state(
+    engine: Engine, path: Path, *, config: Config, identity: dict[str, Any], groups: Groups
+) -> Loaded:
     """Reads a checkpoint of any layout, whose files were verified, into the engine; collective.
 
     Args:
@@ -56,7 +59,7 @@ def load_training_state(engine: Any, path: Path, *, config: Config, identity: di
     saved = load_config(path / CONFIG)
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
-    shards = held_shards(engine, groups.data_rank)
+    shards = held_shards(engine, groups.zero_rank)
     tp = groups.tensor
     for kind in KINDS:
         for shard in shards:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.randomness import random_states
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
     KINDS,
     MASTER,
@@ -68,13 +69,13 @@ def _empty_like(source: Tensor) -> Tensor:
     return torch.empty(source.shape, dtype=source.dtype)
 
 
-def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemory) -> Snapshot:
+def take_snapshot(engine: Engine, config: Config, groups: Groups, memory: HostMemory) -> Snapshot:
     """Copies this rank's part of the state; training may go on as soon as it returns."""
     table = parameter_table(config.model, config.parallel.tensor)
     file = f"rank_{dist.get_rank():05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {"parameters": {}, "buffers": {}}
-    shards = held_shards(engine, groups.data_rank)
+    shards = held_shards(engine, groups.zero_rank)
     whole = {
         "tensor": config.parallel.tensor,
         "processes": dist.get_world_size(),
@@ -82,7 +83,7 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
         "scaler": scaler_state(engine),
     }
     if config.parallel.zero_stage == 0:
-        shards = [shard.part(groups.data_rank, groups.data_size) for shard in shards]
+        shards = [shard.part(groups.zero_rank, groups.zero_size) for shard in shards]
     for shard in shards:
         split = table[shard.name].split is not None
         if shard.replica or not shard.count or (not split and groups.tensor.rank > 0):
@@ -91,7 +92,7 @@ def take_snapshot(engine: Any, config: Config, groups: Groups, memory: HostMemor
             tensors[f"{shard.name}|{kind}"] = memory.copy(f"{shard.name}|{kind}", shard.tensor(kind).float())
         tensor_rank = groups.tensor.rank if split else 0
         index["parameters"][shard.name] = [[file, tensor_rank, shard.start, shard.count]]
-    if groups.data_rank == 0 and groups.tensor.rank == 0:
+    if groups.zero_rank == 0 and groups.tensor.rank == 0:
         for name, value in buffers(engine.module):
             tensors[f"{name}|buffer"] = memory.copy(f"{name}|buffer", value)
             index["buffers"][name] = file
@@ -111,10 +112,10 @@ def join_indices(shares: list[dict[str, Any]]) -> dict[str, Any]:
     return {"parameters": parameters, "buffers": named_buffers}
 
 
-def held_state_is_finite(engine: Any, data_rank: int) -> bool:
+def held_state_is_finite(engine: Engine, zero_rank: int) -> bool:
     """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
     extremes: list[Tensor] = []
-    for shard in held_shards(engine, data_rank):
+    for shard in held_shards(engine, zero_rank):
         for kind in KINDS:
             extremes += torch.aminmax(shard.tensor(kind))  # one pass without a copy; NaN comes through
     return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())

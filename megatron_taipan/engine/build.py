@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from megatron_taipan.config import Config
+from megatron_taipan.engine.mpu import ModelParallelUnit
 from megatron_taipan.engine.optimizer import make_optimizer
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.groups import Groups, data_parallel_size
+from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.mesh import fit_mesh
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import check_tensor_size, parameter_table
@@ -25,7 +28,7 @@ from megatron_taipan.parameters import check_tensor_size, parameter_table
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
 
-def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Any:
+def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Engine:
     """The DeepSpeedEngine that trains `model` (parameters float32, on any device).
 
     Raises:
@@ -41,7 +44,7 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
             model=model.to(device),
             optimizer=optimizer,
             config=deepspeed_config(config, groups, count_parameters(model)),
-            mpu=groups.mpu if groups.pipeline_size == 1 else None,  # a pipeline brings its own
+            mpu=ModelParallelUnit(groups) if groups.pipeline_size == 1 else None,  # a pipeline brings its own
         )
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
@@ -168,8 +171,7 @@ def check_layout(config: Config, processes: int) -> None:
         UserError: with the arithmetic.
     """
     p = config.parallel
-    data_size = data_parallel_size(processes, p.tensor, p.pipeline)
-    accumulation(config, data_size)
+    accumulation(config, fit_mesh(processes, p).data)
     check_tensor_size(config.model, p.tensor)
     if p.pipeline > 1:
         stage_bounds([1.0] * config.model.n_layers, config.model.cuts, p.pipeline)
@@ -208,7 +210,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     """Sets the rate of the next optimizer step in every group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr

@@ -1,7 +1,8 @@
-"""Every attribute of DeepSpeed's that this room replaces or reads beyond its documented interface.
+"""Every attribute of DeepSpeed's and torch's that this room replaces or reads beyond their documented interface.
 
 Nobody outside of the room names one. `tests/engine/test_internals.py` compares the list with the room's source and with
-the installed DeepSpeed, so that an upgrade that moves something fails there, in words.
+what is installed, so that an upgrade that moves something fails there, in words; `tests/test_private_names.py` finds
+private names, and has the few that other rooms may use. Under which torch all of it was tried: versions.py.
 """
 
 from typing import NamedTuple
@@ -14,12 +15,13 @@ ZERO_12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 MAPPING = "deepspeed.utils.tensor_fragment:tensor_fragment"
 SCALER = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
+PIPELINE_MODULE = "deepspeed.runtime.pipe.module:PipelineModule"
 
 
 class Internal(NamedTuple):
-    """One attribute of a class."""
+    """Attributes of a class or a module."""
 
-    owner: str  # module:class
+    owner: str  # module:class, or module: for what lies in the module itself
     names: str  # separated by blanks
     why: str
 
@@ -41,6 +43,7 @@ REPLACED = (
     Internal(ZERO_12, "_model_parallel_all_reduce", "once for all groups of parameters (pipeline_engine.py)"),
     Internal(PIPELINE, "_INSTRUCTION_MAP", "tied gradients, and one backward pass a stage (pipeline_engine.py)"),
     Internal(PIPELINE, "_running_engine_backward", "else its hooks take the pass for one of the user's"),
+    Internal(PIPELINE_MODULE, "_partition_layers", "stages by the pattern's cuts or by operations (pipeline.py)"),
     Internal(ENGINE, "_cast_module_mixed_precision", "some parameters stay float32 under bf16 and fp16 (build.py)"),
     Internal(
         ZERO_3,
@@ -57,6 +60,7 @@ READ = (
         " is_gradient_accumulation_boundary loss_scale clip_grad optimizer get_gradient_for_reduction",
         "where parameters and their gradients lie, and for whom",
     ),
+    Internal("deepspeed.runtime.zero.stage_1_and_2:", "_zero_padding", "what of the gradients is padding (zero.py)"),
     Internal(ZERO_12, "single_partition_of_fp32_groups update_lp_params", "the masters (state_shards.py)"),
     Internal(
         ZERO_3,
@@ -64,6 +68,7 @@ READ = (
         " checkpoint_event_prologue checkpoint_event_epilogue fp16_groups lp_param_buffer",
         "the masters (state_shards.py), and the flat buffers of partitions (build.py)",
     ),
+    Internal("deepspeed.utils.mixed_precision_linkage:", "_hp_mapping", "a parameter's part of the masters"),
     Internal(MAPPING, "lp_fragment_address hp_fragment_address param_group_index", "where masters lie"),
     Internal(SCALER, "cur_scale cur_iter last_overflow_iter cur_hysteresis dynamic", "the loss scale in checkpoints"),
     Internal(
@@ -71,5 +76,8 @@ READ = (
         "grad_layer pipe_buffers _exec_backward_pass is_last_stage reset_activation_shape module",
         "a stage's backward pass, and evaluation with other batches than training's",
     ),
+    Internal(PIPELINE_MODULE, "_layer_specs _set_bounds", "which of all layers a stage builds"),
     Internal(ENGINE, "basic_optimizer zero_optimization_stage", "the optimizer that ZeRO wraps"),
+    Internal("torch:", "_foreach_norm", "norms of many gradients in float32 in one launch (zero.py)"),
+    Internal("torch.distributed.distributed_c10d:", "_world _set_pg_timeout", "all groups' timeouts (timeouts.py)"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_taipan.config import OptimConfig
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.errors import UserError
 
 # (kernel lists, lr, beta1, beta2, eps, step, weight decay) -> None: one step of the tensors in the lists
@@ -34,7 +35,7 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_gpu: 
     return KernelAdamW(groups, load, name, **options)
 
 
-def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """torch's optimizer inside of DeepSpeed's."""
     return engine.basic_optimizer
 
@@ -44,7 +45,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     return f"AdamW: {optimizer.name}" if isinstance(optimizer, KernelAdamW) else "AdamW: torch's fused kernel"
 
 
-def loss_scale(engine: Any) -> float | None:
+def loss_scale(engine: Engine) -> float | None:
     """What fp16's dynamic scaler multiplies the loss with now; None in other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return float(scaler.cur_scale) if scaler is not None and getattr(scaler, "dynamic", False) else None

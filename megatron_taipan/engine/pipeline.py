@@ -17,7 +17,7 @@ token beside the 4 d of the stream.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -25,6 +25,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.model.blocks import Block, make_layer
 from megatron_taipan.model.build import Build
@@ -56,6 +57,7 @@ class TaipanPipeline(PipelineModule):
         table = parameter_table(config.model, groups.tensor.size)
         build = Build(config.model, table, config.train.seed, groups.tensor, ops)
         self.bounds = pipeline_bounds(config.model, config.data.seq_len, config.parallel.pipeline)
+        self.pipeline_rank = groups.pipeline_rank  # before super().__init__, which asks for this stage's layers
         tied = config.model.tie_embeddings
         embedding: Any = LayerSpec(PipelineEmbedding, build)
         head: Any = LayerSpec(PipelineHead, build, config)
@@ -68,7 +70,7 @@ class TaipanPipeline(PipelineModule):
         super().__init__(
             [embedding, *layers, LayerSpec(PipelineNorm, build), head],
             topology=PipeModelDataParallelTopology(
-                num_pp=config.parallel.pipeline, num_mp=groups.tensor.size, num_dp=groups.data_size
+                num_pp=groups.mesh.pipeline, num_mp=groups.mesh.tensor, num_dp=groups.zero_size
             ),
             loss_fn=None,
         )
@@ -79,8 +81,7 @@ class TaipanPipeline(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         """Stage s holds specs parts[s] to parts[s + 1] - 1; the embedding is the first spec, norm and head the last."""
         self.parts = [0, *(bound + 1 for bound in self.bounds[1:-1]), len(self._layer_specs)]
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._set_bounds(start=self.parts[self.pipeline_rank], stop=self.parts[self.pipeline_rank + 1])
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
         """Parameters by their names in the whole network, so that optimizer and checkpoints know no stages."""
@@ -145,8 +146,34 @@ class TaipanPipeline(PipelineModule):
         return model_flops(self.config.model, seq_len)
 
 
+@runtime_checkable
+class StagedEngine(Engine, Protocol):
+    """An engine whose network is a `TaipanPipeline`: DeepSpeed's schedule moves micro-batches through the stages."""
+
+    @property
+    def module(self) -> TaipanPipeline:
+        """This process's stage."""
+
+    def train_batch(self, data_iter: Iterator[Any]) -> Any:
+        """A global batch forward and backward, and the update."""
+
+    def eval_batch(self, data_iter: Iterator[Any], *, num_micro_batches: int, bcast_loss: bool) -> Any:
+        """Forward passes only."""
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Rows for which the stages have buffers."""
+
+    def reset_activation_shape(self) -> Any:
+        """Makes these buffers anew, by what comes next."""
+
+
+def staged(engine: Engine) -> StagedEngine:
+    """The same engine, of which the caller knows that its network is cut into stages."""
+    return cast(StagedEngine, engine)
+
+
 def run_pipeline(
-    engine: Any, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor, gate: Tensor | None
+    engine: StagedEngine, batches: list[dict[str, Tensor]], *, step: int, ce_scale: Tensor, gate: Tensor | None
 ) -> Tensor:
     """One optimizer step over micro-batches; this stage's records (see `take_records`)."""
     engine.module.take_records()
@@ -156,7 +183,7 @@ def run_pipeline(
 
 
 @torch.no_grad()
-def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
+def score_pipeline(engine: StagedEngine, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
     """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]."""
     engine.module.take_records()
     one = torch.ones((), device=loss_mask.device)
@@ -172,7 +199,7 @@ def score_pipeline(engine: Any, batch: dict[str, Tensor], loss_mask: Tensor) -> 
 
 
 @torch.no_grad()
-def repeat_forward(engine: Any, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
+def repeat_forward(engine: StagedEngine, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
     """The forward passes of one micro-batch of a training step once more, the gate's noise included; the records."""
     engine.module.take_records()
     one = torch.ones((), device=batch["loss_mask"].device)

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from torch import Tensor
 
 
-def mend_pipeline(engine: Any) -> None:
+def mend_pipeline(engine: PipelineEngine) -> None:
     """Replaces methods of a pipeline engine in place.
 
     - Gradients of tied weights were looked for in `.grad`. Where gradients are summed over micro-batches in float32
@@ -24,7 +25,7 @@ def mend_pipeline(engine: Any) -> None:
     reduce_norm_once(engine.optimizer)
 
 
-def sum_tied_gradients(engine: Any) -> None:
+def sum_tied_gradients(engine: PipelineEngine) -> None:
     """Adds up the gradients of each tied weight over the stages that hold a copy."""
     for weight, group in engine.module.get_tied_weights_and_groups():
         gradient = engine.optimizer.get_gradient_for_reduction(weight)
@@ -33,7 +34,7 @@ def sum_tied_gradients(engine: Any) -> None:
         dist.all_reduce(gradient, group=group)
 
 
-def backward_at_once(engine: Any, buffer_id: int) -> None:
+def backward_at_once(engine: PipelineEngine, buffer_id: int) -> None:
     """The backward pass of one micro-batch through this stage, from all that it sent on."""
     if engine.is_last_stage():
         return engine._exec_backward_pass(buffer_id)

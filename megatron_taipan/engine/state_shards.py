@@ -5,12 +5,14 @@ data-parallel rank, stage 3 cuts each parameter. Both come down to the same thin
 parameter on a rank, and as that they are saved and loaded; so a checkpoint knows nothing of stages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_taipan.engine.protocol import Engine
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
@@ -39,22 +41,23 @@ class StateShard:
         return replace(self, start=self.start + first, count=last - first, offset=self.offset + first)
 
 
-def held_shards(engine: Any, data_rank: int) -> list[StateShard]:
+def held_shards(engine: Engine, zero_rank: int) -> list[StateShard]:
     """All that this rank's optimizer updates, empty shards left out.
 
     Args:
-        data_rank: this rank's place among those that share the state.
+        zero_rank: this rank's number among those that share the state (`Groups.zero_rank`).
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = engine.basic_optimizer
     shards = []
-    for name, parameter in engine.module.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = engine.module.named_parameters()  # DeepSpeed hangs attributes on each
+    for name, parameter in parameters:
         replica = bool(getattr(parameter, "ds_pipe_replicated", False))
         if stage == 0:
             shard = StateShard(name, 0, parameter.numel(), parameter, 0, base, replica)
         elif stage == 3:
             group, offset, width = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = width * data_rank
+            start = width * zero_rank
             count = min(max(parameter.ds_numel - start, 0), width)
             shard = StateShard(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset, base, replica)
         else:
@@ -94,7 +97,7 @@ def set_optimizer_step(shards: list[StateShard], step: int) -> None:
         shard.optimizer.state[shard.flat]["step"].fill_(step)
 
 
-def spread_masters(engine: Any) -> None:
+def spread_masters(engine: Engine) -> None:
     """Brings the parameters of the forward pass up to date with masters that were just loaded; collective."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
@@ -108,7 +111,7 @@ def spread_masters(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()  # and gather them again
 
 
-def scaler_state(engine: Any) -> dict[str, float] | None:
+def scaler_state(engine: Engine) -> dict[str, float] | None:
     """The dynamic loss scaler of fp16; None without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -119,7 +122,7 @@ def scaler_state(engine: Any) -> dict[str, float] | None:
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def set_scaler_state(engine: Any, state: dict[str, float] | None) -> None:
+def set_scaler_state(engine: Engine, state: dict[str, float] | None) -> None:
     """Restores what `scaler_state` gave; a run that has no scaler, or had none, starts its own way."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if state is not None and scaler is not None and getattr(scaler, "dynamic", False):

@@ -17,8 +17,9 @@ MATRICES = frozenset(MIXER + ATTENTION + MLP)  # last parts of names in the tabl
 def hold_in_linears(network: nn.Module) -> None:
     """Puts an `nn.Linear` that holds the same parameter in the place of every matrix that multiplies tokens."""
     for owner in list(network.modules()):
-        for name in MATRICES & owner._parameters.keys():
-            weight = owner.get_parameter(name)
+        for name, weight in list(owner.named_parameters(recurse=False)):
+            if name not in MATRICES:
+                continue
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = weight
             delattr(owner, name)

@@ -71,5 +71,5 @@ class KeepsFp32Params(nn.Module):
         for name, before in buffers.items():
             buffer = self.get_buffer(name)
             if buffer.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = before.to(buffer.device)
+                setattr(self, name, before.to(buffer.device))
         return self

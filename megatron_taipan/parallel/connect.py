@@ -10,6 +10,7 @@ from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.parallel.exchange import Messages, OverlappedComm
 from megatron_taipan.parallel.groups import Groups, build_groups
+from megatron_taipan.parallel.mesh import fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 
 
@@ -22,10 +23,8 @@ def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Grou
     Raises:
         UserError: the layout does not fit the number of processes.
     """
-    groups = build_groups(
-        world_size=dist.get_world_size(), rank=dist.get_rank(), tensor=p.tensor, pipeline=p.pipeline,
-        sequence_parallel=p.shards_tokens(seq_len), timeout_s=p.timeout_s,
-    )  # fmt: skip
+    mesh = fit_mesh(dist.get_world_size(), p)
+    groups = build_groups(mesh, sequence_parallel=p.shards_tokens(seq_len), timeout_s=p.timeout_s)
     if not groups.tensor.sequence_parallel:
         return groups, "every tensor rank has all tokens" if p.tensor > 1 else ""
     exchange, report = find_exchange(groups.tensor, p, device)

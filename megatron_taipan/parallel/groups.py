@@ -1,8 +1,4 @@
-"""Process groups: which ranks share a tensor, a batch or a pipeline.
-
-Ranks are numbered with the tensor index fastest, then data, then pipeline, as in Megatron-LM and in DeepSpeed's
-PipeModelDataParallelTopology, so that a tensor group lies within one host.
-"""
+"""The process groups of a run, and this rank's place in each; which ranks they hold is the mesh's answer."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,115 +6,68 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.mesh import ZERO, Mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in every group."""
+    """This rank in the mesh."""
 
+    mesh: Mesh
+    rank: int
     tensor: TensorParallel
-    data_size: int
-    data_rank: int
-    data_group: Any
-    pipeline_size: int
-    pipeline_rank: int
-    mpu: "ModelParallelUnit"
+    zero_group: Any  # data x context: averages gradients, sums losses, shares ZeRO's state
+
+    @property
+    def data_size(self) -> int:
+        """Parts of a global batch."""
+        return self.mesh.data
+
+    @property
+    def data_rank(self) -> int:
+        """Whose part this rank reads; the same for all context, tensor and pipeline ranks of a part."""
+        return self.mesh.index(self.rank, "data")
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks that hold the same parameters."""
+        return self.mesh.size(*ZERO)
+
+    @property
+    def zero_rank(self) -> int:
+        """This rank's number among them: which shard of the state ZeRO leaves here."""
+        return self.mesh.index(self.rank, *ZERO)
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.mesh.pipeline
+
+    @property
+    def pipeline_rank(self) -> int:
+        """This rank's stage."""
+        return self.mesh.index(self.rank, "pipeline")
 
 
-class ModelParallelUnit:
-    """The questions that DeepSpeed asks of a model-parallel layout (its `mpu` argument)."""
-
-    def __init__(self, tensor: TensorParallel, data_group: Any, data_size: int, data_rank: int, tensor_first: int):
-        self.tensor, self.tensor_first = tensor, tensor_first
-        self.data_group, self.data_size, self.data_rank = data_group, data_size, data_rank
-
-    def get_model_parallel_group(self) -> Any:
-        return self.tensor.group
-
-    def get_model_parallel_rank(self) -> int:
-        return self.tensor.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.tensor.size
-
-    def get_model_parallel_src_rank(self) -> int:
-        return self.tensor_first
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_src_rank = get_model_parallel_src_rank
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data_size
-
-
-def data_parallel_size(world_size: int, tensor: int, pipeline: int) -> int:
-    """What is left of the world for data parallelism.
-
-    Raises:
-        UserError: there is no process, or tensor * pipeline does not divide their number.
-    """
-    if world_size < 1:
-        raise UserError(f"{world_size} processes cannot train; give at least 1")
-    if world_size % (tensor * pipeline):
-        raise UserError(
-            f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={pipeline}"
-            f" = {tensor * pipeline} (remainder {world_size % (tensor * pipeline)}); start a multiple of"
-            f" {tensor * pipeline} processes or change the layout"
-        )
-    return world_size // (tensor * pipeline)
-
-
-def set_timeouts(timeout_s: float) -> None:
-    """Gives every process group of this process the timeout, also those that DeepSpeed made with its own."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
-def build_groups(
-    *,
-    world_size: int,
-    rank: int,
-    tensor: int = 1,
-    pipeline: int = 1,
-    sequence_parallel: bool = False,
-    timeout_s: float = 1800.0,
-) -> Groups:
+def build_groups(mesh: Mesh, *, sequence_parallel: bool = False, timeout_s: float = 1800.0) -> Groups:
     """Makes every group; collective: all ranks call it in the same order.
 
     Args:
         timeout_s: after this many seconds a collective that does not finish ends the process.
 
     Raises:
-        UserError: the sizes do not fit the number of processes.
+        ValueError: the run has another number of processes than the mesh.
     """
-    data = data_parallel_size(world_size, tensor, pipeline)
-    timeout = timedelta(seconds=timeout_s)
-    tensor_index, data_index, pipe_index = rank % tensor, rank // tensor % data, rank // (tensor * data)
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(f"{dist.get_world_size()} processes do not fill {mesh}, which has {mesh.size()} ranks")
+    rank, timeout = dist.get_rank(), timedelta(seconds=timeout_s)
 
-    def new_group(ranks: list[int]) -> Any:
-        return dist.new_group(ranks, timeout=timeout)
+    def group_along(*axes: str) -> Any:
+        """This rank's; every rank takes part in making all of them."""
+        made = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in mesh.groups(*axes)}
+        return next(group for ranks, group in made.items() if rank in ranks)
 
-    tensor_group = data_group = None
-    for first in range(0, world_size, tensor):
-        group = new_group(list(range(first, first + tensor)))
-        if first <= rank < first + tensor:
-            tensor_group = group
-    for stage in range(pipeline):
-        for index in range(tensor):
-            ranks = [stage * data * tensor + d * tensor + index for d in range(data)]
-            group = new_group(ranks)
-            if rank in ranks:
-                data_group = group
-    place = TensorParallel(tensor, tensor_index, tensor_group, sequence_parallel and tensor > 1)
-    mpu = ModelParallelUnit(place, data_group, data, data_index, rank - tensor_index)
-    return Groups(place, data, data_index, data_group, pipeline, pipe_index, mpu)
+    tensor = TensorParallel(
+        mesh.tensor, mesh.index(rank, "tensor"), group_along("tensor"), sequence_parallel and mesh.tensor > 1
+    )
+    return Groups(mesh, rank, tensor, group_along(*ZERO))

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.readback import send
 from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import Batch
 
 
-def first_not_finite(engine: Any, batches: list[Batch], *, step: int, gate: GateStep | None = None) -> str:
+def first_not_finite(engine: Engine, batches: list[Batch], *, step: int, gate: GateStep | None = None) -> str:
     """Repeats a skipped step's forward passes and names the first module whose output is not finite; collective.
 
     The gate's noise depends on counters alone, so the passes are the same ones. Returns a sentence, the same on every
@@ -31,12 +32,12 @@ def first_not_finite(engine: Any, batches: list[Batch], *, step: int, gate: Gate
 
 
 @torch.no_grad()
-def _first_module(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> str | None:
+def _first_module(engine: Engine, batch: Batch, step: int, gate: Tensor | None) -> str | None:
     """The innermost module that first produced a value that is not finite; None if all are finite."""
     found: list[str] = []
     handles = []
-    staged = hasattr(engine.module, "modules_by_full_name")
-    for name, module in engine.module.modules_by_full_name() if staged else engine.module.named_modules():
+    network = engine.module
+    for name, module in getattr(network, "modules_by_full_name", network.named_modules)():  # the first: a stage's
         if name:
 
             def look(module: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
@@ -54,12 +55,12 @@ def _first_module(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> 
     return found[0] if found else None
 
 
-def _pass_again(engine: Any, batch: Batch, step: int, gate: Tensor | None) -> Tensor:
+def _pass_again(engine: Engine, batch: Batch, step: int, gate: Tensor | None) -> Tensor:
     """One micro-batch's forward pass; its loss, 0 on a stage without the head."""
     if hasattr(engine.module, "modules_by_full_name"):
-        from megatron_taipan.engine.pipeline import repeat_forward
+        from megatron_taipan.engine.pipeline import repeat_forward, staged
 
-        return repeat_forward(engine, batch, step=step, gate=gate)[0]
+        return repeat_forward(staged(engine), batch, step=step, gate=gate)[0]
     return engine(
         batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
         samples=batch["sample"], step=step, ce_scale=1.0, gate=gate,

@@ -14,10 +14,11 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.engine.build import accumulation, count_parameters
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.parallel.groups import data_parallel_size
+from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.shortfalls import shortfalls
+from megatron_taipan.versions import untried_torch
 
 
 def dry_run(config: Config, processes: int) -> Iterator[str]:
@@ -27,7 +28,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         UserError: the layout or the data do not fit.
     """
     p, t = config.parallel, config.train
-    data = data_parallel_size(processes, p.tensor, p.pipeline)
+    mesh = fit_mesh(processes, p)
     with torch.device("meta"):
         place = TensorParallel(p.tensor, 0, None, p.shards_tokens(config.data.seq_len))
         model = Taipan(config.model, seed=t.seed, tensor_parallel=place)
@@ -40,16 +41,16 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     )
     sharded = " (tokens sharded)" if place.sequence_parallel else ""
     yield (
-        f"layout     {processes} processes = {data} data x {p.tensor} tensor{sharded} x {p.pipeline} pipeline, ZeRO"
-        f" {p.zero_stage}, {t.precision}, recompute {p.recompute}"
+        f"layout     {processes} processes = {mesh.data} data x {mesh.tensor} tensor{sharded} x {mesh.pipeline}"
+        f" pipeline, ZeRO {p.zero_stage}, {t.precision}, recompute {p.recompute}"
     )
     yield (
         f"per rank   {'at most ' if p.pipeline > 1 else ''}{here:,} parameters; parameters, gradients and optimizer"
-        f" state {state_bytes(here, data, config) / 1e9:.2f} GB, activations not counted"
+        f" state {state_bytes(here, mesh.size(*ZERO), config) / 1e9:.2f} GB, activations not counted"
     )
     yield (
         f"batch      {t.global_batch} samples x {config.data.seq_len} tokens = {tokens:,} tokens a step:"
-        f" {accumulation(config, data)} micro-batches of {t.micro_batch} on each of {data} ranks"
+        f" {accumulation(config, mesh.data)} micro-batches of {t.micro_batch} on each of {mesh.data} ranks"
     )
     yield (
         f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
@@ -62,8 +63,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
     if config.model.gated_layers and (plan := describe_gate(config.model.gate, run_steps)):
         yield f"gate       {plan}"
-    for shortfall in shortfalls(config, step, run_steps):
-        yield f"warning    {shortfall}"
+    for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):
+        yield f"warning    {warning}"
     if config.data.verify:
         verification = Verification(config.data)
         while verification.unfinished:
@@ -90,14 +91,14 @@ def largest_stage(model: Taipan, config: Config) -> int:
     return max(counts)
 
 
-def state_bytes(parameters: int, data: int, config: Config) -> float:
-    """Bytes that one rank keeps through a step for `parameters` parameters, ZeRO's sharding over `data` ranks applied.
+def state_bytes(parameters: int, sharers: int, config: Config) -> float:
+    """Bytes that one rank keeps through a step for `parameters` parameters, which ZeRO shards over `sharers` ranks.
 
     Parameters and gradients in the compute precision and in float32 respectively; the optimizer holds a float32 master
     and two moments.
     """
     stage, low = config.parallel.zero_stage, 4 if config.train.precision == "fp32" else 2
-    weights = low / data if stage == 3 else low
-    gradients = 4 / data if stage >= 2 else 4
-    moments = 8 if stage == 0 else 12 / data
+    weights = low / sharers if stage == 3 else low
+    gradients = 4 / sharers if stage >= 2 else 4
+    moments = 8 if stage == 0 else 12 / sharers
     return parameters * (weights + gradients + moments)

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.data.loader import SampleDataset, make_loader
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.gate_config import GateConfig
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.step import Batch, collect, with_batch_budget
 
@@ -27,7 +28,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
+    engine: Engine, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,
     gate: GateConfig, beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:  # fmt: skip
     """Runs the first `samples` samples (at most one epoch) through the network in evaluation mode.
@@ -59,12 +60,12 @@ def evaluate(
         beat()
     engine.train()
     assert sums is not None  # a dataset has a sample
-    dist.all_reduce(sums, group=groups.data_group)
+    dist.all_reduce(sums, group=groups.zero_group)
     if groups.pipeline_size > 1:
         sums = _join_stages(sums, groups)
     ce_sum, tokens, counted, *totals = sums.tolist()
     ce = ce_sum / max(tokens, 1)
-    names = engine.module.layer_metrics
+    names: LayerMetrics = engine.module.layer_metrics  # type: ignore[assignment]
     measured = names.named([total / max(counted, 1) for total in totals])
     if gate.budget != "row":
         measured = with_batch_budget(names, measured, gate.final_capacity, gate.budget)
@@ -76,12 +77,12 @@ def evaluate(
     )
 
 
-def _score(engine: Any, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
+def _score(engine: Engine, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
     """[loss, ce, budget, layers' metrics] of one micro-batch; entries of other stages are 0."""
     if groups.pipeline_size > 1:
-        from megatron_taipan.engine.pipeline import score_pipeline
+        from megatron_taipan.engine.pipeline import score_pipeline, staged
 
-        return score_pipeline(engine, batch, mask)
+        return score_pipeline(staged(engine), batch, mask)
     return collect(
         engine(
             batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
@@ -94,6 +95,6 @@ def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
     """Adds up the stages' parts of [ce, tokens, rows, layers' metrics ...]; all of them counted tokens and rows."""
     joined = sums.clone()
     dist.all_reduce(joined)
-    joined /= dist.get_world_size() / groups.pipeline_size
+    joined /= groups.mesh.size("data", "context", "tensor")
     joined[1:3] = sums[1:3]
     return joined

@@ -21,12 +21,13 @@ from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
+from megatron_taipan.engine.timeouts import set_timeouts
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.groups import Groups, set_timeouts
+from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import RankInfo, any_rank
 from megatron_taipan.train.evaluate import evaluate
@@ -41,6 +42,7 @@ from megatron_taipan.train.signals import StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
 from megatron_taipan.train.watchdog import Watchdog
+from megatron_taipan.versions import untried_torch
 
 
 def train(config: Config, place: RankInfo, device: torch.device) -> int:
@@ -116,8 +118,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
-        for shortfall in shortfalls(config, progress.step, progress.run_steps):
-            metrics.note("warning", shortfall)
+        for warning in (*untried_torch(torch.__version__), *shortfalls(config, progress.step, progress.run_steps)):
+            metrics.note("warning", warning)
         if unlike:
             metrics.note("init", f"the network of checkpoint.init={c.init} computed differently: {'; '.join(unlike)}")
         if loaded.config is not None:

@@ -51,11 +51,10 @@ def git_commit(source: Path = Path(__file__)) -> str | None:
 
 def layout(config: Config, groups: Groups) -> dict[str, Any]:
     """How the state is spread over processes."""
-    p = config.parallel
     return {
-        "tensor": p.tensor,
-        "pipeline": p.pipeline,
-        "data": groups.data_size,
-        "zero_stage": p.zero_stage,
-        "processes": groups.data_size * p.tensor * p.pipeline,
+        "tensor": groups.mesh.tensor,
+        "pipeline": groups.mesh.pipeline,
+        "data": groups.mesh.data,
+        "zero_stage": config.parallel.zero_stage,
+        "processes": groups.mesh.size(),
     }

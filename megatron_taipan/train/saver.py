@@ -10,6 +10,7 @@ from megatron_taipan.checkpoint.saving import SaveFailed, Saving
 from megatron_taipan.checkpoint.snapshot import HostMemory, held_state_is_finite, take_snapshot
 from megatron_taipan.checkpoint.verification import where_to_go_on
 from megatron_taipan.config import Config
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.distributed import any_rank
@@ -22,7 +23,7 @@ class Saver:
     Every method is collective, except `writing` and `overdue`, which are about this rank.
     """
 
-    def __init__(self, engine: Any, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
+    def __init__(self, engine: Engine, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
         self.engine, self.config, self.metadata, self.groups, self.metrics = engine, config, metadata, groups, metrics
         self.directory = Path(config.checkpoint.dir)
         self.memory = HostMemory()
@@ -91,7 +92,7 @@ class Saver:
 
     def finite(self) -> bool:
         """Whether every parameter and moment of the training state is finite."""
-        return not any_rank(not held_state_is_finite(self.engine, self.groups.data_rank), self.engine.device)
+        return not any_rank(not held_state_is_finite(self.engine, self.groups.zero_rank), self.engine.device)
 
     def _start(self, progress: Progress, kinds: list[str], *, must: bool = False) -> None:
         """Copies the state and has it written in the background; what was pending is completed first.

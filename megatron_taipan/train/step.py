@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_taipan.engine.protocol import Engine, norm_and_skipped
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.layer_kinds.metrics import LayerMetrics, metric_name
 from megatron_taipan.model.stack import training_loss
@@ -32,7 +33,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     batches: list[Batch],
     *,
     step: int,
@@ -62,8 +63,8 @@ def train_step(
     values = numbers.read()
     means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
-    loss, ce, budget, *values = (means / (dist.get_world_size() / groups.pipeline_size)).tolist()
-    names = engine.module.layer_metrics
+    loss, ce, budget, *values = (means / groups.mesh.size("data", "context", "tensor")).tolist()
+    names: LayerMetrics = engine.module.layer_metrics  # type: ignore[assignment]
     measured = names.named(values)
     if gate is not None and gate.budget != "row":  # not a micro-batch's own budget: the batch's, by the shares of all
         measured = with_batch_budget(names, measured, gate.capacity, gate.budget)
@@ -74,17 +75,17 @@ def train_step(
 
 
 def _run_stages(
-    engine: Any, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
+    engine: Engine, batches: list[Batch], step: int, scale: Tensor, gate: Tensor | None, flags: Tensor
 ) -> tuple[Readback, float, bool]:
     """The step through pipeline stages: `_share` of this stage's means, gradient norm, skipped."""
-    from megatron_taipan.engine.pipeline import run_pipeline
+    from megatron_taipan.engine.pipeline import run_pipeline, staged
 
-    means = run_pipeline(engine, batches, step=step, ce_scale=scale, gate=gate)
-    return _share(means, flags), float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    means = run_pipeline(staged(engine), batches, step=step, ce_scale=scale, gate=gate)
+    return _share(means, flags), *norm_and_skipped(engine)
 
 
 def _run_whole(
-    engine: Any,
+    engine: Engine,
     batches: list[Batch],
     step: int,
     scale: Tensor,
@@ -117,7 +118,7 @@ def _run_whole(
 
     if engine.zero_optimization_stage() == 0:
         return numbers, norm, not math.isfinite(norm)
-    return numbers, float(engine.get_global_grad_norm()), bool(engine.optimizer.overflow)
+    return numbers, *norm_and_skipped(engine)
 
 
 def _share(means: Tensor, flags: Tensor) -> Readback:
@@ -145,10 +146,12 @@ def cross_entropy_scale(batches: list[Batch], groups: Groups) -> Tensor:
     DeepSpeed averages gradients over micro-batches and data-parallel ranks. A mean over each micro-batch's own
     unmasked tokens would weigh a token by how many unmasked neighbours it happens to have; so the sum is divided by
     the count of the whole global batch instead, and multiplied by what DeepSpeed will divide by.
+
+    Ranks along data and context each hold some of these tokens.
     """
     count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
-    dist.all_reduce(count, group=groups.data_group)
-    return (len(batches) * groups.data_size / count.clamp(min=1)).float()
+    dist.all_reduce(count, group=groups.zero_group)
+    return (len(batches) * groups.zero_size / count.clamp(min=1)).float()
 
 
 def collect(out: Any) -> Tensor:

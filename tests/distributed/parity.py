@@ -455,7 +455,7 @@ def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: 
         else:
             value = safe_get_full_fp32_param(parameter)
         ours[name] = value.detach().cpu().clone().float() * scale
-    mine = (groups.tensor.rank, ours) if groups.data_rank == 0 else None
+    mine = (groups.tensor.rank, ours) if groups.zero_rank == 0 else None
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     table = parameter_table(config.model, groups.tensor.size)

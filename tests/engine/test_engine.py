@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from megatron_taipan.engine.build import deepspeed_config, parameter_groups
+from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
+from tests.engine.test_protocol import unfulfilled
 from tests.train.toy import toy_config, write_data
 
 STEPS = 4
@@ -23,14 +25,16 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     from megatron_taipan.engine.build import accumulation, build_engine, set_learning_rate
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.evaluate import evaluate
     from megatron_taipan.train.step import train_step
 
     config = toy_config(prefix, parallel=parallel, train={"micro_batch": 2, "global_batch": 8, **train})
-    groups = build_groups(world_size=dist.get_world_size(), rank=dist.get_rank())
+    groups = build_groups(Mesh(data=dist.get_world_size()))
     model = Taipan(config.model, seed=3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = build_engine(model, config, groups, torch.device("cpu"))
+    assert isinstance(engine, Engine) and not unfulfilled(engine, Engine), unfulfilled(engine, Engine)
     data = build_dataset(config.data, "train", config.model.vocab_size)
     valid = build_dataset(config.data, "valid", config.model.vocab_size)
     loader = make_loader(
@@ -150,9 +154,10 @@ def test_a_parameter_that_the_table_does_not_know_is_an_error():
 def test_deepspeed_reduces_in_float32_and_never_casts():
     config = toy_config("unused", train={"precision": "bf16"})
     from megatron_taipan.parallel.groups import Groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.parallel.tensor import TensorParallel
 
-    groups = Groups(TensorParallel(), 2, 0, None, 1, 0, None)
+    groups = Groups(Mesh(data=2), 0, TensorParallel(), None)
     settings = deepspeed_config(config, groups, 1000)
     assert "bf16" not in settings
     assert settings["communication_data_type"] == "fp32"

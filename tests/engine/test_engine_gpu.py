@@ -25,6 +25,7 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     from megatron_taipan.engine.build import build_engine, set_learning_rate
     from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
     from megatron_taipan.train.loop import settle_numerics, to_device
     from megatron_taipan.train.step import train_step
@@ -32,7 +33,7 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     place = find_place(os.environ)
     device = pick_device(place)
     start_processes(place, device, 120)
-    groups = build_groups(world_size=1, rank=0)
+    groups = build_groups(Mesh())
     results = {}
     for name, case in cases.items():
         config = toy_config(
@@ -109,6 +110,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from megatron_taipan.data.loader import build_dataset, make_loader
     from megatron_taipan.engine.build import build_engine, capture_graphs, set_learning_rate
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.distributed import find_place, pick_device, start_processes
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
@@ -116,7 +118,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     place = find_place(os.environ)
     device = pick_device(place)
     start_processes(place, device, 120)
-    groups = build_groups(world_size=1, rank=0)
+    groups = build_groups(Mesh())
     skipped = {}
     for graphs in (False, True):
         config = toy_config(

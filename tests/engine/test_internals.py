@@ -1,4 +1,4 @@
-"""What the engine room takes from DeepSpeed's insides: the list is complete, and the installed DeepSpeed has it all."""
+"""What the engine room takes from DeepSpeed's and torch's insides: the list is complete, the installed ones have it."""
 
 import ast
 import importlib
@@ -11,6 +11,7 @@ import torch
 from megatron_taipan.engine import internals
 from megatron_taipan.engine.internals import READ, REPLACED, TRIED
 from megatron_taipan.engine.startup import import_deepspeed
+from megatron_taipan.versions import TORCH_NEWEST, TORCH_OLDEST
 
 ROOM = Path(internals.__file__).parent
 PACKAGE = ROOM.parent
@@ -19,7 +20,7 @@ HOLDERS = ("engine", "optimizer", "zero", "mapping")  # what DeepSpeed's objects
 DOCUMENTED = {
     "module", "optimizer", "state", "train_batch", "eval_batch", "train_micro_batch_size_per_gpu", "DeepSpeedEngine",
     "zero_optimization_stage", "is_gradient_accumulation_boundary", "name", "get_gradient_for_reduction",
-    "is_last_stage",
+    "is_last_stage", "get_global_grad_norm",
 }  # fmt: skip
 LISTED = {name for internal in (*REPLACED, *READ) for name in internal.names.split()}
 
@@ -58,19 +59,26 @@ def test_nobody_else_reaches_inside():
 
 
 @pytest.mark.parametrize("internal", [*REPLACED, *READ], ids=lambda internal: internal.names.split()[0])
-def test_the_installed_deepspeed_has_it(internal):
+def test_what_is_installed_has_it(internal):
     deepspeed = import_deepspeed(torch.device("cpu"))
-    module, name = internal.owner.split(":")
-    owner = getattr(importlib.import_module(module), name, None)
+    module_name, name = internal.owner.split(":")
+    module = importlib.import_module(module_name)
+    owner = getattr(module, name, None) if name else module
     version = f"DeepSpeed {deepspeed.__version__} (tried: {TRIED})"
+    if module_name.startswith("torch"):
+        version = f"torch {torch.__version__} (tried: {TORCH_OLDEST} to {TORCH_NEWEST})"
     assert owner is not None, f"{version} has no {internal.owner}, of which {internal.names} are used: {internal.why}"
-    source = "".join(inspect.getsource(c) for c in owner.__mro__ if c.__module__.startswith("deepspeed"))
+    classes = [c for c in owner.__mro__ if c.__module__.startswith("deepspeed")] if name else [module]
+    source = "".join(map(inspect.getsource, classes))
     for attribute in internal.names.split():
-        known = hasattr(owner, attribute) or f"self.{attribute}" in source or f"{attribute}:" in source
+        known = hasattr(owner, attribute) or any(
+            text in source for text in (f"self.{attribute}", f"{attribute}:", "" if name else f".{attribute}") if text
+        )
         assert known, f"{version}: {internal.owner} has no {attribute} any more: {internal.why}"
 
 
 def test_an_attribute_that_is_gone_is_named():
-    gone = internals.Internal(internals.ZERO_12, "step no_such_thing", "because")
-    with pytest.raises(AssertionError, match=r"DeepSpeed .* has no no_such_thing any more: because"):
-        test_the_installed_deepspeed_has_it(gone)
+    for owner, package in ((internals.ZERO_12, "DeepSpeed"), ("torch.distributed.distributed_c10d:", "torch")):
+        gone = internals.Internal(owner, "no_such_thing", "because")
+        with pytest.raises(AssertionError, match=rf"{package} .* has no no_such_thing any more: because"):
+            test_what_is_installed_has_it(gone)

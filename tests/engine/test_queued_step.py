@@ -74,15 +74,17 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
 
     from megatron_taipan.engine import zero
     from megatron_taipan.engine.build import deepspeed_config, set_learning_rate
+    from megatron_taipan.engine.mpu import ModelParallelUnit
     from megatron_taipan.engine.readback import Readback
     from megatron_taipan.engine.startup import import_deepspeed
     from megatron_taipan.engine.state_shards import KINDS, held_shards, optimizer_step
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.step import train_step
 
     import_deepspeed(torch.device(device))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(world_size=ranks, rank=rank)
+    groups = build_groups(Mesh(data=ranks))
     config = toy_config(
         "unused", train={"precision": "bf16", "micro_batch": 1, "global_batch": ranks * MICRO},
         optim={"grad_clip": CLIP},
@@ -92,7 +94,7 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
     kinds = [[named[n] for n in SHAPES if (n in LOW) == low] for low in (True, False)]
     adamw = torch.optim.AdamW([{"params": k} for k in kinds], fused=True, weight_decay=WEIGHT_DECAY)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=adamw, config=deepspeed_config(config, groups, SIZE), mpu=groups.mpu
+        model=model, optimizer=adamw, config=deepspeed_config(config, groups, SIZE), mpu=ModelParallelUnit(groups)
     )
     engine.optimizer.check_grad_overflow = True
     with nullcontext() if queued else mock.patch.object(zero, "QueuedStep", lambda optimizer: None):
@@ -122,7 +124,7 @@ def trained(device: str, bad: tuple[int, ...], *, queued: bool, around: Any = nu
             result = train_step(
                 engine, batches, step=step, groups=groups, grad_clip=CLIP, requests=[step == 1 and rank == 0, False]
             )
-        pieces = held_shards(engine, groups.data_rank)
+        pieces = held_shards(engine, groups.zero_rank)
         steps.append({
             "result": result, "log": list(log),
             "counters": (engine.global_steps, engine.micro_steps, engine.skipped_steps, engine.was_step_applied(),
@@ -215,8 +217,9 @@ def paths_taken() -> dict[str, bool]:
     from megatron_taipan.engine import build as engines
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
 
-    groups = build_groups(world_size=2, rank=torch.distributed.get_rank())
+    groups = build_groups(Mesh(data=2))
     cases = {f"{p} stage {s}": (p, s, True) for p, s in (("bf16", 1), ("fp32", 1), ("bf16", 2))}
     taken = {}
     for name, (precision, stage, fused) in (cases | {"bf16 unfused": ("bf16", 1, False)}).items():

@@ -62,12 +62,14 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     from deepspeed.utils import safe_get_full_grad
 
     from megatron_taipan.engine.build import deepspeed_config
+    from megatron_taipan.engine.mpu import ModelParallelUnit
     from megatron_taipan.engine.startup import import_deepspeed
     from megatron_taipan.engine.zero import patch_zero12
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
 
     import_deepspeed(torch.device("cpu"))
-    rank, groups = dist.get_rank(), build_groups(world_size=RANKS, rank=dist.get_rank())
+    rank, groups = dist.get_rank(), build_groups(Mesh(data=RANKS))
     config = toy_config("unused", train={"precision": "bf16", "micro_batch": 1, "global_batch": RANKS * MICRO})
     model = Linear()
     kinds: dict[tuple, list] = {}
@@ -75,7 +77,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
         kinds.setdefault((name in LOW, name in DECAYED), []).append(p)
     optimizer = torch.optim.AdamW([{"params": params} for params in kinds.values()], lr=1e-2, fused=True)
     settings = deepspeed_config(config, groups, 100)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=groups.mpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(groups))
     zero = engine.optimizer
     zero.check_grad_overflow = True
     partitions, full, started, copies = [], [], [], []

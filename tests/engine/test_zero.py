@@ -33,10 +33,11 @@ def overflowing(prefix: str) -> list[tuple[bool, float, float]]:
     from megatron_taipan.engine.build import build_engine, set_learning_rate
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.step import train_step
 
     config = toy_config(prefix, train={"precision": "bf16", "global_batch": 4})
-    groups = build_groups(world_size=dist.get_world_size(), rank=dist.get_rank())
+    groups = build_groups(Mesh(data=dist.get_world_size()))
     model = Taipan(config.model, seed=3)
     engine = build_engine(model, config, groups, torch.device("cpu"))
     data = build_dataset(config.data, "train", config.model.vocab_size)

@@ -126,7 +126,7 @@ def _leave_nan(fault: dict[str, Any], step: int, engine: Any, run: Callable[[], 
     result = run()
     if step == fault["nan_at_step"]:
         if int(os.environ["RANK"]) == fault["victim"]:
-            held_shards(engine, groups.data_rank)[0].tensor("master")[0] = float("nan")
+            held_shards(engine, groups.zero_rank)[0].tensor("master")[0] = float("nan")
         spread_masters(engine)
     return result
 

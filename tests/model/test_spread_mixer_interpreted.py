@@ -18,6 +18,7 @@ from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.ops.fast import load_mamba2_mix
 from megatron_taipan.parallel.counter import CommCounter
 from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.parallel.mesh import Mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
 from tests.distributed.launch import ROOT, launch
@@ -36,7 +37,7 @@ BATCH, LENGTH, WIDTH = 2, 67, 32
 def compare_with_the_whole(n_groups: int) -> tuple[dict[str, float], list[bool], CommCounter, CommCounter]:
     """Errors by name, whether each call of the fused operation had a norm to share, and what was sent: fused, plain."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    place = build_groups(world_size=size, rank=rank, tensor=size).tensor
+    place = build_groups(Mesh(tensor=size)).tensor
     config = small_config("M", d_model=WIDTH, mamba={"d_state": 16, "headdim": 16, "n_groups": n_groups})
     table, calls = parameter_table(config, size), []
 

@@ -1,41 +1,37 @@
-"""Groups of a layout, and their timeouts."""
+"""The process groups of a rank, opened by four processes."""
 
-from datetime import timedelta
-
-import pytest
-import torch
 import torch.distributed as dist
 
-from megatron_taipan.errors import UserError
-from megatron_taipan.parallel.groups import build_groups, data_parallel_size, set_timeouts
+from megatron_taipan.parallel.groups import build_groups
+from megatron_taipan.parallel.mesh import Mesh
 from tests.distributed.launch import launch
 
-
-def places() -> tuple:
-    """This rank's place in TP 2 x PP 2, the ranks of its groups, and all timeouts before and after set_timeouts."""
-    groups = build_groups(world_size=4, rank=dist.get_rank(), tensor=2, pipeline=2, timeout_s=77)
-    other = dist.new_group([0, 1, 2, 3])  # one that somebody else made, with the default timeout
-    world = dist.distributed_c10d._world.pg_map
-
-    def timeouts() -> set[timedelta]:
-        return {g._get_backend(torch.device("cpu")).options._timeout for g in world}
-
-    before = timeouts()
-    set_timeouts(55)
-    ranks = [dist.get_process_group_ranks(g) for g in (groups.tensor.group, groups.data_group, other)]
-    return groups.tensor.rank, groups.data_rank, groups.pipeline_rank, ranks, before, timeouts()
+MESHES = [Mesh(pipeline=2, tensor=2), Mesh(context=2, tensor=2), Mesh(data=2, context=2), Mesh(data=4)]
 
 
-def test_places_and_timeouts():
-    results = launch(4, places)
-    assert [r[:3] for r in results] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
-    assert results[3][3][:2] == [[2, 3], [3]]
-    for result in results:
-        assert timedelta(seconds=77) in result[4] and len(result[4]) > 1
-        assert result[5] == {timedelta(seconds=55)}
+def places() -> list[tuple]:
+    """Of each mesh: (tensor, data, zero, pipeline) ranks, and the ranks of the tensor and ZeRO groups."""
+    result = []
+    for mesh in MESHES:
+        g = build_groups(mesh)
+        ranks = [dist.get_process_group_ranks(group) for group in (g.tensor.group, g.zero_group)]
+        assert dist.get_group_rank(g.zero_group, dist.get_rank()) == g.zero_rank
+        assert (dist.get_world_size(g.zero_group), dist.get_world_size(g.tensor.group)) == (g.zero_size, g.tensor.size)
+        result.append(((g.tensor.rank, g.data_rank, g.zero_rank, g.pipeline_rank), *ranks))
+    try:
+        build_groups(Mesh(data=3))
+    except ValueError as error:
+        result.append(str(error))
+    return result
 
 
-def test_world_that_does_not_fit_shows_the_arithmetic():
-    with pytest.raises(UserError, match=r"6 processes cannot hold .*tensor=2 x .*pipeline=2 = 4 \(remainder 2\)"):
-        data_parallel_size(6, 2, 2)
-    assert data_parallel_size(8, 2, 2) == 2
+def test_places_and_members():
+    stages, contexts, both, data, fault = zip(*launch(4, places), strict=True)
+    assert [place for place, *_ in stages] == [(0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 1)]
+    assert [members for _, *members in stages] == [[[0, 1], [0]], [[0, 1], [1]], [[2, 3], [2]], [[2, 3], [3]]]
+    # context ranks read the same samples and hold other shards of the state
+    assert [place for place, *_ in contexts] == [(0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (1, 0, 1, 0)]
+    assert [zero for *_, zero in contexts] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [place for place, *_ in both] == [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 2, 0), (0, 1, 3, 0)]
+    assert [place for place, *_ in data] == [(0, rank, rank, 0) for rank in range(4)]
+    assert all("4 processes do not fill" in text and "3 ranks" in text for text in fault)

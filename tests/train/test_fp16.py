@@ -42,10 +42,11 @@ def trained(prefix: str, cases: dict[str, tuple[str, int]]) -> dict[str, dict]:
     from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.parallel.groups import build_groups
+    from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.train.step import train_step
 
     assert os.environ["WORLD_SIZE"] == "1"
-    groups, device, results = build_groups(world_size=1, rank=0), torch.device("cpu"), {}
+    groups, device, results = build_groups(Mesh()), torch.device("cpu"), {}
     for name, (precision, stage) in cases.items():
         config = toy_config(
             prefix, parallel={"zero_stage": stage},

@@ -35,7 +35,7 @@ def broken(trees: list[dict], at: int, kind: str, rank: int) -> list:
         result = train_step(engine, batches, step=step, groups=groups, **kwargs)
         if step == at - 1:
             if dist.get_rank() == rank:
-                held_shards(engine, groups.data_rank)[-1].tensor(kind)[-1] = float("nan" if kind == "master" else "inf")
+                held_shards(engine, groups.zero_rank)[-1].tensor(kind)[-1] = float("nan" if kind == "master" else "inf")
             spread_masters(engine)
         return result
 
