@@ -70,8 +70,9 @@ def fast_backend_of(reference: Tokenizer, path: str, loaded=None) -> FastTokeniz
         if isinstance(reference, HFTokenizer):
             return FastTokenizer(reference, loaded or fastokens.Tokenizer.from_file(path))
         if isinstance(reference, TiktokenTokenizer) and os.path.isfile(path):
-            special = dict(reference.model._special_tokens)
-            model = fastokens.Tokenizer.from_tiktoken(path, pattern=LLAMA3_PATTERN, special_tokens=special)
+            model = fastokens.Tokenizer.from_tiktoken(
+                path, pattern=LLAMA3_PATTERN, special_tokens=reference.special_ids
+            )
             return FastTokenizer(reference, model)
     except ValueError:
         raise

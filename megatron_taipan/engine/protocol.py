@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from megatron_taipan.layer_kinds.metrics import LayerMetrics
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -45,6 +47,12 @@ class Engine(Protocol):
 
     def get_global_grad_norm(self) -> Any:
         """Norm of the last update's gradients before clipping; None at stage 0."""
+
+
+def layer_metrics(engine: Engine) -> LayerMetrics:
+    """What the layers of the engine's network measure; every stage of a pipeline knows all of them."""
+    network: Any = engine.module  # Taipan or TaipanPipeline
+    return network.layer_metrics
 
 
 def norm_and_skipped(engine: Engine) -> tuple[float, bool]:

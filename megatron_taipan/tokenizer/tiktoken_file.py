@@ -37,6 +37,7 @@ class TiktokenTokenizer(Tokenizer):
                 self.model = tiktoken.get_encoding(name.removeprefix(NAMED))
             except Exception as error:
                 raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+            special = {token: self.model.encode_single_token(token) for token in self.model.special_tokens_set}
             self.digest = sha256(repr(sorted(self.model._mergeable_ranks.items())).encode()).hexdigest()
         else:
             ranks = read_ranks(path)
@@ -46,7 +47,8 @@ class TiktokenTokenizer(Tokenizer):
             )
             self.digest = file_digest(path)
         self.vocab_size = self.model.max_token_value + 1
-        self.special = {i: token for token, i in self.model._special_tokens.items()}
+        self.special_ids = special
+        self.special = {i: token for token, i in sorted(special.items(), key=lambda item: item[1])}
         self._find_roles(path, self.special)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
@@ -56,7 +58,7 @@ class TiktokenTokenizer(Tokenizer):
         return np.concatenate(found), np.array([len(ids) for ids in found], np.int64)
 
     def token_id(self, token: str) -> int | None:
-        return self.model._special_tokens.get(token)
+        return self.special_ids.get(token)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         if skip_special_tokens:

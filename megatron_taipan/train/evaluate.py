@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taipan.data.loader import SampleDataset, make_loader
-from megatron_taipan.engine.protocol import Engine
+from megatron_taipan.engine.protocol import Engine, layer_metrics
 from megatron_taipan.gate_config import GateConfig
-from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.step import Batch, collect, with_batch_budget
 
@@ -65,7 +64,7 @@ def evaluate(
         sums = _join_stages(sums, groups)
     ce_sum, tokens, counted, *totals = sums.tolist()
     ce = ce_sum / max(tokens, 1)
-    names: LayerMetrics = engine.module.layer_metrics  # type: ignore[assignment]
+    names = layer_metrics(engine)
     measured = names.named([total / max(counted, 1) for total in totals])
     if gate.budget != "row":
         measured = with_batch_budget(names, measured, gate.final_capacity, gate.budget)

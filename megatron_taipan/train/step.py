@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_taipan.engine.protocol import Engine, norm_and_skipped
+from megatron_taipan.engine.protocol import Engine, layer_metrics, norm_and_skipped
 from megatron_taipan.engine.readback import Readback, send
 from megatron_taipan.layer_kinds.metrics import LayerMetrics, metric_name
 from megatron_taipan.model.stack import training_loss
@@ -64,7 +64,7 @@ def train_step(
     means, raised = values.split([len(values) - len(flags), len(flags)])
     # each entry comes from one stage: all its data and tensor ranks
     loss, ce, budget, *values = (means / groups.mesh.size("data", "context", "tensor")).tolist()
-    names: LayerMetrics = engine.module.layer_metrics  # type: ignore[assignment]
+    names = layer_metrics(engine)
     measured = names.named(values)
     if gate is not None and gate.budget != "row":  # not a micro-batch's own budget: the batch's, by the shares of all
         measured = with_batch_budget(names, measured, gate.capacity, gate.budget)
