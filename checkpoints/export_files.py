@@ -18,8 +18,8 @@ from checkpoints.run_metrics import last_validation
 from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
 from megatron_taipan.checkpoint.calibration import read_capacity
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.inference.text import sample_texts
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
 
 

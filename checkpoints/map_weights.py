@@ -19,11 +19,11 @@ from torch import Tensor
 from checkpoints.export_files import write_json
 from checkpoints.safetensors_files import write_sharded
 from megatron_taipan.checkpoint.weights import PREFIX, open_export
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 
 

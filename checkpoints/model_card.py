@@ -4,10 +4,11 @@ import re
 
 from checkpoints.run_metrics import Validation
 from checkpoints.tokenizer import SPLIT, Special
-from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.config import Config
 from megatron_taipan.layer_kinds.mamba2 import MAMBA2
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.layer_kinds.selective import SELECTIVE_ATTENTION
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 from megatron_taipan.versions import TRANSFORMERS_NEWEST, TRANSFORMERS_OLDEST
 

@@ -6,7 +6,7 @@ Names and orders are those of vLLM's `MambaMixer2` (vllm/model_executor/layers/m
 
 from dataclasses import dataclass
 
-from megatron_taipan.config import ModelConfig
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 
 MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows stand in it one after the other

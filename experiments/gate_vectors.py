@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.train.schedule import gate_step
 
 

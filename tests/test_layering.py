@@ -54,7 +54,16 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.tokenizer": set(),
     "megatron_taipan.data": {"config"},
     "megatron_taipan.checkpoint": {"config", "section", "pattern", "parallel", "data", *KINDS, "engine"},
-    "megatron_taipan.inference": {"config", "ops", "model", "data", "tokenizer", "checkpoint", "parallel"},
+    "megatron_taipan.inference": {
+        "config",
+        "model_config",
+        "ops",
+        "model",
+        "data",
+        "tokenizer",
+        "checkpoint",
+        "parallel",
+    },
     "megatron_taipan.evaluation": {
         "config",
         "ops",

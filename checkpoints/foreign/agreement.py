@@ -20,9 +20,9 @@ from checkpoints.export_hf import LENGTH, ROWS, TOLERANCE, probe_of
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import load_model
 from checkpoints.streamed import stream
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 ROUNDING = 4  # times the rounding of our own float32 logits that the other's may differ
 CEILING = 1e-3  # of the largest logit: what is further away is no rounding

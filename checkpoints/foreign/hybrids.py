@@ -15,7 +15,7 @@ from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
 from checkpoints.foreign.settings import FREE_IN_TRANSFORMERS, Rules, Settings, build_network, judge, refuse
 from checkpoints.map_weights import Source, refuse_other_options
-from megatron_taipan.config import ModelConfig
+from megatron_taipan.model_config import ModelConfig
 
 MAMBA_LAYERS = ("linear_attention", "mamba")  # the second in older files
 # Of Mamba-2 layers, none of which is left where these are passed over:

@@ -12,8 +12,8 @@ from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
 from checkpoints.foreign.settings import FREE_IN_TRANSFORMERS, Rules, Settings, build_network, judge, refuse
 from checkpoints.map_weights import Source, refuse_other_options
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 
 NO_LIMIT = (0.0, float("inf"))
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.map_weights import Source
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 
 SHOWN = 6  # names in one message

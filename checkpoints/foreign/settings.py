@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 
 Settings = dict[str, Any]
 

@@ -17,7 +17,7 @@ from megatron_taipan.checkpoint.folder import CONFIG
 from megatron_taipan.checkpoint.metadata import Progress, network_settings, read_metadata, refuse_other_run
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
-from megatron_taipan.config import Config, ModelConfig, load_config
+from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
@@ -29,6 +29,7 @@ from megatron_taipan.engine.state_shards import (
     spread_masters,
 )
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard

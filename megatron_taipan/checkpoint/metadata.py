@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_taipan.checkpoint.folder import FORMAT, METADATA
-from megatron_taipan.config import Config, ModelConfig, yaml_text
+from megatron_taipan.config import Config, yaml_text
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.pattern import parse_pattern
 from megatron_taipan.section import Section, faults
 from megatron_taipan.untrusted import parse_json

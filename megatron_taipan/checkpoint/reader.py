@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_taipan.checkpoint.folder import STATE
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.engine.state_shards import SCALER_FIELDS
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table, put_shard, take_shard
 from megatron_taipan.section import faults

@@ -22,9 +22,10 @@ from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import StateReader
-from megatron_taipan.config import Config, ModelConfig, load_config
+from megatron_taipan.config import Config, load_config
 from megatron_taipan.engine.state_shards import MASTER, MOMENTS
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 from megatron_taipan.untrusted import parse_json
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.checkpoint.weights import open_weights
-from megatron_taipan.config import ModelConfig
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import (
@@ -34,6 +33,7 @@ from megatron_taipan.evaluation.perplexity import (
 )
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 EDGES = (64, 512, 2048, 4096)
 CHUNK_ELEMENTS = 1 << 25  # log probabilities held at once: 128 MiB in float32

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
-from megatron_taipan.config import Config, ModelConfig
+from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -15,9 +15,10 @@ from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, hash_file
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.weights import open_checkpoint
-from megatron_taipan.config import Config, ModelConfig, dump_config, make_config
+from megatron_taipan.config import Config, dump_config, make_config
 from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 from tests.inference.networks import small_config
 
