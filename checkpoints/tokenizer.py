@@ -29,7 +29,7 @@ from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 from megatron_taipan.tokenizer.sentencepiece_json import tokenizer_json
 from megatron_taipan.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_proto
-from megatron_taipan.tokenizer.special_tokens import KINDS
+from megatron_taipan.tokenizer.special_tokens import END_TOKENS
 from megatron_taipan.tokenizer.tiktoken_file import TiktokenTokenizer
 from megatron_taipan.tokenizer.token_bytes import SPACE
 
@@ -75,7 +75,9 @@ def write_tokenizer(
             conversion gives other ids, or nothing says which of several tokens ends a document.
     """
     reference = load_tokenizer_file(source)
-    recorded = {KINDS[role] for role in added_ids(each.prefix for each in data.train)} if data is not None else set()
+    recorded = (
+        {END_TOKENS[role] for role in added_ids(each.prefix for each in data.train)} if data is not None else set()
+    )
     tokenizer, tokens = convert(source, reference), special_tokens(source, reference, known=recorded)
     if not isinstance(reference, HFTokenizer):
         assert_same_ids(source, reference, tokenizer, [*user_defined_texts(tokenizer), *texts])
@@ -154,7 +156,7 @@ def special_tokens(source: Path, tokenizer: Tokenizer, known: Container[str] = (
     """
     special = {}
     for kind, role in tokenizer.roles.items():
-        if len(role.candidates) > 1 and kind in KINDS.values() and kind not in known:
+        if len(role.candidates) > 1 and kind in END_TOKENS.values() and kind not in known:
             raise UserError(f"{source}: {kind}: {role.said}; put the model's tokenizer_config.json beside it")
         if role.id is not None:
             special[kind] = role.candidates[role.id]

@@ -46,14 +46,14 @@ class Extract:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say where the text stands."""
+    """The options that say where the text is."""
     parser.add_argument(
         "--text-field",
         help="field of the text in JSON and tables (default: text); dots are part of its name or go inside",
     )
     parser.add_argument(
         "--template",
-        help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'; what stands between"
+        help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'; what is between"
         f" {{%% {GENERATION} %%}} and {{%% {END} %%}}, if anything does, is what training learns",
     )
     parser.add_argument("--recipe", help="name or file of a recipe, which says field or template")
@@ -101,7 +101,7 @@ def text_options(args: argparse.Namespace) -> dict[str, str]:
 
 def lookup(record: object, field: str) -> object:
     """The value at a dotted path; numbers go into lists. A name that has dots itself, as `content.text` may be, comes
-    before what stands inside `content`.
+    before what is inside `content`.
 
     Raises:
         ValueError: there is none.
@@ -109,7 +109,7 @@ def lookup(record: object, field: str) -> object:
     if isinstance(record, dict) and field in record:
         return record[field]
     if not isinstance(record, dict):
-        raise ValueError(f"no JSON object but a {type(record).__name__}")
+        raise ValueError(f"not a JSON object but a {type(record).__name__}")
     value: object = record
     left = field.split(".")
     while left:
@@ -132,7 +132,7 @@ def field_extractor(field: str) -> Extract:
     def extract(record: object) -> str:
         value = lookup(record, field)
         if not isinstance(value, str):
-            raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
+            raise ValueError(f"field {field!r} is not a text but a {type(value).__name__}")
         return value
 
     return Extract((field,), extract)
@@ -167,9 +167,9 @@ def _fill(part: list[tuple[str, str | None]], record: object) -> str:
         if field:
             value = lookup(record, field)
             if not isinstance(value, (str, int, float)):
-                raise ValueError(f"field {field!r} is no text but a {type(value).__name__}")
+                raise ValueError(f"field {field!r} is not a text but a {type(value).__name__}")
             if isinstance(value, float) and not isfinite(value):
-                raise ValueError(f"field {field!r} is no number but {value}")
+                raise ValueError(f"field {field!r} is not a number but {value}")
             out.append(str(value))
     return "".join(out)
 

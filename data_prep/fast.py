@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.extract import Extract
-from data_prep.inputs import Piece
-from data_prep.limits import USUAL, Limits
+from data_prep.inputs import WorkUnit
+from data_prep.limits import DEFAULT_LIMITS, Limits
 from data_prep.long_text import BrokenText
 from data_prep.prefetch_tokenizer import ONE_THREAD
-from data_prep.readers import read
+from data_prep.readers import read_records
 from megatron_taipan.tokenizer.base import Encoded, Tokenizer
 from megatron_taipan.tokenizer.hard_texts import HARD_TEXTS
 from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
@@ -23,7 +23,7 @@ from megatron_taipan.tokenizer.sentencepiece_json import tokenizer_json
 from megatron_taipan.tokenizer.sentencepiece_model import BPE, USER_DEFINED, SentencePieceTokenizer, read_proto
 from megatron_taipan.tokenizer.tiktoken_file import LLAMA3_PATTERN, TiktokenTokenizer
 
-SAMPLE_PIECES, SAMPLE_CHARACTERS, SAMPLE_DOCUMENT = 16, 8_000, 4_000
+SAMPLE_UNITS, SAMPLE_CHARACTERS, SAMPLE_DOCUMENT = 16, 8_000, 4_000
 
 
 class FastTokenizer(Tokenizer):
@@ -114,12 +114,14 @@ def difference(reference: Tokenizer, fast: Tokenizer, texts: list[str]) -> str:
     return ""
 
 
-def sample(pieces: list[Piece], extract: Extract, scratch: str | None = None, limits: Limits = USUAL) -> Iterator[str]:
-    """Documents, or their beginnings, from pieces spread over the corpus; then the hard texts."""
-    step = max(1, len(pieces) // SAMPLE_PIECES)
-    for piece in pieces[::step]:
+def sample(
+    units: list[WorkUnit], extract: Extract, scratch: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[str]:
+    """Documents, or their beginnings, from units spread over the corpus; then the hard texts."""
+    step = max(1, len(units) // SAMPLE_UNITS)
+    for unit in units[::step]:
         taken = 0
-        for record in read(piece[0], extract, scratch, limits):
+        for record in read_records(unit[0], extract, scratch, limits):
             try:
                 text = record.text or (next(record.chunks, "") if record.chunks else "")
             except BrokenText:

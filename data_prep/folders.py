@@ -8,13 +8,13 @@ from pathlib import Path
 
 import orjson
 
-from data_prep.kinds.registry import kind_of
+from data_prep.kinds.registry import input_kind
 from data_prep.packed import FORMS
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import plain_name
 
 # names of splits in names of files and folders, as Hugging Face datasets knows them, and what they mean
-SPLIT = re.compile(
+SPLIT_NAME = re.compile(
     r"(?:^|[-._ /\d])(train(?:ing)?|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?=[-._ /\d]|$)"
 )
 MEANT = {"tr": "train", "te": "test", "ev": "test", "va": "validation", "de": "validation"}  # by their first letters
@@ -29,7 +29,7 @@ DESCRIPTIONS = frozenset(
 def inside(folder: str, passed: dict[str, str]) -> list[str]:
     """Files of a known kind in a folder, to the bottom, through links to folders too. Nothing is passed over in
     silence: a folder that cannot be read is refused, a link to nothing is taken, to be reported by its reader, and what
-    is not taken stands in `passed`, each path with what it is told as.
+    is not taken is in `passed`, each path with its label.
 
     Raises:
         UserError: a folder cannot be read, or holds several splits of a saved dataset.
@@ -54,18 +54,18 @@ def inside(folder: str, passed: dict[str, str]) -> list[str]:
             _refuse_splits(place, folders)
         data = _saved(place) if "state.json" in files else []
         taken = data or [name for name in files if is_data(name)]
-        found += [path for name in taken if kind_of(path := os.path.join(place, name))]
-        passed.update({os.path.join(place, name): described(name) for name in set(files) - set(taken)})
+        found += [path for name in taken if input_kind(path := os.path.join(place, name))]
+        passed.update({os.path.join(place, name): label(name) for name in set(files) - set(taken)})
     return found
 
 
 def is_data(name: str) -> bool:
     """Whether a file of a folder is taken for data."""
-    return bool(kind_of(name)) and name not in DESCRIPTIONS and not name.startswith(".")
+    return bool(input_kind(name)) and name not in DESCRIPTIONS and not name.startswith(".")
 
 
-def described(name: str) -> str:
-    """What a file that is passed over is told as: its ending, mostly."""
+def label(name: str) -> str:
+    """How a file that is passed over is called: by its ending, mostly."""
     if name in DESCRIPTIONS:
         return name
     stem, ending = os.path.splitext(name.lower())
@@ -74,24 +74,24 @@ def described(name: str) -> str:
     return "hidden" if name.startswith(".") else ending or "without an ending"
 
 
-def told(kinds: Iterable[str]) -> str:
+def counted(kinds: Iterable[str]) -> str:
     """`3 .csv, 1 .md`: how many of each, most first."""
     counts = sorted(Counter(kinds).items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {what}" for what, count in counts)
 
 
-def tell(name: str, passed: Iterable[str], taken: list[str]) -> None:
+def print_passed_over(name: str, passed: Iterable[str], taken: list[str]) -> None:
     """Prints what of an input was passed over, and whether the names of what is taken are those of several splits."""
-    if left := told(passed):
+    if left := counted(passed):
         print(f"{name}: passed over {left}")
     if len(set(found := splits(taken))) > 1:
-        print(f"{name}: several splits are read together, by their names: {told(found)}; name one if not so")
+        print(f"{name}: several splits are read together, by their names: {counted(found)}; name one if not so")
 
 
 def splits(paths: list[str]) -> list[str]:
-    """The split to which each file belongs whose name tells it, below the folder that all have in common."""
+    """The split to which each file belongs whose name says it, below the folder that all have in common."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    named = (SPLIT.search(os.path.relpath(path, top).lower()) for path in paths)
+    named = (SPLIT_NAME.search(os.path.relpath(path, top).lower()) for path in paths)
     return [MEANT[match[1][:2]] for match in named if match]
 
 
@@ -121,7 +121,7 @@ def _saved(folder: str) -> list[str]:
     for name in names:
         if not plain_name(name):
             raise UserError(
-                f"{os.path.join(folder, 'state.json')} names {str(name)[:200]!r} as one of its files, which is no name"
-                " of a file beside it; if you want that file, give it as an input"
+                f"{os.path.join(folder, 'state.json')} names {str(name)[:200]!r} as one of its files, which is not a"
+                " name of a file beside it; if you want that file, give it as an input"
             )
     return names

@@ -1,6 +1,6 @@
-"""What is read: input files in order, cut into pieces of work.
+"""What is read: input files in order, cut into units of work.
 
-A piece is a few slices of files. Pieces depend on the inputs alone, never on the number of workers, so their outputs
+A unit is a few slices of files. Units depend on the inputs alone, never on the number of workers, so their outputs
 laid end to end are the same whoever made them and in however many runs.
 """
 
@@ -10,27 +10,27 @@ import os
 from data_prep import folders
 from data_prep.folders import inside
 from data_prep.kinds.records import Slice
-from data_prep.kinds.registry import is_splittable, kind_of, known_kinds
+from data_prep.kinds.registry import input_kind, is_splittable, known_endings
 from megatron_taipan.data.sources import natural
 from megatron_taipan.errors import UserError
 
-PIECES = 64  # aimed at
-SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 32 << 20  # bytes of input
+UNITS = 64  # aimed at
+SMALLEST_UNIT, LARGEST_UNIT = 256 << 10, 32 << 20  # bytes of input
 
 
-Piece = tuple[Slice, ...]
+WorkUnit = tuple[Slice, ...]
 
 
 def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list[str]:
     """Files, folders (searched to the bottom) and globs, as files in the order given, each folder in natural order. A
-    line tells what of a folder or glob was passed over, and whether names of several splits are among the others.
+    line says what of a folder or glob was passed over, and whether names of several splits are among the others.
 
     Args:
-        known: inputs that are no paths, each with its files, which need not be there yet.
+        known: inputs that are not paths, each with its files, which need not be there yet.
 
     Raises:
         UserError: something does not exist, is of no known kind, cannot be read, is named or reached twice, or has a
-            name that is no UTF-8; a saved dataset has several splits; or nothing is left.
+            name that is not UTF-8; a saved dataset has several splits; or nothing is left.
     """
     files: list[str] = []
     for name in inputs:
@@ -38,19 +38,19 @@ def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list
             files += known[name]
             continue
         if os.path.isfile(name):
-            if not kind_of(name):
-                raise UserError(f"{name} is of no known kind; known are {known_kinds()}")
+            if not input_kind(name):
+                raise UserError(f"{name} is of no known kind; known are {known_endings()}")
             files.append(name)
             continue
         passed: dict[str, str] = {}
         here = inside(name, passed) if os.path.isdir(name) else _matching(name, passed)
         if not here:
             raise UserError(_nothing(name, passed))
-        folders.tell(name, passed.values(), here)
+        folders.print_passed_over(name, passed.values(), here)
         files += sorted(here, key=natural)
     for path in files:
         if path.encode(errors="replace").decode() != path:
-            raise UserError(f"the name of {os.fsencode(path)!r} is no UTF-8, and the manifest is; rename the file")
+            raise UserError(f"the name of {os.fsencode(path)!r} is not UTF-8, and the manifest is; rename the file")
     if doubles := named_twice(files):
         raise UserError(f"{doubles[0]} is named twice among the inputs ({len(doubles)} such files); name it once")
     if pairs := _one_file(files):
@@ -60,9 +60,9 @@ def expand(inputs: list[str], known: dict[str, list[str]] | None = None) -> list
 
 def _nothing(name: str, passed: dict[str, str]) -> str:
     """Why an input gives no file."""
-    there = f" (but {folders.told(passed.values())})" if passed else ""
+    there = f" (but {folders.counted(passed.values())})" if passed else ""
     if os.path.isdir(name):
-        return f"folder {name} holds no file of a known kind{there}; known are {known_kinds()}"
+        return f"folder {name} holds no file of a known kind{there}; known are {known_endings()}"
     if glob.has_magic(name):
         return f"{name} matches no file of a known kind{there}"
     return f"{name} does not exist"
@@ -76,7 +76,7 @@ def _one_file(paths: list[str]) -> list[tuple[str, str]]:
         try:
             about = os.stat(path)
         except OSError:
-            continue  # its reader tells of it
+            continue  # its reader reports it
         first = seen.setdefault((about.st_dev, about.st_ino), path)
         # numbers alone are not trusted: some network file systems repeat them
         if first != path and (about.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path)):
@@ -85,7 +85,7 @@ def _one_file(paths: list[str]) -> list[tuple[str, str]]:
 
 
 def named_twice(paths: list[str]) -> list[str]:
-    """Those that stand there before, however they are spelled; each once, sorted."""
+    """Those that are there before, however they are spelled; each once, sorted."""
     same: dict[str, list[str]] = {}
     for path in paths:
         same.setdefault(os.path.abspath(path), []).append(path)
@@ -94,7 +94,7 @@ def named_twice(paths: list[str]) -> list[str]:
 
 def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
     """Files of a known kind that match a glob, or lie in folders that do, each once (`a/**` matches both); what is not
-    taken stands in `passed`."""
+    taken is in `passed`."""
     found: list[str] = []
     for path in glob.glob(pattern, recursive=True):
         if os.path.isdir(path):
@@ -102,15 +102,15 @@ def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
         elif folders.is_data(os.path.basename(path)):
             found.append(path)
         else:
-            passed[path] = folders.described(os.path.basename(path))
+            passed[path] = folders.label(os.path.basename(path))
     return list({os.path.abspath(path): path for path in found}.values())
 
 
-def cut(sizes: list[tuple[str, int]]) -> list[Piece]:
-    """The pieces of (file, bytes): large splittable files are cut, small files are put together."""
+def work_units(sizes: list[tuple[str, int]]) -> list[WorkUnit]:
+    """The units of (file, bytes): large splittable files are cut, small files are put together."""
     total = sum(size for _, size in sizes)
-    target = min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
-    pieces: list[Piece] = []
+    target = min(max(total // UNITS, SMALLEST_UNIT), LARGEST_UNIT)
+    units: list[WorkUnit] = []
     gathered: list[Slice] = []
     held = 0
     for path, size in sizes:
@@ -120,6 +120,6 @@ def cut(sizes: list[tuple[str, int]]) -> list[Piece]:
             gathered.append(part)
             held += part.stop - part.start
             if held >= target:
-                pieces.append(tuple(gathered))
+                units.append(tuple(gathered))
                 gathered, held = [], 0
-    return pieces + ([tuple(gathered)] if gathered else [])
+    return units + ([tuple(gathered)] if gathered else [])

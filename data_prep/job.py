@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from data_prep.extract import Extract
-from data_prep.inputs import Piece
-from data_prep.limits import USUAL, Limits
+from data_prep.inputs import WorkUnit
+from data_prep.limits import DEFAULT_LIMITS, Limits
 from megatron_taipan.tokenizer.base import Tokenizer
 
 OnError = Literal["fail", "skip", "quarantine"]
@@ -18,7 +18,7 @@ OnError = Literal["fail", "skip", "quarantine"]
 class Job:
     """Shared by all workers through fork; it is never sent anywhere."""
 
-    pieces: list[Piece]
+    units: list[WorkUnit]
     work: str  # folder of finished parts
     tokenizer: Tokenizer
     extract: Extract
@@ -28,7 +28,7 @@ class Job:
     on_error: OnError
     allow_special: bool = False  # text may spell special tokens
     marked: bool = False  # texts say which parts of them are learned: a loss mask is made
-    limits: Limits = USUAL
+    limits: Limits = DEFAULT_LIMITS
     report: Callable[[int, int, int], None] = lambda bytes, tokens, documents: None  # adds to the progress shown
 
     def part(self, number: int) -> str:

@@ -66,8 +66,8 @@ class Joiner:
         Returns:
             of each shard: prefix, documents, tokens, checksum of the .bin, and of its mask's in `loss_mask`.
         """
-        if self.next < len(self.job.pieces):
-            raise RuntimeError(f"part {self.next} of {len(self.job.pieces)} was not added")
+        if self.next < len(self.job.units):
+            raise RuntimeError(f"part {self.next} of {len(self.job.units)} was not added")
         for appended in self.appended:
             appended.result()
         self.writers[-1].close()

@@ -22,20 +22,20 @@ class Limits:
     window: int = 128 * MB
 
 
-USUAL = Limits()
+DEFAULT_LIMITS = Limits()
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-record-mb",
         type=int,
-        default=USUAL.record // MB,
+        default=DEFAULT_LIMITS.record // MB,
         help="a longer record is an error; while it is read it needs so much disk (default: %(default)s)",
     )
     parser.add_argument(
         "--max-window-mb",
         type=int,
-        default=USUAL.window // MB,
+        default=DEFAULT_LIMITS.window // MB,
         help="a .zst or .xz file that needs more memory to be unpacked is an error; 2048 for files of `zstd --long=31`"
         " (default: %(default)s)",
     )

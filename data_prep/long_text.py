@@ -1,7 +1,7 @@
 """Text of any length in bounded memory: as chunks from a file, or from one line of JSON that is too long to parse.
 
-A line of JSON is read in blocks. Its long strings are decoded into a file without a name and stand in what is left of
-the line as short marks; that skeleton is parsed as usual, and in the text that it gives the marks are replaced by what
+A line of JSON is read in blocks. Its long strings are decoded into a file without a name and replaced by short marks in
+what is left of the line; that skeleton is parsed as usual, and in the text that it gives the marks are replaced by what
 they stand for.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from data_prep import tolerant
-from data_prep.limits import USUAL, too_large
+from data_prep.limits import DEFAULT_LIMITS, too_large
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 20
@@ -23,14 +23,14 @@ ESCAPE = 12  # bytes of the longest escape: \\ud83d\\ude00
 
 
 class BrokenText(ValueError):
-    """A text turned out to be none while it was read; the message says why."""
+    """A text turned out not to be one while it was read; the message says why."""
 
 
 def decoded(blocks: Iterator[bytes], encoding: str = "utf-8") -> Iterator[str]:
     """UTF-8 in blocks as text.
 
     Raises:
-        BrokenText: a byte is no UTF-8.
+        BrokenText: a byte is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     done = 0
@@ -70,12 +70,12 @@ class LongLine:
         UserError: there is no room for its long strings.
     """
 
-    def __init__(self, first: bytes, file, scratch: str | None, limit: int = USUAL.record):
+    def __init__(self, first: bytes, file, scratch: str | None, limit: int = DEFAULT_LIMITS.record):
         self.scratch = scratch
         self.spool: IO[bytes] | None = None
         self.mark = f"<long string {secrets.token_hex(16)} "
         self.places: list[tuple[int, int]] = []  # (start, stop) in the spool of each mark
-        self.faults: dict[int, str] = {}  # why the string of a mark is no text
+        self.faults: dict[int, str] = {}  # why the string of a mark is not a text
         self.decoded = 0  # characters of the string that goes to the spool
         self.out = bytearray()  # the skeleton so far
         self.held = bytearray()  # of the string being read, what is not decoded yet; starts at the border of an escape
@@ -129,7 +129,7 @@ class LongLine:
         quote = self.held[begin:].replace(b"\\\\", b"__").replace(b'\\"', b"__").find(b'"')
         if quote < 0:
             if self.spooling or len(self.held) > LONG_STRING:
-                self._decode(complete(self.held))
+                self._decode(complete_length(self.held))
             return len(block)
         quote += begin
         at += quote - known + 1
@@ -185,17 +185,17 @@ class LongLine:
                 yield part
 
     def marked(self, text: str) -> bool:
-        """Whether a mark stands in `text`."""
+        """Whether a mark is in `text`."""
         return self.mark in text
 
     def fault(self, text: str) -> str:
-        """Why one of the long strings in `text` is no text; empty where all are."""
+        """Why one of the long strings in `text` is not a text; empty where all are."""
         found = map(int, re.findall(re.escape(self.mark) + r"(\d+)>", text))
         return next((self.faults[number] for number in found if number in self.faults), "")
 
 
 def backslashes(raw: bytearray) -> int:
-    """How many backslashes stand at the end."""
+    """How many backslashes are at the end."""
     looked_at = 8
     while True:
         tail = raw[-looked_at:]
@@ -205,7 +205,7 @@ def backslashes(raw: bytearray) -> int:
         looked_at *= 8
 
 
-def complete(raw: bytearray) -> int:
+def complete_length(raw: bytearray) -> int:
     """How much of a string's raw content ends neither within an escape, nor within a pair of surrogate escapes, nor
     within a character of UTF-8. `raw` starts at such a border."""
     start = len(raw[: max(0, len(raw) - ESCAPE - 6)].rstrip(b"\\"))  # not preceded by a backslash, or the beginning

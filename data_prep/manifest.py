@@ -37,12 +37,12 @@ def read(prefix: str) -> dict | None:
         return None
     for name, kind in FIELDS.items():
         if not isinstance(found.get(name), kind):
-            raise UserError(f"{prefix}.json is damaged: its {name} is no {kind.__name__}; delete it, or make it again")
+            raise UserError(f"{prefix}.json is damaged: its {name} is not {kind.__name__}; delete it, or make it again")
     for name, inside in INSIDE.items():
         for key, kind in inside.items():
             if found[name].get(key) is not None and not isinstance(found[name][key], kind):
                 raise UserError(
-                    f"{prefix}.json is damaged: its {name}.{key} is no {kind.__name__}; delete it, or make it again"
+                    f"{prefix}.json is damaged: its {name}.{key} is not {kind.__name__}; delete it, or make it again"
                 )
     if not all(isinstance(shard, dict) and isinstance(shard.get("prefix"), str) for shard in found["shards"]):
         raise UserError(f"{prefix}.json is damaged: a shard has no prefix; delete it, or make it again")
@@ -81,28 +81,28 @@ def forget(prefix: str) -> None:
             Path(name + ".json").unlink()
 
 
-def carry(sources: list[str], about: dict) -> None:
+def carry_over(sources: list[str], about: dict) -> None:
     """Writes the manifest of a pair that holds documents of other pairs: the tokenizer, what it added to documents, the
     counts. Checksums it has none: the tokens were not read. Where a source has no manifest there is none.
 
     Args:
         about: prefix, documents and tokens of the pair, `loss_mask` (empty) if it has one.
     """
-    told = [found for prefix in sources if (found := manifest_of(prefix)) and tokenizer_of(prefix)]
-    if len(told) < len(sources):
+    known = [found for prefix in sources if (found := manifest_of(prefix)) and tokenizer_of(prefix)]
+    if len(known) < len(sources):
         return
     prefix, name = about["prefix"], os.path.basename(about["prefix"])
     if os.path.exists(prefix + ".json"):
         print(f"{prefix}.json describes something else and is left as it is: {prefix} has no manifest")
         return
-    options = [content.get("options") or {} for content in told]
-    added = [content.get("added") for content in told]
+    options = [content.get("options") or {} for content in known]
+    added = [content.get("added") for content in known]
     content = {
         "format": "data_prep manifest 1",
         "documents": about["documents"],
         "tokens": about["tokens"],
         "shards": [{**about, "prefix": name}],
-        "tokenizer": told[0]["tokenizer"],
+        "tokenizer": known[0]["tokenizer"],
         "options": {
             **{role: _common([o.get(role) for o in options]) for role in ("bos", "eod")},
             "allow_special": any(o.get("allow_special") for o in options),
@@ -143,8 +143,8 @@ def describe(
 ) -> dict:
     """The content: inputs and tokenizer with hashes, options, counts and checksums per shard, what was left out."""
     hashes: dict[str, xxhash.xxh3_128] = {path: xxhash.xxh3_128() for path, _ in sizes}
-    for piece, note in zip(job.pieces, notes, strict=True):
-        for part, digest in zip(piece, note["input"], strict=True):
+    for unit, note in zip(job.units, notes, strict=True):
+        for part, digest in zip(unit, note["input"], strict=True):
             hashes[part.path].update(bytes.fromhex(digest))
     learned = {name: sum(note[name] for note in notes) for name in ("learned", "apart")} if job.marked else {}
     return {
@@ -164,14 +164,14 @@ def describe(
         },
         "added": added,  # id and spelling of the tokens before and behind each document, and who says that it is they
         "options": options,
-        # xxh3-128 over the xxh3-128 digests of the pieces in which a file was read
+        # xxh3-128 over the xxh3-128 digests of the slices in which a file was read
         "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],
         "identity": identity,
     }
 
 
 def _described(shard: dict) -> dict:
-    """What a joiner tells of a shard, with the index's checksum and its mask's."""
+    """What a joiner says of a shard, with the index's checksum and its mask's."""
     prefix = shard["prefix"]
     about = {**shard, "prefix": os.path.basename(prefix), "idx_xxh3_128": hash_file(prefix + ".idx")}
     if "loss_mask" in shard:

@@ -1,7 +1,7 @@
 """The content of compressed files: gzip, zstandard, bzip2, xz.
 
 A file is a row of members (streams, frames), each whole in itself. Nothing that was unpacked is lost to what follows
-it: what stands behind the last member and begins none is told as `garbage`, after the content has ended.
+it: what follows the last member and begins none is reported as `garbage`, after the content has ended.
 
 Whatever a file holds, no more than a few MB of it are in memory, besides the window that it asks for.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from data_prep.limits import USUAL
+from data_prep.limits import DEFAULT_LIMITS
 from data_prep.packages import require
 
 try:
@@ -58,7 +58,7 @@ class TooWide(Exception):
     """Compressed data takes more memory than it may; the message says so."""
 
 
-def open_packed(path: str, window: int = USUAL.window) -> io.BufferedReader:
+def open_packed(path: str, window: int = DEFAULT_LIMITS.window) -> io.BufferedReader:
     """The content of a file whose name ends as one of FORMS. Reading raises EOFError where the file
     ends within a member or has none, Damaged, and TooWide where unpacking takes a window of more bytes."""
     return io.BufferedReader(Unpacked(path, window), BUFFER)
@@ -70,7 +70,7 @@ def is_packed(path: str) -> bool:
 
 
 def garbage(file: Any) -> str:
-    """What stood behind the content of an open file that has been read to its end; empty where nothing did."""
+    """What follows the content of an open file that has been read to its end; empty where nothing did."""
     return getattr(getattr(file, "raw", None), "garbage", "")
 
 
@@ -78,11 +78,11 @@ class Unpacked(io.RawIOBase):
     """The members of a file, one behind the other.
 
     Attributes:
-        garbage: what stands behind the last member, in words; empty where nothing does, or zeros only, with which
+        garbage: what follows the last member, in words; empty where nothing does, or zeros only, with which
             tapes are filled.
     """
 
-    def __init__(self, path: str, window: int = USUAL.window):
+    def __init__(self, path: str, window: int = DEFAULT_LIMITS.window):
         form = FORMS[os.path.splitext(path.lower())[1]]
         if form.needs:
             require(form.needs, f"{path}: reading it")

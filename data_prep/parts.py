@@ -1,4 +1,4 @@
-"""One piece of input becomes one part: tokens, document lengths, a loss mask if texts are marked, skipped records,
+"""One unit of input becomes one part: tokens, document lengths, a loss mask if texts are marked, skipped records,
 and a note that says it is whole.
 
 A part counts as done when its note (NNN.json) exists and the hashes in it fit the files: the note is written last and
@@ -17,7 +17,7 @@ from data_prep.job import Job
 from data_prep.kinds.records import Record
 from data_prep.learned import encode_marked
 from data_prep.long_text import BrokenText
-from data_prep.readers import read
+from data_prep.readers import read_records
 from data_prep.windows import encode_stream
 from megatron_taipan.data.indexed import MAX_SEQUENCE
 from megatron_taipan.errors import UserError
@@ -26,7 +26,7 @@ BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 19, 1024  # documents given to the toke
 
 
 def make_part(job: Job, number: int) -> dict:
-    """Tokenizes one piece.
+    """Tokenizes one unit.
 
     Returns:
         the note: counts of documents, tokens, text bytes, problems by reason, hashes.
@@ -37,8 +37,8 @@ def make_part(job: Job, number: int) -> dict:
     path = job.part(number)
     part = _Part(job, path)
     try:
-        for piece in job.pieces[number]:
-            for record in read(piece, job.extract, job.work, job.limits):
+        for span in job.units[number]:
+            for record in read_records(span, job.extract, job.work, job.limits):
                 part.add(record)
         part.flush()
     finally:
@@ -46,7 +46,7 @@ def make_part(job: Job, number: int) -> dict:
     note = {
         **part.counts(),
         "hashes": hashes,
-        "input": [hash_slice(s.path, s.start, s.stop) for s in job.pieces[number]],
+        "input": [hash_slice(s.path, s.start, s.stop) for s in job.units[number]],
     }
     Path(path + ".json.partial").write_bytes(orjson.dumps(note))
     os.replace(path + ".json.partial", path + ".json")

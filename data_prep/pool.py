@@ -1,4 +1,4 @@
-"""Worker processes that take piece numbers and give notes back; no text and no ids cross processes.
+"""Worker processes that take units' numbers and give notes back; no text and no ids cross processes.
 
 Forked, so that the tokenizer is loaded once; a worker dies with its parent, and the parent notices a dead worker.
 """
@@ -23,7 +23,7 @@ class Pool:
 
     Args:
         workers: processes.
-        work: each kind by its name, a function of a piece's number.
+        work: each kind by its name, a function of a unit's number.
     """
 
     def __init__(self, workers: int, work: dict[str, Callable[[int], object]]):

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 from data_prep.extract import Extract
 from data_prep.kinds.records import KEPT, UNREADABLE, Reading, Record, Slice, unreadable
-from data_prep.kinds.registry import kind_of, known_kinds
-from data_prep.limits import USUAL, Limits, too_large
+from data_prep.kinds.registry import input_kind, known_endings
+from data_prep.limits import DEFAULT_LIMITS, Limits, too_large
 from data_prep.long_text import BrokenText
 from data_prep.packages import require
 from megatron_taipan.errors import UserError
 
 
-def read(piece: Slice, extract: Extract, scratch: str | None = None, limits: Limits = USUAL) -> Iterator[Record]:
+def read_records(
+    span: Slice, extract: Extract, scratch: str | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Record]:
     """The records of one slice in order. Unreadable files end in a record with a problem, never in silence.
 
     Args:
@@ -22,16 +24,16 @@ def read(piece: Slice, extract: Extract, scratch: str | None = None, limits: Lim
     Raises:
         UserError: the file is of no known kind, or a package that reads it is missing.
     """
-    kind = kind_of(piece.path)
+    kind = input_kind(span.path)
     if kind is None:
-        raise UserError(f"{piece.path} is of no known kind; known are {known_kinds()}")
+        raise UserError(f"{span.path} is of no known kind; known are {known_endings()}")
     if kind.needs:
-        require(kind.needs, f"{piece.path}: reading it")
+        require(kind.needs, f"{span.path}: reading it")
     try:
-        for record in kind.read(piece, Reading(extract, scratch, limits)):
+        for record in kind.read(span, Reading(extract, scratch, limits)):
             yield _within(record, limits.record)
     except UNREADABLE as error:
-        yield Record(piece.path, problem=unreadable(error))
+        yield Record(span.path, problem=unreadable(error))
 
 
 def _within(record: Record, limit: int) -> Record:
@@ -51,7 +53,7 @@ def _until(chunks: Iterator[str], limit: int) -> Iterator[str]:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file; 1 where that cannot be told, so that reading it is tried and says why."""
+    """Bytes of a file; 1 where that is not known, so that reading it is tried and says why."""
     try:
         return os.path.getsize(path)
     except OSError:

@@ -20,7 +20,7 @@ import orjson
 
 from data_prep import folders
 from data_prep.inputs import natural
-from data_prep.kinds.registry import kind_of, known_kinds
+from data_prep.kinds.registry import input_kind, known_endings
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 
@@ -30,7 +30,7 @@ TAGS = "ETag etag md5Hash blob_id checksum Content-MD5 LastModified Last-Modifie
 
 
 @dataclass(frozen=True)
-class Source:
+class RemoteFile:
     """One remote file: its address, bytes and tag (empty where the store has none)."""
 
     url: str
@@ -42,7 +42,7 @@ def is_remote(name: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", name) is not None
 
 
-def find(name: str, folder: str) -> dict[str, Source]:
+def find(name: str, folder: str) -> dict[str, RemoteFile]:
     """The files of an address, a folder or a glob, in natural order, by the paths in `folder` that they are fetched to.
 
     Raises:
@@ -58,23 +58,23 @@ def find(name: str, folder: str) -> dict[str, Source]:
             found = fs.find(path)
         taken = found if found == [path] else [entry for entry in found if _is_data(entry.removeprefix(path))]
         abouts = {entry: fs.info(entry) for entry in taken}
-    if not taken or not kind_of(_name(taken[0])):
-        there = folders.told(folders.described(_name(entry)) for entry in found) or "nothing is there"
-        raise UserError(f"{name} gives no file of a known kind ({there}); known are {known_kinds()}")
+    if not taken or not input_kind(_name(taken[0])):
+        there = folders.counted(folders.label(_name(entry)) for entry in found) or "nothing is there"
+        raise UserError(f"{name} gives no file of a known kind ({there}); known are {known_endings()}")
     if found != [path]:
-        folders.tell(name, (folders.described(_name(entry)) for entry in found if entry not in abouts), taken)
+        folders.print_passed_over(name, (folders.label(_name(entry)) for entry in found if entry not in abouts), taken)
     sources = {}
     for entry in sorted(taken, key=natural):
         url, about = fs.unstrip_protocol(entry), abouts[entry]
         if about.get("size") is None:
-            raise UserError(f"{url}: the server does not tell its size, without which no run can go on; fetch it first")
+            raise UserError(f"{url}: the server does not say its size, without which no run can go on; fetch it first")
         tag = next((str(about[key]) for key in TAGS if about.get(key)), "")
         place = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + _name(entry))
-        sources[place] = Source(url, int(about["size"]), tag)
+        sources[place] = RemoteFile(url, int(about["size"]), tag)
     return sources
 
 
-def fetch(sources: dict[str, Source]) -> None:
+def fetch(sources: dict[str, RemoteFile]) -> None:
     """Brings all files that are not there yet, each whole or not at all.
 
     Raises:
@@ -136,7 +136,7 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 def _name(path: str) -> str:
-    """The last part of an address, without what stands behind `?`."""
+    """The last part of an address, without what follows `?`."""
     return os.path.basename(urlsplit(path).path if "://" in path else path)
 
 

@@ -21,7 +21,7 @@ from megatron_taipan.errors import UserError
 COPY_AT_ONCE = 1 << 30
 
 
-class Source:
+class DocumentSource:
     """A pair whose documents are taken, or the shards of one output, with its loss mask where it has one.
 
     Attributes:
@@ -36,7 +36,7 @@ class Source:
         self._open = -1  # number of the pair whose files are open: documents are taken in order
         self._files: list[BinaryIO] = []
 
-    def pieces(self, first: int, last: int) -> Iterator[tuple[list[BinaryIO], IndexedReader, int, int]]:
+    def runs(self, first: int, last: int) -> Iterator[tuple[list[BinaryIO], IndexedReader, int, int]]:
         """Documents [first, last) by pair: its open files (.bin, and its mask's), it, and [first, last) in it."""
         before = 0
         for number, pair in enumerate(self._parts):
@@ -59,7 +59,7 @@ class Source:
             file.close()
         self._files, self._open = [], -1
 
-    def __enter__(self) -> "Source":
+    def __enter__(self) -> "DocumentSource":
         return self
 
     def __exit__(self, *exception) -> None:
@@ -97,9 +97,9 @@ class ShardWriter:
         self.documents += len(lengths)
         self.tokens += count
 
-    def take_documents(self, source: Source, first: int, last: int) -> None:
+    def take_documents(self, source: DocumentSource, first: int, last: int) -> None:
         """Appends documents [first, last), in pieces."""
-        for files, pair, begin, end in source.pieces(first, last):
+        for files, pair, begin, end in source.runs(first, last):
             for at in range(begin, end, CHUNK):
                 starts = pair.starts(np.arange(at, min(at + CHUNK, end) + 1))
                 self.take(files[0], int(starts[0]), np.diff(starts), *files[1:])
@@ -113,9 +113,9 @@ class ShardWriter:
         write_index(self.prefix + ".idx.partial", self.dtype, self.prefix + ".len.partial")
 
     def commit(self) -> None:
-        """Names the pair; a manifest or a mask of what stood there describes it no longer.
+        """Names the pair; a manifest or a mask of what was there before no longer describes it.
 
-        The mask gets its name first: killed in between, no tokens stand without theirs, or beside another's.
+        The mask gets its name first: killed in between, no tokens are without theirs, or beside another's.
         """
         manifest.forget(self.prefix)
         Path(self.prefix + ".idx").unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, count: int) -> No
 
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
-    """Raises UserError where an output stands already."""
+    """Raises UserError where an output exists already."""
     for path in (prefix, prefix + loss_mask.SUFFIX):
         if not overwrite and any(os.path.exists(path + ending) for ending in (".bin", ".idx")):
             raise UserError(f"{path}.bin or .idx exists; choose another --output, or give --overwrite")

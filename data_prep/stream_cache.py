@@ -20,7 +20,7 @@ def is_stream(name: str) -> bool:
 
 def cache_stream(name: str, folder: str) -> str:
     """Writes a stream to a file, whole or not at all, and returns its path; an earlier run's whole file of a hub
-    dataset is taken over, stdin is always read anew."""
+    dataset is taken over, stdin is always read again."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ("stdin" if name == "-" else name.replace("/", "--").replace(":", "__")) + ".jsonl")
     if name != "-" and os.path.exists(path):

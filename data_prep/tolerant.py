@@ -1,6 +1,6 @@
-"""JSON as programs write it: with NaN and Infinity, halves of surrogate pairs, bytes that are no UTF-8.
+"""JSON as programs write it: with NaN and Infinity, halves of surrogate pairs, bytes that are not UTF-8.
 
-A record is lost only where its text is none, not for the sake of a field beside it. So what cannot stand in a text is
+A record is lost only where its text is none, not for the sake of a field beside it. So what cannot be in a text is
 parsed too, into lone surrogates, which no text has: `no_text` says what they stand for when encoding a text met them.
 """
 
@@ -11,7 +11,7 @@ import orjson
 
 # Raw control characters in a string, which JSON forbids; the tab and what ends a line say what they mean.
 FORBIDDEN = {code: 0xDC00 + code for code in range(0x20) if code not in b"\t\n\r"}
-BYTES = 0xDC80  # and above: bytes that are no UTF-8, as Python's surrogateescape has them
+BYTES = 0xDC80  # and above: bytes that are not UTF-8, as Python's surrogateescape has them
 LONGEST_NUMBER = 4300  # digits that Python turns into an int
 
 
@@ -19,7 +19,7 @@ def parsed(line: bytes) -> Any:
     """The value of one line.
 
     Raises:
-        ValueError: it is no JSON; the message says why.
+        ValueError: it is not JSON; the message says why.
     """
     try:
         return loads(line)
@@ -31,7 +31,7 @@ def loads(raw: bytes) -> Any:
     """As `orjson.loads`, where that gives up for reasons that need not concern the text, as `json.loads`.
 
     Raises:
-        ValueError: it is no JSON in the eyes of either.
+        ValueError: it is not JSON in the eyes of either.
     """
     try:
         return orjson.loads(raw)

@@ -8,12 +8,12 @@ equals, until none is left. Two facts hold for it:
 2.  Whether a border stays depends on its two neighbours alone. Let a be the last token of T(x) and b the first of
     T(y). Were something joined across the border while x y is tokenized, the same would happen in the string of a b:
     until then its two halves go through the same steps, in the same order, as they do within x and y. So if a and b
-    stand side by side in the tokens of any text, T(xy) = T(x) T(y).
+    are side by side in the tokens of any text, T(xy) = T(x) T(y).
 
 A window therefore starts a little before the cut (the overlap o), is tokenized with it, and its ids count from the cut
 on if T(o y) begins with T(o) (a border at the cut, with b behind it) and T(x) ends as T(o) does (in a). Whatever a
 tokenizer puts in front of a text, or strips there, falls into the overlap and is thrown away. Tokenizers that first
-split text by a pattern, and those that are no BPE, have no such proof: there the same comparison, over several tokens
+split text by a pattern, and those that are not BPE, have no such proof: there the same comparison, over several tokens
 and at a place between two words, is a check; a unigram model has passed it with a few ids that the whole text has not.
 Where no place near the end passes, the window is made larger.
 """

@@ -94,7 +94,7 @@ def test_a_saved_dataset_that_names_other_places(tmp_path, name):
     home = tmp_path / "home"
     home.mkdir()
     (home / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(UserError, match="which is no name of a file beside it"):
+    with pytest.raises(UserError, match="which is not a name of a file beside it"):
         inputs.expand([str(home)])
 
 

@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from data_prep import manifest
-from data_prep.shards import ShardWriter, Source, refuse_existing
+from data_prep.shards import DocumentSource, ShardWriter, refuse_existing
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Eight bytes of memory a document."""
-    source = Source(args.prefix)
+    source = DocumentSource(args.prefix)
     reader = source.reader
     refuse_existing(args.output, args.overwrite)
     if os.path.abspath(args.output) in map(os.path.abspath, [args.prefix, *source.pairs]):
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         for run_ in np.split(kept, gaps) if len(kept) else []:
             writer.take_documents(source, int(run_[0]), int(run_[-1]) + 1)
         writer.finish()
-    manifest.carry([args.prefix], writer.about())
+    manifest.carry_over([args.prefix], writer.about())
     print(
         f"{args.output}: {writer.documents} documents, {writer.tokens} tokens; dropped"
         f" {reader.n_documents - writer.documents} documents, {reader.n_tokens - writer.tokens} tokens"

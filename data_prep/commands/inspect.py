@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     )
     mask = find_mask(reader)
     if mask:
-        print(f"with a loss mask: what is learned stands in {LEARNED.format(' ')}")
+        print(f"with a loss mask: what is learned is in {LEARNED.format(' ')}")
     for index in range(args.first, min(args.first + args.documents, reader.n_documents)):
         ids = reader.document(index)
         if tokenizer:

@@ -6,7 +6,7 @@ import os
 
 from data_prep import manifest
 from data_prep.inputs import named_twice
-from data_prep.shards import ShardWriter, Source, refuse_existing
+from data_prep.shards import DocumentSource, ShardWriter, refuse_existing
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.data.sources import find_pairs, glob_pairs
 from megatron_taipan.errors import UserError
@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output, args.overwrite)
     if os.path.abspath(args.output) in map(os.path.abspath, prefixes):
         raise UserError(f"{args.output} is one of the inputs; choose another --output")
-    sources = [Source(prefix) for prefix in prefixes]
+    sources = [DocumentSource(prefix) for prefix in prefixes]
     first = sources[0]
     for source in sources:
         if source.reader.dtype != first.reader.dtype:
             raise UserError(
                 f"{source.reader.prefix} holds {source.reader.dtype} and {first.reader.prefix} {first.reader.dtype};"
-                " they were made with tokenizers of different size and cannot stand in one file"
+                " they were made with tokenizers of different size and cannot be in one file"
             )
         if (source.mask is None) != (first.mask is None):
             raise UserError(
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             with source:
                 writer.take_documents(source, 0, source.reader.n_documents)
         writer.finish()
-    manifest.carry(prefixes, writer.about())
+    manifest.carry_over(prefixes, writer.about())
     print(f"{args.output}: {writer.documents} documents, {writer.tokens} tokens from {len(sources)} pairs")
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from data_prep import manifest
-from data_prep.shards import ShardWriter, Source, refuse_existing
+from data_prep.shards import DocumentSource, ShardWriter, refuse_existing
 from megatron_taipan.data.indexed import CHUNK
 from megatron_taipan.data.split import held_out_documents
 from megatron_taipan.errors import UserError
@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the parts and prints what each holds."""
-    with Source(args.prefix) as source, ExitStack() as stack:
+    with DocumentSource(args.prefix) as source, ExitStack() as stack:
         how = _shards if args.shard_tokens is not None else _by_document
         made = how(source, args, stack)
         for shard in made:  # all are on the disk: they get their names together
             shard.commit()
     for shard in made:
-        manifest.carry([args.prefix], shard.about())
+        manifest.carry_over([args.prefix], shard.about())
         print(f"{shard.prefix}: {shard.documents} documents, {shard.tokens} tokens")
 
 
-def _shards(source: Source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+def _shards(source: DocumentSource, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
     reader = source.reader
     if args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
@@ -54,20 +54,18 @@ def _shards(source: Source, args: argparse.Namespace, stack: ExitStack) -> list[
             last += fits
             if fits < len(ends) - 1:
                 break
-        last = max(last, min(first + 1, reader.n_documents))  # a document longer than a shard stands alone
+        last = max(last, min(first + 1, reader.n_documents))  # a document longer than a shard is alone in one
         writer.take_documents(source, first, last)
         writer.close()
         made.append(writer)
         first = last
     after = f"{args.output}-{len(made):05d}"
     if any(os.path.exists(after + ending) for ending in (".bin", ".idx")):
-        raise UserError(
-            f"{after} exists and would stand beside {len(made)} new shards as if it were theirs; move it away"
-        )
+        raise UserError(f"{after} exists and would be beside {len(made)} new shards as if it were theirs; move it away")
     return made
 
 
-def _by_document(source: Source, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
+def _by_document(source: DocumentSource, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
     reader = source.reader
     if not 0 < args.valid_fraction < 1:
         raise UserError(f"--valid-fraction {args.valid_fraction}: it must lie between 0 and 1")

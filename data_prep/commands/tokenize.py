@@ -20,8 +20,8 @@ from data_prep.extract import add_text_arguments, extractor, marks_learned, text
 from data_prep.hashing import hash_file
 from data_prep.job import Job
 from data_prep.join import Joiner
-from data_prep.kinds.registry import known_kinds
-from data_prep.limits import USUAL, add_limit_arguments, limits_of
+from data_prep.kinds.registry import known_endings
+from data_prep.limits import DEFAULT_LIMITS, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer
@@ -34,7 +34,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.base import Tokenizer
 from megatron_taipan.tokenizer.files import tokenizer_file
 from megatron_taipan.tokenizer.load import load_tokenizer
-from megatron_taipan.tokenizer.special_tokens import KINDS
+from megatron_taipan.tokenizer.special_tokens import END_TOKENS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         required=True,
-        help=f"files, folders or globs ({known_kinds()}; a folder that Hugging Face datasets saved); - for JSON lines"
+        help=f"files, folders or globs ({known_endings()}; a folder that Hugging Face datasets saved); - for JSON lines"
         " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses",
     )
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     eod = _special(tokenizer, "eod", args.append_eod, args.eod_token)
     print(f"each document begins with {_added(bos)} and ends with {_added(eod)}")
     job = Job(
-        pieces=inputs.cut(sizes),
+        units=inputs.work_units(sizes),
         work=args.output + ".work",
         tokenizer=tokenizer,
         extract=extractor(args),
@@ -135,7 +135,9 @@ def _run(args: argparse.Namespace, started: float) -> None:
         "allow_special": args.allow_special,
         "on_error": args.on_error,
         "shard_tokens": args.shard_tokens,
-        **({} if job.limits == USUAL else {"limits": asdict(job.limits)}),  # outputs of before had the usual ones
+        **(
+            {} if job.limits == DEFAULT_LIMITS else {"limits": asdict(job.limits)}
+        ),  # outputs of before had the usual ones
     }
     identity = _identity(sizes, tokenizer, options, spooled, sources)
     before = manifest.read(args.output)
@@ -189,18 +191,18 @@ class _Plan:
 
     def __init__(self, job: Job, fast_backend: Tokenizer | None, workers: int):
         self.job, self.fast_backend = job, fast_backend
-        self.notes = {number: note for number in range(len(job.pieces)) if (note := finished_part(job, number))}
-        self.missing = [number for number in range(len(job.pieces)) if number not in self.notes]
+        self.notes = {number: note for number in range(len(job.units)) if (note := finished_part(job, number))}
+        self.missing = [number for number in range(len(job.units)) if number not in self.notes]
         self.workers = min(workers, max(1, len(self.missing)))
-        self.weights = [sum(piece.stop - piece.start for piece in pieces) for pieces in job.pieces]
-        self.progress = Progress(sum(self.weights[number] for number in self.missing), len(job.pieces))
+        self.weights = [sum(part.stop - part.start for part in unit) for unit in job.units]
+        self.progress = Progress(sum(self.weights[number] for number in self.missing), len(job.units))
 
     def pool(self) -> Pool:
         """The workers; nothing that they inherit has encoded a text yet."""
         kinds: dict[str, Callable[[int], object]] = {"make": self._maker(self.job)}
         if self.fast_backend is not None:
             job, fast_backend = self.job, self.fast_backend
-            texts = list(fast.sample(job.pieces, job.extract, job.work, job.limits))
+            texts = list(fast.sample(job.units, job.extract, job.work, job.limits))
             kinds["compare"] = lambda share: fast.difference(job.tokenizer, fast_backend, texts[share :: self.workers])
             kinds["make fast"] = self._maker(replace(self.job, tokenizer=fast_backend))
         return Pool(self.workers, kinds)
@@ -222,7 +224,7 @@ class _Plan:
     def make_parts(self, pool: Pool, joiner: Joiner) -> list[dict]:
         """Notes of all parts, in order, each given to the joiner; parts that an earlier run finished are taken over."""
         if self.notes:
-            print(f"continuing: {len(self.notes)} of {len(self.job.pieces)} parts are done")
+            print(f"continuing: {len(self.notes)} of {len(self.job.units)} parts are done")
         for number in self.notes:
             joiner.add(number)
         for number, note in pool.run("make fast" if self.fast_backend else "make", self.missing, self.progress.show):
@@ -230,7 +232,7 @@ class _Plan:
             self.progress.finished_input += self.weights[number]
             joiner.add(number)
         self.progress.clear()
-        return [self.notes[number] for number in range(len(self.job.pieces))]
+        return [self.notes[number] for number in range(len(self.job.units))]
 
 
 def _finish(job, notes, joiner, args, files, sizes, options, identity, added, started, sources) -> None:
@@ -245,7 +247,7 @@ def _finish(job, notes, joiner, args, files, sizes, options, identity, added, st
         shutil.rmtree(job.work)
         raise UserError(f"the input holds no document ({why}); nothing was written")
     shards = joiner.finish()
-    manifest.remove(args.output)  # and the shards it names: it never stands beside others
+    manifest.remove(args.output)  # and the shards it names: it is never beside others
     joiner.commit()
     skipped = args.output + ".skipped.jsonl"
     if problems:
@@ -290,7 +292,7 @@ def _special(tokenizer: Tokenizer, role: str, wanted: bool, spelling: str | None
         if index is None:
             raise UserError(f"{flag}: the tokenizer has no token {spelling!r}; give another with --{role}-token")
         return {"id": index, "token": spelling, "said": f"--{role}-token"}
-    found = tokenizer.roles[KINDS[role]]
+    found = tokenizer.roles[END_TOKENS[role]]
     if found.id is None:
         raise UserError(f"{flag}: {found.said}; give the spelling of the right token with --{role}-token")
     return {"id": found.id, "token": found.candidates[found.id], "said": found.said}
@@ -302,7 +304,11 @@ def _added(special: dict | None) -> str:
 
 
 def _identity(
-    sizes: list[tuple[str, int]], tokenizer: Tokenizer, options: dict, spooled: str, sources: dict[str, remote.Source]
+    sizes: list[tuple[str, int]],
+    tokenizer: Tokenizer,
+    options: dict,
+    spooled: str,
+    sources: dict[str, remote.RemoteFile],
 ) -> str:
     """What must be equal for parts of an earlier run to be taken over. A remote file is known by address, size and tag,
     one that `cache_stream` has just written by its content, any other by path, size and time of its last change."""
@@ -329,7 +335,7 @@ def _changed(path: str) -> int:
 def _lock(work: str) -> Iterator[None]:
     """No other run touches the output, its work folder or its spool meanwhile."""
     if not os.access(os.path.dirname(os.path.abspath(work)), os.W_OK):
-        yield  # nobody can write there; an output that is complete is still told of
+        yield  # nobody can write there; an output that is complete is still reported
         return
     with open(work + ".lock", "w") as file:
         try:

@@ -11,19 +11,19 @@ from pathlib import Path
 from data_prep import inputs
 from data_prep.extract import add_text_arguments, extractor
 from data_prep.kinds.records import Slice
-from data_prep.kinds.registry import known_kinds
+from data_prep.kinds.registry import known_endings
 from data_prep.limits import add_limit_arguments, limits_of
 from data_prep.long_text import BrokenText
-from data_prep.readers import read, size_of
+from data_prep.readers import read_records, size_of
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 
 PRINTABLE = "".join(map(chr, range(33, 127)))  # always in the vocabulary: rare ones would cost a byte token each
-LONGEST = 2000  # characters given to the trainer at a time; without being told it drops lines of more than 4192 bytes
+LONGEST = 2000  # characters given to the trainer at a time; by default it drops lines of more than 4192 bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, help=f"files, folders or globs; kinds: {known_kinds()}")
+    parser.add_argument("--input", nargs="+", required=True, help=f"files, folders or globs; kinds: {known_endings()}")
     parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, special and byte tokens included")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
@@ -105,7 +105,7 @@ def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -
     """The documents in lines that the trainer takes, cut at white space where they are too long."""
     extract, limits = extractor(args), limits_of(args)
     for path in files:
-        for record in read(Slice(path, 0, size_of(path)), extract, limits=limits):
+        for record in read_records(Slice(path, 0, size_of(path)), extract, limits=limits):
             if record.problem:
                 if args.on_error == "fail":
                     raise UserError(f"{record.where}: {record.problem}; leave such records out with --on-error skip")

@@ -121,7 +121,7 @@ def _ids(reader: IndexedReader, vocab_size: int | None) -> int:
 
 
 def _ends(reader: IndexedReader, eod: int, inside: bool, first: bool) -> None:
-    """Every document must end with EOD, and EOD must stand nowhere else, unless it may be `inside` or `first`."""
+    """Every document must end with EOD, and EOD must be nowhere else, unless it may be `inside` or `first`."""
     document = 0
     for lengths in reader.lengths():
         for length in lengths.tolist():

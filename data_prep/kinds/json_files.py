@@ -15,33 +15,33 @@ BOM = b"\xef\xbb\xbf"  # some programs begin a file with it
 ARRAY = 64 << 20  # bytes of a file that is one JSON value, at most: it is held as a whole
 
 
-def _json(piece: Slice, reading: Reading) -> Iterator[Record]:
+def _json(span: Slice, reading: Reading) -> Iterator[Record]:
     """A file that is lines, or one value: then all of it belongs to the first slice."""
-    if not _is_one_value(piece.path, reading.limits):
-        yield from _lines(piece, reading)
-    elif not piece.start:
-        yield from _entries(piece.path, reading)
+    if not _is_one_value(span.path, reading.limits):
+        yield from _lines(span, reading)
+    elif not span.start:
+        yield from _entries(span.path, reading)
 
 
-def _lines(piece: Slice, reading: Reading) -> Iterator[Record]:
+def _lines(span: Slice, reading: Reading) -> Iterator[Record]:
     """JSON lines. A line belongs to the slice in which its first byte lies."""
-    whole, extract = is_packed(piece.path), reading.extract
-    with records.open_file(piece.path, reading.limits) as file:
-        at = piece.start
+    whole, extract = is_packed(span.path), reading.extract
+    with records.open_file(span.path, reading.limits) as file:
+        at = span.start
         if at and not whole:
             file.seek(at - 1)
             at -= 1
-            while at < piece.stop and (rest := file.readline(records.BLOCK)):
+            while at < span.stop and (rest := file.readline(records.BLOCK)):
                 at += len(rest)
                 if rest.endswith(b"\n"):
                     break
-        while whole or at < piece.stop:
+        while whole or at < span.stop:
             line = file.readline(records.LONG)
             if not line:
                 break
-            where, size = f"{piece.path}:byte {at}", len(line)
+            where, size = f"{span.path}:byte {at}", len(line)
             if not at and line.startswith(BOM):
-                line, where = line[3:], f"{piece.path}:byte 3"
+                line, where = line[3:], f"{span.path}:byte 3"
             if size == records.LONG and not line.endswith(b"\n"):
                 long = LongLine(line, file, reading.scratch, reading.limits.record)
                 size += long.size - len(line)
@@ -50,7 +50,7 @@ def _lines(piece: Slice, reading: Reading) -> Iterator[Record]:
             elif not line.isspace():
                 yield _parse(where, line, extract)
             at += size
-        yield from garbage_record(piece.path, file)
+        yield from garbage_record(span.path, file)
 
 
 def _parse(where: str, line: bytes, extract: Extract) -> Record:
@@ -103,7 +103,7 @@ def _entries(path: str, reading: Reading) -> Iterator[Record]:
     try:
         value = tolerant.parsed(data.removeprefix(BOM))
     except ValueError as error:
-        yield Record(path, problem=f"{error} (in a file that is no JSON lines)", raw=data[: records.KEPT])
+        yield Record(path, problem=f"{error} (in a file that is not JSON lines)", raw=data[: records.KEPT])
         return
     for number, entry in enumerate(value if isinstance(value, list) else [value]):
         where = f"{path}:entry {number}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from data_prep import tolerant
 from data_prep.extract import Extract, Marked
-from data_prep.limits import USUAL, Limits
+from data_prep.limits import DEFAULT_LIMITS, Limits
 from data_prep.long_text import BLOCK
 from data_prep.packed import Damaged, TooWide, garbage, is_packed, open_packed
 
@@ -30,7 +30,7 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Record:
     """One document: `text`, or `chunks` of it, to be used before the next record is asked for, which may raise
-    BrokenText. Or one record that gives none: `problem` says why, `raw` is what stood there."""
+    BrokenText. Or one record that gives none: `problem` says why, `raw` is what was there."""
 
     where: str
     text: str = ""
@@ -53,7 +53,7 @@ class Reading:
 
     extract: Extract
     scratch: str | None = None
-    limits: Limits = USUAL
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ BUFFER = 1 << 20
 ARROW_FILE, FEATHER_1 = b"ARROW1\0\0", b"FEA1"
 
 
-def _parquet(piece: Slice, reading: Reading) -> Iterator[Record]:
-    return _records(_rows(piece.path, reading.extract.fields, _open_parquet), reading.extract)
+def _parquet(span: Slice, reading: Reading) -> Iterator[Record]:
+    return _records(_rows(span.path, reading.extract.fields, _open_parquet), reading.extract)
 
 
-def _arrow(piece: Slice, reading: Reading) -> Iterator[Record]:
-    return _records(_rows(piece.path, reading.extract.fields, _open_arrow), reading.extract)
+def _arrow(span: Slice, reading: Reading) -> Iterator[Record]:
+    return _records(_rows(span.path, reading.extract.fields, _open_arrow), reading.extract)
 
 
 def _records(rows: Iterable[tuple[str, dict, str]], extract: Extract) -> Iterator[Record]:
@@ -104,7 +104,7 @@ def _open_arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator
 
 
 def _checked(batch: Any) -> Any:
-    """A batch whose values lie where it says. It is used as it stands in the file, so others would be read from outside
+    """A batch whose values lie where it says. It is used as it is in the file, so others would be read from outside
     of it.
 
     Raises:
@@ -127,8 +127,8 @@ def _wanted(names: list[str], fields: tuple[str, ...]) -> list[int]:
 
 
 def _as_python(batch: Any) -> list[dict]:
-    """The rows as Python objects. A value that can be none (text that is no UTF-8, a date beyond the year 9999) becomes
-    the error, which matters only where the text is taken from it."""
+    """The rows as Python objects. A value that cannot be one (text that is not UTF-8, a date beyond the year 9999)
+    becomes the error, which matters only where the text is taken from it."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):
@@ -158,7 +158,7 @@ def _as_json(row: dict) -> bytes:
 
 
 def _plain(value: object) -> str:
-    """What JSON does not know, and what stood where a text is no UTF-8."""
+    """What JSON does not know, and what was there where a text is not UTF-8."""
     return value.object.decode("utf-8", "backslashreplace") if isinstance(value, UnicodeDecodeError) else str(value)
 
 

@@ -7,19 +7,19 @@ from data_prep.kinds.records import UNREADABLE, InputKind, Reading, Record, Slic
 from data_prep.long_text import BrokenText, blocks_of, decoded
 
 
-def _text(piece: Slice, reading: Reading) -> Iterator[Record]:
+def _text(span: Slice, reading: Reading) -> Iterator[Record]:
     """A text file is one document."""
-    with records.open_file(piece.path, reading.limits) as file:
+    with records.open_file(span.path, reading.limits) as file:
         data = file.read(records.LONG)
         if len(data) == records.LONG:
             chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
-            yield Record(piece.path, raw=data[: records.KEPT], chunks=chunks)
+            yield Record(span.path, raw=data[: records.KEPT], chunks=chunks)
         else:
             try:
-                yield document(piece.path, data.decode("utf-8-sig"), data)
+                yield document(span.path, data.decode("utf-8-sig"), data)
             except UnicodeDecodeError as error:
-                yield Record(piece.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
-        yield from garbage_record(piece.path, file)
+                yield Record(span.path, problem=f"invalid UTF-8 at byte {error.start}", raw=data)
+        yield from garbage_record(span.path, file)
 
 
 def _guarded(chunks: Iterator[str]) -> Iterator[str]:

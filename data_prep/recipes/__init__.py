@@ -46,7 +46,7 @@ def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one from a file.
 
     Raises:
-        UserError: it does not exist or is no recipe.
+        UserError: it does not exist or is not a recipe.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
@@ -55,16 +55,16 @@ def load_recipe(name: str) -> Recipe:
     except OSError as error:
         raise UserError(f"there is no recipe {name}; shipped are {', '.join(names())}") from error
     except ValueError as error:
-        raise UserError(f"{path} is no recipe: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     known = {field.name for field in fields(Recipe)}
     required = {"name", "source", "licence", "about", "verified", "schema", "example", "renders"}
     wrong = (set(content) - known) | (required - set(content)) if isinstance(content, dict) else required
     if wrong:
-        raise UserError(f"{path} is no recipe: missing or unknown {', '.join(sorted(map(str, wrong)))}")
+        raise UserError(f"{path} is not a recipe: missing or unknown {', '.join(sorted(map(str, wrong)))}")
     for name, value in content.items():
         kind = dict if name in ("schema", "example") else str
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"{path}: {name} is no {'mapping' if kind is dict else 'text'}")
+            raise UserError(f"{path}: {name} is not a {'mapping' if kind is dict else 'text'}")
     if bool(content.get("text_field")) == bool(content.get("template")):
         raise UserError(f"{path}: exactly one of text_field and template must be given")
     return Recipe(**content)

@@ -32,7 +32,7 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
     Args:
         longest: tokens taken of each document.
     """
-    codec, texts = model_tokenizer(tokenizer, data), []
+    loaded, texts = model_tokenizer(tokenizer, data), []
     for source in data.train:
         if not has_index(source.prefix):
             continue
@@ -40,6 +40,6 @@ def sample_texts(data: DataConfig, tokenizer: Path, count: int = 200, longest: i
         step = max(1, reader.n_documents * len(data.train) // count)
         for index in range(0, reader.n_documents, step):
             ids = reader.document(index)[:longest].tolist()
-            kept = [i for i in ids if i not in codec.end_ids]
-            texts.append(codec.decode(kept, skip_special_tokens=True))
+            kept = [i for i in ids if i not in loaded.end_ids]
+            texts.append(loaded.decode(kept, skip_special_tokens=True))
     return texts

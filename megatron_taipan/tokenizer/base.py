@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_taipan.tokenizer.special_tokens import USUAL, Role, find_role
+from megatron_taipan.tokenizer.special_tokens import USUAL_SPELLINGS, Role, find_role
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids uint32 [n], counts int64 [texts]
 
@@ -87,7 +87,7 @@ class Tokenizer(ABC):
         unk = special if unknown < 0 else {unknown: own["unk_token"]}
         self.roles = {
             kind: find_role(kind, beside, self.token_id, unk if kind == "unk_token" else special, own.get(kind))
-            for kind in USUAL
+            for kind in USUAL_SPELLINGS
         }
         self.end_ids = tuple(self.roles["eos_token"].candidates)
 

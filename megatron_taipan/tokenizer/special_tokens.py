@@ -15,7 +15,7 @@ from megatron_taipan.untrusted import parse_json
 
 # Spellings that released tokenizers give to a role. Some have several of them, and only the configuration says which
 # is right: Qwen's and Llama-3's base models end with another token than their chat models, with the same file.
-USUAL = {
+USUAL_SPELLINGS = {
     "bos_token": (
         "<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<BOS_TOKEN>",
         "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
@@ -27,7 +27,7 @@ USUAL = {
     "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
 }  # fmt: skip
-KINDS = {"bos": "bos_token", "eod": "eos_token"}  # the ends of a document in options and manifests of data_prep
+END_TOKENS = {"bos": "bos_token", "eod": "eos_token"}  # the ends of a document in options and manifests of data_prep
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -77,7 +77,7 @@ def find_role(
     listed = {i: special[i] for i in (ids if isinstance(ids, list) else [ids]) if i in special}
     if listed:
         return Role(CONFIGS[2] if len(listed) == 1 else f"{CONFIGS[2]} lists {_shown(listed)}", listed)
-    usual = {i: spelling for i, spelling in special.items() if spelling in USUAL[kind]}
+    usual = {i: spelling for i, spelling in special.items() if spelling in USUAL_SPELLINGS[kind]}
     if len(usual) > 1:
         return Role(f"nothing says which of {_shown(usual)} it is", usual)
     if usual:

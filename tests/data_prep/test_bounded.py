@@ -35,7 +35,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
 before, count, size, problems = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0, set()
 piece = Slice(path, 0, readers.size_of(path))
-for found in readers.read(piece, field_extractor("text"), limits=Limits(record)):
+for found in readers.read_records(piece, field_extractor("text"), limits=Limits(record)):
     count += 1
     size += found.size + sum(map(len, found.chunks or ()))
     problems |= {found.problem} - {""}
@@ -102,7 +102,7 @@ def test_lines_of_a_tiny_zst_are_read_as_fast_as_they_are_from_gz(tmp_path):
         pack(tmp_path / f"x.jsonl{ending}", b"", line * (4 * MB // len(line)), 50, b"")
         piece = Slice(str(tmp_path / f"x.jsonl{ending}"), 0, 1)
         began = time.perf_counter()
-        assert sum(1 for _ in readers.read(piece, field_extractor("text"))) > 400_000
+        assert sum(1 for _ in readers.read_records(piece, field_extractor("text"))) > 400_000
         times[ending] = time.perf_counter() - began
     assert times[".zst"] < 3 * times[".gz"], times
 
@@ -167,5 +167,5 @@ def test_a_row_of_frames_of_every_size_and_form(tmp_path):
         frames.append(b"\x5a\x2a\x4d\x18" + (at // 3).to_bytes(4, "little") + bytes(at // 3))
     path = tmp_path / "x.jsonl.zst"
     path.write_bytes(b"".join(frames))
-    found = [r.text for r in readers.read(Slice(str(path), 0, 1), field_extractor("text"), None, Limits())]
+    found = [r.text for r in readers.read_records(Slice(str(path), 0, 1), field_extractor("text"), None, Limits())]
     assert found == [f"number {n}" for n in range(100_000)]

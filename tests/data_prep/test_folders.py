@@ -12,7 +12,7 @@ import zstandard
 from data_prep import cli, readers
 from data_prep.commands.merge import expand_prefixes
 from data_prep.extract import field_extractor
-from data_prep.inputs import cut, expand, natural
+from data_prep.inputs import expand, natural, work_units
 from data_prep.kinds import json_files
 from data_prep.kinds.records import Slice
 from megatron_taipan.errors import UserError
@@ -23,7 +23,7 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 def texts(path, start=0, stop=None):
     stop = path.stat().st_size if stop is None else stop
-    return [(r.text, r.problem) for r in readers.read(Slice(str(path), start, stop), field_extractor("text"))]
+    return [(r.text, r.problem) for r in readers.read_records(Slice(str(path), start, stop), field_extractor("text"))]
 
 
 def names(paths, folder):
@@ -72,14 +72,14 @@ def test_a_json_file_that_is_one_value(tmp_path, indent, begin):
     path = tmp_path / "a.json"
     path.write_bytes(begin + json.dumps([*RECORDS, {"n": 1}, 7], indent=indent).encode())
     good = [(record["text"], "") for record in RECORDS]
-    bad = [("", "no field 'text'"), ("", "no JSON object but a int")]
+    bad = [("", "no field 'text'"), ("", "not a JSON object but a int")]
     assert texts(path) == good + bad
     assert texts(path, 0, 100) + texts(path, 100, 300) + texts(path, 300) == good + bad  # in slices
     path.write_bytes(begin + json.dumps(RECORDS[0], indent=indent).encode())
     assert texts(path) == good[:1]
     path.write_bytes(begin + json.dumps(RECORDS, indent=indent).encode()[:-20])
     ((_, problem),) = texts(path)
-    assert problem.startswith("broken JSON") and "no JSON lines" in problem
+    assert problem.startswith("broken JSON") and "not JSON lines" in problem
 
 
 def test_a_json_file_of_lines_with_a_broken_first_one(tmp_path):
@@ -98,10 +98,10 @@ def test_an_array_that_is_too_large_is_told(tmp_path, monkeypatch):
 
 
 def test_lines_of_every_name_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.inputs.SMALLEST_PIECE", 100)
+    monkeypatch.setattr("data_prep.inputs.SMALLEST_UNIT", 100)
     for name in ("a.json", "a.ndjson"):
         (tmp_path / name).write_bytes(LINES)
-        pieces = cut([(str(tmp_path / name), len(LINES))])
+        pieces = work_units([(str(tmp_path / name), len(LINES))])
         found = [text for (piece,) in pieces for text in texts(tmp_path / name, piece.start, piece.stop)]
         assert len(pieces) > 10 and found == [(record["text"], "") for record in RECORDS]
 

@@ -69,4 +69,4 @@ def test_a_manifest_of_data_with_a_field_of_another_type(tmp_path, model, field,
     for command in (["verify", str(tmp_path / "o")], ["stats", str(tmp_path / "o")]):
         capsys.readouterr()
         assert cli.main(command) == 2
-        assert f"o.json is damaged: its {field} is no" in capsys.readouterr().err
+        assert f"o.json is damaged: its {field} is not " in capsys.readouterr().err

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep import cli, fast, readers
 from data_prep.extract import field_extractor, template_extractor
-from data_prep.inputs import LARGEST_PIECE, cut, expand, natural
+from data_prep.inputs import LARGEST_UNIT, expand, natural, work_units
 from data_prep.kinds.records import Slice
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
@@ -132,7 +132,7 @@ def test_an_archive_with_a_damaged_byte_is_reported(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     for at in range(0, len(whole), 3):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        records = list(readers.read(Slice(str(path), 0, len(whole)), field_extractor("text")))
+        records = list(readers.read_records(Slice(str(path), 0, len(whole)), field_extractor("text")))
         good = [record.text for record in records if not record.problem]
         assert len(good) < len(records) or good == [str(i * i) for i in range(500)], at
 
@@ -231,11 +231,11 @@ def test_one_file_spelled_in_two_ways_is_named_twice(tmp_path, monkeypatch):
 @given(sizes=st.lists(st.integers(0, 10**9), min_size=1, max_size=10), splittable=st.booleans())
 def test_pieces_cover_every_byte_once_in_order(sizes, splittable):
     files = [(f"{i}.{'jsonl' if splittable else 'txt'}", size) for i, size in enumerate(sizes)]
-    slices = [part for piece in cut(files) for part in piece]
+    slices = [part for piece in work_units(files) for part in piece]
     for path, size in files:
         mine = [part for part in slices if part.path == path]
         assert [part.start for part in mine] == [0, *(part.stop for part in mine[:-1])] and mine[-1].stop == size
-        assert len(mine) == 1 or splittable and all(part.stop - part.start <= LARGEST_PIECE for part in mine)
+        assert len(mine) == 1 or splittable and all(part.stop - part.start <= LARGEST_UNIT for part in mine)
     assert [part.path for part in slices] == sorted((part.path for part in slices), key=natural)
 
 
@@ -245,7 +245,7 @@ def test_templates():
     for record, message in (
         ({"question": "why", "n": 1}, "no field 'answers.text.0'"),
         ({"question": "why", "answers": {"text": []}, "n": 1}, "the list has 0 entries"),
-        ({"question": None, "answers": {"text": ["x"]}, "n": 1}, "no text but a NoneType"),
+        ({"question": None, "answers": {"text": ["x"]}, "n": 1}, "not a text but a NoneType"),
     ):
         with pytest.raises(ValueError, match=message):
             extract(record)

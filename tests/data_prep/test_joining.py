@@ -30,7 +30,7 @@ def parts(folder, lengths):
         tokens.tofile(folder / f"{number}.bin")
         np.array(inside, "<i4").tofile(folder / f"{number}.len")
         documents += np.split(tokens, np.cumsum(inside)[:-1]) if inside else []
-    job = SimpleNamespace(part=lambda n: str(folder / str(n)), pieces=lengths, dtype=np.dtype(np.uint16), marked=False)
+    job = SimpleNamespace(part=lambda n: str(folder / str(n)), units=lengths, dtype=np.dtype(np.uint16), marked=False)
     return job, [d.tolist() for d in documents]
 
 

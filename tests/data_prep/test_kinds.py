@@ -11,11 +11,11 @@ import pytest
 
 from data_prep import cli
 from data_prep.extract import field_extractor
-from data_prep.inputs import cut, expand
+from data_prep.inputs import expand, work_units
 from data_prep.kinds.records import InputKind, Record, Slice, document, open_file
-from data_prep.kinds.registry import KINDS, is_splittable, kind_of, register
+from data_prep.kinds.registry import INPUT_KINDS, input_kind, is_splittable, register_kind
 from data_prep.packed import FORMS
-from data_prep.readers import read
+from data_prep.readers import read_records
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.load import load_tokenizer
@@ -47,10 +47,10 @@ TSV = InputKind("tab-separated values", (".tsv", ".tab"), read_tsv, splittable=T
 
 @pytest.fixture
 def tsv():
-    register(TSV)
+    register_kind(TSV)
     yield TSV
     for ending in TSV.endings:
-        del KINDS[ending]
+        del INPUT_KINDS[ending]
 
 
 def tokenize(*arguments):
@@ -59,11 +59,11 @@ def tokenize(*arguments):
 
 def test_one_record_adds_a_kind_of_input(tmp_path, model, tsv, monkeypatch, capsys):
     """It is cut among workers, found in folders, unpacked, told in the help, and its bad records are counted."""
-    monkeypatch.setattr("data_prep.inputs.SMALLEST_PIECE", 4_000)
+    monkeypatch.setattr("data_prep.inputs.SMALLEST_UNIT", 4_000)
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.tsv").write_text("n\ttext\n" + "".join(f"{n}\t{text}\n" for n, text in enumerate(TEXTS)))
-    assert len(cut([(str(folder / "a.tsv"), (folder / "a.tsv").stat().st_size)])) > 10
+    assert len(work_units([(str(folder / "a.tsv"), (folder / "a.tsv").stat().st_size)])) > 10
     shutil.copy(folder / "a.tsv", folder / "b.tab")
     subprocess.run(["gzip", folder / "b.tab"], check=True)
     (folder / "c.tsv").write_text("n\ttext\n7\n8\tlast\n")
@@ -86,27 +86,27 @@ def test_an_ending_of_no_kind_is_an_error_wherever_it_comes_from(tmp_path, model
         with pytest.raises(UserError, match=r"known kind.*\.jsonl|\.tsv"):
             expand([str(name)])
     with pytest.raises(UserError, match=r"a.tsv is of no known kind; known are \.jsonl, .*also with \.gz"):
-        list(read(Slice(str(file), 0, 14), field_extractor("text")))
+        list(read_records(Slice(str(file), 0, 14), field_extractor("text")))
     assert tokenize("--input", file, "--tokenizer", model, "--output", tmp_path / "o") == 2
-    assert kind_of("a.parquet") is not None and kind_of("a.parquet.gz") is None  # compressed inside
+    assert input_kind("a.parquet") is not None and input_kind("a.parquet.gz") is None  # compressed inside
 
 
 def test_endings_belong_to_one_kind(tsv):
     for endings, message in (((".json",), "taken already"), (("tsv",), "not the ending"), ((".gz",), "not the ending")):
         with pytest.raises(ValueError, match=message):
-            register(InputKind("other", endings, read_tsv))
-    register(TSV)  # again
+            register_kind(InputKind("other", endings, read_tsv))
+    register_kind(TSV)  # again
 
 
 def test_a_package_that_a_kind_needs_is_named(tmp_path, tsv, monkeypatch):
-    monkeypatch.setitem(KINDS, ".tsv", InputKind("other", (".tsv",), read_tsv, needs="no_such_package"))
+    monkeypatch.setitem(INPUT_KINDS, ".tsv", InputKind("other", (".tsv",), read_tsv, needs="no_such_package"))
     (tmp_path / "a.tsv").write_text("text\na\n")
     with pytest.raises(UserError, match=r"a.tsv: reading it takes the package no_such_package; `pip install"):
-        list(read(Slice(str(tmp_path / "a.tsv"), 0, 7), field_extractor("text")))
+        list(read_records(Slice(str(tmp_path / "a.tsv"), 0, 7), field_extractor("text")))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.txt.zst").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a.txt.zst: reading it takes the package zstandard"):
-        list(read(Slice(str(tmp_path / "a.txt.zst"), 0, 1), field_extractor("text")))
+        list(read_records(Slice(str(tmp_path / "a.txt.zst"), 0, 1), field_extractor("text")))
 
 
 def test_the_page_lists_every_kind():
@@ -115,7 +115,7 @@ def test_the_page_lists_every_kind():
     rows = {
         f"| {' '.join(f'`{ending}`' for ending in kind.endings)} | {kind.name} | {'yes' if kind.compressible else 'no'}"
         f" | {'yes' if kind.splittable else 'no'} | {kind.needs and f'`{kind.needs}`'} |"
-        for kind in KINDS.values()
+        for kind in INPUT_KINDS.values()
     }
     table = re.search(r"^\| endings \|.*\n\|[-| ]+\n((?:\|.*\n)+)", page, re.M)[1]
     assert set(re.sub(r" +", " ", table).strip().splitlines()) == {re.sub(r" +", " ", row) for row in rows}

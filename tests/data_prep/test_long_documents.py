@@ -132,7 +132,7 @@ def test_a_cut_that_was_none_is_taken_back(model, speeches, monkeypatch):
 def read_all(path, extract, start=0):
     """(text or None, problem) of every record."""
     found = []
-    for record in readers.read(Slice(str(path), start, path.stat().st_size), extract):
+    for record in readers.read_records(Slice(str(path), start, path.stat().st_size), extract):
         try:
             text = "".join(record.chunks) if record.chunks is not None else record.text
             found.append((text or None, record.problem))
@@ -202,7 +202,7 @@ def test_every_place_within_an_escape_is_known():
         borders = set(itertools.accumulate(map(len, chosen)))
         raw = b"".join(chosen)
         for end in range(len(raw)):
-            done = long_text.complete(bytearray(raw[:end]))
+            done = long_text.complete_length(bytearray(raw[:end]))
             assert done in borders | {0} and end - done < long_text.ESCAPE
 
 
@@ -230,8 +230,8 @@ def test_long_and_short_ways_write_the_same_bytes(tmp_path, model, speeches, mon
     monkeypatch.setattr(long_text, "BLOCK", 1_000)
     monkeypatch.setattr(records, "BLOCK", 1_000)
     monkeypatch.setattr(windows, "WINDOW", 2_500)
-    monkeypatch.setattr("data_prep.inputs.SMALLEST_PIECE", 2_000)  # pieces that hold no beginning of a line
-    monkeypatch.setattr("data_prep.inputs.PIECES", 500)
+    monkeypatch.setattr("data_prep.inputs.SMALLEST_UNIT", 2_000)  # pieces that hold no beginning of a line
+    monkeypatch.setattr("data_prep.inputs.UNITS", 500)
     assert run("chunks") == whole
     notes = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "chunks")]
     assert notes[0]["text_bytes"] == notes[1]["text_bytes"]
@@ -263,7 +263,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
         tokenizer.encode_batch([text])[0].tolist() for text in want
     ]
     entries = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
-    reasons = ["broken JSON", "broken JSON", "invalid UTF-8 at byte", "file ends before", "field 'text' is no text"]
+    reasons = ["broken JSON", "broken JSON", "invalid UTF-8 at byte", "file ends before", "field 'text' is not a text"]
     reasons.append("invalid UTF-8 at byte")
     assert all(e["reason"].startswith(reason) for e, reason in zip(entries, reasons, strict=True))
     assert all(len(entry["raw"]) <= 50 for entry in entries) and entries[4]["raw"].startswith('{"text": 1')
@@ -276,7 +276,9 @@ def test_a_long_line_takes_no_memory(tmp_path, monkeypatch):
     text = 'some words, "quoted" and \\ more\n' * 200_000  # 6 MB
     (tmp_path / "x.jsonl").write_text(json.dumps({"before": text[: 1 << 20], "text": text}))
     tracemalloc.start()
-    (record,) = readers.read(Slice(str(tmp_path / "x.jsonl"), 0, 1 << 30), field_extractor("text"), str(tmp_path))
+    (record,) = readers.read_records(
+        Slice(str(tmp_path / "x.jsonl"), 0, 1 << 30), field_extractor("text"), str(tmp_path)
+    )
     sizes = [len(chunk) for chunk in record.chunks]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

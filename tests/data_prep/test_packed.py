@@ -25,7 +25,7 @@ TEXTS = [f"line {i * i}" for i in range(20_000)]
 
 
 def records(path):
-    return list(readers.read(Slice(str(path), 0, path.stat().st_size), field_extractor("text")))
+    return list(readers.read_records(Slice(str(path), 0, path.stat().st_size), field_extractor("text")))
 
 
 @pytest.mark.parametrize("ending", PACK)

@@ -9,7 +9,7 @@ import pytest
 from data_prep import cli
 from data_prep.extract import extractor
 from data_prep.kinds.records import Slice
-from data_prep.readers import read
+from data_prep.readers import read_records
 from data_prep.recipes import FOLDER, load_recipe, names
 from megatron_taipan.errors import UserError
 
@@ -50,7 +50,7 @@ def test_recipe(tmp_path, name):
     (tmp_path / "x.jsonl").write_text(json.dumps(recipe.example))
     extract = extractor(argparse.Namespace(text_field=None, template=None, recipe=name))
     for path in (tmp_path / "x.parquet", tmp_path / "x.jsonl"):
-        (record,) = read(Slice(str(path), 0, path.stat().st_size), extract)
+        (record,) = read_records(Slice(str(path), 0, path.stat().st_size), extract)
         assert (with_marks(record.text, record.borders), record.problem) == (recipe.renders, "")
 
 

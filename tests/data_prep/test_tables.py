@@ -35,7 +35,7 @@ WRITE = {
 
 
 def records(path, extract):
-    found = readers.read(Slice(str(path), 0, 1), extract)
+    found = readers.read_records(Slice(str(path), 0, 1), extract)
     return [(record.text, record.problem) for record in found]
 
 

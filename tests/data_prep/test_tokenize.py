@@ -108,8 +108,8 @@ BAD_LINES = [
     (b'{"text": "\xff"}', "invalid UTF-8"),
     (b'{"text": "\\ud800"}', "invalid UTF-8: lone surrogate at character 0"),
     (b'{"txt": "x"}', "no field 'text'"),
-    (b'{"text": 3}', "field 'text' is no text but a int"),
-    (b'["x"]', "no JSON object but a list"),
+    (b'{"text": 3}', "field 'text' is not a text but a int"),
+    (b'["x"]', "not a JSON object but a list"),
     (b'{"text": ""}', "empty document"),
 ]
 
@@ -232,7 +232,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, model, speeches, monke
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (b"", "empty"), (b"\n \n", "holds no document"), (b"[]\n", "no JSON object")],
+    [(None, "does not exist"), (b"", "empty"), (b"\n \n", "holds no document"), (b"[]\n", "not a JSON object")],
 )
 def test_no_corpus(tmp_path, model, capsys, content, message):
     source = tmp_path / "in.jsonl"
@@ -248,7 +248,7 @@ def test_bad_arguments(tmp_path, model, capsys):
     common = ("--input", source, "--output", tmp_path / "o")
     for args, message in (
         ((*common, "--tokenizer", tmp_path / "none.model"), "does not exist"),
-        ((*common, "--tokenizer", source), "no sentencepiece model"),
+        ((*common, "--tokenizer", source), "is not a sentencepiece model"),
         ((*common, "--tokenizer", model, "--workers", 0), "--workers 0"),
         ((*common, "--tokenizer", model, "--append-eod", "--eod-token", "<nope>"), "'<nope>'"),
         ((*common, "--input", source, source, "--tokenizer", model), "named twice"),

@@ -31,7 +31,7 @@ OF_THE_TEXT = [
     (rb'"ab\ud800"', "invalid UTF-8: lone surrogate at character 2 of the text"),
     (b'"ab\xff"', r"invalid UTF-8: byte \xff at character 2 of the text"),
     (b'"ab\x00"', r"broken JSON: control character \x00 at character 2 of the text"),
-    (b"NaN", "field 'text' is no text but a float"),
+    (b"NaN", "field 'text' is not a text but a float"),
     (b'"ab', "broken JSON: Unterminated string"),
     (b'"ab\\x"', "broken JSON: Invalid \\escape"),
     (b"nan", "broken JSON: Expecting value"),
@@ -48,7 +48,7 @@ def read(path, extract):
                 patch.setattr(records, "LONG", 16)
                 patch.setattr(long_text, "LONG_STRING", 6)
                 patch.setattr(long_text, "BLOCK", 8)
-            taken = readers.read(Slice(str(path), 0, path.stat().st_size), extract)
+            taken = readers.read_records(Slice(str(path), 0, path.stat().st_size), extract)
             found.append([("".join(r.chunks) if r.chunks is not None else r.text, r.problem) for r in taken])
     assert [text for text, _ in found[0]] == [text for text, _ in found[1]]
     return found
@@ -79,7 +79,7 @@ def test_a_number_that_is_none_is_no_part_of_a_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"score": NaN, "text": "a"}\n{"score": 2.5, "text": "a"}\n')
     for found in read(path, template_extractor("{text} {score}")):
-        assert found == [("", "field 'score' is no number but nan"), ("a 2.5", "")]
+        assert found == [("", "field 'score' is not a number but nan"), ("a 2.5", "")]
 
 
 def test_on_the_command_line(tmp_path, model):

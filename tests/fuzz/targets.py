@@ -83,7 +83,9 @@ def packed(folder: Path, data: bytes) -> None:
     form, raw = ENDINGS[data[0] % len(ENDINGS)] if data else ".gz", data[1:]
     path = folder / f"x.jsonl{form}"
     path.write_bytes(raw)
-    found = list(readers.read(Slice(str(path), 0, len(raw)), field_extractor("text"), None, Limits(8 * MB, 8 * MB)))
+    found = list(
+        readers.read_records(Slice(str(path), 0, len(raw)), field_extractor("text"), None, Limits(8 * MB, 8 * MB))
+    )
     if any(record.problem.startswith(("file ends", "damaged", "garbage", "window")) for record in found):
         return
     if b"\0" + MAGIC[form] in raw:
@@ -95,7 +97,7 @@ def packed(folder: Path, data: bytes) -> None:
     plain = folder / "x.jsonl"
     plain.write_bytes(whole[0])
     assert [(r.text, r.problem) for r in found] == [
-        (r.text, r.problem) for r in readers.read(Slice(str(plain), 0, len(whole[0])), field_extractor("text"))
+        (r.text, r.problem) for r in readers.read_records(Slice(str(plain), 0, len(whole[0])), field_extractor("text"))
     ]
 
 
@@ -135,7 +137,7 @@ def table(folder: Path, data: bytes) -> None:
     """The first byte says the ending, the others are a table: rows, or what is wrong with it."""
     path = folder / f"x{TABLES[data[0] % len(TABLES)] if data else '.parquet'}"
     path.write_bytes(data[1:])
-    for record in readers.read(Slice(str(path), 0, len(data)), field_extractor("text")):
+    for record in readers.read_records(Slice(str(path), 0, len(data)), field_extractor("text")):
         assert bool(record.text) != bool(record.problem)
 
 
@@ -232,7 +234,7 @@ def _read_state(path: Path, model: ModelConfig) -> None:
 def _records(path: Path) -> list[str | None]:
     """The text of each record, None for those without."""
     found: list[str | None] = []
-    for record in readers.read(Slice(str(path), 0, os.path.getsize(path)), field_extractor("text")):
+    for record in readers.read_records(Slice(str(path), 0, os.path.getsize(path)), field_extractor("text")):
         text = "".join(record.chunks) if record.chunks is not None else record.text
         found.append(text or None)
         assert bool(text) != bool(record.problem)
