@@ -42,7 +42,7 @@ setup(
         "tensorboard>=2.18",
         f"transformers>={RELEASES['TRANSFORMERS_OLDEST']},<6",
         "tokenizers>=0.22",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",  # earlier releases end the process where a required character is not in the text
         "protobuf>=5",
         "tiktoken>=0.9",
         "fastokens>=0.3.5",
