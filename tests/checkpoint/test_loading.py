@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from checkpoints import reshard
+from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds, write_thresholds
 from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.loading import load_weights
 from megatron_taipan.checkpoint.metadata import read_metadata
@@ -169,11 +170,14 @@ def test_a_pattern_with_cuts_is_resharded_to_other_stages(tmp_path, stages):
     state = memory_state("M S | W M")
     tree = state.config.model_dump(mode="json")
     source = write_checkpoint(tmp_path / "run", make_config(tree | {"parallel": {"pipeline": 2}}), state.load)
+    thresholds = {"layers.1.gate.threshold": 0.25}
+    write_thresholds(source, thresholds, capacity=0.3)
     options = ["--pipeline", str(stages), "--processes", str(stages)]
     assert reshard.main([str(source), str(tmp_path / "out"), *options]) == 0
     path = tmp_path / "out" / source.name
     after = StateReader(path, load_config(path / "config.yaml").model)
     assert after.model.letters == "MSWM" and not after.model.cuts
+    assert (read_thresholds(path), read_capacity(path)) == (thresholds, 0.3)
     assert all(torch.equal(after.full(name, "master"), state.load(name)) for name in after.table)
 
 

@@ -7,6 +7,7 @@ from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.calibrate import calibrate, main
+from megatron_taipan.gate_config import Schedule
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
@@ -43,6 +44,14 @@ def test_fraction_on_unseen_text(capacity):
     model.eval()
     for layer, fraction in enumerate(selected(model, make_batches(1))):
         assert abs(fraction - capacity) < 0.05, (layer, fraction)
+
+
+def test_without_a_capacity_it_is_what_the_models_schedule_ends_at():
+    model = make_model("M S S")
+    model.config.gate.capacity = Schedule(start=0.9, end=0.25)
+    calibrate(model, make_batches(0))
+    model.eval()
+    assert selected(model, make_batches(0)) == pytest.approx([0.25] * 2, abs=1e-6)
 
 
 def test_exact_fraction_on_the_text_itself_in_every_layer():

@@ -1,6 +1,7 @@
 """The program as a user starts it."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,25 @@ def test_dry_run_counts_the_parameters_of_one_pipeline_stage(config, pattern, fi
         stages[1] += parameter.numel() if part == "embedding" and tied else 0
     line = next(line for line in dry_run(load_config(config, options), 2) if line.startswith("per rank"))
     assert f"at most {max(stages):,} parameters" in line
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "bytes_of_each"),
+    [
+        # ZeRO's table (arXiv 1910.02054, figure 1) with float32 gradients: parameters, gradients, master and moments
+        (0, "fp32", 4 + 4 + 8),  # the parameters are the master
+        (1, "bf16", 2 + 4 + 12 / 4),
+        (2, "bf16", 2 + 4 / 4 + 12 / 4),
+        (3, "bf16", 2 / 4 + 4 / 4 + 12 / 4),
+        (1, "fp32", 4 + 4 + 12 / 4),
+    ],
+)
+def test_dry_run_counts_the_bytes_of_the_state(config, stage, precision, bytes_of_each):
+    options = [f"parallel.zero_stage={stage}", f"train.precision={precision}"]
+    options += ["model.vocab_size=400000", "model.d_model=256"]
+    line = next(line for line in dry_run(load_config(config, options), 4) if line.startswith("per rank"))
+    count, size = re.search(r"([\d,]+) parameters; .* state ([\d.]+) GB", line).groups()
+    assert float(size) == pytest.approx(int(count.replace(",", "")) * bytes_of_each / 1e9, abs=0.005)
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(config):
