@@ -24,7 +24,7 @@ from megatron_taipan.config import DataSource, dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import build_model, load_model
-from megatron_taipan.tokenizer.load import load_tokenizer_file
+from megatron_taipan.inference.text import model_tokenizer
 from tests.checkpoints.made import MANIFEST, MemoryState, memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY
 
@@ -365,9 +365,8 @@ def test_the_data_says_whose_tokenizer_it_is_and_which_token_ends_a_text(tmp_pat
     manifest = MANIFEST | {"shards": [{"prefix": "data"}], "options": {"bos": None, "eod": 1}}
     (tmp_path / "data.json").write_text(json.dumps(manifest | {"tokenizer": {"name": "t", "sha256": digest}}))
     assert find_tokenizer(state, None) == tokenizer
-    assert load_tokenizer_file(tokenizer, state.config.data).end_ids == (1,) and load_tokenizer_file(
-        tokenizer
-    ).end_ids == (2,)
+    assert model_tokenizer(tokenizer, state.config.data).end_ids == (1,)
+    assert model_tokenizer(tokenizer).end_ids == (2,)
     export(state, tmp_path / "hf", tokenizer=tokenizer)
     assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 1
     other = tmp_path / "other.model"
