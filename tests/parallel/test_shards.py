@@ -64,7 +64,7 @@ def test_taking_and_putting_tokens_are_inverse():
     assert launch(2, round_trip) == [[True, True], [True, True]]
 
 
-CASES = [  # processes; recomputation; products in pieces, or a collective and then the product
+CASES = [  # processes; recomputation; products in chunks, or a collective and then the product
     (2, "none", {}),
     (4, "none", {}),
     (2, "none", {"overlap": False}),
