@@ -1,4 +1,4 @@
-"""The network between tokens and logits as transformers has it, and what all of our transformers classes share."""
+"""The network between tokens and logits as transformers has it, and what all transformers classes of Taipan share."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +58,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Gives a parameter that no file held its initial value from our table (`model/init.py`)."""
+        """Gives a parameter that no file held its initial value by the table (`model/init.py`)."""
         config = self.config.model_config()
         table = parameter_table(config)
         names = {id(parameter): table_name(name) for name, parameter in self.named_parameters()}
@@ -164,7 +164,7 @@ class TaipanModel(TaipanPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _state_of(self, cache: TaipanCache, h: Tensor) -> TaipanState:
-        """The memory inside `cache` for h [b, l, d], made on first use.
+        """The state inside `cache` for h [b, l, d], made on first use.
 
         Raises:
             ValueError: a cache of another model's kind, or of another number of rows.
@@ -179,7 +179,7 @@ class TaipanModel(TaipanPreTrainedModel):
         return cache.state
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> TaipanState:
-        """An empty memory for `batch` rows, each layer's on the layer's device; `device` where that is meta."""
+        """An empty state for `batch` rows, each layer's on the layer's device; `device` where that is meta."""
         places = [next(layer.parameters()).device for layer in self.layers]
         return new_cache(self.layers, batch, [device if place.type == "meta" else place for place in places], dtype)
 
@@ -187,7 +187,7 @@ class TaipanModel(TaipanPreTrainedModel):
 def beside(module: nn.Module, x: Any) -> Any:
     """x, a tensor or what has a `to`, on the device of the module's weights, where layers are spread over several.
 
-    As it is where those lie on meta until accelerate's hook fetches them, which then moves x as well.
+    As it is where those are on meta until accelerate's hook fetches them, which then moves x as well.
     """
     weight = next(module.parameters(), None)
     return x if weight is None or weight.is_meta else x.to(weight.device)

@@ -19,7 +19,7 @@ def parse_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU.
 
     Raises:
-        UserError: torch knows no such device, or it is not there.
+        UserError: torch does not know the device, or it is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
