@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Readback:
-    """Numbers on their way to the host: the copy is queued where this is made, behind what was launched before.
+    """Numbers on their way to the host: the copy is queued when this is made, after what was launched before.
 
     `read` waits for that copy only. What is launched in between keeps running, so the host returns in time to launch
     more.

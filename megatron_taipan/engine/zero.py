@@ -164,11 +164,11 @@ class FlatGradients:
 
 
 class QueuedStep:
-    """DeepSpeed's step, with the norm read behind the launch of AdamW instead of before it, twice.
+    """DeepSpeed's step, with the norm read once, after the launch of AdamW, instead of twice before it.
 
     DeepSpeed skips an update whose norm is not finite, and to know it the host waited while the device ran out of work.
     Now the device decides: with `found_inf` = 1 torch's fused AdamW leaves weights and moments as they are and takes
-    back its count of steps; the weights in bf16 are copied from their masters once more, the same ones. The host reads
+    back its count of steps; the weights in bf16 are copied from their unchanged masters again. The host reads
     the norm while AdamW runs, and then gives DeepSpeed what its step would have found. So everything is known when
     `step` returns.
 

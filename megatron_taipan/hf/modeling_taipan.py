@@ -105,7 +105,7 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         """The mean cross entropy, and in training mode the budget loss.
 
         Args:
-            h: [b, l, d]; logits: [b, l, v], or None; following: [b, l] the token behind each, IGNORED where none
+            h: [b, l, d]; logits: [b, l, v], or None; following: [b, l] the token after each, IGNORED where none
                 counts.
             n_items: labels in the whole accumulated batch (what transformers' Trainer passes), whose losses it adds up:
                 each then brings its share of the means.

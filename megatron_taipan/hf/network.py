@@ -38,7 +38,7 @@ register_names(TaipanConfig.model_type)
 
 @dataclass
 class TaipanModelOutput(BaseModelOutputWithPast):
-    """What `TaipanModel` gives: last_hidden_state [b, l, d] behind the final norm, the cache, the layers' outputs."""
+    """What `TaipanModel` gives: last_hidden_state [b, l, d] after the final norm, the cache, the layers' outputs."""
 
     budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
 
@@ -126,7 +126,7 @@ class TaipanModel(TaipanPreTrainedModel):
 
         Args:
             input_ids: [b, l]; or inputs_embeds: [b, l, d] in its place.
-            output_hidden_states: give the residual stream before the first layer and behind each but the last, whose
+            output_hidden_states: give the residual stream before the first layer and after each but the last, whose
                 entry is last_hidden_state; [b, l, d] each.
             Others: see `TaipanForCausalLM.forward`.
 
@@ -204,7 +204,7 @@ def for_modules(ops: Ops) -> Ops:
     """The operations where the matrices of layers are modules.
 
     A module multiplies whole tensors, so the rows that a gate picked are taken out first, as many as there are: the
-    kernels for rows would leave unset memory behind them, which must not reach an adapter's gradient.
+    kernels for rows would leave unset memory after them, which must not reach an adapter's gradient.
     """
     return replace(
         ops,

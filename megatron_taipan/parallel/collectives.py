@@ -8,7 +8,7 @@ section 4.2.2).
     copy_to_tensor_parallel      forward: identity   | all-gather        backward: all-reduce | reduce-scatter
     reduce_from_tensor_parallel  forward: all-reduce | reduce-scatter    backward: identity   | all-gather
 
-The shards are runs of the tokens of all b rows, one row behind the other: rank r holds tokens r n / tp to
+The shards are runs of the tokens of all b rows, one row after the other: rank r holds tokens r n / tp to
 (r + 1) n / tp - 1 of n = b l. So what the collectives send and receive is in order in memory, whatever b is; shards of
 each row would have to be copied into place on every edge. Code that works on single tokens is not affected; code that
 needs rows knows their number and length.

@@ -99,7 +99,7 @@ class LayerTraffic(Traffic):
             self.all_reduce(4 * self.config.d_model)
 
     def mlp(self) -> None:
-        """SwiGLU behind its norm."""
+        """SwiGLU after its norm."""
         self.norm()
         self.into_block()
         self.input_for_weights()
