@@ -116,7 +116,7 @@ def measure_layout(options: argparse.Namespace) -> None:
             "selected": round(sum(shares) / max(len(shares), 1), 3),
         }  # fmt: skip
         if (tp := training.engine.module.tp).sequence_parallel:
-            numbers["token exchange"] = "collectives" if tp.exchange is None else "overlapped chunks"
+            numbers["token exchange"] = "collectives" if tp.overlapped_comm is None else "overlapped chunks"
         print(MARK + json.dumps(numbers), flush=True)
     if options.profile:
         if dist.get_rank() == 0:

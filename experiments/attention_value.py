@@ -26,7 +26,7 @@ from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import INPUTS, read_batches
-from megatron_taipan.inference.loading import load_model, pick_device
+from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.model.blocks import AttentionBlock
 from megatron_taipan.model.taipan import Taipan
 
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--tokens", type=int, default=1 << 18, help="tokens scored; twice as many are fitted")
     options = parser.parse_args(arguments)
-    device = pick_device("auto")
+    device = parse_device("auto")
     model, _, config = load_model(options.run, torch.bfloat16 if device.type == "cuda" else torch.float32)
     masked = Masked(model.to(device))
     if config is None or not masked.layers:

@@ -7,7 +7,7 @@
 Forward: the partial product that leaves a block, its sum over the ranks, and the product into the next block. Backward:
 the gradient of that input, its sum, the weight's gradient, and the product after it (a block's backward pass also
 gathers the input once more, and computes the gradient of the weight before). Each as a CUDA graph of four runs, in ms;
-the copies are those of `Exchange` (parallel/exchange.py).
+the copies are those of `OverlappedComm` (parallel/overlapped_comm.py).
 """
 
 import argparse
@@ -40,9 +40,9 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
         raise UserError(f"{dist.get_world_size()} processes cannot share {n} tokens; take 2, or another divisor")
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True)
     groups, report = connect(config, device, n)
-    tp, exchange = groups.tensor, groups.tensor.exchange
-    if exchange is None:
-        raise UserError(f"there is no exchange to measure: {report}")
+    tp, comm = groups.tensor, groups.tensor.overlapped_comm
+    if comm is None:
+        raise UserError(f"there is no overlapped communication to measure: {report}")
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=device)
@@ -70,19 +70,19 @@ def edges(n: int, width: int, inner: int, joint: int, device: torch.device) -> d
 
     def chunks_forward() -> object:
         out = y.new_empty(n, joint)
-        mine = exchange.scatter(lambda rank: part(y, rank) @ w_out.t())
-        exchange.gather(mine, lambda rank, chunk: torch.mm(chunk, w_in.t(), out=part(out, rank)))
+        mine = comm.scatter(lambda rank: part(y, rank) @ w_out.t())
+        comm.gather(mine, lambda rank, chunk: torch.mm(chunk, w_in.t(), out=part(out, rank)))
         return out
 
     def chunks_backward() -> object:
         kept: list[Tensor] = []
-        mine = exchange.scatter(
+        mine = comm.scatter(
             lambda rank: part(dz, rank) @ w_in,
             lambda: kept.append(dz.t() @ x),
             lambda total: total.addmm_(part(dz, tp.rank), w_in),
         )
         out = y.new_empty(n, inner)
-        exchange.gather(mine, lambda rank, chunk: torch.mm(chunk, w_out, out=part(out, rank)))
+        comm.gather(mine, lambda rank, chunk: torch.mm(chunk, w_out, out=part(out, rank)))
         return kept, out
 
     return {

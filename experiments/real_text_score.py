@@ -19,7 +19,7 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.evaluation.recall_tokens import EDGES, score_by_distance
-from megatron_taipan.inference.loading import load_model, pick_device
+from megatron_taipan.inference.loading import load_model, parse_device
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=1 << 20, help="held-out tokens scored, at each length of context")
     options = parser.parse_args(arguments)
-    device = pick_device("auto")
+    device = parse_device("auto")
     model, _, config = load_model(options.run, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if config is None:
         raise UserError(f"{options.run} is not a run of launch/pretrain.py; name the checkpoint folder of one")

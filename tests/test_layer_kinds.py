@@ -223,7 +223,7 @@ def test_a_letter_that_no_kind_has_is_an_error_everywhere():
 
 
 def test_letters_stand_for_one_kind():
-    with pytest.raises(ValueError, match="stands for a Mamba-2 block already"):
+    with pytest.raises(ValueError, match="already means a Mamba-2 block"):
         register(replace(GATED_LINEAR, letter="M"))
     with pytest.raises(ValueError, match="is one letter"):
         register(replace(GATED_LINEAR, letter="LL"))

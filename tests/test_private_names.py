@@ -51,7 +51,7 @@ EXEMPT = (
     Exempt("megatron_taipan/parallel/recompute_cache.py", "_version", "torch:Tensor", "as in model/recompute.py"),
     Exempt(
         "megatron_taipan/parallel/recompute_cache.py", "torch.utils._python_dispatch _disable_current_modes",
-        "torch.utils._python_dispatch:", "a product in pieces is kept as one; the mode would see each of its operators",
+        "torch.utils._python_dispatch:", "a product in chunks is kept as one; the mode would see each of its operators",
     ),
     Exempt(
         "megatron_taipan/parallel/peer_memory.py", "torch.distributed._symmetric_memory",

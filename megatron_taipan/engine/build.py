@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: built from our configuration, with float32 parameters inside low-precision training.
+"""The DeepSpeed engine: built from the run's configuration, with float32 parameters inside low-precision training.
 
 DeepSpeed (0.19) casts every parameter as soon as `bf16.enabled` is set, and asks no module about exceptions. So the
 model is cast by its own rule *before* DeepSpeed sees it, and bf16 stays switched off there: ZeRO 1, 2 and 3 then keep
@@ -39,27 +39,27 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
     table = parameter_table(config.model, config.parallel.tensor)
     on_gpu = device.type == "cuda" and config.parallel.offload_optimizer == "none"
     optimizer = make_optimizer(parameter_groups(model, table, config), config.optim, on_gpu=on_gpu)
-    with _islands_survive(config):
+    with _allow_fp32_params(config):
         engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
             config=deepspeed_config(config, groups, count_parameters(model)),
-            mpu=ModelParallelUnit(groups) if groups.pipeline_size == 1 else None,  # a pipeline brings its own
+            mpu=ModelParallelUnit(groups) if groups.pipeline_size == 1 else None,  # a pipeline has its own
         )
     if config.parallel.zero_stage:
         # off by default in this mode: a step with an infinite or undefined gradient is then skipped on all ranks
         engine.optimizer.check_grad_overflow = True
         patch_zero12(engine.optimizer, pipeline=groups.pipeline_size > 1)
     if groups.pipeline_size > 1:
-        # imports DeepSpeed, which comes late on purpose
-        from megatron_taipan.engine.pipeline_engine import mend_pipeline
+        # imports DeepSpeed, which is imported late on purpose
+        from megatron_taipan.engine.pipeline_engine import patch_pipeline
 
-        mend_pipeline(engine)
+        patch_pipeline(engine)
     return engine
 
 
 def capture_graphs(model: Any, config: Config, device: torch.device, stack: ExitStack) -> str:
-    """Records the layers' CUDA graphs where they can be used; call it once nothing moves the parameters any more.
+    """Records the layers' CUDA graphs where they can be used; call it once nothing will move the parameters.
 
     Args:
         stack: releases them when it is left, which must be before the process groups are.
@@ -94,7 +94,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
 
 
 def cast(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Turns the parameters to the compute precision in place; the model keeps its float32 parameters itself."""
+    """Casts the parameters to the compute precision in place; the model itself keeps its float32 parameters."""
     if precision == "fp16" and device.type == "cpu":
         raise UserError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -110,7 +110,7 @@ def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Conf
 
     The first group's type is what DeepSpeed takes for *the* type. At stage 1 it has to be the low one, so that
     gradients are summed over micro-batches in float32; at stage 2 under bf16 it has to be float32, so that the float32
-    parameters' gradients are not rounded on their way. At stage 3 either will do.
+    parameters' gradients are not rounded when they are sent. At stage 3 either works.
     """
     groups: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Conf
 
 
 def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str, Any]:
-    """What DeepSpeed is asked for."""
+    """DeepSpeed's configuration."""
     p, t = config.parallel, config.train
     bucket = max(min(MAX_BUCKET, n_params), 1)
     bucket += bucket % 2  # DeepSpeed aligns its buckets to two elements
@@ -156,7 +156,7 @@ def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str,
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before every forward pass
-        # the stream's neighbours in the tuple between stages want gradients too, so no tensor of it is partitioned
+        # the other tensors of the tuple between stages need gradients too, so no tensor of it is partitioned
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if t.precision == "fp16":
@@ -193,12 +193,12 @@ def accumulation(config: Config, data_size: int) -> int:
     """Micro-batches per step of one rank.
 
     Raises:
-        UserError: the global batch is no multiple of micro_batch times the data-parallel size.
+        UserError: the global batch is not a multiple of micro_batch times the data-parallel size.
     """
     t = config.train
     if t.global_batch % (t.micro_batch * data_size):
         raise UserError(
-            f"train.global_batch={t.global_batch} is no multiple of train.micro_batch={t.micro_batch} x {data_size}"
+            f"train.global_batch={t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x {data_size}"
             f" data-parallel ranks = {t.micro_batch * data_size} (remainder"
             f" {t.global_batch % (t.micro_batch * data_size)})"
         )
@@ -223,8 +223,8 @@ def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:
 
 
 @contextmanager
-def _islands_survive(config: Config) -> Iterator[None]:
-    """Replaces the two places of DeepSpeed that insist on one parameter type, while the engine is built.
+def _allow_fp32_params(config: Config) -> Iterator[None]:
+    """Replaces the two places in DeepSpeed that require one parameter type, while the engine is built.
 
     Stage 3 copies all partitions into one flat buffer and asserts that they have one type; fp16 (needed for its loss
     scaler) casts every parameter.
@@ -234,8 +234,8 @@ def _islands_survive(config: Config) -> Iterator[None]:
 
     whole_stage3 = stage3.DeepSpeedZeroOptimizer_Stage3
 
-    class Stage3WithIslands(whole_stage3):
-        """Partitions of the main type share one flat buffer, as before; a group of another type has its own."""
+    class Stage3WithFp32Params(whole_stage3):
+        """Partitions of the main type share one flat buffer, as before; each group of another type has its own."""
 
         def _get_parameter_partitions(self):
             return [t for t in super()._get_parameter_partitions() if t.dtype == self.dtype]
@@ -251,7 +251,7 @@ def _islands_survive(config: Config) -> Iterator[None]:
                 self.fp16_partitioned_groups_flat.append(flat)
 
     cast_all = engine.DeepSpeedEngine._cast_module_mixed_precision
-    stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3WithIslands
+    stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3WithFp32Params
     engine.DeepSpeedEngine._cast_module_mixed_precision = lambda self, *args, **kwargs: None
     try:
         yield

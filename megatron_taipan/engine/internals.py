@@ -1,8 +1,8 @@
-"""Every attribute of DeepSpeed's and torch's that this room replaces or reads beyond their documented interface.
+"""Every attribute of DeepSpeed and torch that this room replaces or reads beyond their documented interface.
 
-Nobody outside of the room names one. `tests/engine/test_internals.py` compares the list with the room's source and with
-what is installed, so that an upgrade that moves something fails there, in words; `tests/test_private_names.py` finds
-private names, and has the few that other rooms may use. Under which torch all of it was tried: versions.py.
+No other room names one. `tests/engine/test_internals.py` compares the list with the room's source and with what is
+installed, so that an upgrade that moves something fails there, in words; `tests/test_private_names.py` finds private
+names, and lists the few that other rooms may use. The torch versions that all of it was tried with: versions.py.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ PIPELINE_MODULE = "deepspeed.runtime.pipe.module:PipelineModule"
 class Internal(NamedTuple):
     """Attributes of a class or a module."""
 
-    owner: str  # module:class, or module: for what lies in the module itself
+    owner: str  # module:class, or module: for what is in the module itself
     names: str  # separated by blanks
     why: str
 
@@ -58,7 +58,7 @@ READ = (
         "bit16_groups bit16_groups_flat params_in_partition param_names partition_gradients has_moe_layers"
         " use_grad_accum_attribute compute_grad_norm cpu_offload dp_process_group model_parallel_rank device dtype"
         " is_gradient_accumulation_boundary loss_scale clip_grad optimizer get_gradient_for_reduction",
-        "where parameters and their gradients lie, and for whom",
+        "where parameters and their gradients are, and which rank owns them",
     ),
     Internal("deepspeed.runtime.zero.stage_1_and_2:", "_zero_padding", "what of the gradients is padding (zero.py)"),
     Internal(ZERO_12, "single_partition_of_fp32_groups update_lp_params", "the masters (state_shards.py)"),
@@ -69,7 +69,7 @@ READ = (
         "the masters (state_shards.py), and the flat buffers of partitions (build.py)",
     ),
     Internal("deepspeed.utils.mixed_precision_linkage:", "_hp_mapping", "a parameter's part of the masters"),
-    Internal(MAPPING, "lp_fragment_address hp_fragment_address param_group_index", "where masters lie"),
+    Internal(MAPPING, "lp_fragment_address hp_fragment_address param_group_index", "where masters are"),
     Internal(SCALER, "cur_scale cur_iter last_overflow_iter cur_hysteresis dynamic", "the loss scale in checkpoints"),
     Internal(
         PIPELINE,

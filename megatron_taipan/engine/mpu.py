@@ -1,4 +1,4 @@
-"""The mesh in the words in which DeepSpeed asks for it."""
+"""The mesh under the names that DeepSpeed asks for."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ class ModelParallelUnit:
     """The questions that DeepSpeed asks of a model-parallel layout (its `mpu` argument).
 
     What it calls data parallel are the ranks that hold the same parameters: it shares ZeRO's state over them and
-    averages their gradients. Which samples a rank reads it never asks.
+    averages their gradients. It never asks which samples a rank reads.
     """
 
     def __init__(self, groups: Groups):

@@ -1,8 +1,8 @@
-"""AdamW, and whose kernel runs it: NVIDIA's apex where it is there, torch's fused one elsewhere, DeepSpeed's on wish.
+"""AdamW, and whose kernel runs it: NVIDIA's apex where it is installed, else torch's fused one, DeepSpeed's on request.
 
-All three read and write each element once, which is what an AdamW step costs. torch's is what the rest of the step is
-made for: it takes the factor of clipping and loss scaling along (engine/zero.py). apex has fused norms too; ours
-(ops/rms_norm_triton.py) also give the residual stream back, which saves a pass that apex's would add.
+All three read and write each element once, which is what an AdamW step costs. The rest of the step is made for
+torch's: it applies the factor of clipping and loss scaling as well (engine/zero.py). apex has fused norms too; those of
+ops/rms_norm_triton.py also return the residual stream, which saves a pass that apex's would add.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_gpu: 
 
 
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """torch's optimizer inside of DeepSpeed's."""
+    """torch's optimizer inside DeepSpeed's."""
     return engine.basic_optimizer
 
 
@@ -54,8 +54,8 @@ def loss_scale(engine: Engine) -> float | None:
 class KernelAdamW(torch.optim.Optimizer):
     """AdamW of float32 tensors through a multi-tensor kernel of apex or DeepSpeed.
 
-    Their own optimizer classes count steps by parameter group, which ZeRO-3 steps tensor by tensor, and leave the
-    counter where no checkpoint looks. Here it lies beside each tensor's moments, as torch keeps it, on the CPU.
+    Their own optimizer classes count steps by parameter group, which ZeRO-3 steps tensor by tensor, and keep the
+    counter where no checkpoint looks. Here it is beside each tensor's moments, as torch keeps it, on the CPU.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class KernelAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of every tensor that has a gradient."""
         for group in self.param_groups:
-            by_step: dict[int, list[torch.Tensor]] = {}  # one call of the kernel serves tensors of one age
+            by_step: dict[
+                int, list[torch.Tensor]
+            ] = {}  # one call of the kernel serves tensors with the same number of steps
             for p in group["params"]:
                 if p.grad is not None:
                     by_step.setdefault(self._count(p), []).append(p)
@@ -121,7 +123,7 @@ def _load(wanted: str, on_gpu: bool) -> tuple[Callable[[torch.device], Kernel], 
             return None
         raise UserError(
             f"optim.kernel=apex needs NVIDIA's apex with its CUDA extensions (github.com/NVIDIA/apex), and {error};"
-            " the apex of PyPI is another project. optim.kernel=auto takes torch's kernel"
+            " the apex of PyPI is another project. optim.kernel=auto uses torch's kernel"
         ) from error
     return _apex_kernel, "NVIDIA apex's kernel"
 
@@ -142,7 +144,7 @@ def _deepspeed_kernel(device: torch.device) -> Kernel:
 
 
 def _multi_tensor(apply: Callable, adam: Any, device: torch.device) -> Kernel:
-    """The call that apex made and DeepSpeed took over: decoupled weight decay, bias correction."""
+    """The call that apex defined and DeepSpeed took over: decoupled weight decay, bias correction."""
     overflow = torch.zeros(1, dtype=torch.int32, device=device)  # the kernel skips where it is set
 
     def run(lists, lr, beta1, beta2, eps, step, weight_decay):

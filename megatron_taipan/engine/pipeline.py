@@ -1,18 +1,18 @@
 """Taipan as DeepSpeed pipeline stages: the same layers, cut by the pattern's `|` or balanced by operations.
 
-Between stages travels a tuple of three tensors:
+Stages send each other a tuple of three tensors:
 
     h       [b, l, d]    the residual stream (a shard of its tokens under sequence parallelism)
     budget  [1]          budget losses of the S layers so far
     batch_meta   [b, l, 6]    int64: token, seq_idx, label, bits of the float32 token weight, sample, step
 
 What has no gradient comes last: a stage between two others receives the n-th gradient into the memory that it made for
-the n-th tensor, and DeepSpeed looks at the size of that alone, not at its type.
+the n-th tensor, and DeepSpeed compares only its size, not its type.
 
-Within a stage a fourth tensor may follow, what the layer before left for the next norm to add to h (model/stream.py).
+Within a stage a fourth tensor may follow: what the next norm is to add to h (model/stream.py).
 
-The labels travel along, because head and loss are one operation that never holds the logits; `batch_meta` is 48 bytes a
-token beside the 4 d of the stream.
+The labels are sent along, because head and loss are one operation that never holds the logits; `batch_meta` is 48
+bytes a token beside the 4 d of the stream.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ class TaipanPipeline(PipelineModule):
                 yield "final_norm", module
 
     def take_records(self) -> Tensor:
-        """What this stage saw since the last call, as means over micro-batches; and forgets it.
+        """What this stage saw since the last call, as means over micro-batches; and clears it.
 
         Returns:
             [3 + n] float64: loss, ce, budget, then the metrics of all layers of the network, in the order of
@@ -127,8 +127,8 @@ class TaipanPipeline(PipelineModule):
 
     @contextmanager
     def gates_set_to(self, gate: Tensor | None) -> Iterator[None]:
-        """What this stage's layers take for the gates' settings (see Taipan.forward) meanwhile; every stage is told the
-        same, so that nothing of it travels."""
+        """The gates' settings (see Taipan.forward) that this stage's layers use meanwhile; every stage is given the
+        same ones, so none are sent between stages."""
         for owner in self.recorders():
             owner.gate = gate
         try:
@@ -164,7 +164,7 @@ class StagedEngine(Engine, Protocol):
         """Rows for which the stages have buffers."""
 
     def reset_activation_shape(self) -> Any:
-        """Makes these buffers anew, by what comes next."""
+        """Makes these buffers again, for the shape that comes next."""
 
 
 def staged(engine: Engine) -> StagedEngine:
@@ -200,7 +200,7 @@ def score_pipeline(engine: StagedEngine, batch: dict[str, Tensor], loss_mask: Te
 
 @torch.no_grad()
 def repeat_forward(engine: StagedEngine, batch: dict[str, Tensor], *, step: int, gate: Tensor | None) -> Tensor:
-    """The forward passes of one micro-batch of a training step once more, the gate's noise included; the records."""
+    """The forward passes of one micro-batch of a training step again, the gate's noise included; the records."""
     engine.module.take_records()
     one = torch.ones((), device=batch["loss_mask"].device)
     engine.module.eval = lambda: engine.module  # eval_batch would leave the training mode, and with it the noise
@@ -243,7 +243,7 @@ class PipelineEmbedding(Embedding):
 
     def forward(self, batch_meta: Tensor) -> Payload:
         h = super().forward(batch_meta[..., 0])
-        # a leaf that wants a gradient: DeepSpeed sends one back for every floating-point tensor
+        # a leaf that requires a gradient: DeepSpeed sends one back for every floating-point tensor
         return (
             h,
             torch.zeros(1, dtype=torch.float32, device=h.device, requires_grad=torch.is_grad_enabled()),
@@ -278,7 +278,7 @@ class PipelineLayer(nn.Module):
         )
         if self.recompute is None or not torch.is_grad_enabled():
             stream, measured = self.layer(stream, ctx)
-        else:  # what a recomputed layer is given is kept: one tensor, not two
+        else:  # the input of a recomputed layer is kept: one tensor, not two
             stream, measured = self.recompute.run(self.layer, Stream(stream.total()), ctx)
         if measured is not None:
             budget = budget if measured.budget_loss is None else budget + measured.budget_loss
@@ -300,7 +300,7 @@ class PipelineNorm(RMSNorm):
 
 
 class PipelineHead(Head):
-    """Last layer: (h, budget, batch_meta) -> loss, with a weight of its own or the tied embedding's."""
+    """Last layer: (h, budget, batch_meta) -> loss, with its own weight or the tied embedding's."""
 
     def __init__(self, build: Build, config: Config):
         super().__init__(build, "head")

@@ -1,4 +1,4 @@
-"""What we replace in DeepSpeed's pipeline engine over ZeRO-1, so that it trains in 16 bits as it does in float32."""
+"""What is replaced in DeepSpeed's pipeline engine over ZeRO-1, so that it trains in 16 bits as it does in float32."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from torch import Tensor
 
 
-def mend_pipeline(engine: PipelineEngine) -> None:
+def patch_pipeline(engine: PipelineEngine) -> None:
     """Replaces methods of a pipeline engine in place.
 
     - Gradients of tied weights were looked for in `.grad`. Where gradients are summed over micro-batches in float32
-      they lie elsewhere, so nothing was added up and the stages' copies of the embedding drifted apart.
-    - The norm of every parameter group was reduced over the stages by itself. Stages may have different groups (one
-      without a gate has no float32 matrix), and then waited for each other for ever.
+      they are elsewhere, so nothing was added up and the stages' copies of the embedding drifted apart.
+    - The norm of each parameter group was reduced over the stages separately. Stages may have different groups (one
+      without a gate has no float32 matrix), and then hung, waiting for each other.
     - A stage went backward once from each tensor that it had sent on, the stream and then the budget losses. Both lead
-      through all layers before a gate, so these were gone through twice; and what selective recomputation keeps can be
+      through all layers before a gate, so these ran backward twice; and what selective recomputation keeps can be
       used once.
     """
-    mended = {ReduceTiedGrads: sum_tied_gradients, BackwardPass: backward_at_once}
-    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | mended
+    patched = {ReduceTiedGrads: sum_tied_gradients, BackwardPass: backward_at_once}
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | patched
     reduce_norm_once(engine.optimizer)
 
 
@@ -40,7 +40,7 @@ def backward_at_once(engine: PipelineEngine, buffer_id: int) -> None:
         return engine._exec_backward_pass(buffer_id)
     buffers = engine.pipe_buffers
     sent = [t for t in buffers["outputs"][buffer_id] if t.is_floating_point()]
-    engine._running_engine_backward = True  # else its hooks take it for a pass that the engine knows nothing of
+    engine._running_engine_backward = True  # else its hooks take it for a pass that the engine did not start
     try:
         torch.autograd.backward(sent, list(engine.grad_layer))
     finally:
@@ -49,7 +49,7 @@ def backward_at_once(engine: PipelineEngine, buffer_id: int) -> None:
 
 
 def reduce_norm_once(optimizer: Any) -> None:
-    """Lets the optimizer join the norms of its groups first, and reduce one number over the stages then."""
+    """Makes the optimizer join the norms of its groups first, and then reduce one number over the stages."""
     of_this_stage, over_stages = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:

@@ -17,7 +17,7 @@ class Engine(Protocol):
     """
 
     device: torch.device
-    optimizer: Any  # ZeRO's, around torch's, of a class for each stage; this room alone looks inside
+    optimizer: Any  # ZeRO's, around torch's, another class at each stage; only this room looks inside
     basic_optimizer: torch.optim.Optimizer  # torch's; for this room as well
 
     @property

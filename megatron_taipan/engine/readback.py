@@ -1,4 +1,4 @@
-"""Numbers between host and device without either waiting for the other."""
+"""Numbers sent between host and device without either waiting for the other."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Readback:
-    """Numbers on their way to the host: the copy is queued where this is made, behind what was launched before.
+    """Numbers on their way to the host: the copy is queued when this is made, after what was launched before.
 
-    `read` waits for that copy alone. What is launched in between goes on running, so the host is back in time to
-    launch more.
+    `read` waits for that copy only. What is launched in between keeps running, so the host returns in time to launch
+    more.
 
     Args:
         values: of any shape, on any device; what is written there later is not read.

@@ -23,7 +23,7 @@ def import_deepspeed(device: torch.device):
 
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
-        # Compiled on first use, for two minutes; a killed build leaves a lock on which every later run waits for
-        # ever. Only DeepSpeed's inference uses it.
+        # Compiled on first use, for two minutes; a killed build leaves a lock on which every later run
+        # hangs. Only DeepSpeed's inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

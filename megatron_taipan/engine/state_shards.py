@@ -1,6 +1,6 @@
 """What this process holds of the training state: a shard of each parameter's float32 master and Adam moments.
 
-ZeRO cuts the state in its own ways: stage 1 and 2 lay all parameters of a group end to end and cut that once per
+ZeRO partitions the state in its own ways: stages 1 and 2 lay all parameters of a group end to end and cut that once per
 data-parallel rank, stage 3 cuts each parameter. Both come down to the same thing, one run of elements of a flattened
 parameter on a rank, and as that they are saved and loaded; so a checkpoint knows nothing of stages.
 """
@@ -50,7 +50,7 @@ def held_shards(engine: Engine, zero_rank: int) -> list[StateShard]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = engine.basic_optimizer
     shards = []
-    parameters: Iterable[tuple[str, Any]] = engine.module.named_parameters()  # DeepSpeed hangs attributes on each
+    parameters: Iterable[tuple[str, Any]] = engine.module.named_parameters()  # DeepSpeed sets attributes on each
     for name, parameter in parameters:
         replica = bool(getattr(parameter, "ds_pipe_replicated", False))
         if stage == 0:
@@ -85,7 +85,7 @@ def fill_in_moments(shards: list[StateShard]) -> None:
 
 
 def optimizer_step(shards: list[StateShard]) -> int:
-    """Updates that Adam has made; the same for every parameter."""
+    """Number of updates by Adam; the same for every parameter."""
     steps = {int(shard.optimizer.state[shard.flat]["step"]) for shard in shards}
     if len(steps) > 1:
         raise RuntimeError(f"parameters of one optimizer have made different numbers of steps: {sorted(steps)}")

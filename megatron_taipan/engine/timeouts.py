@@ -1,4 +1,4 @@
-"""Timeouts of process groups, those that DeepSpeed opened too."""
+"""Timeouts of process groups, also of those that DeepSpeed opened."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""What we replace in DeepSpeed's ZeRO optimizers of stages 1 and 2: the same results with few launches."""
+"""What is replaced in DeepSpeed's ZeRO optimizers of stages 1 and 2: the same results with few launches."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_taipan.engine.readback import Readback
 from megatron_taipan.engine.reduction import OverlappedReduction
 from megatron_taipan.ops.copies import copy_all
 
-TOGETHER = 2**24  # elements: the gradients of so many wait for each other (32 MiB in 16 bits) and are added up at once
+TOGETHER = 2**24  # elements: gradients wait until they have so many (32 MiB in 16 bits), and are added up at once
 
 
 def patch_zero12(optimizer: Any, *, pipeline: bool = False) -> None:
@@ -20,11 +20,11 @@ def patch_zero12(optimizer: Any, *, pipeline: bool = False) -> None:
     - The search for infinities ran over every gradient of every parameter, and waited for the device; then came the
       norm, which shows the same: it is not finite where a gradient is not, and the step looks at it in any case.
     - The norm took three launches a parameter; now one kernel handles many.
-    - At stage 1 each gradient went through a copy in float32, a bucket, an all-reduce even where it had one owner or
-      nobody to share with, a partition and a flat tensor: see `FlatGradients`.
+    - At stage 1 each gradient went through a copy in float32, a bucket, an all-reduce even where one rank
+      owned it or there was only one rank, a partition and a flat tensor: see `FlatGradients`.
     - There, in bf16, the host read the norm before it launched AdamW; now after that: see `QueuedStep`.
 
-    With the optimizer's state offloaded only what is wrong is replaced: see `forget_skipped_gradients`.
+    With the optimizer's state offloaded only what is wrong there is replaced: see `forget_skipped_gradients`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -58,7 +58,7 @@ def forget_skipped_gradients(optimizer: Any) -> None:
 
 
 class FlatGradients:
-    """float32 gradients, added up right where they are sent and where the optimizer will read them.
+    """float32 gradients, added up in the memory from which they are sent and from which the optimizer reads them.
 
     One flat tensor a parameter group has the layout of the group's flat weights. A parameter's hook takes its gradient,
     and those of many parameters are put there together: a step's first ones in a few launches, those of later
@@ -92,7 +92,7 @@ class FlatGradients:
             )
         self.partitions = [flat.view(size, -1)[rank] for flat in self.flat]  # this rank's
         self.owned = [
-            [overlap(self.views[p], partition) for p in group]
+            [gradient_in_partition(self.views[p], partition) for p in group]
             for partition, group in zip(self.partitions, optimizer.params_in_partition, strict=True)
         ]
         optimizer.process_gradients = self.take
@@ -135,7 +135,7 @@ class FlatGradients:
         self.n_waiting = 0
 
     def end_micro_batch(self, **options: Any) -> None:
-        """Adds up what still waits, which may lie where a CUDA graph writes the next micro-batch's gradients."""
+        """Adds up what still waits: it may be in memory where a CUDA graph writes the next micro-batch's gradients."""
         self.add_up()
         self.end_backward(**options)
 
@@ -155,7 +155,7 @@ class FlatGradients:
         self.optimizer._epilogue_ran_this_backward = True
 
     def leave_factor(self, gradients: list[Tensor], total_norm: Tensor) -> None:
-        """Tells AdamW what to divide the gradients by: loss scale, and the norm where it is above the limit."""
+        """Passes to AdamW what to divide the gradients by: loss scale, and the norm where it is above the limit."""
         zero = self.optimizer
         factor = torch.full((), float(zero.loss_scale), dtype=torch.float32, device=zero.device)
         if zero.clip_grad > 0:
@@ -164,13 +164,13 @@ class FlatGradients:
 
 
 class QueuedStep:
-    """DeepSpeed's step, with the norm read behind the launch of AdamW instead of before it, twice.
+    """DeepSpeed's step, with the norm read once, after the launch of AdamW, instead of twice before it.
 
     DeepSpeed skips an update whose norm is not finite, and to know it the host waited while the device ran out of work.
     Now the device decides: with `found_inf` = 1 torch's fused AdamW leaves weights and moments as they are and takes
-    back its count of steps; the weights in bf16 are copied from their masters once more, the same ones. The host reads
-    the norm while AdamW runs, and then tells DeepSpeed what its step would have found. So nothing is known later than
-    the return of `step`.
+    back its count of steps; the weights in bf16 are copied from their unchanged masters again. The host reads
+    the norm while AdamW runs, and then gives DeepSpeed what its step would have found. So everything is known when
+    `step` returns.
 
     Args:
         zero: DeepSpeed's optimizer of bf16 weights, whose torch.optim.AdamW is fused and gets its factor by
@@ -191,15 +191,15 @@ class QueuedStep:
         self.zero._global_grad_norm = norm
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """The norm, infinite where it is not finite; AdamW is told so, and its copy to the host is queued."""
+        """The norm, infinite where it is not finite; AdamW gets that as `found_inf`; its copy to the host is queued."""
         norm = self.norm(norm_type)
         self.zero.optimizer.found_inf = (~norm.isfinite()).float()
         self.on_its_way = Readback(norm)
         return norm
 
 
-def overlap(view: Tensor, partition: Tensor) -> Tensor:
-    """What of a parameter's gradient lies in a partition of the same flat tensor: all of it as it is, a part flat."""
+def gradient_in_partition(view: Tensor, partition: Tensor) -> Tensor:
+    """The part of a gradient in a partition of the same flat tensor: the whole one in its shape, a part flat."""
     first = max(view.storage_offset(), partition.storage_offset()) - partition.storage_offset()
     last = min(view.storage_offset() - partition.storage_offset() + view.numel(), partition.numel())
     return view if last - first == view.numel() else partition[first:last]
@@ -214,10 +214,10 @@ def grad_norm(optimizer: Any, gradients: list[Tensor], params: list[nn.Parameter
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
-    ours = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    unpadded = [g for g in gradients if not getattr(g, "_zero_padding", False)]
     counted = [
         g.detach()
-        for g, p in zip(ours, params, strict=False)
+        for g, p in zip(unpadded, params, strict=False)
         if (is_model_parallel_parameter(p) or optimizer.model_parallel_rank == 0)
         and not getattr(p, "ds_pipe_replicated", False)
     ]

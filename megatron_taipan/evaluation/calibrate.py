@@ -19,7 +19,7 @@ from megatron_taipan.checkpoint.folder import locate
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import choose_data
-from megatron_taipan.inference.loading import load_model, pick_device
+from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.model.blocks import SelectiveAttentionBlock
 from megatron_taipan.model.taipan import Taipan
 
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.samples < 1 or options.batch < 1:
         raise UserError(f"--samples={options.samples} and --batch={options.batch} must be at least 1")
 
-    path, device = locate(str(options.checkpoint)), pick_device(options.device)
+    path, device = locate(str(options.checkpoint)), parse_device(options.device)
     model, _, config = load_model(path)
     model.to(device)
     data = choose_data(config, options.data, None, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.generation import generate
-from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.text import model_tokenizer
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.base import Tokenizer
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
     tokenizer = model_tokenizer(named, config.data if config else None)
     print_accuracy(
-        model.to(pick_device(options.device)), tokenizer, lengths, options.depths, options.samples, options.seed
+        model.to(parse_device(options.device)), tokenizer, lengths, options.depths, options.samples, options.seed
     )
     return 0
 

@@ -18,7 +18,7 @@ from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.model.taipan import Taipan
 
 INPUTS = ("tokens", "labels", "loss_mask", "seq_idx")  # of a batch, [b, l] each
@@ -121,7 +121,7 @@ def read_models(options: argparse.Namespace, untrained: bool = False) -> Iterato
     Args:
         untrained: begin with the first model's network as it is before training.
     """
-    device, dtype = pick_device(options.device), DTYPES[options.dtype]
+    device, dtype = parse_device(options.device), DTYPES[options.dtype]
     dataset: SampleDataset | None = None
     for path in options.models:
         model, _, config = load_model(path, dtype)

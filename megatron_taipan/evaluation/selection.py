@@ -20,7 +20,7 @@ from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_decisions
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
-from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.max_tokens < 1 or options.chunk < 1:
         raise UserError(f"--max-tokens={options.max_tokens} and --chunk={options.chunk} must be at least 1")
 
-    text, device = read_text(options.text), pick_device(options.device)
+    text, device = read_text(options.text), parse_device(options.device)
     model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
     named = options.tokenizer or tokenizer
     if named is None:

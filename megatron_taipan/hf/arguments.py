@@ -1,6 +1,6 @@
-"""The keyword arguments of transformers' models beyond those that ours names: which are read, which do not matter
-here, which ask for what Taipan cannot do. An argument that is in no list is refused: swallowed, a misspelt mask or a
-cache under a new name would change the text without a word."""
+"""The keyword arguments of transformers' models beyond those that Taipan's classes name: which are read, which are not
+needed, which ask for what Taipan cannot do. An argument that is in no list is refused: if ignored, a misspelt mask or a
+cache under a new name would silently change the text."""
 
 import difflib
 import inspect
@@ -9,7 +9,7 @@ from typing import Any
 
 READ = {"position_ids", "num_items_in_batch"}  # named by no signature: generate() and Trainer look for them otherwise
 
-# Ignored, because what they say is known already.
+# Ignored, because what they give is already known.
 NOT_NEEDED = {
     "cache_position",  # generate() before 5.1: the cache counts its tokens itself
     "max_length_q",  # the four of DataCollatorWithFlattening for FlashAttention repeat where its documents begin,
@@ -18,11 +18,11 @@ NOT_NEEDED = {
     "cu_seq_lens_k",
 }
 
-# Accepted only as None or False, with which callers say that they do not want it (PEFT passes several as None).
+# Accepted only as None or False, by which callers say that they do not need it (PEFT passes several as None).
 UNSUPPORTED = {
     "output_attentions": "attention weights are never computed as a whole",
     "output_router_logits": "there is no router; the gates' statistics come from megatron_taipan's own model",
-    "shift_labels": "pass `labels` as the tokens stand; they are shifted here",
+    "shift_labels": "pass `labels` in the order of the tokens, unshifted; they are shifted here",
     "token_type_ids": "there are no token types; make the tokenizer return input_ids and attention_mask only",
 }
 
@@ -34,7 +34,7 @@ def check_arguments(forward: Callable, given: dict[str, Any]) -> None:
         given: those arguments, with their values.
 
     Raises:
-        TypeError: an argument that neither we nor transformers know.
+        TypeError: an argument that neither Taipan nor transformers knows.
         ValueError: one that asks for what Taipan cannot do.
     """
     for name, value in given.items():

@@ -14,7 +14,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 
 class TaipanCache(Cache):
-    """What `generate()` passes from step to step: our cache, made by the model on first use.
+    """What `generate()` passes from step to step: Taipan's cache, made by the model on first use.
 
     Its memory does not grow with the text, except in full attention (`A`) layers.
     """
@@ -52,7 +52,7 @@ class TaipanCache(Cache):
     @property
     def is_linear(self) -> list[bool]:
         """Of transformers' own linear layers, which count no tokens: where all layers are, generate() reads a whole
-        prompt again into a cache that is passed on. Ours counts tokens whatever its layers are, so none is."""
+        prompt again into a cache that is passed on. This one counts tokens whatever its layers are, so none is."""
         return [False]
 
     @property

@@ -1,4 +1,4 @@
-"""The transformers configuration: our ModelConfig, carried whole under one key."""
+"""The transformers configuration: the whole ModelConfig under one key."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class TaipanConfig(PretrainedConfig):
         self.network = ModelConfig.model_validate(network).model_dump(mode="json") if network else None
         self.tokens_per_sample, self.skip_logits = tokens_per_sample, skip_logits
         for name in DERIVED:
-            kwargs.pop(name, None)  # the network says it
+            kwargs.pop(name, None)  # the network gives them
         special: dict[str, Any] = dict.fromkeys(
             ("bos_token_id", "eos_token_id", "pad_token_id")
         )  # None, where config.json has none
@@ -66,7 +66,7 @@ class TaipanConfig(PretrainedConfig):
     def vocab_size(self, size: int) -> None:
         """What `resize_token_embeddings` sets."""
         if self.network is None:
-            raise ValueError("TaipanConfig: `network` is empty, so there is no vocabulary to resize")
+            raise ValueError("TaipanConfig: `network` is empty, so it has no vocabulary to resize")
         self.network["vocab_size"] = size
 
     @property

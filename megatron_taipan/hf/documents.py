@@ -1,4 +1,4 @@
-"""What transformers says of padding and packing, as documents: Taipan's tokens see those of their own document only."""
+"""Padding and packing as transformers gives them, turned into documents: a token of Taipan sees only its document."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ IGNORED = -100  # label that transformers leaves out of the loss
 
 
 def documents_from_mask(mask: Tensor, rows: int, length: int, past: int = 0) -> Tensor | None:
-    """Documents [b, l] int32 of the last l tokens: padding and text are documents of their own.
+    """Documents [b, l] int32 of the last l tokens: padding and text are separate documents.
 
     Args:
         mask: [b, past + l], 0 on padding. With cached tokens also [b, l], all 1.
@@ -29,7 +29,7 @@ def documents_from_mask(mask: Tensor, rows: int, length: int, past: int = 0) -> 
         )
     text = mask != 0
     if past and mask.shape[1] == length:
-        # Where the cached texts begin, only the whole mask says; numbered anew, documents would all look like others.
+        # Only the whole mask says where the cached texts begin; numbered again, all documents would look like others.
         if not bool(text.all()):
             raise ValueError(
                 f"attention_mask: with padding it must cover the {past} cached tokens too, not only the {length} new"
@@ -37,14 +37,14 @@ def documents_from_mask(mask: Tensor, rows: int, length: int, past: int = 0) -> 
         return None
     documents = F.pad((text[:, 1:] != text[:, :-1]).cumsum(1, dtype=torch.int32), (1, 0))
     if mask.shape[1] > 2 and bool(((documents > 1) & text).any()):
-        raise ValueError("attention_mask: padding must stand at the left or the right end of a row, not inside it")
+        raise ValueError("attention_mask: padding must be at the left or the right end of a row, not inside it")
     return documents[:, -length:]
 
 
 def documents_from_positions(positions: Tensor, mask: Tensor | None, length: int, cached: bool) -> Tensor | None:
     """Documents [b or 1, l] int32 of packed rows: one begins where the positions do not go on by one.
 
-    The positions themselves matter to no layer, which see distances inside a document only.
+    No layer uses the positions themselves, only distances inside a document.
 
     Args:
         positions: [b or 1, l or more], of which the last l count; mask: as in `documents_from_mask`.

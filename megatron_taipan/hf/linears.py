@@ -36,7 +36,7 @@ def table_name(name: str) -> str:
 
 
 def register_names(model_type: str) -> None:
-    """Tells transformers how names in files differ from those in a model, for loading and for saving.
+    """Registers with transformers how names in files differ from those in a model, for loading and for saving.
 
     A pattern is searched for in the name; `(?!.)`, its end, is what transformers takes away to turn a renaming round.
     """

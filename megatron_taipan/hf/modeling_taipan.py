@@ -1,4 +1,4 @@
-"""The transformers classes of Taipan with a head: they compute nothing of their own but logits and losses."""
+"""The transformers classes of Taipan with a head: they compute only logits and losses themselves."""
 
 from typing import Any
 
@@ -54,14 +54,14 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [b, l]; or inputs_embeds: [b, l, d] in its place.
-            attention_mask: [b, past + l], 0 on padding, which must stand at the left or the right end of a row.
+            attention_mask: [b, past + l], 0 on padding, which must be at the left or the right end of a row.
             past_key_values, cache: earlier tokens, extended in place; two names of one argument.
             labels: [b, l], not shifted; -100 is left out of the loss.
             seq_idx: [b, l] document of each token where rows are packed; instead of attention_mask.
             logits_to_keep: logits of the last so many positions only, or of positions [n]; 0 keeps all.
             output_hidden_states: give the residual stream between the layers too, see `TaipanModel.forward`.
             skip_logits: with labels in training mode, give no logits. They are 4 b l v bytes, and their gradient as
-                much again; skipped, the head and the loss are computed in pieces of 128 MiB. None: as config.json says
+                much again; skipped, the head and the loss are computed in chunks of 128 MiB. None: as config.json says
                 (`skip_logits`), else False.
             kwargs: position_ids [b or 1, l], which pack a row where they start again, as seq_idx does;
                 num_items_in_batch, labels in the whole accumulated batch; and what `arguments.py` ignores.
@@ -105,13 +105,13 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         """The mean cross entropy, and in training mode the budget loss.
 
         Args:
-            h: [b, l, d]; logits: [b, l, v], or None; following: [b, l] the token behind each, IGNORED where none
+            h: [b, l, d]; logits: [b, l, v], or None; following: [b, l] the token after each, IGNORED where none
                 counts.
             n_items: labels in the whole accumulated batch (what transformers' Trainer passes), whose losses it adds up:
                 each then brings its share of the means.
 
         Returns:
-            the loss, where the logits are; what it is made of may lie elsewhere (accelerate's device_map).
+            the loss, where the logits are; its inputs may be elsewhere (accelerate's device_map).
         """
         device = (h if logits is None else logits).device
         following, budget = following.to(device), budget.to(device)
@@ -160,8 +160,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
         """`generate()` asks here for a cache; no general class of transformers fits a selective attention layer."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not apply: Taipan has a cache of"
-                " its own, of constant size"
+                f"cache_implementation={generation_config.cache_implementation!r} does not apply: Taipan has its own"
+                " cache, of constant size"
             )
         given = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
         cache = given[0] if given[1] is None else given[1]
@@ -177,7 +177,7 @@ class TaipanForSequenceClassification(GenericForSequenceClassification, TaipanPr
     """A linear classifier of the last token that is not padding; transformers' own forward pass and losses."""
 
     def __init__(self, config: TaipanConfig):
-        TaipanPreTrainedModel.__init__(self, config)  # the general class asks AutoModel, which may not know ours
+        TaipanPreTrainedModel.__init__(self, config)  # the general class asks AutoModel, which may not know Taipan
         self.num_labels = config.num_labels
         self.model = TaipanModel(config)
         assert config.num_labels is not None

@@ -1,4 +1,4 @@
-"""The network between tokens and logits as transformers has it, and what all of our transformers classes share."""
+"""The network between tokens and logits as transformers has it, and what all transformers classes of Taipan share."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +38,7 @@ register_names(TaipanConfig.model_type)
 
 @dataclass
 class TaipanModelOutput(BaseModelOutputWithPast):
-    """What `TaipanModel` gives: last_hidden_state [b, l, d] behind the final norm, the cache, the layers' outputs."""
+    """What `TaipanModel` gives: last_hidden_state [b, l, d] after the final norm, the cache, the layers' outputs."""
 
     budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
 
@@ -58,7 +58,7 @@ class TaipanPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Gives a parameter that no file held its initial value from our table (`model/init.py`)."""
+        """Gives a parameter that no file held its initial value by the table (`model/init.py`)."""
         config = self.config.model_config()
         table = parameter_table(config)
         names = {id(parameter): table_name(name) for name, parameter in self.named_parameters()}
@@ -126,7 +126,7 @@ class TaipanModel(TaipanPreTrainedModel):
 
         Args:
             input_ids: [b, l]; or inputs_embeds: [b, l, d] in its place.
-            output_hidden_states: give the residual stream before the first layer and behind each but the last, whose
+            output_hidden_states: give the residual stream before the first layer and after each but the last, whose
                 entry is last_hidden_state; [b, l, d] each.
             Others: see `TaipanForCausalLM.forward`.
 
@@ -164,7 +164,7 @@ class TaipanModel(TaipanPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _state_of(self, cache: TaipanCache, h: Tensor) -> TaipanState:
-        """The memory inside `cache` for h [b, l, d], made on first use.
+        """The state inside `cache` for h [b, l, d], made on first use.
 
         Raises:
             ValueError: a cache of another model's kind, or of another number of rows.
@@ -179,7 +179,7 @@ class TaipanModel(TaipanPreTrainedModel):
         return cache.state
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> TaipanState:
-        """An empty memory for `batch` rows, each layer's on the layer's device; `device` where that is meta."""
+        """An empty state for `batch` rows, each layer's on the layer's device; `device` where that is meta."""
         places = [next(layer.parameters()).device for layer in self.layers]
         return new_cache(self.layers, batch, [device if place.type == "meta" else place for place in places], dtype)
 
@@ -187,7 +187,7 @@ class TaipanModel(TaipanPreTrainedModel):
 def beside(module: nn.Module, x: Any) -> Any:
     """x, a tensor or what has a `to`, on the device of the module's weights, where layers are spread over several.
 
-    As it is where those lie on meta until accelerate's hook fetches them, which then moves x as well.
+    As it is where those are on meta until accelerate's hook fetches them, which then moves x as well.
     """
     weight = next(module.parameters(), None)
     return x if weight is None or weight.is_meta else x.to(weight.device)
@@ -204,7 +204,7 @@ def for_modules(ops: Ops) -> Ops:
     """The operations where the matrices of layers are modules.
 
     A module multiplies whole tensors, so the rows that a gate picked are taken out first, as many as there are: the
-    kernels for rows would leave unset memory behind them, which must not reach an adapter's gradient.
+    kernels for rows would leave unset memory after them, which must not reach an adapter's gradient.
     """
     return replace(
         ops,

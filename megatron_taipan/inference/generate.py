@@ -9,7 +9,7 @@ import torch
 
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.generation import generate
-from megatron_taipan.inference.loading import DTYPES, load_model, pick_device
+from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.sampling import Sampling
 from megatron_taipan.inference.text import model_tokenizer
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
     )  # refused before the model is loaded
     texts = read_prompts(options.prompt, options.prompt_file)
-    device = pick_device(options.device)
+    device = parse_device(options.device)
     model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype])
     named = options.tokenizer or tokenizer_file
     if named is None:

@@ -21,8 +21,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
-    Prompts of different lengths share one batch: shorter ones are padded on the left and the padding is a document
-    of its own (seq_idx), which no layer lets through. A row that has stopped leaves the batch.
+    Prompts of different lengths share one batch: shorter ones are padded on the left and the padding is its
+    own document (seq_idx), which no other token sees. A row that has stopped leaves the batch.
 
     Args:
         prompts: token ids, each with at least one token.
@@ -114,7 +114,7 @@ def check_prompts(model: Taipan, prompts: list[list[int]]) -> None:
         UserError: no prompt, an empty one, or an id outside the vocabulary.
     """
     if not prompts:
-        raise UserError("there is no prompt to continue")
+        raise UserError("no prompt to continue was given")
     size = model.config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:

@@ -15,11 +15,11 @@ from megatron_taipan.model_config import ModelConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pick_device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU.
 
     Raises:
-        UserError: torch knows no such device, or it is not there.
+        UserError: torch does not know the device, or it is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_model(config: ModelConfig, load: Callable[[str], Tensor], dtype: torch.dtype = torch.float32) -> Taipan:
+def build_with_weights(
+    config: ModelConfig, load: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
+) -> Taipan:
     """A whole Taipan in evaluation mode with the given weights.
 
     Args:
@@ -63,7 +65,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, 
         UserError: the path holds neither.
     """
     opened = open_weights(path)
-    model = build_model(opened.network, opened.load, dtype)
+    model = build_with_weights(opened.network, opened.load, dtype)
     if isinstance(opened, ExportedWeights):
         tokenizer = path / "tokenizer.json"
         return model, tokenizer if tokenizer.is_file() else None, None

@@ -27,7 +27,7 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0, and finite")
 

@@ -12,11 +12,11 @@ EAGER_STEPS = 2  # before a capture: they compile kernels and make cuBLAS's work
 class Stepper:
     """Extends a cache by one token a row at a time; on a GPU through a CUDA graph, which gives the same logits.
 
-    The graph is captured again where the cache's tensors are others than before: after a prefill, after rows left,
+    The graph is captured again where the cache's tensors are not those of before: after a prefill, after rows left,
     after an unbounded buffer grew. Its memory is that of one step's intermediate results.
 
     Args:
-        captured: False: launch every step anew, also on a GPU.
+        captured: False: every step is launched kernel by kernel, also on a GPU.
     """
 
     def __init__(self, model: Taipan, cache: Cache, *, captured: bool = True):

@@ -1,1 +1,1 @@
-"""What each letter of a pattern stands for: one record a kind, which everything else asks (see registry.py)."""
+"""What each letter of a pattern means: one record a kind, which everything else asks (see registry.py)."""

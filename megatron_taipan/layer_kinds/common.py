@@ -16,7 +16,7 @@ def norm(size: int) -> ParamSpec:
 
 
 def attention_parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpec]:
-    """Attention, then SwiGLU behind a norm of its own; without the norm before attention."""
+    """Attention, then SwiGLU after its own norm; without the norm before attention."""
     d, size, kv, f = config.d_model, config.head_dim, config.n_kv_heads, config.d_ff
     whole = {"split": 0} if kv % tensor == 0 else {"summed": True}
     return {
@@ -36,7 +36,7 @@ def attention_flops(config: "ModelConfig", seq_len: int, window: int | None, sha
 
     Args:
         window: tokens that a query sees at most; None: all before it.
-        share: of the tokens, whose queries are computed.
+        share: of the tokens whose queries are computed.
     """
     d = config.d_model
     queries, keys = config.attention.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

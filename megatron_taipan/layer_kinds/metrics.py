@@ -21,7 +21,7 @@ def metric_name(layer: int, metric: str) -> str:
 
 
 class LayerMetrics:
-    """Where the metrics of a network's layers stand in the one vector in which they leave the device.
+    """The places of the metrics of a network's layers in the one vector in which they leave the device.
 
     The order is that of the layers, and of `LayerKind.metrics` in each. Nothing else counts positions.
     """
@@ -40,7 +40,7 @@ class LayerMetrics:
         return dict(zip(self.names, values, strict=True))
 
     def gate_places(self, metric: str) -> list[int]:
-        """Where a metric of each layer with a gate stands."""
+        """The place in the vector of a metric of each layer with a gate."""
         return [self.names.index(metric_name(layer, metric)) for layer in self.gated]
 
     def of_gates(self, values: Mapping[str, Value], metric: str) -> list[Value]:

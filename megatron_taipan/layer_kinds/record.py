@@ -1,4 +1,4 @@
-"""All that the project knows about a kind of layer, but its computation (model/blocks.py)."""
+"""All that the project knows about a kind of layer, except its computation (model/blocks.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ class LayerKind:
     growing: bool = False  # its decoding state grows with the text
     gated: bool = False  # has a gate that selects tokens (model/gate.py)
     capturable: bool = False  # never needs the host, so that CUDA graphs can hold it
-    ends_graph: bool = False  # a recorded group of layers ends behind it
+    ends_graph: bool = False  # a recorded group of layers ends after it
 
     @property
     def name(self) -> str:
-        """What a reader is told."""
+        """The name in messages and reports."""
         return f"{self.mixer} {self.noun}"

@@ -15,12 +15,12 @@ def register(kind: LayerKind) -> None:
     """Makes a kind known to patterns and all that reads them; its block registers itself (model/blocks.py).
 
     Raises:
-        ValueError: its letter is no single letter, or another kind has it.
+        ValueError: its letter is not a single letter, or another kind has it.
     """
     if len(kind.letter) != 1 or not kind.letter.isalpha():
         raise ValueError(f"the letter of a layer kind is one letter, not {kind.letter!r}")
     if KINDS.get(kind.letter, kind) is not kind:
-        raise ValueError(f"the letter {kind.letter!r} stands for a {KINDS[kind.letter].name} already")
+        raise ValueError(f"the letter {kind.letter!r} already means a {KINDS[kind.letter].name}")
     KINDS[kind.letter] = kind
 
 

@@ -1,4 +1,4 @@
-"""Attention of the layers S, W and A: chosen queries against every key of their interval."""
+"""Attention of the layers S, W and A: selected queries over every key of their interval."""
 
 from collections.abc import Sequence
 
@@ -45,9 +45,9 @@ class Attention(nn.Module):
 
         Args:
             u: [b, l, d], the whole sequence.
-            queries: groups of tokens whose queries are computed, each as picked rows of b * l; None stands for all
+            queries: groups of tokens whose queries are computed, each as picked rows of b * l; None means all
                 tokens.
-            store: keys and values of earlier tokens; takes the new ones in.
+            store: keys and values of earlier tokens; the new ones are added.
 
         Returns:
             [n, d] for each group: of all tokens, or a buffer that holds the picked rows in front.
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
         k_proj, v_proj = self.k_proj, self.v_proj
         if self.shared_kv:
-            assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # modules stand for weights on one rank
+            assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # only on one rank are weights modules
             first = self.kv_head * self.head_dim
             k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
         k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
@@ -107,5 +107,5 @@ class Attention(nn.Module):
         return (k, v, 0) if store is None else store.append(k, v)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
-        """An empty memory for `batch` rows."""
+        """An empty cache for `batch` rows."""
         return KeyValueStore(batch, self.kv_heads, self.head_dim, self.window, device, dtype)

@@ -22,13 +22,13 @@ BLOCKS: dict[str, "type[Block]"] = {}  # by letter; see Block.__init_subclass__
 
 
 class Block(nn.Module):
-    """What every layer answers. In the subclasses' formulas h is the value of the stream: `Stream.total()`.
+    """What every layer provides. In the subclasses' formulas h is the value of the stream: `Stream.total()`.
 
     A subclass names the kinds that it computes and becomes their block:
 
         class MambaBlock(Block, kinds=(MAMBA2,))
 
-    Its `forward` takes the stream, the context and a decoding state, and gives the stream and what it measured: a
+    Its `forward` takes the stream, the context and a decoding state, and returns the stream and what it measured: a
     `Measured` where its kinds have `metrics`, else None.
     """
 
@@ -112,8 +112,8 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
 
     With gate gradient "selected" only the picked queries are computed. The cross-entropy gradient that would reach
     m_i of an unselected token is lost; with "all" every query is computed and that gradient is exact; with "sampled"
-    some steps do the one, some the other. The values are the same bit for bit, since unselected queries are computed in
-    a call of their own.
+    some steps do one, some the other. The values are the same bit for bit, since unselected queries are computed in
+    a separate call.
     """
 
     def __init__(self, build: Build, prefix: str, layer: int):
@@ -153,7 +153,7 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         return selection.m * selection.alpha if self.weighs else selection.m
 
     def _every_query(self, ctx: Context) -> bool | Tensor:
-        """Whether unselected queries are computed as well; only training has a use for them."""
+        """Whether unselected queries are computed as well; only training uses them."""
         if not self.training or self.gradient != "sampled":
             return self.training and self.gradient == "all"
         return ctx.gate.every_query
@@ -171,8 +171,8 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         sharded = self.tp.sequence_parallel
         placed = []
         for rows, o in zip(queries, outputs, strict=True):
-            # Only computed rows travel where every rank gets all of them. Where kernels pick the rows, the host does
-            # not know their number and the buffer travels, as large as the sequence.
+            # Only computed rows are sent where every rank gets all of them. Where kernels pick the rows, the host does
+            # not know their number and the whole buffer is sent, as large as the sequence.
             o = o if sharded else self.tp.reduce_from_tensor_parallel(o)
             placed.append(self.ops.scatter_rows(o, rows, shape[0] * shape[1]))
         whole = placed[0] if len(placed) == 1 else placed[0] + placed[1]

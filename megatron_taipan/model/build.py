@@ -25,9 +25,9 @@ class Build:
     ops: Ops
 
     def parameters(self, module: nn.Module, prefix: str) -> None:
-        """Registers on `module` every parameter of the table that lies directly under `prefix`, with its value.
+        """Registers on `module` every parameter of the table directly under `prefix`, with its value.
 
-        Each carries its full name, its line of the table as `spec`, and `tensor_model_parallel` where it is split
+        Each carries its full name, its row of the table as `spec`, and `tensor_model_parallel` where it is split
         (what DeepSpeed asks when it adds up the gradient norm).
         """
         for name, spec in self.table.items():
@@ -54,8 +54,8 @@ class Build:
 class KeepsFp32Params(nn.Module):
     """A module some of whose own parameters and buffers stay float32 when it is cast to bf16 or fp16.
 
-    Which parameters those are stands in the table; buffers of such a module always do. Any other move or cast
-    (device, float64) applies to them too. Names are kept, not parameters: loaders may put new parameters in place.
+    The table says which parameters those are; buffers of such a module always do. Any other move or cast
+    (device, float64) applies to them too. Names are stored, not parameters: loaders may replace parameters by new ones.
     """
 
     fp32_params: tuple[str, ...] = ()

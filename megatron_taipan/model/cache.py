@@ -1,4 +1,4 @@
-"""What decoding remembers: constant memory for Mamba-2 and window attention, all keys for full attention."""
+"""The decoding cache: constant memory for Mamba-2 and window attention, all keys for full attention."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LayerState(Protocol):
-    """What one layer remembers of the tokens that it has seen."""
+    """What one layer keeps of the tokens that it has seen."""
 
     def forget(self, rows: Tensor) -> None:
         """The rows (bool [b]) of which the next token starts another document no longer see the old one."""
@@ -18,7 +18,7 @@ class LayerState(Protocol):
         """Keeps, repeats or reorders rows: index [new b] of row numbers."""
 
     def reserve(self) -> None:
-        """What the host does before one more token a row is remembered."""
+        """What the host does before one more token a row is added."""
 
     def to(self, device: torch.device | int | str) -> "LayerState":
         """Moves itself to the layer's device; no copy where it is there."""
@@ -58,7 +58,7 @@ class MambaState:
 class KeyValueStore:
     """Keys and values of one attention layer, in the order of their positions.
 
-    With a window the buffer holds 2 x window tokens: new ones are written behind the old, and when it is full the
+    With a window the buffer holds 2 x window tokens: new ones are written after the old, and when it is full the
     last window - 1 move to the front. So memory is constant, the move costs one copied token per decoded token, and
     what a query sees is always one contiguous interval. Without a window the buffer grows by doubling.
     """
@@ -85,7 +85,7 @@ class KeyValueStore:
         new = k.shape[1]
         if self.used + new > self.keys.shape[1]:
             self._make_room(new)
-        if self.used + new > self.keys.shape[1]:  # a chunk longer than the buffer: attend over a joined copy
+        if self.used + new > self.keys.shape[1]:  # a chunk longer than the buffer: attend over a concatenated copy
             keys = torch.cat([self.keys[:, : self.used], k], 1)
             values = torch.cat([self.values[:, : self.used], v], 1)
             first = self.first
@@ -160,10 +160,10 @@ class KeyValueStore:
 
 @dataclass
 class Cache:
-    """The memory of all layers, and where each row stands.
+    """The state of all layers, and each row's place in its document.
 
     A row's tokens continue the cached document where their seq_idx equals the last one seen; where it differs, a
-    new document starts and nothing of the old one is visible any more.
+    new document starts and nothing of the old one is visible from there on.
     """
 
     layers: list[LayerState]
@@ -211,5 +211,5 @@ class Cache:
 
 
 def new_cache(layers: Iterable[Any], batch: int, devices: Sequence[Any], dtype: torch.dtype) -> Cache:
-    """An empty memory for `batch` rows, each layer's on its device."""
+    """An empty cache for `batch` rows, each layer's part on its device."""
     return Cache([layer.new_state(batch, device, dtype) for layer, device in zip(layers, devices, strict=True)])

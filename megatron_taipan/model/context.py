@@ -11,7 +11,7 @@ from megatron_taipan.model.gate_settings import GateSettings
 
 @dataclass
 class Context:
-    """Per-token facts shared by all layers of a forward pass. b rows of l tokens (the whole sequence, not a shard)."""
+    """Per-token metadata that all layers of a pass share. b rows of l tokens (the whole sequence, not a shard)."""
 
     batch: int
     length: int
@@ -26,9 +26,9 @@ class Context:
     copies: dict[torch.device, "Context"] = field(default_factory=dict)  # on other devices, see `to`
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Context":
-        """The same facts on a layer's device, where the layers lie on several; copied once for each device.
+        """The same metadata on a layer's device, where the layers are on several; copied once for each device.
 
-        The cache is the same one, each layer's part of it where the layer is. accelerate calls this for arguments of
+        The cache is the same one, each layer's part of it on the layer's device. accelerate calls this for arguments of
         modules that it placed, as it calls `Tensor.to`.
         """
         position = self.position.to(device, non_blocking=non_blocking)
@@ -62,9 +62,9 @@ class Context:
 
 
 def step_context(tokens: Tensor, cache: Cache, gate: GateSettings) -> Context:
-    """The facts of one more token a row [b, 1] of the cached documents, after `cache.advance()`.
+    """The metadata of one more token a row [b, 1] of the cached documents, after `cache.advance()`.
 
-    Everything lies on the device, nothing depends on how many tokens went before.
+    Everything is on the device; nothing depends on how many tokens came before.
     """
     b = tokens.shape[0]
     samples = torch.arange(b, device=tokens.device)  # of the noise, which only training has

@@ -1,4 +1,4 @@
-"""Parameters joined along their rows, without a copy where they already lie one behind the other; or some rows of one.
+"""Parameters concatenated along their rows, without a copy where they are adjacent in memory; or some rows of one.
 
 DeepSpeed's ZeRO stages 1 and 2 keep all parameters of a group in one flat buffer, in the order in which the model
 registers them. So the parts of a projection that are registered in sequence form one matrix there already.
@@ -25,7 +25,7 @@ class _JoinRows(torch.autograd.Function):
 
 
 def adjoin(parts: tuple[Tensor, ...]) -> bool:
-    """Whether contiguous parts of one type lie in one storage, each directly behind the one before it."""
+    """Whether contiguous parts of one type are in one storage, each directly after the one before it."""
     first = parts[0]
     end = first.storage_offset()
     for part in parts:

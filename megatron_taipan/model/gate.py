@@ -101,7 +101,7 @@ class Gate(KeepsFp32Params):
         return Selection(m, alpha, selected, margin, budget_loss, metrics)
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
-        """(C - share)^2 of each row, or of the whole batch; share [b]. Of all layers together: this one's part of it.
+        """(C - share)^2 of each row, or of the whole batch; share [b]. With budget=layers: this layer's part of it.
 
         The batch of a step is spread over ranks and micro-batches, and its share is known when all have run. So a
         trainer gives the share of the step before, and the gradient is 2 (share before - C) times the gradient of this

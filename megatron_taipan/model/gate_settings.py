@@ -1,4 +1,4 @@
-"""What the gates are told for one pass: where their schedules stand, and what the step before measured."""
+"""What the gates use in one pass: the current values of their schedules, and what the step before measured."""
 
 import math
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class GateSettings(NamedTuple):
         return GateSettings(*numbers)
 
     def pack(self, gates: int, device: torch.device) -> Tensor:
-        """The vector; where no trainer gave one and the shares are not known, C stands for each of them."""
+        """The vector; where no trainer gave one and the shares are not known, C is used for each of them."""
         if self.vector is not None:
             return self.vector
         numbers = [self.capacity, self.tau, self.budget_lambda, self.every_query, *[self.capacity] * gates]
@@ -40,12 +40,12 @@ class GateSettings(NamedTuple):
 
 
 def settings_of(gate: GateConfig, vector: Tensor | None, step: int | Tensor = 0) -> GateSettings:
-    """What a trainer said, float32 [4 + S layers], or where it said nothing what the schedules lead to."""
+    """What a trainer gave, float32 [4 + S layers], or where it gave nothing the schedules' last values."""
     return settled(gate, step) if vector is None else GateSettings.unpack(vector)
 
 
 def settled(gate: GateConfig, step: int | Tensor = 0) -> GateSettings:
-    """Where no trainer gives any: what the schedules lead to; the batch at hand stands for the step's."""
+    """Where no trainer gives any: the schedules' last values; the current batch is used in place of the step's."""
     capacity, tau, budget_lambda = (at_the_end(v) for v in (gate.capacity, gate.tau, gate.budget_lambda))
     return GateSettings(capacity, tau, budget_lambda, computes_every_query(gate, step))
 

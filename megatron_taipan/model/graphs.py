@@ -1,8 +1,8 @@
 """Layers replayed as CUDA graphs: one launch for a group of layers, where Python would launch a few hundred kernels.
 
 A 1.3B model's kernels take less time on a fast GPU than it takes to launch them one by one. A graph holds the launches
-of a group's forward pass, another one those of its backward pass (torch.cuda.make_graphed_callables). What they need
-is that nothing depends on the host: shapes are fixed, the optimizer step is a tensor, and the number of picked tokens
+of a group's forward pass, another one those of its backward pass (torch.cuda.make_graphed_callables). They require
+that nothing depends on the host: shapes are fixed, the optimizer step is a tensor, and the number of picked tokens
 stays on the device. NCCL's collectives are recorded like any kernel, so tensor-parallel ranks replay in step.
 """
 
@@ -24,7 +24,7 @@ from megatron_taipan.parallel.tensor import TensorParallel
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
 
 
-class Group(nn.Module):
+class LayerGroup(nn.Module):
     """Consecutive layers as a function of tensors alone, their parameters among them."""
 
     def __init__(self, layers: list[nn.Module], recompute: Recompute | None, tp: TensorParallel):
@@ -33,7 +33,7 @@ class Group(nn.Module):
         self.names, self.own = zip(*self.named_parameters(), strict=True)
 
     def with_parameters(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`forward` on the tensors behind the first n with those first n as the parameters."""
+        """`forward` with the first n tensors as the parameters, and the others as its arguments."""
         n = len(self.names)
         own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])
         return functional_call(self, dict(zip(self.names, own, strict=True)), tensors[n:])
@@ -58,7 +58,7 @@ class GraphedLayers:
         layers: in order, on the device, where they stay: their parameters may change in place only.
         shape: (b, l) of a micro-batch.
         stream: an example of the residual stream as it enters the layers; its values do not matter.
-        recompute: activation checkpointing inside of a group.
+        recompute: activation checkpointing inside a group.
         tensor_parallel: this rank's place, as the layers know it.
     """
 
@@ -74,7 +74,7 @@ class GraphedLayers:
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.places = self._places()
         tp = tensor_parallel or TensorParallel()
-        groups = [Group(part, recompute, tp) for part in split(list(layers))]
+        groups = [LayerGroup(part, recompute, tp) for part in split_where_graphs_end(list(layers))]
         b, l = shape
         device = stream.device
         gates = [module for module in layers.modules() if isinstance(module, Gate)]
@@ -96,7 +96,7 @@ class GraphedLayers:
             for group in groups
         )
         recorded = torch.cuda.make_graphed_callables(tuple(group.with_parameters for group in groups), example)
-        torch.cuda.empty_cache()  # what the warm-up held: the graphs have memory of their own
+        torch.cuda.empty_cache()  # what the warm-up held: the graphs have their own memory
         self.groups = [partial(run, *group.own) for run, group in zip(recorded, groups, strict=True)]
 
     def _places(self) -> list[int]:
@@ -118,7 +118,7 @@ class GraphedLayers:
         return True
 
     def __call__(self, h: Tensor, ctx: Context) -> tuple[Tensor, list[Measured]]:
-        """As running the layers; what those of a group measured comes joined."""
+        """As running the layers; the metrics of a group's layers come joined."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
         assert ctx.seq_idx is not None  # by `fits`
         batch_meta = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
@@ -130,8 +130,8 @@ class GraphedLayers:
         return h, found
 
 
-def split(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Groups that end behind a layer whose kind says so, or are LONGEST layers long."""
+def split_where_graphs_end(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Groups that end after a layer whose kind says so (`ends_graph`), or that are LONGEST layers long."""
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
 
 class StreamNorm(nn.Module):
-    """(norm(h + branch), h + branch): add to the residual stream, and take it, here, where a kernel does it all.
+    """(norm(h + branch), h + branch): adds to the residual stream and norms it, so that one kernel can do both.
 
     The kernel reads and writes the stream once; in the backward pass it adds the stream's gradient as well.
     """

@@ -18,10 +18,10 @@ from megatron_taipan.ops.tiles import fit_tiles
 
 
 class Mamba2(KeepsFp32Params):
-    """The mixer of an `M` layer. Each tensor rank holds whole heads; z, x and dt are theirs alone.
+    """The mixer of an `M` layer. Each tensor rank holds whole heads; z, x and dt are split with them.
 
     Where the ranks outnumber the groups, every rank holds all of B and C, uses the group of its heads, and the
-    gradients are summed; the norm's group then spreads over ranks, which add up their sums of squares.
+    gradients are summed; the norm's group is then spread over ranks, which add up their sums of squares.
     """
 
     in_proj_z: Weight
@@ -51,7 +51,7 @@ class Mamba2(KeepsFp32Params):
         self.group_size = config.d_inner // m.n_groups  # channels under one norm, over all ranks
         self.shared_groups = m.n_groups % tp.size != 0  # B and C are on every rank
         self.groups = 1 if self.shared_groups else m.n_groups // tp.size
-        self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of the shared ones is ours
+        self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of them this rank uses
         self.norm_spans_ranks = self.group_size > self.inner
         self.ranks_per_group = tp.size // m.n_groups if self.shared_groups else 1
         fits = fit_tiles(self.headdim, self.d_state) and self.d_conv <= 4
@@ -135,7 +135,7 @@ class Mamba2(KeepsFp32Params):
     def _joined_weights(self) -> tuple[tuple[Weight, ...], Tensor, Tensor | None]:
         """The components joined for one product and one convolution: rows z, x, B, C, dt and x, B, C.
 
-        Modules that stand for weights are called one by one instead, unless they are plain.
+        Modules in place of weights are called one by one instead, unless they are plain.
         """
         names = ["in_proj_B", "in_proj_C", "conv_B_weight", "conv_C_weight"]
         names += ["conv_B_bias", "conv_C_bias"] if self.conv_bias else []
@@ -173,7 +173,7 @@ class Mamba2(KeepsFp32Params):
         return self.tp.sum_over_ranks(columns)[..., self.group : self.group + 1]
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
-        """An empty memory for `batch` rows."""
+        """An empty state for `batch` rows."""
         channels = self.inner + 2 * self.groups * self.d_state
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_taipan.model.stack import Recompute, recompute_all
 from megatron_taipan.parallel.tensor import TensorParallel
 
-# Matrix products with weights: dear to recompute, and their outputs are what a block cannot do without.
+# Matrix products with weights: expensive to recompute, and a block cannot run without their outputs.
 KEPT_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
@@ -21,9 +21,9 @@ def recompute_of(mode: str, every: int, tp: TensorParallel) -> Recompute | None:
 
     Args:
         mode: "none"; "full" stores what a segment of `every` layers begins with; "selective", layer by layer, also the
-            outputs of matrix products with weights, together with what travels for them between tensor ranks, so that
+            outputs of matrix products with weights, together with what is sent for them between tensor ranks, so that
             norms, convolution, scan and attention are computed again.
-        tp: this rank's place; holds what is kept of products that are joined with what travels.
+        tp: this rank's place; holds what is kept of products that include communication.
     """
     if mode == "none":
         return None
@@ -37,10 +37,10 @@ def recompute_selected(tp: TensorParallel, run: Callable[..., Any], *args: Any) 
 
 
 class _Products(TorchDispatchMode):
-    """Keeps what KEPT_OPERATORS give in the first pass, and gives it in their place, in that order, in the second.
+    """Keeps the outputs of KEPT_OPERATORS in the first pass, and returns them in that order in the second.
 
-    torch's create_selective_checkpoint_contexts counts every operator, those of ZeRO-3's gathering and freeing of
-    weights too: how many there are depends on what ran before, and after a validation its second pass failed.
+    torch's create_selective_checkpoint_contexts counts every operator, also those of ZeRO-3's gathering and freeing of
+    weights: how many there are depends on what ran before, and after a validation its second pass failed.
     """
 
     def __init__(self, kept: list[tuple[Tensor, int] | None], first: bool):
@@ -52,7 +52,7 @@ class _Products(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if self.first:
             out = func(*args, **(kwargs or {}))
-            self.kept.append((out.detach(), out._version))  # detached: autograd hangs the graph, and so us, on out
+            self.kept.append((out.detach(), out._version))  # detached: `out` holds the graph, and so this object
             return out
         place = self.given
         entry = self.kept[place] if place < len(self.kept) else None

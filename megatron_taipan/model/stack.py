@@ -1,7 +1,7 @@
-"""From embedded tokens to the loss: the steps that every way through the network shares.
+"""From embedded tokens to the loss: the steps that every path through the network shares.
 
 The trainer's whole model (taipan.py), its pipeline stages (engine/pipeline.py) and transformers' classes (hf/) differ
-in who holds which layer and what comes in and goes out. What is computed between is said here, once.
+in which process holds which layer and in their inputs and outputs. What is computed between is here, once.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def run_layers(
     """The residual stream [b, l, d] through the layers, and what they measured.
 
     Args:
-        recompute: activation checkpointing, while gradients are wanted; None: everything is kept.
+        recompute: activation checkpointing, while gradients are needed; None: everything is kept.
     """
     if recompute is None or not torch.is_grad_enabled() or ctx.cache is not None:
         return run_segment(layers, h, ctx, 0, len(layers))
@@ -52,7 +52,7 @@ def run_layers(
 
 
 def run_segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Measured]]:
-    """Layers first to last - 1, which run together: additions to h are outstanding between them, not behind them."""
+    """Layers first to last - 1, which run together: additions to h are pending between them, not after the last."""
     stream, found = Stream(h), []
     for index in range(first, last):
         state = ctx.cache.layers[index] if ctx.cache is not None else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Stream(NamedTuple):
-    """The residual stream, the last addition to which may be outstanding: its value is h + branch.
+    """The residual stream, whose last addition may be pending: its value is h + branch.
 
     A layer hands on what its last part computed and leaves the addition to the norm of the next layer, whose kernel
     reads the sum anyway (`StreamNorm`). `total` adds where no layer follows that runs together with this one:
@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     """What a layer gives besides the stream. A tuple for ZeRO-3's sake.
 
     A metric is a mean over this rank's part of a micro-batch. What is logged is its mean over micro-batches, data and
-    tensor ranks: ranks that see other tokens or heads, as many each, need not agree on it before.
+    tensor ranks: ranks that see other tokens or heads, as many each, need no reduction before that.
     """
 
     metrics: Tensor  # [n] float32, in the order of the kind's `metrics`
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
     @staticmethod
     def join(parts: "list[Measured]") -> "Measured | None":
-        """Of consecutive layers: their metrics in memory of their own, the sum of their losses; None without any."""
+        """Of consecutive layers: their metrics as a new tensor, the sum of their losses; None without any."""
         if not parts:
             return None
         losses = [part.budget_loss for part in parts if part.budget_loss is not None]

@@ -93,14 +93,14 @@ class Taipan(nn.Module):
             tokens: [b, l] ids.
             labels: [b, l] the id that each position should predict; given: a loss comes back, else logits.
             loss_mask: [b, l] weight of each position's cross entropy; None: all 1.
-            seq_idx: [b, l] int32, non-decreasing document numbers; documents never see each other. Left padding is a
-                document of its own.
+            seq_idx: [b, l] int32, non-decreasing document numbers; documents never see each other. Left padding is its
+                own document.
             samples: [b] each row's index in the run, and step, the optimizer step: counters of the gate's noise.
             ce_scale: factor of the summed cross entropy; None: 1 / sum(loss_mask). A trainer passes the factor of
                 its whole global batch, so that the loss does not depend on how the batch is split.
-            gate: float32 [4 + S layers], the gates' settings of a training step (GateSettings.unpack); None: what the
-                configuration's schedules lead to.
-            cache: memory of earlier tokens, extended in place.
+            gate: float32 [4 + S layers], the gates' settings of a training step (GateSettings.unpack); None: the
+                last values of the configuration's schedules.
+            cache: state of earlier tokens, extended in place.
             all_logits: False: logits of the last position only, [b, 1, vocab].
         """
         settings = settings_of(self.config.gate, gate, step)
@@ -167,15 +167,15 @@ class Taipan(nn.Module):
         self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp)
 
     def release_graphs(self) -> None:
-        """Forgets what `capture` recorded. NCCL waits for ever to leave a communicator that a graph still holds."""
+        """Forgets what `capture` recorded. NCCL hangs when it leaves a communicator that a graph still holds."""
         self.graphs = None
         gc.collect()  # torch's recorded functions refer to each other
 
     def new_cache(self, batch: int, device=None, dtype=None) -> Cache:
-        """An empty memory for decoding `batch` rows.
+        """An empty cache for decoding `batch` rows.
 
         Args:
-            dtype: of the remembered keys, values and convolution inputs; None: the embedding's.
+            dtype: of the cached keys, values and convolution inputs; None: the embedding's.
         """
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype

@@ -1,4 +1,4 @@
-"""What one rank alone can see, a fault or an answer, becomes known to all. Collective where there are several ranks."""
+"""Shares what only one rank can see, a fault or an answer, with all ranks. Collective where there are several ranks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,13 +32,13 @@ def gather_objects(mine: Any, group: Any = None) -> list[Any]:
 def attempt_on_all_ranks(
     action: Callable[[], Result], caught: type[Exception], describe: Callable[[Exception], str]
 ) -> tuple[Result | None, tuple[int, str] | None]:
-    """Runs `action` on every rank, and tells all of the first rank on which it raised what is `caught`.
+    """Runs `action` on every rank, and reports to all the first rank on which it raised `caught`.
 
-    So a fault that one rank alone can see (a file missing on its host) ends the run at once, where otherwise the
+    So a fault that only one rank can see (a file missing on its host) ends the run at once, where otherwise the
     others would wait in the next collective until its timeout.
 
     Returns:
-        this rank's result, and the first rank that failed with what `describe` made of it; None where none did.
+        this rank's result, and the first rank that failed with what `describe` returned for it; None where none failed.
     """
     result, fault = None, None
     try:

@@ -1,6 +1,6 @@
 """Collectives of the tensor-parallel group as autograd functions.
 
-A block reads a replicated (or sharded) stream, works on this rank's slice of the heads, and gives back a partial sum.
+A block reads a replicated (or sharded) stream, works on this rank's slice of the heads, and returns a partial sum.
 `copy_to_tensor_parallel` and `reduce_from_tensor_parallel` are those two edges (Megatron-LM's names); with sequence
 parallelism they gather and scatter the tokens instead of all-reducing (Korthikanti et al. 2022, arXiv 2205.05198,
 section 4.2.2).
@@ -8,10 +8,10 @@ section 4.2.2).
     copy_to_tensor_parallel      forward: identity   | all-gather        backward: all-reduce | reduce-scatter
     reduce_from_tensor_parallel  forward: all-reduce | reduce-scatter    backward: identity   | all-gather
 
-The shards are runs of the tokens of all b rows, one row behind the other: rank r holds tokens r n / tp to
-(r + 1) n / tp - 1 of n = b l. So what the collectives give and take lies in order in memory, whatever b is; shards of
-each row would have to be copied into place on every edge. What works on single tokens does not care; who needs rows
-knows their number and length.
+The shards are runs of the tokens of all b rows, one row after the other: rank r holds tokens r n / tp to
+(r + 1) n / tp - 1 of n = b l. So what the collectives send and receive is in order in memory, whatever b is; shards of
+each row would have to be copied into place on every edge. Code that works on single tokens is not affected; code that
+needs rows knows their number and length.
 
 The layers reach them by their group's methods (tensor.py). The edges with the products beside them are in linear.py,
 parameters that all ranks hold in replicated.py.
@@ -52,23 +52,23 @@ def reduce_scatter(x: Tensor, tp: "TensorParallel", *, async_op: bool = False) -
 
 
 def gather_shards(x: Tensor, tp: "TensorParallel") -> Tensor:
-    """[n/tp, ...] -> [n, ...], through the exchange where there is one."""
-    if tp.exchange is None:
+    """[n/tp, ...] -> [n, ...], through the overlapped communication where there is one."""
+    if tp.overlapped_comm is None:
         return all_gather(x, tp)
     x = x.contiguous()
     whole = x.new_empty(tp.size * len(x), *x.shape[1:])
     tp.count("all_gather", whole)
-    tp.exchange.gather(x, lambda rank, piece: whole.chunk(tp.size)[rank].copy_(piece))
+    tp.overlapped_comm.gather(x, lambda rank, chunk: whole.chunk(tp.size)[rank].copy_(chunk))
     return whole
 
 
 def scatter_sum(x: Tensor, tp: "TensorParallel") -> Tensor:
-    """[..., d] -> this rank's [n/tp, d] of the sum, through the exchange where there is one."""
-    if tp.exchange is None:
+    """[..., d] -> this rank's [n/tp, d] of the sum, through the overlapped communication where there is one."""
+    if tp.overlapped_comm is None:
         return reduce_scatter(x, tp)[0]
     tp.count("reduce_scatter", x)
-    pieces = x.reshape(-1, x.shape[-1]).contiguous().chunk(tp.size)
-    return tp.exchange.scatter(lambda rank: pieces[rank])
+    chunks = x.reshape(-1, x.shape[-1]).contiguous().chunk(tp.size)
+    return tp.overlapped_comm.scatter(lambda rank: chunks[rank])
 
 
 class SumGradient(torch.autograd.Function):
@@ -104,7 +104,7 @@ class SumBoth(torch.autograd.Function):
 
 
 def _sum_quickly(x: Tensor, tp: "TensorParallel") -> Tensor:
-    total = tp.exchange.sum(x) if tp.exchange is not None else None
+    total = tp.overlapped_comm.sum(x) if tp.overlapped_comm is not None else None
     if total is None:
         return all_reduce(x, tp)
     tp.count("all_reduce", x)

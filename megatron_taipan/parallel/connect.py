@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.all_ranks import gather_objects
-from megatron_taipan.parallel.exchange import Messages, OverlappedComm
 from megatron_taipan.parallel.groups import Groups, build_groups
 from megatron_taipan.parallel.mesh import fit_mesh
+from megatron_taipan.parallel.overlapped_comm import Messages, OverlappedComm
 from megatron_taipan.parallel.tensor import TensorParallel
 
 
@@ -27,16 +27,18 @@ def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Grou
     groups = build_groups(mesh, sequence_parallel=p.shards_tokens(seq_len), timeout_s=p.timeout_s)
     if not groups.tensor.sequence_parallel:
         return groups, "every tensor rank has all tokens" if p.tensor > 1 else ""
-    exchange, report = find_exchange(groups.tensor, p, device)
-    return replace(groups, tensor=replace(groups.tensor, exchange=exchange)), report
+    comm, report = find_overlapped_comm(groups.tensor, p, device)
+    return replace(groups, tensor=replace(groups.tensor, overlapped_comm=comm)), report
 
 
-def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -> tuple[OverlappedComm | None, str]:
-    """The group's exchange, or None and why collectives serve instead; the same on all its ranks."""
+def find_overlapped_comm(
+    tp: TensorParallel, p: ParallelConfig, device: torch.device
+) -> tuple[OverlappedComm | None, str]:
+    """The group's overlapped communication, or None; and for the log how tokens travel. The same on all its ranks."""
     if not p.overlap:
         return None, "tokens travel by collectives (parallel.overlap=false)"
     if device.type == "cpu":
-        return Messages(tp.rank, tp.size, tp.group), "tokens travel in pieces"
+        return Messages(tp.rank, tp.size, tp.group), "tokens travel in chunks"
     hosts = sorted(set(gather_objects(socket.gethostname(), tp.group)))
     if len(hosts) > 1:
         return None, f"tokens travel by collectives (a tensor group on hosts {', '.join(hosts)})"
@@ -44,11 +46,11 @@ def find_exchange(tp: TensorParallel, p: ParallelConfig, device: torch.device) -
     try:
         from megatron_taipan.parallel.peer_memory import PeerMemory  # not every torch has symmetric memory
 
-        exchange = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s)
-        exchange.make_room(1, device)
+        comm = PeerMemory(tp.rank, tp.size, tp.group, timeout_s=p.timeout_s)
+        comm.make_buffer(1, device)
     except (RuntimeError, ImportError) as error:
         reason = repr(error)
     reasons = gather_objects(reason, tp.group)
     if any(reasons):
         return None, f"tokens travel by collectives (symmetric memory: {next(filter(None, reasons))})"
-    return exchange, "tokens travel through the GPUs' memory"
+    return comm, "tokens travel through the GPUs' memory"

@@ -1,8 +1,9 @@
-"""The products on a block's two edges together with what travels there between tensor ranks.
+"""The products on a block's two edges together with what tensor ranks send each other there.
 
-Where the tokens are sharded and the group has an exchange (exchange.py), the products go piece by piece and hide the
-way of the tokens; else the weights' gradients hide the backward collective. A shard is kept for the backward pass as
-it is, and gathered once more there. Selective recomputation keeps what a product gave together with its exchange.
+Where the tokens are sharded and the group has an `overlapped_comm` (overlapped_comm.py), the products are computed
+chunk by chunk while the tokens are under way; otherwise the weights' gradients are computed during the backward
+collective. A shard is saved for the backward pass as it is, and gathered again there. Selective recomputation caches
+the result of a product together with its communication.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.parallel.collectives import all_gather, reduce_scatter
-from megatron_taipan.parallel.exchange import Fetch
+from megatron_taipan.parallel.overlapped_comm import Fetch
 
 if TYPE_CHECKING:
     from megatron_taipan.parallel.tensor import TensorParallel
@@ -37,28 +38,28 @@ class ColumnParallelLinear(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [n, e]
         needs_x, *needed = ctx.needs_input_grad[1:]
-        run = _enter_whole if ctx.tp.exchange is None else _enter_in_pieces
-        dx, dweights = run(ctx.tp, x, weights, rows, needs_x, needed)
+        gradients = _grads_by_collectives if ctx.tp.overlapped_comm is None else _grads_in_chunks
+        dx, dweights = gradients(ctx.tp, x, weights, rows, needs_x, needed)
         return None, dx, *dweights
 
 
 def _products(tp: "TensorParallel", x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """x [b, l, d], or [n, d] from its shards, times each of the weights."""
-    if tp.exchange is None:
+    if tp.overlapped_comm is None:
         whole = all_gather(x, tp) if tp.sequence_parallel else x
         return tuple(F.linear(whole, weight) for weight in weights)
     outputs = tuple(x.new_empty(tp.size * len(x), len(weight)) for weight in weights)
 
-    def product(rank: int, piece: Tensor) -> None:
+    def product(rank: int, chunk: Tensor) -> None:
         for out, weight in zip(outputs, weights, strict=True):
-            torch.mm(piece, weight.t(), out=out.chunk(tp.size)[rank])
+            torch.mm(chunk, weight.t(), out=out.chunk(tp.size)[rank])
 
-    tp.count("all_gather", x, pieces=tp.size)
-    tp.exchange.gather(x, product)
+    tp.count("all_gather", x, chunks=tp.size)
+    tp.overlapped_comm.gather(x, product)
     return outputs
 
 
-def _enter_whole(tp, x, weights, rows, needs_x, needed):
+def _grads_by_collectives(tp, x, weights, rows, needs_x, needed):
     """Gradients of x and of the weights where needed, from those of the outputs, rows [n, e] each."""
     whole = all_gather(x, tp) if tp.sequence_parallel and any(needed) else x
     dx = work = None
@@ -72,12 +73,12 @@ def _enter_whole(tp, x, weights, rows, needs_x, needed):
     return dx, dweights
 
 
-def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
-    """As `_enter_whole`; x [n/tp, d] comes from the other ranks under the products that make its gradient."""
+def _grads_in_chunks(tp, x, weights, rows, needs_x, needed):
+    """As `_grads_by_collectives`; x [n/tp, d] comes from the other ranks under the products that make its gradient."""
     fetch = None
     if any(needed):
-        tp.count("all_gather", x, pieces=tp.size)
-        fetch = Fetch(tp.exchange, x)
+        tp.count("all_gather", x, chunks=tp.size)
+        fetch = Fetch(tp.overlapped_comm, x)
     dweights: list[Tensor | None] = [None] * len(weights)
 
     def of_weights() -> None:
@@ -89,13 +90,13 @@ def _enter_in_pieces(tp, x, weights, rows, needs_x, needed):
         fetch.end()
 
     if needs_x:
-        tp.count("reduce_scatter", x, pieces=tp.size)
-        pieces = [grad.chunk(tp.size) for grad in rows]
+        tp.count("reduce_scatter", x, chunks=tp.size)
+        chunks = [grad.chunk(tp.size) for grad in rows]
 
         def part(rank: int, total: Tensor | None = None) -> Tensor:
-            return _sum_over_weights([p[rank] for p in pieces], weights, total)
+            return _sum_over_weights([p[rank] for p in chunks], weights, total)
 
-        return tp.exchange.scatter(part, of_weights, partial(part, tp.rank)), dweights
+        return tp.overlapped_comm.scatter(part, of_weights, partial(part, tp.rank)), dweights
     of_weights()
     return None, dweights
 
@@ -124,27 +125,27 @@ class RowParallelLinear(torch.autograd.Function):
         tp, grad = ctx.tp, grad.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         flat, rows = dx.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
-        if tp.exchange is None:
+        if tp.overlapped_comm is None:
             whole = all_gather(grad, tp) if tp.sequence_parallel else grad.view(-1, grad.shape[-1])
             torch.mm(whole, weight, out=flat)
             return None, dx, whole.t() @ rows
-        tp.count("all_gather", grad, pieces=tp.size)
-        pieces = flat.chunk(tp.size)
-        dweight = tp.exchange.gather(
-            grad, lambda rank, piece: torch.mm(piece, weight, out=pieces[rank]), lambda whole: whole.t() @ rows
+        tp.count("all_gather", grad, chunks=tp.size)
+        chunks = flat.chunk(tp.size)
+        dweight = tp.overlapped_comm.gather(
+            grad, lambda rank, chunk: torch.mm(chunk, weight, out=chunks[rank]), lambda whole: whole.t() @ rows
         )
         return None, dx, dweight
 
 
 def _summed_product(tp: "TensorParallel", x: Tensor, weight: Tensor) -> tuple[Tensor]:
     """The sum over the ranks of x [..., e] @ weight [d, e].t(), or this rank's shard of it."""
-    if tp.exchange is None:
+    if tp.overlapped_comm is None:
         total, work = _start_sum(F.linear(x, weight), tp)
         work.wait()
         return (total,)
-    pieces = x.reshape(-1, x.shape[-1]).chunk(tp.size)
-    shard = tp.exchange.scatter(lambda rank: pieces[rank] @ weight.t())
-    tp.count("reduce_scatter", shard, pieces=tp.size)
+    chunks = x.reshape(-1, x.shape[-1]).chunk(tp.size)
+    shard = tp.overlapped_comm.scatter(lambda rank: chunks[rank] @ weight.t())
+    tp.count("reduce_scatter", shard, chunks=tp.size)
     return (shard,)
 
 

@@ -7,12 +7,13 @@
     tensor    other parts of the same matrices
 
 Ranks count the last axis fastest, as in Megatron-LM and in DeepSpeed's PipeModelDataParallelTopology, so that a tensor
-group lies within one host. Two numbers of a rank look alike while context is 1, and are different questions: which
+group stays within one host. Two numbers of a rank look alike while context is 1, and are different questions: which
 samples it reads depends on `data` alone; which shard of ZeRO's state it holds depends on `data` and `context` together,
 since all of these ranks hold the same parameters.
 
 torch's DeviceMesh answers the same questions only where process groups are open (a dry run and a reshard have none),
-joins two axes by a private method (`_flatten`), and opens a group for every axis, pipeline's too, which is DeepSpeed's.
+joins two axes by a private method (`_flatten`), and opens a group for every axis, also the pipeline's, which DeepSpeed
+opens itself.
 """
 
 import math
@@ -91,7 +92,7 @@ def fit_mesh(processes: int, p: ParallelConfig) -> Mesh:
     """The mesh of a configuration: what tensor and pipeline leave of the processes is for data.
 
     Raises:
-        UserError: there is no process, or tensor * pipeline does not divide their number.
+        UserError: there are no processes, or tensor * pipeline does not divide their number.
     """
     if processes < 1:
         raise UserError(f"{processes} processes cannot train; give at least 1")

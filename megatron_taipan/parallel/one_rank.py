@@ -1,6 +1,6 @@
-"""What the layers ask of their tensor-parallel group, answered for a group of one: nothing travels.
+"""What the layers ask of their tensor-parallel group, answered for a group of one: nothing is sent.
 
-tensor.py answers for groups of any size; the names are Megatron-LM's where it has one. Layers ask the object that they
+tensor.py answers for groups of any size; names are Megatron-LM's where it has one. Layers ask the object that they
 were built with and import nothing else of this room, so that a network on one process needs this file alone.
 """
 

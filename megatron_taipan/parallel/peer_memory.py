@@ -1,8 +1,8 @@
-"""Exchanges through the GPUs' memory: pieces are written where the other rank reads them, by copy engines.
+"""Transfers through the GPUs' memory: chunks are written where the other rank reads them, by copy engines.
 
-Those take no multiprocessor from the products beside them, as NCCL's kernels do. The scheme is that of torch's
-fused_all_gather_matmul (torch/distributed/_symmetric_memory), but pieces are read where they land. Copies within one
-GPU remain where all pieces must form one tensor (`place`) and where a sum outlives its room (`take`).
+Unlike NCCL's kernels, copy engines take no multiprocessors from the products that run beside them. The scheme is that
+of torch's fused_all_gather_matmul (torch/distributed/_symmetric_memory), but chunks are read where they arrive. Copies
+within one GPU remain where all chunks must form one tensor (`place`) and where a sum outlives its buffer (`take`).
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
-from megatron_taipan.parallel.exchange import OverlappedComm, Transfer
+from megatron_taipan.parallel.overlapped_comm import OverlappedComm, Transfer
 
-SLOTS = 2  # pieces of two exchanges may be under way at once
+SLOTS = 2  # chunks of two transfers may be under way at once
 ALIGNMENT = 512  # bytes
 SMALL = 2**19  # bytes that `sum` takes
 
@@ -23,20 +23,20 @@ SMALL = 2**19  # bytes that `sum` takes
 class PeerMemory(OverlappedComm):
     """Through memory that all GPUs of the group see (torch's symmetric memory, NVLink or PCIe peer access).
 
-    For each slot a rank has room for one piece of every rank, in their order, so that together they are one tensor. A
-    piece is copied there and then announced by a signal; the receiver gives another one back when it has used it, and
-    until then nobody writes there again. So exchanges may be recorded in CUDA graphs, and these replayed in whatever
-    order, if it is the same on all ranks.
+    For each slot a rank has space for one chunk of every rank, in their order, so that together they are one tensor. A
+    chunk is copied there and then announced by a signal; the receiver signals back when it has used it, and until then
+    no rank writes there again. So transfers may be recorded in CUDA graphs, and these replayed in any order that is the
+    same on all ranks.
 
     Args:
-        timeout_s: a piece that does not arrive for so long ends the process.
+        timeout_s: a chunk that does not arrive for so long ends the process.
     """
 
     def __init__(self, rank: int, size: int, group: Any, *, timeout_s: float):
         super().__init__(rank, size)
         self.group, self.timeout_ms = group, int(timeout_s * 1000)
         self.side = torch.cuda.Stream()
-        self.rooms: list[_Room] = []  # the last one is the largest; graphs may have recorded the others
+        self.buffers: list[_Buffer] = []  # the last one is the largest; graphs may have recorded the others
         self.next_slot = 0
         self.sums: Tensor | None = None  # symmetric memory of `sum`
 
@@ -47,102 +47,102 @@ class PeerMemory(OverlappedComm):
         if self.sums is None:
             self.sums = symmetric.empty(SMALL // 4, dtype=torch.float32, device=x.device)
             symmetric.rendezvous(self.sums, self.group)
-        room = self.sums[: x.numel()].view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", self.group.group_name)
+        buffer = self.sums[: x.numel()].view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.contiguous(), "sum", self.group.group_name)
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Transfer:
         n_bytes = dtype.itemsize * math.prod(shape)
-        if not self.rooms or self.rooms[-1].capacity < n_bytes:
-            self.make_room(n_bytes, device)
+        if not self.buffers or self.buffers[-1].capacity < n_bytes:
+            self.make_buffer(n_bytes, device)
         slot, self.next_slot = self.next_slot, (self.next_slot + 1) % SLOTS
-        return _PeerTrip(self, self.rooms[-1], slot, shape, dtype)
+        return _PeerTransfer(self, self.buffers[-1], slot, shape, dtype)
 
-    def make_room(self, n_bytes: int, device: torch.device) -> None:
-        """Symmetric memory for pieces of that size; collective.
+    def make_buffer(self, n_bytes: int, device: torch.device) -> None:
+        """Symmetric memory for chunks of that size; collective.
 
         Raises:
             torch.OutOfMemoryError: there is too little.
             RuntimeError: a GPU does not see the others' memory.
         """
-        torch.cuda.empty_cache()  # this memory is none of the caching allocator's
+        torch.cuda.empty_cache()  # this memory does not come from the caching allocator
         free, _ = torch.cuda.mem_get_info(device)
         if free < (needed := SLOTS * self.size * n_bytes):
             raise torch.OutOfMemoryError(f"{needed:,} bytes for exchanged tokens, {free:,} are free.")
-        self.rooms.append(_Room(self, n_bytes, device))
+        self.buffers.append(_Buffer(self, n_bytes, device))
 
 
-class _Room:
-    """Symmetric memory for pieces of up to n_bytes; making one is a collective call.
+class _Buffer:
+    """Symmetric memory for chunks of up to n_bytes; making one is a collective call.
 
     Attributes:
-        capacity: bytes of the largest piece; size * capacity are a slot's.
+        capacity: bytes of the largest chunk; size * capacity are a slot's.
     """
 
-    def __init__(self, exchange: PeerMemory, n_bytes: int, device: torch.device):
+    def __init__(self, comm: PeerMemory, n_bytes: int, device: torch.device):
         self.capacity = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        self.memory = symmetric.empty(SLOTS * exchange.size * self.capacity, dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(self.memory, exchange.group)
+        self.memory = symmetric.empty(SLOTS * comm.size * self.capacity, dtype=torch.uint8, device=device)
+        self.handle = symmetric.rendezvous(self.memory, comm.group)
         for slot in range(SLOTS):
-            for peer in exchange.peers:  # all is free
-                self.handle.put_signal(peer, SLOTS + slot, exchange.timeout_ms)
+            for peer in comm.peers:  # every slot is free
+                self.handle.put_signal(peer, SLOTS + slot, comm.timeout_ms)
 
 
-class _PeerTrip:
-    """Channel `slot` of the room's signals says that a piece has come, channel SLOTS + slot that it has been used."""
+class _PeerTransfer:
+    """The buffer's signals: channel `slot` says that a chunk arrived, channel SLOTS + slot that it was used."""
 
-    def __init__(self, exchange: PeerMemory, room: _Room, slot: int, shape: Sequence[int], dtype: torch.dtype):
-        self.exchange, self.room, self.slot, self.shape, self.dtype = exchange, room, slot, tuple(shape), dtype
+    def __init__(self, comm: PeerMemory, buffer: _Buffer, slot: int, shape: Sequence[int], dtype: torch.dtype):
+        self.comm, self.buffer, self.slot, self.shape, self.dtype = comm, buffer, slot, tuple(shape), dtype
         self.sent: list[Tensor] = []
-        self.unacknowledged = list(exchange.peers)  # who have not been told that their piece was used
-        self.done: torch.cuda.Event | None = None  # what this trip has on the side stream
+        self.unacknowledged = list(comm.peers)  # ranks that have had no signal yet that their chunk was used
+        self.done: torch.cuda.Event | None = None  # the last work of this transfer on the side stream
 
-    def _pieces(self, holder: int, first: int, n: int = 1) -> Tensor:
-        """The pieces of n ranks from the first on, in the memory of `holder`: [n x piece, ...]."""
-        slot = self.slot * self.exchange.size * self.room.capacity // self.dtype.itemsize
+    def _chunks(self, holder: int, first: int, n: int = 1) -> Tensor:
+        """The chunks of n ranks from the first on, in the memory of `holder`: [n x chunk, ...]."""
+        slot = self.slot * self.comm.size * self.buffer.capacity // self.dtype.itemsize
         shape = n * self.shape[0], *self.shape[1:]
-        return self.room.handle.get_buffer(holder, shape, self.dtype, slot + first * math.prod(self.shape))
+        return self.buffer.handle.get_buffer(holder, shape, self.dtype, slot + first * math.prod(self.shape))
 
-    def send(self, peer: int, piece: Tensor) -> None:
-        e, handle = self.exchange, self.room.handle
-        self.sent.append(piece)  # or its memory would be given out again while it is read on the side
+    def send(self, peer: int, chunk: Tensor) -> None:
+        e, handle = self.comm, self.buffer.handle
+        self.sent.append(chunk)  # or its memory would be reused while the side stream reads it
         e.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(e.side):
             handle.wait_signal(peer, SLOTS + self.slot, e.timeout_ms)
-            self._pieces(peer, e.rank).copy_(piece)
+            self._chunks(peer, e.rank).copy_(chunk)
             handle.put_signal(peer, self.slot, e.timeout_ms)
         self.done = e.side.record_event()
 
     def receive(self, peer: int) -> Tensor:
-        # not before our own pieces have left: a graph whose branches were run one by one could wait here for ever
+        # not before this rank's chunks are sent: a graph whose branches run one by one could hang here
         self._await_side()
-        self.room.handle.wait_signal(peer, self.slot, self.exchange.timeout_ms)
-        return self._pieces(self.exchange.rank, peer)
+        self.buffer.handle.wait_signal(peer, self.slot, self.comm.timeout_ms)
+        return self._chunks(self.comm.rank, peer)
 
     def take(self, peer: int) -> Tensor:
-        e, handle = self.exchange, self.room.handle
-        # A slot's acknowledgement says that all of it has been used: the next pieces may be larger and lie elsewhere.
-        assert e.size == 2, "one of several pieces cannot be given back alone"
-        piece = torch.empty(self.shape, dtype=self.dtype, device=self.room.memory.device)
+        e, handle = self.comm, self.buffer.handle
+        # A slot's acknowledgement says that all of it has been used: the next chunks may be larger and elsewhere.
+        assert e.size == 2, "one of several chunks cannot be acknowledged alone"
+        chunk = torch.empty(self.shape, dtype=self.dtype, device=self.buffer.memory.device)
         e.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(e.side):  # behind what we send, as in `receive`
+        with torch.cuda.stream(e.side):  # after what this rank sends, as in `receive`
             handle.wait_signal(peer, self.slot, e.timeout_ms)
-            piece.copy_(self._pieces(e.rank, peer))
+            chunk.copy_(self._chunks(e.rank, peer))
             handle.put_signal(peer, SLOTS + self.slot, e.timeout_ms)
         self.unacknowledged.remove(peer)
         self.done = e.side.record_event()
-        return piece
+        return chunk
 
-    def place(self, piece: Tensor) -> None:
-        e = self.exchange
-        self.sent.append(piece)
+    def place(self, chunk: Tensor) -> None:
+        e = self.comm
+        self.sent.append(chunk)
         e.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(e.side):
-            self._pieces(e.rank, e.rank).copy_(piece)
+            self._chunks(e.rank, e.rank).copy_(chunk)
         self.done = e.side.record_event()
 
     def whole(self) -> Tensor:
         self._await_side()
-        return self._pieces(self.exchange.rank, 0, self.exchange.size)
+        return self._chunks(self.comm.rank, 0, self.comm.size)
 
     def _await_side(self) -> None:
         if self.done is not None:
@@ -153,4 +153,4 @@ class _PeerTrip:
         self._await_side()
         self.sent.clear()
         for peer in self.unacknowledged:
-            self.room.handle.put_signal(peer, SLOTS + self.slot, self.exchange.timeout_ms)
+            self.buffer.handle.put_signal(peer, SLOTS + self.slot, self.comm.timeout_ms)

@@ -1,7 +1,7 @@
-"""What selective recomputation keeps of products between tensor ranks: their results, whatever was sent for them.
+"""What selective recomputation keeps of products between tensor ranks: their results, communication included.
 
 torch's selective checkpointing keeps the outputs of single operators, so it would keep a product and send its tokens
-once more. And a product in pieces is many operators, which it would count.
+again. And a product in chunks is many operators, each of which it would count.
 """
 
 from collections import deque

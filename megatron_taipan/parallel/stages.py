@@ -11,7 +11,7 @@ def stage_bounds(costs: Sequence[float], cuts: Sequence[int], stages: int) -> li
     Args:
         costs: of each layer, in any unit; the first and last include what embedding and head cost.
         cuts: layer indices before which a stage starts, from the pattern; empty: the cost is balanced, so that the
-            dearest stage is as cheap as possible.
+            most expensive stage costs as little as possible.
 
     Raises:
         UserError: the cuts do not make that many stages, or there are fewer layers than stages.
@@ -26,7 +26,7 @@ def stage_bounds(costs: Sequence[float], cuts: Sequence[int], stages: int) -> li
         raise UserError(f"parallel.pipeline={stages} needs at least {stages} layers; model.pattern has {n}")
     if cuts:
         return [0, *cuts, n]
-    # best[k][i]: the dearest stage when k stages hold the first i layers; start[k][i]: where the last of them begins.
+    # best[k][i]: the highest cost of a stage when k stages hold the first i layers; start[k][i]: where the last begins.
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
@@ -36,9 +36,9 @@ def stage_bounds(costs: Sequence[float], cuts: Sequence[int], stages: int) -> li
     for k in range(1, stages + 1):
         for i in range(k, n + 1):
             for j in range(k - 1, i):
-                dearest = max(best[k - 1][j], total[i] - total[j])
-                if dearest < best[k][i]:
-                    best[k][i], start[k][i] = dearest, j
+                highest = max(best[k - 1][j], total[i] - total[j])
+                if highest < best[k][i]:
+                    best[k][i], start[k][i] = highest, j
     bounds = [n]
     for k in range(stages, 0, -1):
         bounds.append(start[k][bounds[-1]])

@@ -1,7 +1,7 @@
 """This rank's place in its tensor-parallel group, and what the layers ask of the group: the real `OneRank`.
 
-How things travel is in collectives.py, products together with what travels for them in linear.py, parameters that all
-ranks hold in replicated.py.
+Collectives are in collectives.py, products together with their communication in linear.py, parameters that all ranks
+hold in replicated.py.
 """
 
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ from megatron_taipan.parallel.collectives import (
     all_reduce,
 )
 from megatron_taipan.parallel.counter import CommCounter
-from megatron_taipan.parallel.exchange import OverlappedComm
 from megatron_taipan.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_taipan.parallel.one_rank import OneRank
+from megatron_taipan.parallel.overlapped_comm import OverlappedComm
 from megatron_taipan.parallel.recompute_cache import RecomputeCache
 from megatron_taipan.parallel.replicated import sum_gradients
 
@@ -41,15 +41,15 @@ class TensorParallel(OneRank):
     group: Any = None
     sequence_parallel: bool = False
     counter: CommCounter = field(default_factory=CommCounter)
-    exchange: OverlappedComm | None = None  # of shards, in pieces under the products; None: collectives, or no shards
+    overlapped_comm: OverlappedComm | None = None  # of shards, beside the products; None: collectives, or no shards
     recompute_cache: RecomputeCache = field(default_factory=RecomputeCache)
 
-    def count(self, collective: str, tensor: Tensor, pieces: int = 1) -> None:
-        """Notes what is sent: a tensor as a whole, or as one of so many pieces of it."""
-        self.counter.add(collective, tensor.numel() * tensor.element_size() * pieces)
+    def count(self, collective: str, tensor: Tensor, chunks: int = 1) -> None:
+        """Notes what is sent: a tensor as a whole, or as one of so many chunks."""
+        self.counter.add(collective, tensor.numel() * tensor.element_size() * chunks)
 
     def stream_shape(self, batch: int, length: int, d_model: int) -> tuple[int, ...]:
-        """Of the residual stream on this rank: [b, l, d], or with sequence parallelism its run of the tokens."""
+        """Of the residual stream on this rank: [b, l, d], or with sequence parallelism its shard of the tokens."""
         if self.sequence_parallel:
             return batch * length // self.size, d_model
         return batch, length, d_model

@@ -9,12 +9,12 @@ With T = b l d elements of the stream, per layer, micro-batch and training step 
     embedding   one forward;  head: one backward, and per chunk of tokens the maxima and two sums of its rows
 
 Where the groups of M (or the key-value heads) are fewer than the ranks, one small all-reduce of parameter gradients
-comes on top, and for M two of the norm's sums of squares. Sequence parallelism replaces each all-reduce of T by an
+comes in addition, and for M two of the norm's sums of squares. Sequence parallelism replaces each all-reduce of T by an
 all-gather and a reduce-scatter, which together send as much, and adds the gradients of norms and gate, and one more
 all-gather where a product's input is needed for the gradient of its weights (M and the MLP). Layers recorded as CUDA
 graphs send all gradients of replicated parameters of a graph at once.
 
-Recomputation sends more, which is not counted here: full all of the forward pass once more, selective what has no
+Recomputation sends more, which is not counted here: full all of the forward pass again, selective what has no
 product with it, the edges of attention, the gate's numbers and the norm's sums.
 """
 
@@ -73,7 +73,7 @@ class LayerTraffic(Traffic):
         self.add("all_gather", n_bytes)
 
     def into_block(self) -> None:
-        """The stream comes into a block, whose gradient goes back."""
+        """The stream enters a block, and its gradient comes back."""
         if self.sequence:
             self.all_gather(self.stream)
             self.add("reduce_scatter", self.stream)
@@ -81,12 +81,12 @@ class LayerTraffic(Traffic):
             self.all_reduce(self.stream)  # backward
 
     def input_for_weights(self) -> None:
-        """A product's input, once more, for the gradient of its weights."""
+        """A product's input, again, for the gradient of its weights."""
         if self.sequence:
             self.all_gather(self.stream)
 
     def out_of_block(self) -> None:
-        """A block's partial sums go into the stream."""
+        """A block's partial sums are added to the stream."""
         if self.sequence:
             self.add("reduce_scatter", self.stream)
             self.all_gather(self.stream)
@@ -99,7 +99,7 @@ class LayerTraffic(Traffic):
             self.all_reduce(4 * self.config.d_model)
 
     def mlp(self) -> None:
-        """SwiGLU behind its norm."""
+        """SwiGLU after its norm."""
         self.norm()
         self.into_block()
         self.input_for_weights()

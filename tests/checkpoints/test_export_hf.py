@@ -23,7 +23,7 @@ from megatron_taipan.checkpoint.files import TensorFile
 from megatron_taipan.config import DataSource, dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
-from megatron_taipan.inference.loading import build_model, load_model
+from megatron_taipan.inference.loading import build_with_weights, load_model
 from megatron_taipan.inference.text import model_tokenizer
 from tests.checkpoints.made import MANIFEST, MemoryState, memory_state, train_sentencepiece, write_checkpoint
 from tests.inference.networks import VOCABULARY
@@ -62,7 +62,7 @@ def test_the_folder_gives_the_trainers_logits_elsewhere(tmp_path, dtype, tied):
     state = memory_state("M S W M A", tie_embeddings=tied)
     assert export(state, tmp_path / "hf", dtype=dtype, max_shard_bytes=20_000) <= 1e-5
     answer = as_a_stranger(tmp_path / "hf", tmp_path)
-    model = build_model(state.config.model, state.load, dtype)
+    model = build_with_weights(state.config.model, state.load, dtype)
     tokens = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
         logits = model(tokens).logits
@@ -87,7 +87,7 @@ def test_a_folder_whose_gate_has_schedules_stands_by_itself(tmp_path):
     assert export(state, tmp_path / "hf") <= 1e-5
     tokens = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
-        logits = build_model(state.config.model, state.load, torch.float32)(tokens).logits
+        logits = build_with_weights(state.config.model, state.load, torch.float32)(tokens).logits
     assert (as_a_stranger(tmp_path / "hf", tmp_path)["logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
@@ -152,10 +152,10 @@ def test_a_large_model_is_checked_layer_by_layer(tmp_path, dtype, tied):
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
     tokens = torch.arange(1, 41).view(2, 20)
-    whole = build_model(state.config.model, state.load, dtype)(tokens).logits
+    whole = build_with_weights(state.config.model, state.load, dtype)(tokens).logits
     assert torch.equal(export_hf.trainer_logits(state.config.model, state, tokens, dtype, dtype), whole)
     rounded = {name: tensor.to(dtype) if is_lowered(name) else tensor for name, tensor in state.weights.items()}
-    wide = build_model(state.config.model, lambda name: rounded[name].float(), torch.float32)(tokens).logits
+    wide = build_with_weights(state.config.model, lambda name: rounded[name].float(), torch.float32)(tokens).logits
     ours = export_hf.trainer_logits(state.config.model, state, tokens, dtype, torch.float32)
     assert torch.equal(ours, wide)
     assert dtype == torch.float32 or 0 < (ours - whole).abs().max() < 0.05 * whole.abs().max()

@@ -56,7 +56,7 @@ def truth(step: int) -> dict[str, Tensor]:
 
 
 def reduced(ours: bool, small: int, steps: list[int]) -> dict:
-    """Trains through ranges of 16 elements; what the optimizer found before each step, and when ranges started."""
+    """Trains with buckets of 16 elements; what the optimizer found before each step, and when buckets started."""
     import deepspeed
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
@@ -82,7 +82,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
     zero.check_grad_overflow = True
     partitions, full, started, copies = [], [], [], []
     if ours:
-        with mock.patch.object(reduction, "RANGE", 16), mock.patch.object(reduction, "SMALL", small):
+        with mock.patch.object(reduction, "BUCKET", 16), mock.patch.object(reduction, "SMALL", small):
             patch_zero12(zero)
         sums = zero.reduce_gradients.__self__
         hand_over = zero.reduce_gradients
@@ -113,7 +113,7 @@ def reduced(ours: bool, small: int, steps: list[int]) -> dict:
         "copies": any(copies), "masters": [m.detach().clone() for m in zero.single_partition_of_fp32_groups],
     }  # fmt: skip
     if ours:
-        result["ranges"] = [(part.owner, part.values.numel()) for part in sums.reduction.ranges]
+        result["buckets"] = [(bucket.owner, bucket.values.numel()) for bucket in sums.reduction.buckets]
         result["second"] = second_gradient(model, sums)
     engine.destroy()
     return result
@@ -158,18 +158,18 @@ def test_gradients_are_averages_wherever_they_came_from():
                     )  # fmt: skip
                     square += float(exact.square().sum())
                 torch.testing.assert_close(ways[name]["norms"][step], square**0.5, rtol=1e-6, atol=0)
-        assert all(owner is None for owner, _ in ways["to all"]["ranges"])
-        assert {owner for owner, _ in ways["to owners"]["ranges"]} == {0, 1}
+        assert all(owner is None for owner, _ in ways["to all"]["buckets"])
+        assert {owner for owner, _ in ways["to owners"]["buckets"]} == {0, 1}
         # nothing before the last micro-batch; then in the backward pass all that does not wait for others, unless a
         # gradient is missing
-        complete, started = len(ways["to owners"]["ranges"]), ways["to owners"]["started"]
+        complete, started = len(ways["to owners"]["buckets"]), ways["to owners"]["started"]
         assert started[0] == started[4] == complete
         assert all(count < complete for count in started[2:4])
         assert (started[1] < complete) == (rank == 1)
-        assert all(0 < ways["to all"]["started"][step] < len(ways["to all"]["ranges"]) for step in (0, 4))
+        assert all(0 < ways["to all"]["started"][step] < len(ways["to all"]["buckets"]) for step in (0, 4))
         for name in ("to owners", "to all"):
             assert ways[name]["before_last"] == 0
-            assert max(size for _, size in ways[name]["ranges"]) == 16
+            assert max(size for _, size in ways[name]["buckets"]) == 16
             assert "parameter b got another gradient" in ways[name]["second"]
             assert not ways[name]["copies"], "DeepSpeed keeps gradients or buckets besides"
         # DeepSpeed's own way: the same partitions, padding included, and the same weights

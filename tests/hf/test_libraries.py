@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoints.export_hf import export
-from megatron_taipan.inference.loading import build_model, load_model
+from megatron_taipan.inference.loading import build_with_weights, load_model
 from megatron_taipan.model.taipan import Taipan
 from tests.checkpoints.made import ROOT, memory_state, train_sentencepiece
 from tests.hf import tuner
@@ -59,7 +59,7 @@ def answers(tmp_path_factory) -> dict:
 
 def trainers(state, added: dict[str, torch.Tensor] | None = None) -> Taipan:
     """The trainer's network in float64, with what adapters add to its weights."""
-    model = build_model(state.config.model, state.load, torch.float32).double()
+    model = build_with_weights(state.config.model, state.load, torch.float32).double()
     for name, parameter in model.named_parameters():
         if added and name in added:
             parameter += added[name]

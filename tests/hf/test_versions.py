@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from checkpoints.export_hf import export
-from megatron_taipan.inference.loading import build_model
+from megatron_taipan.inference.loading import build_with_weights
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.versions import TRANSFORMERS_OLDEST, is_untested
 from tests.checkpoints.made import memory_state
@@ -68,7 +68,7 @@ def exports(tmp_path_factory) -> dict[Path, Taipan]:
     for number, pattern in enumerate(PATTERNS):
         state, folder = memory_state(pattern), place / f"hf{number}"
         export(state, folder)
-        made[folder] = build_model(state.config.model, state.load, torch.float32).double()
+        made[folder] = build_with_weights(state.config.model, state.load, torch.float32).double()
     return made
 
 

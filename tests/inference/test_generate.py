@@ -55,7 +55,7 @@ def test_prompts_come_from_a_file_too_and_seeds_repeat(trained, tmp_path, capsys
         ([], "nothing to continue"),
         (["--prompt", "x"], "names no tokenizer"),
         (["--prompt", "x", "--tokenizer", "none.model"], "none.model does not exist"),
-        (["--prompt", "x", "--top-p", "2"], r"top_p=2.0 must lie in"),
+        (["--prompt", "x", "--top-p", "2"], r"top_p=2.0 must be in"),
         (["--prompt", "x", "--device", "cuda:99"], "is not there"),
         (["--prompt", "x", "--device", "abacus"], "is unknown"),
         (["--prompt", "x", "--device", "vulkan"], "is unknown"),  # torch has the name, its wheels have no such device

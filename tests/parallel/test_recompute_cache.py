@@ -14,7 +14,7 @@ from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 from tests.parallel.test_shards import ranks
 
-WAYS = {"in pieces": {}, "collectives": {"overlap": False}, "all-reduces": {"sequence": False}}
+WAYS = {"in chunks": {}, "collectives": {"overlap": False}, "all-reduces": {"sequence": False}}
 PATTERN = "M W M"
 
 
@@ -42,12 +42,12 @@ def test_what_travels_with_a_product_travels_once(way):
 
 
 class Product(torch.autograd.Function):
-    """x @ weight, kept; two products, as one that is made in pieces."""
+    """x @ weight, kept; two products, as one that is made in chunks."""
 
     @staticmethod
     def forward(ctx, tp, x, weight):
         ctx.save_for_backward(x, weight)
-        (y,) = tp.recompute_cache(lambda: (torch.cat([piece @ weight for piece in x.chunk(2)]),))
+        (y,) = tp.recompute_cache(lambda: (torch.cat([chunk @ weight for chunk in x.chunk(2)]),))
         return y
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.model.gate_settings import settled
-from megatron_taipan.model.graphs import Group
+from megatron_taipan.model.graphs import LayerGroup
 from megatron_taipan.model.recompute import recompute_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.connect import connect
@@ -64,7 +64,7 @@ def test_taking_and_putting_tokens_are_inverse():
     assert launch(2, round_trip) == [[True, True], [True, True]]
 
 
-CASES = [  # processes; recomputation; products in pieces, or a collective and then the product
+CASES = [  # processes; recomputation; products in chunks, or a collective and then the product
     (2, "none", {}),
     (4, "none", {}),
     (2, "none", {"overlap": False}),
@@ -94,7 +94,7 @@ def gradients_of_a_group(ahead: bool, recompute: str) -> tuple[dict[str, torch.T
     """Every parameter's gradient of all layers as one group, and the all-reduces that they took."""
     tp = ranks()
     model = network(tp)
-    group = Group(list(model.layers), recompute_of(recompute, 1, tp), tp)
+    group = LayerGroup(list(model.layers), recompute_of(recompute, 1, tp), tp)
     rows, length = 2, 12
     h = torch.randn(rows * length, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     batch_meta = torch.zeros(rows, length, dtype=torch.int32), torch.arange(rows), torch.zeros((), dtype=torch.int64)

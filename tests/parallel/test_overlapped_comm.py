@@ -1,4 +1,4 @@
-"""Pieces between ranks: every rank gets what the others sent, in whatever order exchanges are made and replayed."""
+"""Chunks between ranks: every rank gets what the others sent, in any order of transfers and replays."""
 
 import random
 import time
@@ -12,20 +12,20 @@ import torch.distributed as dist
 from benchmarks.common import recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.exchange import Fetch, OverlappedComm
+from megatron_taipan.parallel.overlapped_comm import Fetch, OverlappedComm
 from megatron_taipan.parallel.peer_memory import PeerMemory
 from tests.distributed.launch import launch
 from tests.parallel.shared_file import pretended_gpus
 
 
-def exchange_of(device: torch.device) -> OverlappedComm:
+def overlapped_comm_of(device: torch.device) -> OverlappedComm:
     config = ParallelConfig(tensor=dist.get_world_size(), sequence=True, timeout_s=60)
     groups, report = connect(config, device, 64)
-    assert groups.tensor.exchange is not None, report
-    return groups.tensor.exchange
+    assert groups.tensor.overlapped_comm is not None, report
+    return groups.tensor.overlapped_comm
 
 
-def piece_of(
+def chunk_of(
     rank: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, salt: int = 0
 ) -> torch.Tensor:
     """What a rank holds; small whole numbers, so that sums are exact in every type."""
@@ -33,58 +33,58 @@ def piece_of(
     return torch.randint(-8, 9, shape, generator=generator).to(device, dtype)
 
 
-def gathered(exchange: OverlappedComm, mine: torch.Tensor) -> torch.Tensor:
-    """All pieces, by way of both things that `gather` offers, which must agree."""
-    used = mine.new_empty(exchange.size * len(mine), *mine.shape[1:])
-    pieces = used.chunk(exchange.size)
-    whole = exchange.gather(mine, lambda rank, piece: pieces[rank].copy_(piece), torch.clone)
+def gathered(comm: OverlappedComm, mine: torch.Tensor) -> torch.Tensor:
+    """All chunks, by way of both things that `gather` offers, which must agree."""
+    used = mine.new_empty(comm.size * len(mine), *mine.shape[1:])
+    chunks = used.chunk(comm.size)
+    whole = comm.gather(mine, lambda rank, chunk: chunks[rank].copy_(chunk), torch.clone)
     return torch.stack([whole, used])
 
 
-def scattered(exchange: OverlappedComm, parts: torch.Tensor) -> torch.Tensor:
+def scattered(comm: OverlappedComm, parts: torch.Tensor) -> torch.Tensor:
     """The ranks' sum of parts[this rank], which stays as it is."""
     before = parts.clone()
-    total = exchange.scatter(lambda rank: parts[rank])
+    total = comm.scatter(lambda rank: parts[rank])
     assert torch.cuda.is_available() or torch.equal(parts, before)  # a comparison cannot be recorded
     return total
 
 
 def overlapping(
-    exchange: OverlappedComm, mine: torch.Tensor, parts: torch.Tensor, pause: Callable[[], object] = lambda: None
+    comm: OverlappedComm, mine: torch.Tensor, parts: torch.Tensor, pause: Callable[[], object] = lambda: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pieces, and the ranks' sum of parts[this rank]: two exchanges at once, as where a block is entered."""
-    fetch, whole = Fetch(exchange, mine), []
+    """All chunks, and the ranks' sum of parts[this rank]: two exchanges at once, as where a block is entered."""
+    fetch, whole = Fetch(comm, mine), []
 
     def meanwhile() -> None:
         pause()
-        pieces = fetch.whole()
+        chunks = fetch.whole()
         pause()  # used later than others may want to write there again
-        whole.append(pieces.clone())
+        whole.append(chunks.clone())
         fetch.end()
 
-    total = exchange.scatter(lambda rank: parts[rank], meanwhile, lambda total: total.add_(parts[exchange.rank]))
+    total = comm.scatter(lambda rank: parts[rank], meanwhile, lambda total: total.add_(parts[comm.rank]))
     return whole[0], total
 
 
-def check_all(exchange: OverlappedComm, device: torch.device, pause: Callable[[], object] = lambda: None) -> None:
+def check_all(comm: OverlappedComm, device: torch.device, pause: Callable[[], object] = lambda: None) -> None:
     """Sizes that grow and shrink, types that change, in the same order on every rank."""
-    rank, size = exchange.rank, exchange.size
+    rank, size = comm.rank, comm.size
     for salt, (shape, dtype) in enumerate(
         [((3, 5), torch.float32), ((7, 11), torch.float64), ((64, 33), torch.bfloat16), ((2, 2), torch.float32)] * 3
     ):
-        pieces = [piece_of(r, shape, dtype, device, salt) for r in range(size)]
-        parts = [piece_of(r, (size * shape[0], shape[1]), dtype, device, 50 + salt) for r in range(size)]
+        chunks = [chunk_of(r, shape, dtype, device, salt) for r in range(size)]
+        parts = [chunk_of(r, (size * shape[0], shape[1]), dtype, device, 50 + salt) for r in range(size)]
         parts = [part.view(size, *shape) for part in parts]
-        expected = torch.cat(pieces), sum(part[rank] for part in parts)
-        whole, used = gathered(exchange, pieces[rank])
-        both = overlapping(exchange, pieces[rank], parts[rank], pause)
+        expected = torch.cat(chunks), sum(part[rank] for part in parts)
+        whole, used = gathered(comm, chunks[rank])
+        both = overlapping(comm, chunks[rank], parts[rank], pause)
         assert torch.equal(whole, expected[0]) and torch.equal(used, whole)
-        assert torch.equal(scattered(exchange, parts[rank]), expected[1])
+        assert torch.equal(scattered(comm, parts[rank]), expected[1])
         assert torch.equal(both[0], expected[0]) and torch.equal(both[1], expected[1])
 
 
 def on_cpu() -> bool:
-    check_all(exchange_of(torch.device("cpu")), torch.device("cpu"))
+    check_all(overlapped_comm_of(torch.device("cpu")), torch.device("cpu"))
     return True
 
 
@@ -100,8 +100,8 @@ def reports() -> list[str]:
 
 
 def test_log_says_how_tokens_travel():
-    pieces, collectives, whole, alone = launch(2, reports)[0]
-    assert pieces == "tokens travel in pieces" and "parallel.overlap=false" in collectives
+    chunks, collectives, whole, alone = launch(2, reports)[0]
+    assert chunks == "tokens travel in chunks" and "parallel.overlap=false" in collectives
     assert whole == "every tensor rank has all tokens" and alone == ""
 
 
@@ -109,11 +109,11 @@ def in_shared_file(folder: str) -> bool:
     """The GPUs' way of doing it, ranks out of step."""
     rank, size, delays = dist.get_rank(), dist.get_world_size(), random.Random(dist.get_rank())
     with pretended_gpus(Path(folder), rank, size):
-        exchange = PeerMemory(rank, size, None, timeout_s=20)
+        comm = PeerMemory(rank, size, None, timeout_s=20)
         for _ in range(5):
             time.sleep(delays.random() / 20)
-            check_all(exchange, torch.device("cpu"), lambda: time.sleep(delays.random() / 500))
-    assert len(exchange.rooms) == 3  # for the first piece, and for each that was larger than all before
+            check_all(comm, torch.device("cpu"), lambda: time.sleep(delays.random() / 500))
+    assert len(comm.buffers) == 3  # for the first chunk, and for each that was larger than all before
     return True
 
 
@@ -125,28 +125,28 @@ def test_every_piece_arrives_through_shared_memory(tmp_path, size):
 def on_gpu() -> bool:
     """Eager exchanges, then recorded ones, replayed in orders in which they were not recorded, ranks out of step."""
     device = torch.device("cuda", torch.cuda.current_device())
-    exchange = exchange_of(device)
-    assert isinstance(exchange, PeerMemory)
-    check_all(exchange, device, lambda: torch.cuda._sleep(random.randrange(1, 300_000)))
-    rank, size, shape = exchange.rank, exchange.size, (256, 1024)
+    comm = overlapped_comm_of(device)
+    assert isinstance(comm, PeerMemory)
+    check_all(comm, device, lambda: torch.cuda._sleep(random.randrange(1, 300_000)))
+    rank, size, shape = comm.rank, comm.size, (256, 1024)
     mine = torch.zeros(shape, device=device)
     parts = torch.zeros(size, *shape, device=device)
 
     def several() -> list[torch.Tensor]:  # five exchanges: the next graph begins with the slot that this one ended with
-        first = gathered(exchange, mine)
-        both = overlapping(exchange, mine * 3, parts * 2)
-        return [first, scattered(exchange, parts), *both, gathered(exchange, mine * 2)]
+        first = gathered(comm, mine)
+        both = overlapping(comm, mine * 3, parts * 2)
+        return [first, scattered(comm, parts), *both, gathered(comm, mine * 2)]
 
     def one() -> list[torch.Tensor]:
-        few = exchange.sum(mine[:3])
+        few = comm.sum(mine[:3])
         assert few is not None
-        return [scattered(exchange, parts * 3), few]
+        return [scattered(comm, parts * 3), few]
 
     graphs = [recorded(work) for work in (several, one)]
     order, delays = random.Random(0), random.Random(rank)
     for turn in range(60):
-        everyone = [piece_of(r, shape, torch.float32, device, turn) for r in range(size)]
-        shares = [piece_of(r, (size * shape[0], shape[1]), torch.float32, device, 99 + turn) for r in range(size)]
+        everyone = [chunk_of(r, shape, torch.float32, device, turn) for r in range(size)]
+        shares = [chunk_of(r, (size * shape[0], shape[1]), torch.float32, device, 99 + turn) for r in range(size)]
         shares = [share.view(size, *shape) for share in shares]
         mine.copy_(everyone[rank])
         parts.copy_(shares[rank])
@@ -160,7 +160,7 @@ def on_gpu() -> bool:
             graph.replay()
         if which == 1:
             assert torch.equal(results[0], 3 * total), turn
-            assert torch.equal(results[1], sum(piece[:3] for piece in everyone)), turn
+            assert torch.equal(results[1], sum(chunk[:3] for chunk in everyone)), turn
         else:
             (whole, used), sums, triple, twice, (double, _) = results
             assert torch.equal(whole, expected) and torch.equal(used, expected), turn
