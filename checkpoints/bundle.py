@@ -67,7 +67,7 @@ class Imported(NamedTuple):
         return self.renamed or self.name or self.module
 
 
-class Source(NamedTuple):
+class ModuleSource(NamedTuple):
     """A file of ours, taken apart."""
 
     module: str  # below our package: "model.gate"
@@ -96,7 +96,7 @@ def bundle_sources(files: dict[str, tuple[str, ...]] | None = None) -> dict[str,
     return dict(sorted(texts.items()))
 
 
-def read_source(module: str) -> Source:
+def read_source(module: str) -> ModuleSource:
     """Takes a module of ours apart.
 
     Raises:
@@ -125,10 +125,10 @@ def read_source(module: str) -> Source:
             )
     body = "\n".join(line for number, line in enumerate(lines, 1) if number not in taken).strip("\n")
     outside = [each for each in outside if each.bound != "TYPE_CHECKING"]  # what it guards is left out
-    return Source(module, ast.get_docstring(tree) or "", outside, ours, body, list(_defined(tree.body)))
+    return ModuleSource(module, ast.get_docstring(tree) or "", outside, ours, body, list(_defined(tree.body)))
 
 
-def join(name: str, sources: list[Source], where: dict[str, str]) -> str:
+def join(name: str, sources: list[ModuleSource], where: dict[str, str]) -> str:
     """One file of the export: all imports, then the bodies, each behind a comment that says where it is from.
 
     Raises:
@@ -182,7 +182,7 @@ def _renamed(each: Imported) -> str:
     return f" as {each.renamed}" if each.renamed else ""
 
 
-def _needed_by(entry: str, sources: dict[str, list[Source]], where: dict[str, str]) -> set[str]:
+def _needed_by(entry: str, sources: dict[str, list[ModuleSource]], where: dict[str, str]) -> set[str]:
     """The entry and every file that it imports, directly or not."""
     needed, waiting = set[str](), [entry]
     while waiting:

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_taipan.errors import UserError
 
-FILE = "chat_template.jinja"  # where transformers 5 looks for it
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # where transformers 5 looks for it
 SAMPLE = [
     {"role": "user", "content": "How many legs has a spider?"},
     {"role": "assistant", "content": "Eight of them."},

@@ -5,7 +5,7 @@ transformers does not look at the file. README.md is not in it: a card is there 
 
 from pathlib import Path
 
-from megatron_taipan.checkpoint.files import flush_folder, hash_file
+from megatron_taipan.checkpoint.files import flush_folder, size_and_sha256
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import plain_name
 
@@ -16,10 +16,10 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
 
 def write_sums(folder: Path) -> None:
     """Hashes every file of a finished folder; all of them are on the disk afterwards."""
-    hashes = {path.name: hash_file(path, flush=True)[1] for path in sorted(folder.iterdir())}
+    hashes = {path.name: size_and_sha256(path, flush=True)[1] for path in sorted(folder.iterdir())}
     lines = [f"{digest}  {name}\n" for name, digest in hashes.items() if name not in EDITED]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-    hash_file(folder / SUMS, flush=True)
+    size_and_sha256(folder / SUMS, flush=True)
     flush_folder(folder)
 
 
@@ -44,7 +44,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def differences(folder: Path) -> list[str]:
+def changed_files(folder: Path) -> list[str]:
     """What became of the files since: a sentence for each that is missing or changed, or is weights of other origin.
 
     Raises:
@@ -53,7 +53,7 @@ def differences(folder: Path) -> list[str]:
     sums, faults = read_sums(folder), []
     for name, digest in sums.items():
         try:
-            if hash_file(folder / name, flush=False)[1] != digest:
+            if size_and_sha256(folder / name, flush=False)[1] != digest:
                 faults.append(f"{name} changed since it was written")
         except FileNotFoundError:
             faults.append(f"{name} is missing")

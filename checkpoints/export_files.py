@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.carried import CARD, GENERATION, IDS, TOKENIZER, carry, read_json, special_of
+from checkpoints.carried import CARD, GENERATION, IDS, TOKENIZER, copy_carried_files, read_json, special_of
 from checkpoints.model_card import describe_run, describe_tokenizer, model_card, with_dtype
 from checkpoints.run_metrics import last_validation
 from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
@@ -66,7 +66,7 @@ def write_carried(
 ) -> Text:
     """Settings, tokenizer and card as they are in the folder of the weights, as far as it has them."""
     own = carry_tokenizer and tokenizer is None
-    taken = carry(state.path, folder, tokenizer=own)
+    taken = copy_carried_files(state.path, folder, tokenizer=own)
     there = read_json(state.path / "config.json")
     settings = {name: there[name] for name in ("tokens_per_sample", *IDS) if there.get(name) is not None}
     special = Special(special_of(state.path)) if own else Special()

@@ -26,11 +26,11 @@ from torch import Tensor
 from checkpoints import chat_template, reload_folder
 from checkpoints.bundle import bundle_sources
 from checkpoints.carried import TOKENIZER
-from checkpoints.checksums import SUMS, WEIGHTS, differences, write_sums
+from checkpoints.checksums import SUMS, WEIGHTS, changed_files, write_sums
 from checkpoints.export_files import Text, note, short, write_carried, write_described, write_json
 from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
-from checkpoints.whole_folder import remove_leftovers, whole_folder
+from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.data.made_with import refuse_other
@@ -120,7 +120,7 @@ def export(
             logits disagree.
     """
     out = out.resolve()  # a link stays one, and shows the new export
-    for sentence in remove_leftovers(out):
+    for sentence in remove_or_restore_leftovers(out):
         note(sentence)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
@@ -155,7 +155,7 @@ def write_folder(
         text = write_described(state, folder, dtype, tokenizer, template is not None)
     if template is not None:
         source, chat = chat_template.read_template(template, dict(text.special))
-        (folder / chat_template.FILE).write_text(source, encoding="utf-8")
+        (folder / chat_template.CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8")
         text = replace(text, chat=chat)
     write_sharded(
         folder,
@@ -308,7 +308,7 @@ def refuse_changed(state: CheckpointWeights | ExportedWeights) -> None:
     if isinstance(state, CheckpointWeights):
         refuse_damaged(state.path)
     elif (state.path / SUMS).is_file():
-        faults = [fault for fault in differences(state.path) if fault.split()[0].endswith(WEIGHTS)]
+        faults = [fault for fault in changed_files(state.path) if fault.split()[0].endswith(WEIGHTS)]
         if faults:
             raise UserError(f"{state.path} is damaged: {'; '.join(faults)}; copy or export it again")
 

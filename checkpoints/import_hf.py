@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.foreign.agreement import Answer, compare, our_logits
+from checkpoints.foreign.agreement import Answer, compare_logits, our_logits
 from checkpoints.map_weights import Source, map_weights, other_options
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_export
 from megatron_taipan.config import load_config
@@ -74,7 +74,7 @@ def exported_source(weights: ExportedWeights, target: ModelConfig) -> Source:
     def ask(tokens: torch.Tensor) -> Answer:
         return Answer(f"{folder}", our_logits(network, load, tokens, torch.float64))
 
-    check = partial(compare, network, min(target.vocab_size, network.vocab_size), ask)
+    check = partial(compare_logits, network, min(target.vocab_size, network.vocab_size), ask)
     return Source(network.letters, shapes, load, check, notes)
 
 

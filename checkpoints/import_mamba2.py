@@ -18,7 +18,11 @@ from megatron_taipan.config import load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model_config import ModelConfig
 
-KINDS = {"mamba2": from_transformers, "granitemoehybrid": from_granite, "bamba": from_bamba}  # by model_type
+READERS = {
+    "mamba2": from_transformers,
+    "granitemoehybrid": from_granite,
+    "bamba": from_bamba,
+}  # by model_type
 
 
 @exits_cleanly
@@ -50,12 +54,12 @@ def open_source(folder: Path, target: ModelConfig) -> Source:
     kind = str(settings.get("model_type"))
     if kind == "None" and "d_model" in settings:  # mamba_ssm's names no type
         return from_mamba_ssm(folder, target, settings, *open_tensors(folder))
-    if kind not in KINDS:
+    if kind not in READERS:
         raise UserError(
-            f"{folder} has model_type={kind!r}; known are {', '.join(KINDS)} of transformers, and mamba_ssm's models"
+            f"{folder} has model_type={kind!r}; known are {', '.join(READERS)} of transformers, and mamba_ssm's models"
             " (no model_type, but d_model)"
         )
-    return KINDS[kind](folder, target, *open_tensors(folder))
+    return READERS[kind](folder, target, *open_tensors(folder))
 
 
 if __name__ == "__main__":

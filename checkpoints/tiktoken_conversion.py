@@ -25,7 +25,7 @@ def convert_tiktoken(path: Path) -> Tokenizer:
         return "".join(letters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    pairs = [(token, *split(token, ranks)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    pairs = [(token, *merge_pair(token, ranks)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     merges = [(spell(left), spell(right)) for _, left, right in pairs if right]
     # ignore_merges: like tiktoken, a whole piece of text that is a token is taken before any joining
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
@@ -41,7 +41,7 @@ def convert_tiktoken(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts whose joining makes the token; the second is empty where joining never makes it."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:

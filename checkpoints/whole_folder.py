@@ -41,7 +41,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def remove_leftovers(out: Path) -> list[str]:
+def remove_or_restore_leftovers(out: Path) -> list[str]:
     """Removes what killed programs left of `out`, or puts it back; returns a sentence for each."""
     ours, said = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.(partial|earlier)"), []
     found = out.parent.iterdir() if out.parent.is_dir() else ()

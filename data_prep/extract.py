@@ -12,7 +12,7 @@ from typing import cast
 from megatron_taipan.errors import UserError
 
 GENERATION, END = "generation", "endgeneration"  # the marks' names in the chat templates of transformers
-MARK = re.compile(r"\{\{|\{%\s*(.*?)\s*%\}", re.DOTALL)  # a mark's name; or a brace that is text, as in {{%
+TEMPLATE_MARK = re.compile(r"\{\{|\{%\s*(.*?)\s*%\}", re.DOTALL)  # a mark's name; or a brace that is text, as in {{%
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def spans(template: str) -> list[str]:
     """
     found: list[str] = []
     begin = 0
-    for mark in MARK.finditer(template):
+    for mark in TEMPLATE_MARK.finditer(template):
         if mark[1] is None:
             continue
         if mark[1] != (END if len(found) % 2 else GENERATION):

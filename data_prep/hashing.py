@@ -5,7 +5,7 @@ from typing import Any
 
 import xxhash
 
-BLOCK = 1 << 20
+READ_BYTES = 1 << 20  # read at a time
 
 
 def hash_file(path: str) -> str:
@@ -27,7 +27,7 @@ def hash_slice(path: str, start: int, stop: int) -> str:
 def hash_into(digest: Any, file: Any, start: int, stop: int) -> None:
     """Takes bytes [start, stop) of an open file into a digest."""
     file.seek(start)
-    while start < stop and (block := file.read(min(BLOCK, stop - start))):
+    while start < stop and (block := file.read(min(READ_BYTES, stop - start))):
         digest.update(block)
         start += len(block)
 

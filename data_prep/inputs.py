@@ -102,7 +102,7 @@ def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
         elif folders.is_data(os.path.basename(path)):
             found.append(path)
         else:
-            passed[path] = folders.label(os.path.basename(path))
+            passed[path] = folders.skipped_as(os.path.basename(path))
     return list({os.path.abspath(path): path for path in found}.values())
 
 

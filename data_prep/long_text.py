@@ -16,7 +16,7 @@ from data_prep import tolerant
 from data_prep.limits import DEFAULT_LIMITS, too_large
 from megatron_taipan.errors import UserError
 
-BLOCK = 1 << 20
+READ_BYTES = 1 << 20  # read at a time
 LONG_STRING = 1 << 20  # bytes of a JSON string that goes to a file
 LONGEST_SKELETON = 64 << 20  # bytes of a line besides its long strings
 ESCAPE = 12  # bytes of the longest escape: \\ud83d\\ude00
@@ -52,7 +52,7 @@ def blocks_of(first: bytes, file) -> Iterator[bytes]:
     """`first`, then the rest of a file."""
     while first:
         yield first
-        first = file.read(BLOCK)
+        first = file.read(READ_BYTES)
 
 
 class LongLine:
@@ -92,7 +92,7 @@ class LongLine:
                 self._drop()
             if block.endswith(b"\n"):
                 break
-            block = file.readline(BLOCK)
+            block = file.readline(READ_BYTES)
         if self.inside and not self.problem:
             self.problem = "broken JSON: the line ends inside a string"
         self.skeleton = None if self.problem else bytes(self.out)
@@ -231,6 +231,6 @@ def complete_length(raw: bytearray) -> int:
 def _slice(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
     while start < stop:
         file.seek(start)
-        block = file.read(min(BLOCK, stop - start))
+        block = file.read(min(READ_BYTES, stop - start))
         start += len(block)
         yield block

@@ -34,7 +34,7 @@ try:
     from megatron_taipan.config import describe_options, load_config
     from megatron_taipan.engine.build import check_layout
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
     from megatron_taipan.train.dry_run import dry_run
     from megatron_taipan.train.signals import StopSignals
 except ImportError as error:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             for line in dry_run(config, processes):
                 print(line, flush=True)
             return 0
-        device = pick_device(place)
+        device = device_of_process(place)
         start_processes(place, device, config.parallel.timeout_s)
         from megatron_taipan.train.loop import train  # imported late: a typo in the configuration shows at once
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints.foreign.agreement import compare, transformers_answer
+from checkpoints.foreign.agreement import compare_logits, transformers_answer
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
@@ -27,7 +27,7 @@ SHARED = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
 }  # fmt: skip
-FREE = FREE_IN_TRANSFORMERS | MAMBA_OPTIONS | {
+SETTINGS_WITHOUT_EFFECT = FREE_IN_TRANSFORMERS | MAMBA_OPTIONS | {
     "attention_dropout",  # in training only
     "max_position_embeddings",  # RoPE of type default does not depend on it
 }  # fmt: skip
@@ -43,7 +43,7 @@ GRANITE = Rules(
         "num_local_experts": (0,),
         "position_embedding_type": ("rope",),  # else attention without positions and without a window
     },
-    free=FREE | {
+    free=SETTINGS_WITHOUT_EFFECT | {
         "intermediate_size", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef",  # of experts
         "init_method", "normalization_function",  # in IBM's files; no class reads them
     },
@@ -52,7 +52,7 @@ GRANITE = Rules(
 BAMBA = Rules(
     taken=frozenset(SHARED | {"intermediate_size", "attn_layer_indices"}),
     only={"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
-    free=FREE | {"z_loss_coefficient"},  # of the loss
+    free=SETTINGS_WITHOUT_EFFECT | {"z_loss_coefficient"},  # of the loss
 )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def from_granite(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) 
         names.whole(f"{ours}.mlp.down_proj", f"{theirs}.shared_mlp.output_linear.weight", residual)
     names.whole("final_norm.weight", "model.norm.weight")
     ask = partial(transformers_answer, folder, "GraniteMoeHybridForCausalLM")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))
 
 
 def from_bamba(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) -> Source:
@@ -107,7 +107,7 @@ def from_bamba(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) ->
             names.whole(f"{ours}.mlp.{name}", f"{theirs}.feed_forward.{name}.weight")
     names.whole("final_norm.weight", "model.final_layernorm.weight")
     ask = partial(transformers_answer, folder, "BambaForCausalLM")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))
 
 
 def _refuse_differences(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.foreign.agreement import Answer, compare, mamba_ssm_answer, transformers_answer
+from checkpoints.foreign.agreement import Answer, compare_logits, mamba_ssm_answer, transformers_answer
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
@@ -156,4 +156,4 @@ def _finish(names: Names, network: ModelConfig, target: ModelConfig, ask: Callab
         names.whole(f"{ours}.mixer.norm_weight", f"{mixer}.norm.weight")
         names.whole(f"{ours}.mixer.out_proj", f"{mixer}.out_proj.weight")
     names.whole("final_norm.weight", "backbone.norm_f.weight")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))

@@ -12,7 +12,7 @@ from data_prep.extract import Extract
 from data_prep.kinds.records import InputKind, Reading, Record, Slice, document
 
 ROWS, BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
-BUFFER = 1 << 20
+BUFFER_BYTES = 1 << 20
 ARROW_FILE, FEATHER_1 = b"ARROW1\0\0", b"FEA1"
 
 
@@ -73,7 +73,7 @@ def _open_parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterat
     """The wanted columns of a parquet file, and its batches, of fewer rows where rows are large."""
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
+    table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     names = table.schema_arrow.names
     wanted = [names[i] for i in _wanted(names, fields)]
     # not of the wanted columns alone: pyarrow ends the process when it looks at a column whose description is damaged

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_taipan.checkpoint.files import TEMPORARY, flush_folder, hash_file, write_text
+from megatron_taipan.checkpoint.files import TEMPORARY, flush_folder, size_and_sha256, write_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json, plain_name
 
@@ -155,7 +155,9 @@ def write_manifest(path: Path, files: dict[str, tuple[int, str]]) -> None:
         flush_folder(folder.parent)
 
 
-def complete(temporary: Path, final: Path, texts: dict[str, str], written: dict[str, tuple[int, str]]) -> None:
+def complete_checkpoint(
+    temporary: Path, final: Path, texts: dict[str, str], written: dict[str, tuple[int, str]]
+) -> None:
     """Writes a checkpoint's small files and its manifest, then gives it its name.
 
     Args:
@@ -164,7 +166,7 @@ def complete(temporary: Path, final: Path, texts: dict[str, str], written: dict[
     """
     for name, text in texts.items():
         write_text(temporary / name, text + "\n")
-    files = {name: hash_file(temporary / name, flush=True) for name in texts}
+    files = {name: size_and_sha256(temporary / name, flush=True) for name in texts}
     write_manifest(temporary, files | written)
     publish(temporary, final)
 

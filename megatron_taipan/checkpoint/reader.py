@@ -27,7 +27,7 @@ from megatron_taipan.section import faults
 from megatron_taipan.untrusted import plain_name
 
 INDEX = f"{STATE}/index.json"
-BLOCK = 1 << 24  # elements read at once
+READ_ELEMENTS = 1 << 24  # at a time
 
 
 def _beside(name: str) -> str:
@@ -176,8 +176,8 @@ class StateReader:
                         f"{self.path / STATE / run.file} is damaged: {name}|{kind} is {slices.get_dtype()} of shape"
                         f" {slices.get_shape()}, and the index says F32 of shape {[run.count]}"
                     )
-                for at in range(first, last, BLOCK):  # a slice is a copy
-                    end = min(at + BLOCK, last)
+                for at in range(first, last, READ_ELEMENTS):  # a slice is a copy
+                    end = min(at + READ_ELEMENTS, last)
                     out[at - start : end - start] = torch.from_numpy(slices[at - run.start : end - run.start])
                 found += last - first
         if found != count:

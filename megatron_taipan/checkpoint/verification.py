@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.folder import (
     STATE,
     WEIGHTS,
@@ -28,7 +28,7 @@ from megatron_taipan.checkpoint.folder import (
     step_of,
 )
 from megatron_taipan.checkpoint.metadata import read_metadata
-from megatron_taipan.checkpoint.reader import BLOCK
+from megatron_taipan.checkpoint.reader import READ_ELEMENTS
 from megatron_taipan.config import Config
 from megatron_taipan.data.share import share
 from megatron_taipan.engine.state_shards import KINDS
@@ -149,7 +149,7 @@ def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
 
     def differs(name: str) -> bool:
         try:
-            return hash_file(path / name, flush=False)[1] != files[name][1]
+            return size_and_sha256(path / name, flush=False)[1] != files[name][1]
         except OSError:
             return True
 
@@ -178,8 +178,8 @@ def _first_not_finite(file: Path) -> str | None:
                 if name.rpartition("|")[2] in KINDS:
                     view = opened.get_slice(name)
                     (count,) = view.get_shape()  # a run of elements, see reader.py
-                    for at in range(0, count, BLOCK):
-                        if not np.isfinite(view[at : min(at + BLOCK, count)]).all():
+                    for at in range(0, count, READ_ELEMENTS):
+                        if not np.isfinite(view[at : min(at + READ_ELEMENTS, count)]).all():
                             return f"{name.replace('|', ' (')}) in {STATE}/{file.name} is not finite"
     except (SafetensorError, ValueError, TypeError) as error:
         return f"{STATE}/{file.name} is damaged: {error}"

@@ -39,7 +39,7 @@ def rewrite(path: Path, name: str, change) -> None:
 
 
 def rehash(path: Path) -> None:
-    folder.write_manifest(path, {n: files.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
+    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
 
 
 def put(*place: str | int, value: Any):

@@ -98,7 +98,7 @@ def made(run: Path, step: int, *, bad: float | None = None, name: str = "embeddi
     save_file(tensors, file)
     metadata = json.loads((path / folder.METADATA).read_text())
     (path / folder.METADATA).write_text(json.dumps(metadata | {"progress": metadata["progress"] | {"step": step}}))
-    folder.write_manifest(path, {n: files.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
+    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
     shutil.move(path, run / folder.folder_name(step))
     return run / folder.folder_name(step)
 
