@@ -27,7 +27,7 @@ def copy_carried_files(source: Path, folder: Path, *, tokenizer: bool) -> list[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's settings; empty where there is no such file.
+    """A file's settings; empty where the file does not exist.
 
     Raises:
         UserError: it holds something else.

@@ -27,7 +27,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 by file name.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: the file does not exist, or it holds something else.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -39,7 +39,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not plain_name(name):
-            raise UserError(f"{folder / SUMS} line {number} is no SHA-256 and file name; the file is damaged")
+            raise UserError(f"{folder / SUMS} line {number} is not a SHA-256 and a file name; the file is damaged")
         sums[name] = digest
     return sums
 
@@ -61,4 +61,4 @@ def changed_files(folder: Path) -> list[str]:
             faults.append(f"{name} cannot be read ({error.strerror})")
     present = {path.name for path in folder.iterdir()}
     strange = sorted(name for name in present - sums.keys() - EDITED if name.endswith(WEIGHTS))
-    return faults + [f"{name} is no part of the export, and might be loaded instead of it" for name in strange]
+    return faults + [f"{name} is not part of the export, and might be loaded instead of it" for name in strange]

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def known_settings(opened: ExportedWeights | CheckpointWeights) -> dict[str, Any]:
-    """All that is known about how the weights came to be, by dotted name; a schedule is one setting."""
+    """All settings that are known to have made the weights, by dotted name; a schedule is one setting."""
     if isinstance(opened, ExportedWeights):
         return dotted_settings({"model": opened.network.model_dump(mode="json")}, whole=SCHEDULED)
     return dotted_settings(opened.config.model_dump(mode="json"), whole=SCHEDULED) | {"step": opened.step}

@@ -48,7 +48,7 @@ def write_described(
         special = write_tokenizer(tokenizer, folder, samples, config.data.seq_len, config.model.vocab_size, config.data)
         if special.ends is None:
             note(
-                "neither manifest nor documents of the training data are there, so what stood before and behind each"
+                "neither manifest nor documents of the training data are there, so what came before and after each"
                 " document is unknown: the tokenizer puts nothing before a text and declares no bos_token"
             )
     settings = {"tokens_per_sample": config.data.seq_len, **special.settings}
@@ -86,7 +86,7 @@ def write_carried(
         if read_json(state.path / "tokenizer_config.json").get(SPLIT):
             note(
                 f"{state.path} keeps the spelling of special tokens as text ({SPLIT} in its tokenizer_config.json), and"
-                f" so will the copy; --tokenizer {named} writes the tokenizer anew"
+                f" so will the copy; --tokenizer {named} writes the tokenizer again"
             )
     write_json(folder / "config.json", config_json(state.network, dtype, settings))
     if not (folder / GENERATION).is_file():

@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     if not options.max_shard_gb > 0:  # not >: nan must fail too
-        raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is no size; give 10^9 bytes above 0, such as 5")
+        raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is not a size; give 10^9 bytes above 0, such as 5")
     if not options.stream_above_gb >= 0:
-        raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is no size; give 10^9 bytes, 0 or more")
+        raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is not a size; give 10^9 bytes, 0 or more")
     state = open_weights(options.model)
     refuse_changed(state)  # the check of the logits reads the same bytes twice, and would find them equal
     with writing(options.out):
@@ -126,7 +126,7 @@ def export(
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         # a run's own folder, given by mistake, would be lost with all its checkpoints
-        raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
+        raise UserError(f"{out} is not an exported folder, so --overwrite does not remove it; choose another folder")
     own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
     if template is not None and tokenizer is None and not own:
         raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
@@ -198,7 +198,7 @@ def check_folder(
         done = subprocess.run(command, cwd=scratch, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"the exported folder does not stand by itself ({last[0]}); nothing was written")
+            raise UserError(f"the exported folder does not load by itself ({last[0]}); nothing was written")
         got = torch.from_numpy(numpy.load(answer))
     scale = expected.abs().max().clamp(min=1e-30)
     difference = float((got - expected).abs().max() / scale) if got.shape == expected.shape else math.inf

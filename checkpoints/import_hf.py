@@ -62,7 +62,7 @@ def exported_source(weights: ExportedWeights, target: ModelConfig) -> Source:
         raise UserError(f"{folder} has {listed}; set the model's options to the source's")
     notes = [f"{name}: {theirs} in the source, {ours} in the target" for name, (theirs, ours) in other.items()]
     if target.tie_embeddings and not network.tie_embeddings:
-        raise UserError(f"{folder} has a head of its own; set model.tie_embeddings=false")
+        raise UserError(f"{folder} has a separate head; set model.tie_embeddings=false")
     separated = network.tie_embeddings and not target.tie_embeddings
     if separated:  # the new head starts as what the source has for one, the embedding
         shapes["head.weight"] = shapes["embedding.weight"]

@@ -1,9 +1,9 @@
 """`python -m checkpoints.import_mamba2 SOURCE OUT --config FILE`: a warm start from the weights of another library.
 
 Reads the folder of a `state-spaces/mamba2-*` model (mamba_ssm's names), of a transformers Mamba2ForCausalLM, or of a
-GraniteMoeHybrid or Bamba of attention layers alone, and puts its layers into the `M` or `A` layers of the configured
-network, in order. Other layers start anew. What the source computes and this network does not is refused, and nothing
-is written unless the weights give the source's logits.
+GraniteMoeHybrid or Bamba of attention layers only, and puts its layers into the `M` or `A` layers of the configured
+network, in order. Other layers start from new initial values. What the source computes and this network does not is
+refused, and nothing is written unless the weights give the source's logits.
 """
 
 import argparse

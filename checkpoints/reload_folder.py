@@ -74,7 +74,7 @@ def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
 
 
 def cache_for_pass(model: Any, rows: int, streamed: bool) -> Any:
-    """None, with which the model makes its own cache; one in the host's memory where the model lies nowhere."""
+    """None, with which the model makes its own cache; one in the host's memory where the model is streamed."""
     if not streamed:
         return None
     import torch

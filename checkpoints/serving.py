@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 
-FUSED_IN_MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows stand in it one after the other
+FUSED_IN_MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows it holds one after the other
     "in_proj.weight": ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt"),
     "conv1d.weight": ("conv_x_weight", "conv_B_weight", "conv_C_weight"),
     "conv1d.bias": ("conv_x_bias", "conv_B_bias", "conv_C_bias"),

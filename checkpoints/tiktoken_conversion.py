@@ -1,6 +1,6 @@
 """A tiktoken file (Llama-3's tokenizer.model) as a tokenizers-library tokenizer.
 
-The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joint bytes have the
+The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joined bytes have the
 lowest rank; the tokenizers library wants the pairs themselves, so each token is taken apart by the ranks below its own.
 """
 
@@ -42,7 +42,7 @@ def convert_tiktoken(path: Path) -> Tokenizer:
 
 
 def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts whose joining makes the token; the second is empty where joining never makes it."""
+    """The two parts that join into the token; the second is empty where no pair does."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:], strict=False)]

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         return verify_export(options.path)
     folders = [*checkpoints(options.path), *checkpoints(options.path, WEIGHTS)] or [options.path]
     if not options.path.is_dir():
-        raise UserError(f"{options.path} is no folder")
+        raise UserError(f"{options.path} is not a folder")
     damaged = 0
     for folder in folders:
         fault = damage(folder)

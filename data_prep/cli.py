@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def program() -> None:
-    """`main` as a process of its own; it ends at once, since taking tokenizers apart would cost 0.05 s."""
+    """`main` as a separate process; it ends at once, since taking tokenizers apart would cost 0.05 s."""
     try:
         status = main()
         sys.stdout.flush()

@@ -160,7 +160,7 @@ def template_extractor(template: str) -> Extract:
 
 
 def _fill(part: list[tuple[str, str | None]], record: object) -> str:
-    """Literals, each with the field behind it, as text."""
+    """Literals, each with the field after it, as text."""
     out = []
     for literal, field in part:
         out.append(literal)

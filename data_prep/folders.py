@@ -89,7 +89,7 @@ def print_passed_over(name: str, passed: Iterable[str], taken: list[str]) -> Non
 
 
 def splits(paths: list[str]) -> list[str]:
-    """The split to which each file belongs whose name says it, below the folder that all have in common."""
+    """The split of each file that has one in its name, below the folder that all have in common."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     named = (SPLIT_NAME.search(os.path.relpath(path, top).lower()) for path in paths)
     return [MEANT[match[1][:2]] for match in named if match]

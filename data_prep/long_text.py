@@ -2,7 +2,7 @@
 
 A line of JSON is read in blocks. Its long strings are decoded into a file without a name and replaced by short marks in
 what is left of the line; that skeleton is parsed as usual, and in the text that it gives the marks are replaced by what
-they stand for.
+they replace.
 """
 
 import codecs
@@ -121,7 +121,7 @@ class LongLine:
                 self.problem = f"record too large: over {LONGEST_SKELETON} bytes besides its long strings"
 
     def _string(self, block: bytes, at: int) -> int:
-        """Reads string content from `at` on; returns where it stopped: behind the quote, or at the end."""
+        """Reads string content from `at` on; returns where it stopped: after the quote, or at the end."""
         known = len(self.held)
         begin = known - backslashes(self.held)  # a quote may follow backslashes of an earlier block
         self.held += memoryview(block)[at:]
@@ -176,7 +176,7 @@ class LongLine:
         del self.held[:count]
 
     def chunks(self, text: str) -> Iterator[str]:
-        """`text` with the marks in it replaced by the strings that they stand for; in pieces."""
+        """`text` with the marks in it replaced by the strings that they replace; in pieces."""
         assert self.spool is not None
         for number, part in enumerate(re.split(re.escape(self.mark) + r"(\d+)>", text)):
             if number % 2:

@@ -59,7 +59,7 @@ class TooWide(Exception):
 
 
 def open_packed(path: str, window: int = DEFAULT_LIMITS.window) -> io.BufferedReader:
-    """The content of a file whose name ends as one of FORMS. Reading raises EOFError where the file
+    """The content of a file whose name has one of the endings of FORMS. Reading raises EOFError where the file
     ends within a member or has none, Damaged, and TooWide where unpacking takes a window of more bytes."""
     return io.BufferedReader(Unpacked(path, window), BUFFER_BYTES)
 
@@ -75,7 +75,7 @@ def garbage(file: Any) -> str:
 
 
 class Unpacked(io.RawIOBase):
-    """The members of a file, one behind the other.
+    """The members of a file, one after the other.
 
     Attributes:
         garbage: what follows the last member, in words; empty where nothing does, or zeros only, with which
@@ -215,10 +215,10 @@ class _Zstandard:
         self.library, self.window = library, window
         self.inner = library.ZstdDecompressor(max_window_size=window).decompressobj()
         self.raw = bytearray()  # what the library was not given yet
-        self.out = memoryview(b"")  # what it gave, and nobody asked for yet
+        self.out = memoryview(b"")  # what it gave and was not read yet
         self.begun = False  # whether the library was given the header
         self.to_skip = 0  # bytes left of a frame that is to be passed over
-        self.checksum = 0  # bytes behind the last block
+        self.checksum = 0  # bytes after the last block
 
     def decompress(self, data: bytes, limit: int) -> memoryview:
         self.raw += data

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
                     time.sleep(2)
     except UserError as error:
         status = report(error)
-    # Not after an error that nobody expected: its traceback may hold recorded graphs, for which NCCL would wait here.
+    # Not after an unexpected error: its traceback may hold recorded graphs, for which NCCL would wait here.
     stop_processes()
     return status
 
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
-    return parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of an option
+    return parser.parse_intermixed_args(arguments)  # overrides may be on both sides of an option
 
 
 def presets() -> Path:
@@ -123,7 +123,7 @@ def report(error: UserError) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own: ends with its status, 1 with a traceback after an error that nobody expected."""
+    """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
         status = main()
     except ImportError as error:

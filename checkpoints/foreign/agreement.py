@@ -5,7 +5,7 @@ was misunderstood, a tensor in the wrong place and a wrong file all show here.
 
 The other library computes in float32 and ours in float64. The logits of a deep or wide model carry more rounding than
 TOLERANCE (24 random Mamba-2 blocks of width 768: 9e-5 of the largest), so ours are computed in float32 too, and the
-other's may lie a few times as far away as those do.
+other's may be a few times as far away as those are.
 """
 
 import math
@@ -25,7 +25,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 
 ROUNDING = 4  # times the rounding of our own float32 logits that the other's may differ
-CEILING = 1e-3  # of the largest logit: what is further away is no rounding
+CEILING = 1e-3  # of the largest logit: what is further away is not rounding
 SCAN_CHUNK_TOKENS = 16  # the prompt crosses several chunks
 # With rescale_prenorm_residual, which is about initial weights, transformers 5.23 scales loaded ones down as well.
 CHANGES = {"chunk_size": SCAN_CHUNK_TOKENS, "rescale_prenorm_residual": False}

@@ -1,7 +1,7 @@
 """Models of transformers that mix Mamba-2 with attention: GraniteMoeHybrid (Granite 4) and Bamba.
 
-Their attention layers, with the MLP behind, are our `A` where the whole head turns by RoPE. Their Mamba-2 layers have
-an MLP behind them as well, and our `M` has none: only models whose layers are all attention can be taken.
+Their attention layers, with the MLP after them, are our `A` where the whole head turns by RoPE. Their Mamba-2 layers
+have an MLP after them as well, and our `M` has none: only models whose layers are all attention can be taken.
 """
 
 import math
@@ -113,11 +113,11 @@ def from_bamba(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) ->
 def _refuse_differences(
     folder: Path, settings: Settings, defaults: Settings, rules: Rules, kinds: list[str], mlp: str
 ) -> Settings:
-    """The settings, where every layer is one of ours; `kinds`: of each layer; `mlp`: its name in their layers."""
+    """The settings, where we have every layer's kind; `kinds`: of each layer; `mlp`: its name in their layers."""
     faults, _ = judge(settings, defaults, rules)
     mamba = [str(index) for index, kind in enumerate(kinds) if kind in MAMBA_LAYERS]
     if mamba:
-        faults.insert(0, f"layers {','.join(mamba)} are Mamba-2 with an MLP behind ({mlp}), and M has none")
+        faults.insert(0, f"layers {','.join(mamba)} are Mamba-2 with an MLP after them ({mlp}), and M has none")
     rope: dict[str, Any] = settings.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         faults.append(f"rope_type={rope['rope_type']!r} (A turns by 'default' RoPE)")

@@ -335,7 +335,7 @@ def _changed(path: str) -> int:
 def _lock(work: str) -> Iterator[None]:
     """No other run touches the output, its work folder or its spool meanwhile."""
     if not os.access(os.path.dirname(os.path.abspath(work)), os.W_OK):
-        yield  # nobody can write there; an output that is complete is still reported
+        yield  # the folder is read-only; an output that is complete is still reported
         return
     with open(work + ".lock", "w") as file:
         try:

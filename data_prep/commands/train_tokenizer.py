@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     least = 256 + 3 + len(PRINTABLE) + 1
     if not least <= args.vocab_size < 1 << 20:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: it must lie between {least} (256 bytes, 3 special tokens,"
+            f"--vocab-size {args.vocab_size}: it must be between {least} (256 bytes, 3 special tokens,"
             f" {len(PRINTABLE)} printable ASCII characters, the space) and {(1 << 20) - 1}"
         )
     files = inputs.expand(args.input)

@@ -24,7 +24,7 @@ def _json(span: Slice, reading: Reading) -> Iterator[Record]:
 
 
 def _lines(span: Slice, reading: Reading) -> Iterator[Record]:
-    """JSON lines. A line belongs to the slice in which its first byte lies."""
+    """JSON lines. A line belongs to the slice that holds its first byte."""
     whole, extract = is_packed(span.path), reading.extract
     with records.open_file(span.path, reading.limits) as file:
         at = span.start

@@ -64,7 +64,7 @@ class InputKind:
         name: for messages.
         endings: of the files' names, in lower case, without that of a compression.
         read: the records of one slice, in order. It may raise UNREADABLE: what came before counts.
-        splittable: slices may begin anywhere in a file: `read` gives the records of which the first byte lies within
+        splittable: slices may begin anywhere in a file: `read` gives the records of which the first byte is within
             [start, stop). Others get one slice, the whole file; so do compressed files.
         compressible: files may be compressed too; `read` opens them with `open_file`.
         needs: package that reading takes, besides those of every installation.

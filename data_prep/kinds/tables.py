@@ -104,7 +104,7 @@ def _open_arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator
 
 
 def _checked(batch: Any) -> Any:
-    """A batch whose values lie where it says. It is used as it is in the file, so others would be read from outside
+    """A batch whose values are where it says. It is used as it is in the file, so others would be read from outside
     of it.
 
     Raises:

@@ -3,7 +3,7 @@
     {"capacity": 0.15, "tokens": 65536, "data": "...", "thresholds": {"layers.6.gate.threshold": 1.234, ...}}
 
 They belong to evaluation, not to the training state: the checkpoint's manifest does not know the file, a resumed run
-ignores it, and whoever loads the model for evaluation or export takes them in place of the configured threshold.
+ignores it, and evaluation and export use them in place of the configured threshold.
 """
 
 import json
@@ -47,4 +47,4 @@ def read_capacity(checkpoint: Path) -> float | None:
     try:
         return float(parse_json((checkpoint / CALIBRATION_FILE).read_bytes())["capacity"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # `read_thresholds` tells of a damaged file
+        return None  # `read_thresholds` reports a damaged file

@@ -49,7 +49,7 @@ def folder_name(step: int, kind: str = FULL) -> str:
 
 
 def step_of(path: Path, kind: str = FULL) -> int | None:
-    """The step that a folder's name carries; None if it is no name of a checkpoint of that kind."""
+    """The step that a folder's name carries; None if it is not the name of a checkpoint of that kind."""
     match = NAME.fullmatch(path.name)
     return int(match.group(2)) if match and match.group(1) == kind else None
 
@@ -108,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise UserError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     for name in files:
         if not plain_name(name.removeprefix(STATE + "/")):
-            raise UserError(f"its {MANIFEST} names {name[:200]!r}, which is no file of a checkpoint")
+            raise UserError(f"its {MANIFEST} names {name[:200]!r}, which is not a file of a checkpoint")
     return files
 
 

@@ -16,7 +16,7 @@ from megatron_taipan.untrusted import parse_json
 
 Count = Annotated[int, Field(ge=0)]
 
-# Options that may change on a resume although they stand in a compared section: none of them changes a parameter or
+# Options that may change on a resume although they are in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
 # trained. What has changed is said (`changed_settings`).
 SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
@@ -45,7 +45,7 @@ class Progress:
 
 
 class _Metadata(BaseModel):
-    """What the fields that are read have to be; others may stand beside them."""
+    """What the fields that are read have to be; others may be there too."""
 
     model_config = ConfigDict(strict=True)
 
@@ -145,6 +145,6 @@ def refuse_other_run(path: str, saved: dict[str, Any], ours: dict[str, Any]) -> 
     found = identity_differences(saved, ours)
     if found:
         raise UserError(
-            f"checkpoint {path} belongs to another run: {'; '.join(found)}. Use the same settings, or start anew with"
+            f"checkpoint {path} belongs to another run: {'; '.join(found)}. Use the same settings, or start again with"
             " another checkpoint.dir (or checkpoint.load=null in an empty one)"
         )

@@ -8,7 +8,7 @@ including those of which it has only some bytes. The first letter, mark, digit o
     continuation of a word  the letter follows a letter, mark, digit or underscore
     number                  it is a digit or another numeral (Unicode N*), inside a word or not
     punctuation or symbol   there is none, but something besides white space
-    white space             all else: blanks, indentation, ends of lines, and tokens without characters of their own
+    white space             all else: blanks, indentation, ends of lines, and tokens without characters
 
 and may belong to these too:
 

@@ -370,7 +370,7 @@ def newest_names_other_places(bench: Bench, seed: int) -> None:
         index = json.loads((path / "state" / "index.json").read_text())
         parameter = run.rng.choice(sorted(index["parameters"]))
         rewrite_json(path / "state" / "index.json", ("parameters", parameter, 0, 0), name)
-        return "no name of a file beside it"
+        return "not the name of a file beside it"
 
     refused(bench, seed, "newest names other places", damage)
 
