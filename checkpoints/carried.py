@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(said, dict):
-        raise UserError(f"{path} holds no settings, but a {type(said).__name__}")
+        raise UserError(f"{path} holds not settings but a {type(said).__name__}")
     return said
 
 

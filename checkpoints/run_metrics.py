@@ -1,4 +1,4 @@
-"""What a run's log says of a checkpoint: its last validation, for the model card."""
+"""What a run's log says about a checkpoint: its last validation, for the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path

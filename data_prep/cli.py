@@ -39,7 +39,7 @@ def program() -> None:
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has enough, as `head` does
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""

@@ -96,7 +96,7 @@ def splits(paths: list[str]) -> list[str]:
 
 
 def _refuse_splits(folder: str, folders: list[str]) -> None:
-    """A DatasetDict that was saved: which of its splits is meant must be said."""
+    """A DatasetDict that was saved: the caller must say which of its splits is meant."""
     counts = {name: len(_saved(os.path.join(folder, name))) for name in folders}
     counts = {name: count for name, count in counts.items() if count}
     if len(counts) > 1:

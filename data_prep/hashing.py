@@ -33,7 +33,7 @@ def hash_into(digest: Any, file: Any, start: int, stop: int) -> None:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, and need not be read again for it."""
+    """A new file that is hashed while it is written, so it is not read again for that."""
 
     def __init__(self, path: str):
         self.file = open(path, "wb")

@@ -152,7 +152,7 @@ class LongLine:
         try:
             string = tolerant.loads(b'"' + raw + b'"')
             text = string.encode()
-        except UnicodeEncodeError as error:  # a fault of this string alone
+        except UnicodeEncodeError as error:  # a fault of this string only
             self.faults.setdefault(
                 len(self.places) - (not begin), tolerant.no_text(error, 0 if begin else self.decoded)
             )

@@ -210,7 +210,7 @@ class _Zstandard:
     """
 
     def __init__(self, window: int) -> None:
-        import zstandard as library  # not every machine has it
+        import zstandard as library  # not installed on every machine
 
         self.library, self.window = library, window
         self.inner = library.ZstdDecompressor(max_window_size=window).decompressobj()

@@ -30,7 +30,7 @@ done_in() { printf '   (%d s)\n' "$((SECONDS - began))"; }
 show() { command_line "$*"; began=$SECONDS; "$@"; done_in; }
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 pretrain() {
-    # --quiet hides what the launcher says of itself; a port of our own lets two of these run side by side.
+    # --quiet hides what the launcher prints about itself; a separate port lets two of these run side by side.
     show deepspeed --quiet --num_gpus "$processes" --master_port "$(free_port)" launch/pretrain.py --config "$config" "$@"
 }
 

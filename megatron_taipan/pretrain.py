@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = train(config, place, device)
         if status == EXIT_REQUEUE:
             # Launchers kill what still runs when a process ends with a failure, and would then report the kill. So
-            # rank 0 alone carries the status, and ends last.
+            # only rank 0 has the status, and it ends last.
             if place.rank != 0:
                 status = 0
             else:

@@ -32,7 +32,7 @@ CHANGES = {"chunk_size": SCAN_CHUNK_TOKENS, "rescale_prenorm_residual": False}
 
 
 class Answer(NamedTuple):
-    """What another implementation says to a prompt."""
+    """What another implementation computes for a prompt."""
 
     who: str
     logits: Tensor | None  # [b, l, v] float32; None: it cannot compute this network

@@ -18,7 +18,7 @@ from checkpoints.map_weights import Source, refuse_other_options
 from megatron_taipan.model_config import ModelConfig
 
 MAMBA_LAYERS = ("linear_attention", "mamba")  # the second in older files
-# Of Mamba-2 layers, none of which is left where these are passed over:
+# Of Mamba-2 layers; ignored where the model has none of these layers:
 MAMBA_OPTIONS = {
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
     "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",

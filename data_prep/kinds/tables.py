@@ -76,7 +76,7 @@ def _open_parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterat
     table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     names = table.schema_arrow.names
     wanted = [names[i] for i in _wanted(names, fields)]
-    # not of the wanted columns alone: pyarrow ends the process when it looks at a column whose description is damaged
+    # not of the wanted columns only: pyarrow ends the process when it looks at a column whose description is damaged
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return wanted, table.iter_batches(max(1, min(ROWS, BYTES // max(1, largest))), columns=wanted)
@@ -116,7 +116,7 @@ def _checked(batch: Any) -> Any:
         try:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # looked at last, and the fault of a row alone
+            if "UTF8" not in str(error):  # looked at last, and the fault of a single row
                 raise
     return batch
 

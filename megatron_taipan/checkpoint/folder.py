@@ -63,7 +63,7 @@ def checkpoints(directory: Path, kind: str = FULL) -> list[Path]:
 
 
 def find_newest(directory: Path) -> Found | None:
-    """The newest complete checkpoint, sizes checked, for who only reads; None where there is none. A run that resumes
+    """The newest complete checkpoint, sizes checked, for readers; None where there is none. A run that resumes
     asks `verification.find_checkpoint`.
 
     `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
@@ -214,7 +214,7 @@ def remove_taken_back(directory: Path, *, after: int, until: int) -> None:
 
 
 def _delete(path: Path) -> bool:
-    """Deletes a checkpoint, of a link the link alone; False if the disk refuses now."""
+    """Deletes a checkpoint, of a link only the link; False if the disk refuses now."""
     # the manifest goes first: a deletion that is cut short must not look like a checkpoint
     try:
         if path.is_symlink():  # to another run's checkpoint, with which this one began

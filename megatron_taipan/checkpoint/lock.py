@@ -56,7 +56,7 @@ class FolderLock:
         self._let_go()
 
     def _let_go(self) -> None:
-        """In a forked child this closes its own handle alone."""
+        """In a forked child this closes only the handle of the child."""
         if self.file is not None:
             self.file.close()
 

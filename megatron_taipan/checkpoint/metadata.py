@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 
 # Options that may change on a resume although they are in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
-# trained. What has changed is said (`changed_settings`).
+# trained. What has changed is reported (`changed_settings`).
 SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
 TRAINING = (
     *SCHEDULED,
@@ -32,7 +32,9 @@ class Progress:
     """How far a run has come: the learning rate, the order of samples and the gate's noise are pure functions of these
     counters and of seeds."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")  # for who reads it from a file
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        strict=True, extra="forbid"
+    )  # checked when it is read from a file
 
     step: Count = 0  # optimizer steps taken, skipped ones included
     samples: Count = 0  # samples consumed: the loader's place
@@ -136,7 +138,7 @@ def identity_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[st
 
 
 def same_layers(before: str, now: str) -> bool:
-    """Whether two patterns differ in spelling, or in where stages are cut, alone."""
+    """Whether two patterns differ only in spelling, or in where stages are cut."""
     return parse_pattern(before).letters == parse_pattern(now).letters
 
 
