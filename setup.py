@@ -1,6 +1,6 @@
 """Installs megatron_taipan with its command line programs.
 
-A range for torch stands here because users bring their own build; `make` and CI install the pinned one first (see
+A range for torch is given here because users bring their own build; `make` and CI install the pinned one first (see
 Makefile), since a bare range on a machine without a GPU would fetch gigabytes of CUDA libraries.
 """
 

@@ -25,7 +25,7 @@ from megatron_taipan.checkpoint.folder import find_newest, read_manifest
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import RankInfo, find_place, pick_device, start_processes, stop_processes
+from megatron_taipan.train.distributed import RankInfo, device_of_process, find_place, start_processes, stop_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.saves < 1 or args.steps_between < 1:
         raise UserError(f"--saves {args.saves} --steps-between {args.steps_between}: give at least 1 of each")
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     start_processes(place, device, 1800)
     shared: list[Any] = [tempfile.mkdtemp(prefix="benchmark-checkpoint-", dir=args.dir) if place.rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)

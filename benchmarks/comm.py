@@ -19,7 +19,7 @@ from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.groups import build_groups
 from megatron_taipan.parallel.mesh import Mesh
 from megatron_taipan.parallel.traffic import Traffic, expected_traffic
-from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
 
 
 def measure_traffic(
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints what was counted beside the formula on rank 0."""
     config = load_config(args.config, args.overrides)
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     start_processes(place, device, 600)
     for sequence in (False, True):
         counted, expected = measure_traffic(

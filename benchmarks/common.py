@@ -185,10 +185,10 @@ def join_processes(config: Config) -> tuple[torch.device, Any]:
     import torch.distributed as dist
 
     from megatron_taipan.parallel.connect import connect
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
 
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     if not dist.is_initialized():
         start_processes(place, device, config.parallel.timeout_s)
     return device, connect(config.parallel, device, config.data.seq_len)[0]

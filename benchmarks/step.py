@@ -72,12 +72,12 @@ def our_step(config: Config, profiled: bool) -> dict:
 def our_training(config: Config) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
     from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs
-    from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.loop import build_training_model
     from megatron_taipan.train.step import train_step
 
     device, groups = join_processes(config)
     with torch.device(device):
-        model = build_model(config, groups, pick_ops(config.ops.backend))
+        model = build_training_model(config, groups, pick_ops(config.ops.backend))
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
     graphs = ExitStack()

@@ -2,8 +2,8 @@
 
 transformers copies the files that `auto_map` names, and whatever they import relatively, out of one folder. A user who
 opens it should find what they would have written by hand: a dozen files with the network for inference and fine-tuning
-on one process, and nothing of the trainer. So each file of an export is a few files of ours, one behind the other as
-FILES says, with their imports joined at the top; every other line stays as it is.
+on one process, and nothing of the trainer. So each file of an export is a few of this package's files, one after the
+other as FILES says, with their imports merged at the top; every other line stays as it is.
 
 An import that FILES does not know is an error: what an export holds grows by a decision, not by an import. The fast
 kernels are not in it: they need triton, without which transformers would refuse the whole folder (hf/__init__.py hands
@@ -26,7 +26,7 @@ PACKAGE = "megatron_taipan"
 REQUIRED = {"torch", "transformers", "pydantic"}  # what an exported folder may import
 ENTRIES = ("configuration_taipan", "modeling_taipan")  # what `auto_map` in config.json names
 
-# The export's files and which of ours each holds, in order: a module stands behind those that it imports.
+# The export's files and which of this package's each holds, in order: a module comes after those that it imports.
 FILES: dict[str, tuple[str, ...]] = {
     "taipan_layer_kinds": (
         "errors", "param_spec", "layer_kinds.record", "layer_kinds.common", "layer_kinds.attention",
@@ -51,7 +51,7 @@ FILES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 WIDTH = 120  # of a line
-SAYS = "Part of Taipan for transformers, written by an export of megatron_taipan; of its files here stand "
+SAYS = "Part of Taipan for transformers, written by an export of megatron_taipan from its files "
 
 
 class Imported(NamedTuple):
@@ -67,14 +67,14 @@ class Imported(NamedTuple):
         return self.renamed or self.name or self.module
 
 
-class Source(NamedTuple):
-    """A file of ours, taken apart."""
+class ModuleSource(NamedTuple):
+    """A file of this package, taken apart."""
 
     module: str  # below our package: "model.gate"
     doc: str  # the docstring, "" without one
     outside: list[Imported]  # of others' packages
     ours: list[Imported]  # from modules below our package
-    body: str  # everything behind docstring and imports, ready for an export
+    body: str  # everything after docstring and imports, ready for an export
     defines: list[str]  # names that the body gives a value at the top level
 
 
@@ -96,8 +96,8 @@ def bundle_sources(files: dict[str, tuple[str, ...]] | None = None) -> dict[str,
     return dict(sorted(texts.items()))
 
 
-def read_source(module: str) -> Source:
-    """Takes a module of ours apart.
+def read_source(module: str) -> ModuleSource:
+    """Takes a module of this package apart.
 
     Raises:
         ImportError: a form of import that cannot be joined with others.
@@ -125,14 +125,14 @@ def read_source(module: str) -> Source:
             )
     body = "\n".join(line for number, line in enumerate(lines, 1) if number not in taken).strip("\n")
     outside = [each for each in outside if each.bound != "TYPE_CHECKING"]  # what it guards is left out
-    return Source(module, ast.get_docstring(tree) or "", outside, ours, body, list(_defined(tree.body)))
+    return ModuleSource(module, ast.get_docstring(tree) or "", outside, ours, body, list(_defined(tree.body)))
 
 
-def join(name: str, sources: list[Source], where: dict[str, str]) -> str:
-    """One file of the export: all imports, then the bodies, each behind a comment that says where it is from.
+def join(name: str, sources: list[ModuleSource], where: dict[str, str]) -> str:
+    """One file of the export: all imports, then the bodies, each after a comment that says where it is from.
 
     Raises:
-        ImportError: an import of what no file holds, or of what stands further down; two meanings of a name.
+        ImportError: an import of what no file holds, or of what comes later; two meanings of a name.
     """
     outside, inside, done, meanings = set[Imported](), set[Imported](), set[str](), dict[str, tuple]()
     for source in sources:
@@ -182,7 +182,7 @@ def _renamed(each: Imported) -> str:
     return f" as {each.renamed}" if each.renamed else ""
 
 
-def _needed_by(entry: str, sources: dict[str, list[Source]], where: dict[str, str]) -> set[str]:
+def _needed_by(entry: str, sources: dict[str, list[ModuleSource]], where: dict[str, str]) -> set[str]:
     """The entry and every file that it imports, directly or not."""
     needed, waiting = set[str](), [entry]
     while waiting:
@@ -207,7 +207,7 @@ def _is_ours(node: ast.ImportFrom, module: str) -> bool:
     if not node.module or node.module.split(".")[0] != PACKAGE:
         return False
     if not _path_of(_below(node.module)).is_file():
-        raise ImportError(f"{module}:{node.lineno}: {node.module} is no module; import from its files")
+        raise ImportError(f"{module}:{node.lineno}: {node.module} is not a module; import from its files")
     return True
 
 

@@ -12,14 +12,14 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json
 
 TOKENIZER = "tokenizer.json"
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 CARD, GENERATION = "README.md", "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def carry(source: Path, folder: Path, *, tokenizer: bool) -> list[str]:
+def copy_carried_files(source: Path, folder: Path, *, tokenizer: bool) -> list[str]:
     """Copies what there is of the tokenizer (if wanted), the generation settings and the card; returns the names."""
-    wanted = [*((TOKENIZER, *BESIDE) if tokenizer else ()), GENERATION, CARD]
+    wanted = [*((TOKENIZER, *TOKENIZER_EXTRAS) if tokenizer else ()), GENERATION, CARD]
     there = [name for name in wanted if (source / name).is_file()]
     for name in there:
         shutil.copyfile(source / name, folder / name)
@@ -27,7 +27,7 @@ def carry(source: Path, folder: Path, *, tokenizer: bool) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's settings; empty where there is no such file.
+    """A file's settings; empty where the file does not exist.
 
     Raises:
         UserError: it holds something else.
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(said, dict):
-        raise UserError(f"{path} holds no settings, but a {type(said).__name__}")
+        raise UserError(f"{path} holds not settings but a {type(said).__name__}")
     return said
 
 

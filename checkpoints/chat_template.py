@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_taipan.errors import UserError
 
-FILE = "chat_template.jinja"  # where transformers 5 looks for it
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # where transformers 5 looks for it
 SAMPLE = [
     {"role": "user", "content": "How many legs has a spider?"},
     {"role": "assistant", "content": "Eight of them."},
@@ -23,7 +23,7 @@ def read_template(path: Path, special: dict[str, str]) -> tuple[str, str]:
         special: the tokenizer's special tokens by kind (`eos_token`, ...), which the template may name.
 
     Raises:
-        UserError: the file cannot be read, is no template, fails on the sample, or leaves out what was said.
+        UserError: the file cannot be read, is not a template, fails on the sample, or leaves out what was said.
     """
     try:
         template = path.read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def read_template(path: Path, special: dict[str, str]) -> tuple[str, str]:
         options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, **special}
         rendered: Any = render_jinja_template([SAMPLE], **options)[0][0]
     except TemplateSyntaxError as error:
-        raise UserError(f"the chat template {path} is no jinja: line {error.lineno}: {error.message}") from error
+        raise UserError(f"the chat template {path} is not valid jinja: line {error.lineno}: {error.message}") from error
     except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -5,7 +5,7 @@ transformers does not look at the file. README.md is not in it: a card is there 
 
 from pathlib import Path
 
-from megatron_taipan.checkpoint.files import flush_folder, hash_file
+from megatron_taipan.checkpoint.files import flush_folder, size_and_sha256
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import plain_name
 
@@ -16,10 +16,10 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
 
 def write_sums(folder: Path) -> None:
     """Hashes every file of a finished folder; all of them are on the disk afterwards."""
-    hashes = {path.name: hash_file(path, flush=True)[1] for path in sorted(folder.iterdir())}
+    hashes = {path.name: size_and_sha256(path, flush=True)[1] for path in sorted(folder.iterdir())}
     lines = [f"{digest}  {name}\n" for name, digest in hashes.items() if name not in EDITED]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-    hash_file(folder / SUMS, flush=True)
+    size_and_sha256(folder / SUMS, flush=True)
     flush_folder(folder)
 
 
@@ -27,7 +27,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 by file name.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: the file does not exist, or it holds something else.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -39,12 +39,12 @@ def read_sums(folder: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not plain_name(name):
-            raise UserError(f"{folder / SUMS} line {number} is no SHA-256 and file name; the file is damaged")
+            raise UserError(f"{folder / SUMS} line {number} is not a SHA-256 and a file name; the file is damaged")
         sums[name] = digest
     return sums
 
 
-def differences(folder: Path) -> list[str]:
+def changed_files(folder: Path) -> list[str]:
     """What became of the files since: a sentence for each that is missing or changed, or is weights of other origin.
 
     Raises:
@@ -53,7 +53,7 @@ def differences(folder: Path) -> list[str]:
     sums, faults = read_sums(folder), []
     for name, digest in sums.items():
         try:
-            if hash_file(folder / name, flush=False)[1] != digest:
+            if size_and_sha256(folder / name, flush=False)[1] != digest:
                 faults.append(f"{name} changed since it was written")
         except FileNotFoundError:
             faults.append(f"{name} is missing")
@@ -61,4 +61,4 @@ def differences(folder: Path) -> list[str]:
             faults.append(f"{name} cannot be read ({error.strerror})")
     present = {path.name for path in folder.iterdir()}
     strange = sorted(name for name in present - sums.keys() - EDITED if name.endswith(WEIGHTS))
-    return faults + [f"{name} is no part of the export, and might be loaded instead of it" for name in strange]
+    return faults + [f"{name} is not part of the export, and might be loaded instead of it" for name in strange]

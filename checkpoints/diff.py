@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.metadata import SCHEDULED, flatten
+from megatron_taipan.checkpoint.metadata import SCHEDULED, dotted_settings
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.errors import exits_cleanly
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every tensor that differs, not the ten that differ most")
     options = parser.parse_args(arguments)
     a, b = open_weights(options.a), open_weights(options.b)
-    before, after = settings_of(a), settings_of(b)
+    before, after = known_settings(a), known_settings(b)
     for name in sorted(before.keys() & after.keys()):
         if before[name] != after[name]:
             print(f"{name}: {before[name]} | {after[name]}")
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if has_moments(a) != has_moments(b):
         print(f"only in {'A' if has_moments(a) else 'B'}: the optimizer's moments")
     common = [name for name in ours if name in theirs]
-    found = [d for d in (compare(name, ours[name](), theirs[name]()) for name in common) if d is not None]
+    found = [d for d in (tensor_difference(name, ours[name](), theirs[name]()) for name in common) if d is not None]
     shown = sorted(found, key=lambda d: -d.relative)
     for d in shown if options.all else shown[:10]:
         print(f"{d.name}: {d.elements:,} elements differ, by at most {d.largest:.3e}, relative {d.relative:.3e}")
@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if found or len(common) < max(len(ours), len(theirs)) else 0
 
 
-def settings_of(opened: ExportedWeights | CheckpointWeights) -> dict[str, Any]:
-    """All that is known about how the weights came to be, by dotted name; a schedule is one setting."""
+def known_settings(opened: ExportedWeights | CheckpointWeights) -> dict[str, Any]:
+    """All settings that are known to have made the weights, by dotted name; a schedule is one setting."""
     if isinstance(opened, ExportedWeights):
-        return flatten({"model": opened.network.model_dump(mode="json")}, whole=SCHEDULED)
-    return flatten(opened.config.model_dump(mode="json"), whole=SCHEDULED) | {"step": opened.step}
+        return dotted_settings({"model": opened.network.model_dump(mode="json")}, whole=SCHEDULED)
+    return dotted_settings(opened.config.model_dump(mode="json"), whole=SCHEDULED) | {"step": opened.step}
 
 
 def has_moments(opened: ExportedWeights | CheckpointWeights) -> bool:
@@ -79,7 +79,7 @@ def tensors_of(opened: ExportedWeights | CheckpointWeights, *, with_moments: boo
     return tensors
 
 
-def compare(name: str, x: Tensor, y: Tensor) -> Difference | None:
+def tensor_difference(name: str, x: Tensor, y: Tensor) -> Difference | None:
     """How far two tensors are apart; None where they are bit-equal (NaN equals NaN)."""
     x, y = x.float(), y.float()
     if x.shape != y.shape:

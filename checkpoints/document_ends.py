@@ -1,4 +1,4 @@
-"""Which tokens stand around each document of a run's training data: what an exported tokenizer puts around a text.
+"""Which tokens surround each document of a run's training data: what an exported tokenizer puts around a text.
 
 `python -m data_prep tokenize` notes them in the manifest PREFIX.json (options `bos` and `eod`); of pairs without one,
 which were merged or come from elsewhere, the documents themselves are looked at.

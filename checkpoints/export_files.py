@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.carried import CARD, GENERATION, IDS, TOKENIZER, carry, read_json, special_of
+from checkpoints.carried import CARD, GENERATION, IDS, TOKENIZER, copy_carried_files, read_json, special_of
 from checkpoints.model_card import describe_run, describe_tokenizer, model_card, with_dtype
 from checkpoints.run_metrics import last_validation
 from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
@@ -48,7 +48,7 @@ def write_described(
         special = write_tokenizer(tokenizer, folder, samples, config.data.seq_len, config.model.vocab_size, config.data)
         if special.ends is None:
             note(
-                "neither manifest nor documents of the training data are there, so what stood before and behind each"
+                "neither manifest nor documents of the training data are there, so what came before and after each"
                 " document is unknown: the tokenizer puts nothing before a text and declares no bos_token"
             )
     settings = {"tokens_per_sample": config.data.seq_len, **special.settings}
@@ -66,7 +66,7 @@ def write_carried(
 ) -> Text:
     """Settings, tokenizer and card as they are in the folder of the weights, as far as it has them."""
     own = carry_tokenizer and tokenizer is None
-    taken = carry(state.path, folder, tokenizer=own)
+    taken = copy_carried_files(state.path, folder, tokenizer=own)
     there = read_json(state.path / "config.json")
     settings = {name: there[name] for name in ("tokens_per_sample", *IDS) if there.get(name) is not None}
     special = Special(special_of(state.path)) if own else Special()
@@ -86,7 +86,7 @@ def write_carried(
         if read_json(state.path / "tokenizer_config.json").get(SPLIT):
             note(
                 f"{state.path} keeps the spelling of special tokens as text ({SPLIT} in its tokenizer_config.json), and"
-                f" so will the copy; --tokenizer {named} writes the tokenizer anew"
+                f" so will the copy; --tokenizer {named} writes the tokenizer again"
             )
     write_json(folder / "config.json", config_json(state.network, dtype, settings))
     if not (folder / GENERATION).is_file():

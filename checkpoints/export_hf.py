@@ -26,11 +26,11 @@ from torch import Tensor
 from checkpoints import chat_template, reload_folder
 from checkpoints.bundle import bundle_sources
 from checkpoints.carried import TOKENIZER
-from checkpoints.checksums import SUMS, WEIGHTS, differences, write_sums
+from checkpoints.checksums import SUMS, WEIGHTS, changed_files, write_sums
 from checkpoints.export_files import Text, note, short, write_carried, write_described, write_json
 from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
-from checkpoints.whole_folder import remove_leftovers, whole_folder
+from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.data.made_with import refuse_other
@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     if not options.max_shard_gb > 0:  # not >: nan must fail too
-        raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is no size; give 10^9 bytes above 0, such as 5")
+        raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is not a size; give 10^9 bytes above 0, such as 5")
     if not options.stream_above_gb >= 0:
-        raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is no size; give 10^9 bytes, 0 or more")
+        raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is not a size; give 10^9 bytes, 0 or more")
     state = open_weights(options.model)
     refuse_changed(state)  # the check of the logits reads the same bytes twice, and would find them equal
     with writing(options.out):
@@ -120,13 +120,13 @@ def export(
             logits disagree.
     """
     out = out.resolve()  # a link stays one, and shows the new export
-    for sentence in remove_leftovers(out):
+    for sentence in remove_or_restore_leftovers(out):
         note(sentence)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         # a run's own folder, given by mistake, would be lost with all its checkpoints
-        raise UserError(f"{out} is no exported folder, so --overwrite does not remove it; choose another folder")
+        raise UserError(f"{out} is not an exported folder, so --overwrite does not remove it; choose another folder")
     own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
     if template is not None and tokenizer is None and not own:
         raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
@@ -155,7 +155,7 @@ def write_folder(
         text = write_described(state, folder, dtype, tokenizer, template is not None)
     if template is not None:
         source, chat = chat_template.read_template(template, dict(text.special))
-        (folder / chat_template.FILE).write_text(source, encoding="utf-8")
+        (folder / chat_template.CHAT_TEMPLATE_FILE).write_text(source, encoding="utf-8")
         text = replace(text, chat=chat)
     write_sharded(
         folder,
@@ -198,7 +198,7 @@ def check_folder(
         done = subprocess.run(command, cwd=scratch, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"the exported folder does not stand by itself ({last[0]}); nothing was written")
+            raise UserError(f"the exported folder does not load by itself ({last[0]}); nothing was written")
         got = torch.from_numpy(numpy.load(answer))
     scale = expected.abs().max().clamp(min=1e-30)
     difference = float((got - expected).abs().max() / scale) if got.shape == expected.shape else math.inf
@@ -308,7 +308,7 @@ def refuse_changed(state: CheckpointWeights | ExportedWeights) -> None:
     if isinstance(state, CheckpointWeights):
         refuse_damaged(state.path)
     elif (state.path / SUMS).is_file():
-        faults = [fault for fault in differences(state.path) if fault.split()[0].endswith(WEIGHTS)]
+        faults = [fault for fault in changed_files(state.path) if fault.split()[0].endswith(WEIGHTS)]
         if faults:
             raise UserError(f"{state.path} is damaged: {'; '.join(faults)}; copy or export it again")
 

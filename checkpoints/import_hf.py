@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.foreign.agreement import Answer, compare, our_logits
+from checkpoints.foreign.agreement import Answer, compare_logits, our_logits
 from checkpoints.map_weights import Source, map_weights, other_options
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_export
 from megatron_taipan.config import load_config
@@ -62,7 +62,7 @@ def exported_source(weights: ExportedWeights, target: ModelConfig) -> Source:
         raise UserError(f"{folder} has {listed}; set the model's options to the source's")
     notes = [f"{name}: {theirs} in the source, {ours} in the target" for name, (theirs, ours) in other.items()]
     if target.tie_embeddings and not network.tie_embeddings:
-        raise UserError(f"{folder} has a head of its own; set model.tie_embeddings=false")
+        raise UserError(f"{folder} has a separate head; set model.tie_embeddings=false")
     separated = network.tie_embeddings and not target.tie_embeddings
     if separated:  # the new head starts as what the source has for one, the embedding
         shapes["head.weight"] = shapes["embedding.weight"]
@@ -74,7 +74,7 @@ def exported_source(weights: ExportedWeights, target: ModelConfig) -> Source:
     def ask(tokens: torch.Tensor) -> Answer:
         return Answer(f"{folder}", our_logits(network, load, tokens, torch.float64))
 
-    check = partial(compare, network, min(target.vocab_size, network.vocab_size), ask)
+    check = partial(compare_logits, network, min(target.vocab_size, network.vocab_size), ask)
     return Source(network.letters, shapes, load, check, notes)
 
 

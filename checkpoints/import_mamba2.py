@@ -1,9 +1,9 @@
 """`python -m checkpoints.import_mamba2 SOURCE OUT --config FILE`: a warm start from the weights of another library.
 
 Reads the folder of a `state-spaces/mamba2-*` model (mamba_ssm's names), of a transformers Mamba2ForCausalLM, or of a
-GraniteMoeHybrid or Bamba of attention layers alone, and puts its layers into the `M` or `A` layers of the configured
-network, in order. Other layers start anew. What the source computes and this network does not is refused, and nothing
-is written unless the weights give the source's logits.
+GraniteMoeHybrid or Bamba of attention layers only, and puts its layers into the `M` or `A` layers of the configured
+network, in order. Other layers start from new initial values. What the source computes and this network does not is
+refused, and nothing is written unless the weights give the source's logits.
 """
 
 import argparse
@@ -18,7 +18,11 @@ from megatron_taipan.config import load_config
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model_config import ModelConfig
 
-KINDS = {"mamba2": from_transformers, "granitemoehybrid": from_granite, "bamba": from_bamba}  # by model_type
+READERS = {
+    "mamba2": from_transformers,
+    "granitemoehybrid": from_granite,
+    "bamba": from_bamba,
+}  # by model_type
 
 
 @exits_cleanly
@@ -50,12 +54,12 @@ def open_source(folder: Path, target: ModelConfig) -> Source:
     kind = str(settings.get("model_type"))
     if kind == "None" and "d_model" in settings:  # mamba_ssm's names no type
         return from_mamba_ssm(folder, target, settings, *open_tensors(folder))
-    if kind not in KINDS:
+    if kind not in READERS:
         raise UserError(
-            f"{folder} has model_type={kind!r}; known are {', '.join(KINDS)} of transformers, and mamba_ssm's models"
+            f"{folder} has model_type={kind!r}; known are {', '.join(READERS)} of transformers, and mamba_ssm's models"
             " (no model_type, but d_model)"
         )
-    return KINDS[kind](folder, target, *open_tensors(folder))
+    return READERS[kind](folder, target, *open_tensors(folder))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path: Path = options.path
     if not path.is_dir():
-        raise UserError(f"{path} is no folder")
+        raise UserError(f"{path} is not a folder")
     for line in run_lines(path):
         print(line)
     if not (path / "config.json").is_file():
@@ -65,7 +65,7 @@ def checkpoint_facts(path: Path) -> list[tuple[str, str]]:
 
 
 def tensor_lines(opened: ExportedWeights | CheckpointWeights, every: bool) -> list[str]:
-    """Shape, stored type and size of every tensor: one a line, or as a tree in which equal layers stand once."""
+    """Shape, stored type and size of every tensor: one a line, or as a tree in which equal layers are shown once."""
     table, names = parameter_table(opened.network), opened.names()
     stored = {name: opened.stored(name) for name in names}
     total = sum(math.prod(spec.shape) for spec in table.values())

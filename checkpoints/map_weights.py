@@ -1,7 +1,7 @@
 """Carrying weights from one network into another: the k-th layer of a letter takes the k-th of that letter.
 
-What the source does not have is drawn anew from (seed, name); what the target does not have is left behind; both are
-reported. A tensor that both have with different shapes is an error, because nobody wants half a warm start.
+What the source does not have is initialized from (seed, name); what the target does not have is left out; both are
+reported. A tensor that both have with different shapes is an error, because half a warm start is of no use.
 """
 
 import os

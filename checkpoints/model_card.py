@@ -129,15 +129,15 @@ def describe_tokenizer(special: Special, *, chats: bool, carried: bool = False) 
             "",
         ]
         if ends is None:
-            lines.append("- what stood before each training document is not known: nothing is put before a prompt")
+            lines.append("- what came before each training document is not known: nothing is put before a prompt")
         elif begin is None:
             lines.append(
-                "- nothing stood before the training documents: nothing is put before a prompt, there is no BOS"
+                "- nothing came before the training documents: nothing is put before a prompt, there is no BOS"
             )
         else:
-            lines.append(f"- `{begin}` stood before each training document, and is put before a prompt")
+            lines.append(f"- `{begin}` came before each training document, and is put before a prompt")
         if ends is not None and ends.end is not None:
-            lines.append(f"- `{eos}` stood behind each: with it the model ends a text")
+            lines.append(f"- `{eos}` came after each: with it the model ends a text")
         elif eos is not None:
             lines.append(f"- `{eos}` is there to fine-tune with; that the model ends texts with it is not known")
     lines += [

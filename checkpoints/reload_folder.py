@@ -73,8 +73,8 @@ def load_streamed(folder: str, config: Any, dtype: Any) -> Any:
     return model
 
 
-def new_cache(model: Any, rows: int, streamed: bool) -> Any:
-    """None, with which the model makes its own cache; one in the host's memory where the model lies nowhere."""
+def cache_for_pass(model: Any, rows: int, streamed: bool) -> Any:
+    """None, with which the model makes its own cache; one in the host's memory where the model is streamed."""
     if not streamed:
         return None
     import torch
@@ -160,7 +160,7 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     tokens, prefill = torch.tensor(request["tokens"]), request["prefill"]
     with torch.inference_mode():
         first = model(
-            tokens[:, :prefill], past_key_values=new_cache(model, len(tokens), request["streamed"]), use_cache=True
+            tokens[:, :prefill], past_key_values=cache_for_pass(model, len(tokens), request["streamed"]), use_cache=True
         )
         rest = model(tokens[:, prefill:], past_key_values=first.past_key_values)
         sketch = type(model)(type(config)(network=request["sketch"])).double().eval()

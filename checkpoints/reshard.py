@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint import calibration, folder
-from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, hash_file
+from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, size_and_sha256
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
@@ -143,8 +143,8 @@ def reshard(source: Path, out: Path, target: Target) -> Path:
     (temporary / folder.STATE).mkdir(parents=True)
     try:
         written = write_files(temporary / folder.STATE, target, entries)
-        if (source / calibration.FILE).is_file():
-            shutil.copy(source / calibration.FILE, temporary)
+        if (source / calibration.CALIBRATION_FILE).is_file():
+            shutil.copy(source / calibration.CALIBRATION_FILE, temporary)
         texts = {
             INDEX: json.dumps(index),
             folder.CONFIG: dump_config(target.config),
@@ -152,7 +152,7 @@ def reshard(source: Path, out: Path, target: Target) -> Path:
                 metadata | {"layout": target.layout(), "resharded_from": str(source)}, indent=1
             ),
         }
-        folder.complete(temporary, final, texts, written)
+        folder.complete_checkpoint(temporary, final, texts, written)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -199,7 +199,7 @@ def write_files(state: Path, target: Target, entries: list[Entry]) -> dict[str, 
     files = {name: TensorFile(state / name, spec) for name, spec in specs.items()}
     for entry in entries:
         files[entry.file].put(entry.name, entry.load())
-    return {f"{folder.STATE}/{name}": hash_file(state / name, flush=True) for name in files}
+    return {f"{folder.STATE}/{name}": size_and_sha256(state / name, flush=True) for name in files}
 
 
 def file_name(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run's log says of a checkpoint: its last validation, for the model card."""
+"""What a run's log says about a checkpoint: its last validation, for the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class Validation:
 
 
 def last_validation(checkpoint: Path, step: int) -> Validation | None:
-    """The newest validation up to `step` in the log of the run that the checkpoint lies in; None where there is none.
+    """The newest validation up to `step` in the log of the checkpoint's run; None where there is none.
 
     Of several of one step, which a resumed run may have written, the last one counts.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
 
-MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows stand in it one after the other
+FUSED_IN_MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows it holds one after the other
     "in_proj.weight": ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt"),
     "conv1d.weight": ("conv_x_weight", "conv_B_weight", "conv_C_weight"),
     "conv1d.bias": ("conv_x_bias", "conv_B_bias", "conv_C_bias"),
@@ -19,11 +19,11 @@ MIXER = {  # a parameter of MambaMixer2 -> ours, whose rows stand in it one afte
     "norm.weight": ("norm_weight",),
     "out_proj.weight": ("out_proj",),
 }
-ATTENTION = {
+FUSED_IN_ATTENTION = {
     "qkv_proj.weight": ("q_proj", "k_proj", "v_proj"),
     "o_proj.weight": ("out_proj",),
 }
-MLP = {
+FUSED_IN_MLP = {
     "gate_up_proj.weight": ("gate_proj", "up_proj"),  # silu(first half) * second half
     "down_proj.weight": ("down_proj",),
 }
@@ -46,7 +46,9 @@ def served_weights(network: ModelConfig) -> dict[str, Joined]:
     joined: dict[str, Joined] = {}
     for name in table:
         head, _, last = name.rpartition(".")
-        fused = {"mixer": MIXER, "attention": ATTENTION, "mlp": MLP}.get(head.rpartition(".")[2], {})
+        fused = {"mixer": FUSED_IN_MIXER, "attention": FUSED_IN_ATTENTION, "mlp": FUSED_IN_MLP}.get(
+            head.rpartition(".")[2], {}
+        )
         theirs, parts = next((pair for pair in fused.items() if last in pair[1]), (last, (last,)))
         whole = tuple(f"{head}.{part}" for part in parts)
         shape = (sum(table[part][0] for part in whole), *table[whole[0]][1:])

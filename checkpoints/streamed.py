@@ -1,8 +1,8 @@
 """A model that never holds more than one layer's weights: they are read as the forward pass comes to it.
 
-A model of any size is so computed in the memory of its largest tensors. The weights are read once for each forward
-pass, so this is for checks, not for use. The file imports nothing of ours: `reload_folder.py`, which must not, takes
-it too.
+So a model of any size is computed in the memory of its largest tensors. The weights are read once for each forward
+pass, so this is for checks, not for use. The file imports nothing of this package: `reload_folder.py`, which must not,
+uses it too.
 """
 
 from collections.abc import Callable, Iterator

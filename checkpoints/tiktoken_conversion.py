@@ -1,6 +1,6 @@
 """A tiktoken file (Llama-3's tokenizer.model) as a tokenizers-library tokenizer.
 
-The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joint bytes have the
+The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joined bytes have the
 lowest rank; the tokenizers library wants the pairs themselves, so each token is taken apart by the ranks below its own.
 """
 
@@ -25,7 +25,7 @@ def convert_tiktoken(path: Path) -> Tokenizer:
         return "".join(letters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    pairs = [(token, *split(token, ranks)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    pairs = [(token, *merge_pair(token, ranks)) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     merges = [(spell(left), spell(right)) for _, left, right in pairs if right]
     # ignore_merges: like tiktoken, a whole piece of text that is a token is taken before any joining
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
@@ -41,8 +41,8 @@ def convert_tiktoken(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def split(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts whose joining makes the token; the second is empty where joining never makes it."""
+def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that join into the token; the second is empty where no pair does."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:], strict=False)]

@@ -4,7 +4,7 @@ A sentencepiece model is rewritten piece by piece; what the two libraries make o
 compared, and a tokenizer that gives other ids than the one the data was made with is refused.
 
 It behaves as code written for transformers expects: the spelling of a special token in a text becomes its id, where
-`data_prep` keeps it text (`split_special_tokens=True` does so here); and it puts before a text what stood before each
+`data_prep` keeps it text (`split_special_tokens=True` does so here); and it puts before a text what came before each
 document of the training data, or nothing.
 """
 
@@ -42,7 +42,7 @@ class Special:
 
     tokens: dict[str, str] = field(default_factory=dict)  # spellings
     ids: dict[str, int] = field(default_factory=dict)
-    ends: DocumentEnds | None = None  # what stood around the documents of the training data; None: unknown
+    ends: DocumentEnds | None = None  # what surrounded the documents of the training data; None: unknown
 
     @property
     def settings(self) -> dict[str, int]:
@@ -61,7 +61,7 @@ def write_tokenizer(
     """Writes tokenizer.json and tokenizer_config.json for `source` into `folder`.
 
     A BOS is declared only where the documents of the training data began with one. The EOS is the token that they ended
-    with, or else the tokenizer's own, for whoever trains the model further.
+    with, or else the tokenizer's own, for those who train the model further.
 
     Args:
         source: a sentencepiece model, a tiktoken file, or a `tokenizer.json` of the tokenizers library.
@@ -118,7 +118,7 @@ def refuse_larger(source: Path, tokenizer: Exported, vocab_size: int | None) -> 
 
 
 def spelling(source: Path, tokenizer: Exported, index: int) -> str:
-    """The spelling of a token that stands around the documents of the training data.
+    """The spelling of a token that surrounds the documents of the training data.
 
     Raises:
         UserError: the tokenizer has no such id.
@@ -133,7 +133,7 @@ def spelling(source: Path, tokenizer: Exported, index: int) -> str:
 
 
 def begin_with(tokenizer: Exported, bos: str | None) -> None:
-    """Makes it put `bos`, or nothing, before a text, and nothing behind, whatever its file says."""
+    """Makes it put `bos`, or nothing, before a text, and nothing after it, whatever its file says."""
     if bos is None and not tokenizer.num_special_tokens_to_add(False):
         return
     head = "" if bos is None else f"{bos}:0 "

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoints.checksums import differences, read_sums
+from checkpoints.checksums import changed_files, read_sums
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, read_manifest
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.errors import UserError, exits_cleanly
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         return verify_export(options.path)
     folders = [*checkpoints(options.path), *checkpoints(options.path, WEIGHTS)] or [options.path]
     if not options.path.is_dir():
-        raise UserError(f"{options.path} is no folder")
+        raise UserError(f"{options.path} is not a folder")
     damaged = 0
     for folder in folders:
         fault = damage(folder)
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify_export(folder: Path) -> int:
     """Prints each difference from SHA256SUMS; the exit status."""
-    faults = differences(folder)
+    faults = changed_files(folder)
     for fault in faults:
         print(f"{folder}  {fault}", flush=True)
     if not faults:

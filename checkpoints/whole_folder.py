@@ -1,10 +1,10 @@
-"""A folder that stands under its name only when it is whole, in place of an earlier one if there is one.
+"""A folder that gets its name only when it is complete, in place of an earlier one if there is one.
 
     PARENT/.NAME.XXXXXXXX.partial    being written, locked by who writes it
-    PARENT/.NAME.XXXXXXXX.earlier    what stood under the name before, between two renames
+    PARENT/.NAME.XXXXXXXX.earlier    what had the name before, between two renames
 
-A killed program leaves one of these behind; the next one for the same name removes the first and, where nothing stands
-under the name, puts back the second. The lock is the operating system's, so a process that dies holds none.
+A killed program leaves one of these; the next one for the same name removes the first and, where nothing has the
+name, puts back the second. The lock is the operating system's, so a process that dies holds none.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ PARTIAL, EARLIER = ".partial", ".earlier"
 def whole_folder(out: Path) -> Iterator[Path]:
     """Gives an empty folder to fill; it takes the name `out` at the end, and vanishes if an exception comes through.
 
-    Whoever fills it flushes its files to the disk.
+    The caller flushes the files in it to the disk.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work, handle = _new(out)
@@ -32,16 +32,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         if out.exists():
-            out.rename(earlier)  # at once: a folder whose deletion is cut short must not stand under the name
+            out.rename(earlier)  # at once: a folder whose deletion is cut short must not have the name
         work.rename(out)
-        with suppress(FileNotFoundError):  # nothing stood there
-            earlier.rename(work)  # from here on it is rubbish, whenever we are killed
+        with suppress(FileNotFoundError):  # nothing was there
+            earlier.rename(work)  # from here on it may be removed, whenever we are killed
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(handle)
 
 
-def remove_leftovers(out: Path) -> list[str]:
+def remove_or_restore_leftovers(out: Path) -> list[str]:
     """Removes what killed programs left of `out`, or puts it back; returns a sentence for each."""
     ours, said = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.(partial|earlier)"), []
     found = out.parent.iterdir() if out.parent.is_dir() else ()
@@ -49,11 +49,11 @@ def remove_leftovers(out: Path) -> list[str]:
         try:
             handle = _lock(path.with_suffix(PARTIAL))
         except FileNotFoundError:
-            handle = None  # an earlier folder whose successor is gone
+            handle = None  # an earlier folder; the one that replaced it is gone
         except BlockingIOError:
             continue  # somebody is writing it
         except OSError:
-            said.append(f"left {path} alone: without file locks nobody knows whether it is being written")
+            said.append(f"left {path} alone: without file locks it is unknown whether it is being written")
             continue
         if path.suffix == EARLIER and not out.exists():
             path.rename(out)
@@ -85,7 +85,8 @@ def _lock(folder: Path) -> int:
     """A handle of the folder that holds its lock until it is closed; a process that is started does not inherit it.
 
     Raises:
-        BlockingIOError: another process holds it. FileNotFoundError: there is no such folder. OSError: no locks here.
+        BlockingIOError: another process holds it. FileNotFoundError: the folder does not exist.
+        OSError: this file system has no locks.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

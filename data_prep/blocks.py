@@ -8,14 +8,14 @@ from megatron_taipan.data.ids import refuse_outside
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.tokenizer.base import Tokenizer
 
-BLOCK = 1 << 22  # tokens
+BLOCK_TOKENS = 1 << 22
 MOST = 1 << 24  # ids; no vocabulary has as many, and counting this many takes 128 MB
 
 
 def blocks(reader: IndexedReader) -> Iterator[tuple[int, np.ndarray]]:
-    """Position of each piece and its tokens, [<= BLOCK]."""
-    for at in range(0, reader.n_tokens, BLOCK):
-        block = np.empty(min(BLOCK, reader.n_tokens - at), reader.dtype)
+    """Position of each piece and its tokens, [<= BLOCK_TOKENS]."""
+    for at in range(0, reader.n_tokens, BLOCK_TOKENS):
+        block = np.empty(min(BLOCK_TOKENS, reader.n_tokens - at), reader.dtype)
         reader.read_into(at, block)
         yield at, block
 

@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def program() -> None:
-    """`main` as a process of its own; it ends at once, since taking tokenizers apart would cost 0.05 s."""
+    """`main` as a separate process; it ends at once, since taking tokenizers apart would cost 0.05 s."""
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has enough, as `head` does
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""

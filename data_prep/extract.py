@@ -12,7 +12,7 @@ from typing import cast
 from megatron_taipan.errors import UserError
 
 GENERATION, END = "generation", "endgeneration"  # the marks' names in the chat templates of transformers
-MARK = re.compile(r"\{\{|\{%\s*(.*?)\s*%\}", re.DOTALL)  # a mark's name; or a brace that is text, as in {{%
+TEMPLATE_MARK = re.compile(r"\{\{|\{%\s*(.*?)\s*%\}", re.DOTALL)  # a mark's name; or a brace that is text, as in {{%
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def template_extractor(template: str) -> Extract:
 
 
 def _fill(part: list[tuple[str, str | None]], record: object) -> str:
-    """Literals, each with the field behind it, as text."""
+    """Literals, each with the field after it, as text."""
     out = []
     for literal, field in part:
         out.append(literal)
@@ -182,7 +182,7 @@ def spans(template: str) -> list[str]:
     """
     found: list[str] = []
     begin = 0
-    for mark in MARK.finditer(template):
+    for mark in TEMPLATE_MARK.finditer(template):
         if mark[1] is None:
             continue
         if mark[1] != (END if len(found) % 2 else GENERATION):

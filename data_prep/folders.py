@@ -29,7 +29,7 @@ DESCRIPTIONS = frozenset(
 def inside(folder: str, passed: dict[str, str]) -> list[str]:
     """Files of a known kind in a folder, to the bottom, through links to folders too. Nothing is passed over in
     silence: a folder that cannot be read is refused, a link to nothing is taken, to be reported by its reader, and what
-    is not taken is in `passed`, each path with its label.
+    is not taken is in `passed`, each path with its `skipped_as`.
 
     Raises:
         UserError: a folder cannot be read, or holds several splits of a saved dataset.
@@ -55,7 +55,7 @@ def inside(folder: str, passed: dict[str, str]) -> list[str]:
         data = _saved(place) if "state.json" in files else []
         taken = data or [name for name in files if is_data(name)]
         found += [path for name in taken if input_kind(path := os.path.join(place, name))]
-        passed.update({os.path.join(place, name): label(name) for name in set(files) - set(taken)})
+        passed.update({os.path.join(place, name): skipped_as(name) for name in set(files) - set(taken)})
     return found
 
 
@@ -64,7 +64,7 @@ def is_data(name: str) -> bool:
     return bool(input_kind(name)) and name not in DESCRIPTIONS and not name.startswith(".")
 
 
-def label(name: str) -> str:
+def skipped_as(name: str) -> str:
     """How a file that is passed over is called: by its ending, mostly."""
     if name in DESCRIPTIONS:
         return name
@@ -89,14 +89,14 @@ def print_passed_over(name: str, passed: Iterable[str], taken: list[str]) -> Non
 
 
 def splits(paths: list[str]) -> list[str]:
-    """The split to which each file belongs whose name says it, below the folder that all have in common."""
+    """The split of each file that has one in its name, below the folder that all have in common."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     named = (SPLIT_NAME.search(os.path.relpath(path, top).lower()) for path in paths)
     return [MEANT[match[1][:2]] for match in named if match]
 
 
 def _refuse_splits(folder: str, folders: list[str]) -> None:
-    """A DatasetDict that was saved: which of its splits is meant must be said."""
+    """A DatasetDict that was saved: the caller must say which of its splits is meant."""
     counts = {name: len(_saved(os.path.join(folder, name))) for name in folders}
     counts = {name: count for name, count in counts.items() if count}
     if len(counts) > 1:

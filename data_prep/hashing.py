@@ -5,7 +5,7 @@ from typing import Any
 
 import xxhash
 
-BLOCK = 1 << 20
+READ_BYTES = 1 << 20  # read at a time
 
 
 def hash_file(path: str) -> str:
@@ -27,13 +27,13 @@ def hash_slice(path: str, start: int, stop: int) -> str:
 def hash_into(digest: Any, file: Any, start: int, stop: int) -> None:
     """Takes bytes [start, stop) of an open file into a digest."""
     file.seek(start)
-    while start < stop and (block := file.read(min(BLOCK, stop - start))):
+    while start < stop and (block := file.read(min(READ_BYTES, stop - start))):
         digest.update(block)
         start += len(block)
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, and need not be read again for it."""
+    """A new file that is hashed while it is written, so it is not read again for that."""
 
     def __init__(self, path: str):
         self.file = open(path, "wb")

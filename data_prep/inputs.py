@@ -1,7 +1,7 @@
 """What is read: input files in order, cut into units of work.
 
 A unit is a few slices of files. Units depend on the inputs alone, never on the number of workers, so their outputs
-laid end to end are the same whoever made them and in however many runs.
+laid end to end are the same in whichever processes and in however many runs they were made.
 """
 
 import glob
@@ -93,7 +93,7 @@ def named_twice(paths: list[str]) -> list[str]:
 
 
 def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
-    """Files of a known kind that match a glob, or lie in folders that do, each once (`a/**` matches both); what is not
+    """Files of a known kind that match a glob, or are in folders that do, each once (`a/**` matches both); what is not
     taken is in `passed`."""
     found: list[str] = []
     for path in glob.glob(pattern, recursive=True):
@@ -102,7 +102,7 @@ def _matching(pattern: str, passed: dict[str, str]) -> list[str]:
         elif folders.is_data(os.path.basename(path)):
             found.append(path)
         else:
-            passed[path] = folders.label(os.path.basename(path))
+            passed[path] = folders.skipped_as(os.path.basename(path))
     return list({os.path.abspath(path): path for path in found}.values())
 
 

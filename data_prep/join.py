@@ -15,7 +15,7 @@ SYNCED = 32 << 20  # bytes that are sent to the disk together, so that little is
 
 
 class Joiner:
-    """Appends each part to the shards as soon as it and all before it are finished, in a thread of its own.
+    """Appends each part to the shards as soon as it and all before it are finished, in a separate thread.
 
     The shards have temporary names until `commit`; without it, they are removed when the joiner is left.
 

@@ -1,9 +1,9 @@
 """The ids of texts of which parts are learned, and which of the ids those are.
 
-Whoever asks the model gives it the prompt alone, so training must show it the ids of the prompt alone: with T(x) for
+A user gives the model the prompt alone, so training must show it the ids of the prompt alone: with T(x) for
 the ids of x, a document of prompt p and answer a has to begin with T(p). The ids of the whole text, T(pa), do so
 wherever one of its tokens ends where p does; those are taken then. Otherwise (the prompt ends with the blank that the
-answer's first token would begin with, or within a word) the ids are T(p), then those of a as they are behind other
+answer's first token would begin with, or within a word) the ids are T(p), then those of a as they are after other
 text. With more parts the same holds at every border.
 """
 
@@ -46,7 +46,7 @@ def encode_marked(
 def _apart(tokenizer: Tokenizer, text: str, cuts: tuple[int, ...]) -> list[np.ndarray]:
     """The ids up to every border and to the end, each beginning with the one before."""
     heads = [NONE]
-    base, begin, last = NONE, 0, 0  # what begins at character `begin` is tokenized together, behind the ids `base`
+    base, begin, last = NONE, 0, 0  # what begins at character `begin` is tokenized together, after the ids `base`
     for cut in (*cuts, len(text)):
         head = np.concatenate([base, _behind(tokenizer, text[begin:cut], first=not begin)])
         if not begins(head, heads[-1]):
@@ -58,7 +58,7 @@ def _apart(tokenizer: Tokenizer, text: str, cuts: tuple[int, ...]) -> list[np.nd
 
 
 def _behind(tokenizer: Tokenizer, text: str, first: bool) -> np.ndarray:
-    """The ids of a text as they are behind other text, or as the `first`: some tokenizers put a blank before that."""
+    """The ids of a text as they are after other text, or as the `first`: some tokenizers put a blank before that."""
     if not text:
         return NONE
     for before in () if first else BEFORE:

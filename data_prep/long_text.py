@@ -2,7 +2,7 @@
 
 A line of JSON is read in blocks. Its long strings are decoded into a file without a name and replaced by short marks in
 what is left of the line; that skeleton is parsed as usual, and in the text that it gives the marks are replaced by what
-they stand for.
+they replace.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from data_prep import tolerant
 from data_prep.limits import DEFAULT_LIMITS, too_large
 from megatron_taipan.errors import UserError
 
-BLOCK = 1 << 20
+READ_BYTES = 1 << 20  # read at a time
 LONG_STRING = 1 << 20  # bytes of a JSON string that goes to a file
 LONGEST_SKELETON = 64 << 20  # bytes of a line besides its long strings
 ESCAPE = 12  # bytes of the longest escape: \\ud83d\\ude00
@@ -52,7 +52,7 @@ def blocks_of(first: bytes, file) -> Iterator[bytes]:
     """`first`, then the rest of a file."""
     while first:
         yield first
-        first = file.read(BLOCK)
+        first = file.read(READ_BYTES)
 
 
 class LongLine:
@@ -92,7 +92,7 @@ class LongLine:
                 self._drop()
             if block.endswith(b"\n"):
                 break
-            block = file.readline(BLOCK)
+            block = file.readline(READ_BYTES)
         if self.inside and not self.problem:
             self.problem = "broken JSON: the line ends inside a string"
         self.skeleton = None if self.problem else bytes(self.out)
@@ -121,7 +121,7 @@ class LongLine:
                 self.problem = f"record too large: over {LONGEST_SKELETON} bytes besides its long strings"
 
     def _string(self, block: bytes, at: int) -> int:
-        """Reads string content from `at` on; returns where it stopped: behind the quote, or at the end."""
+        """Reads string content from `at` on; returns where it stopped: after the quote, or at the end."""
         known = len(self.held)
         begin = known - backslashes(self.held)  # a quote may follow backslashes of an earlier block
         self.held += memoryview(block)[at:]
@@ -152,7 +152,7 @@ class LongLine:
         try:
             string = tolerant.loads(b'"' + raw + b'"')
             text = string.encode()
-        except UnicodeEncodeError as error:  # a fault of this string alone
+        except UnicodeEncodeError as error:  # a fault of this string only
             self.faults.setdefault(
                 len(self.places) - (not begin), tolerant.no_text(error, 0 if begin else self.decoded)
             )
@@ -176,7 +176,7 @@ class LongLine:
         del self.held[:count]
 
     def chunks(self, text: str) -> Iterator[str]:
-        """`text` with the marks in it replaced by the strings that they stand for; in pieces."""
+        """`text` with the marks in it replaced by the strings that they replace; in pieces."""
         assert self.spool is not None
         for number, part in enumerate(re.split(re.escape(self.mark) + r"(\d+)>", text)):
             if number % 2:
@@ -231,6 +231,6 @@ def complete_length(raw: bytearray) -> int:
 def _slice(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
     while start < stop:
         file.seek(start)
-        block = file.read(min(BLOCK, stop - start))
+        block = file.read(min(READ_BYTES, stop - start))
         start += len(block)
         yield block

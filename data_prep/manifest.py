@@ -24,7 +24,7 @@ INSIDE: dict[str, dict[str, type]] = {
 
 
 def read(prefix: str) -> dict | None:
-    """The manifest of a prefix, or None where there is none (or none of ours).
+    """The manifest of a prefix, or None where there is none (or one of another format).
 
     Raises:
         UserError: it is damaged, or names files in another folder.
@@ -162,7 +162,7 @@ def describe(
             "library": job.tokenizer.library,
             "vocab_size": job.tokenizer.vocab_size,
         },
-        "added": added,  # id and spelling of the tokens before and behind each document, and who says that it is they
+        "added": added,  # id and spelling of the tokens before and after each document, and who says that it is they
         "options": options,
         # xxh3-128 over the xxh3-128 digests of the slices in which a file was read
         "inputs": [{"path": path, "bytes": size, "hash": hashes[path].hexdigest()} for path, size in sizes],

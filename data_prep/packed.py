@@ -22,17 +22,17 @@ try:
 except ImportError:
     import zlib  # type: ignore[no-redef]
 
-BLOCK = 1 << 16  # bytes of a file unpacked at a time
-BUFFER = 1 << 20
+PACKED_READ_BYTES = 1 << 16  # of a packed file, unpacked at a time
+BUFFER_BYTES = 1 << 20
 
 # what a member begins with; zstandard has frames to be passed over too
 GZIP, BZIP2, XZ = (b"\x1f\x8b",), (b"BZh",), (b"\xfd7zXZ\x00",)
 ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60)))
 
 RLE, RESERVED = 1, 3  # kinds of blocks of zstandard: one byte many times, and none
-LARGEST_BLOCK = 128 << 10  # bytes of a block of zstandard, packed or not
-BLOCKS = 16  # unpacked at a time
-BESIDE = 16 << 20  # bytes that xz takes besides its dictionary, at most
+LARGEST_BLOCK_BYTES = 128 << 10  # bytes of a block of zstandard, packed or not
+BLOCKS_AT_ONCE = 16  # of zstandard, unpacked at a time
+XZ_OVERHEAD_BYTES = 16 << 20  # bytes that xz takes besides its dictionary, at most
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class TooWide(Exception):
 
 
 def open_packed(path: str, window: int = DEFAULT_LIMITS.window) -> io.BufferedReader:
-    """The content of a file whose name ends as one of FORMS. Reading raises EOFError where the file
+    """The content of a file whose name has one of the endings of FORMS. Reading raises EOFError where the file
     ends within a member or has none, Damaged, and TooWide where unpacking takes a window of more bytes."""
-    return io.BufferedReader(Unpacked(path, window), BUFFER)
+    return io.BufferedReader(Unpacked(path, window), BUFFER_BYTES)
 
 
 def is_packed(path: str) -> bool:
@@ -75,7 +75,7 @@ def garbage(file: Any) -> str:
 
 
 class Unpacked(io.RawIOBase):
-    """The members of a file, one behind the other.
+    """The members of a file, one after the other.
 
     Attributes:
         garbage: what follows the last member, in words; empty where nothing does, or zeros only, with which
@@ -104,7 +104,7 @@ class Unpacked(io.RawIOBase):
         while self.member or self._begin():
             read = not self.left and self.member.needs_input
             if read:
-                self.left = self.file.read(BLOCK)
+                self.left = self.file.read(PACKED_READ_BYTES)
             data, self.left = self.left, b""
             try:
                 out = self.member.decompress(data, len(buffer))
@@ -124,7 +124,7 @@ class Unpacked(io.RawIOBase):
     def _begin(self) -> bool:
         """Whether another member follows; it is made."""
         longest = max(map(len, self.magic))
-        while len(self.left) < longest and (data := self.file.read(BLOCK)):
+        while len(self.left) < longest and (data := self.file.read(PACKED_READ_BYTES)):
             self.left += data
             if self.members:
                 self.left = self.left.lstrip(b"\0")
@@ -187,7 +187,7 @@ class _Xz(_Inner):
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.inner = lzma.LZMADecompressor(lzma.FORMAT_XZ, window + BESIDE)
+        self.inner = lzma.LZMADecompressor(lzma.FORMAT_XZ, window + XZ_OVERHEAD_BYTES)
 
     def decompress(self, data: bytes, limit: int) -> bytes:
         try:
@@ -210,15 +210,15 @@ class _Zstandard:
     """
 
     def __init__(self, window: int) -> None:
-        import zstandard as library  # not every machine has it
+        import zstandard as library  # not installed on every machine
 
         self.library, self.window = library, window
         self.inner = library.ZstdDecompressor(max_window_size=window).decompressobj()
         self.raw = bytearray()  # what the library was not given yet
-        self.out = memoryview(b"")  # what it gave, and nobody asked for yet
+        self.out = memoryview(b"")  # what it gave and was not read yet
         self.begun = False  # whether the library was given the header
         self.to_skip = 0  # bytes left of a frame that is to be passed over
-        self.checksum = 0  # bytes behind the last block
+        self.checksum = 0  # bytes after the last block
 
     def decompress(self, data: bytes, limit: int) -> memoryview:
         self.raw += data
@@ -236,13 +236,13 @@ class _Zstandard:
             return 0
         if self.to_skip:
             return min(self.to_skip, len(self.raw))
-        for _ in range(BLOCKS):
+        for _ in range(BLOCKS_AT_ONCE):
             if len(self.raw) < at + 3:
                 break
             head = int.from_bytes(self.raw[at : at + 3], "little")
             last, kind, size = head & 1, head >> 1 & 3, head >> 3
             stop = at + 3 + (1 if kind == RLE else size) + last * self.checksum
-            if kind == RESERVED or size > LARGEST_BLOCK:
+            if kind == RESERVED or size > LARGEST_BLOCK_BYTES:
                 return len(self.raw)  # the library says what is wrong
             if stop > len(self.raw):
                 break

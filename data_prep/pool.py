@@ -98,7 +98,7 @@ def _died(exitcode: int | None) -> str:
         else f"exit {exitcode}"
     )
     memory = ", most often the kernel's answer to too little memory: use fewer --workers" if exitcode == -9 else ""
-    return f"a worker process died: {why}{memory}; what was finished is kept, the same command continues"
+    return f"a worker process died: {why}{memory}; what was finished is kept; run the same command to continue"
 
 
 def _worker(work: dict[str, Callable[[int], object]], connection: Connection, parent: int) -> None:

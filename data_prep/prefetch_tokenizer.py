@@ -10,7 +10,7 @@ ONE_THREAD = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the wor
 
 
 class PrefetchedTokenizer:
-    """Reads a tokenizer.json with fastokens in a thread of its own, while the reference library reads it too."""
+    """Reads a tokenizer.json with fastokens in a separate thread, while the reference library reads it too."""
 
     def __init__(self, path: str):
         self.path = path

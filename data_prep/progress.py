@@ -8,7 +8,7 @@ import time
 ROW = struct.Struct("qqq")
 
 
-class Progress:
+class ProgressLine:
     """Text bytes, tokens and documents done, one row of counters a process, in memory shared through fork."""
 
     def __init__(self, total_bytes: int, rows: int, stream=None):

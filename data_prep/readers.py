@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from data_prep.extract import Extract
-from data_prep.kinds.records import KEPT, UNREADABLE, Reading, Record, Slice, unreadable
+from data_prep.kinds.records import QUARANTINED_BYTES, UNREADABLE, Reading, Record, Slice, unreadable
 from data_prep.kinds.registry import input_kind, known_endings
 from data_prep.limits import DEFAULT_LIMITS, Limits, too_large
 from data_prep.long_text import BrokenText
@@ -39,7 +39,7 @@ def read_records(
 def _within(record: Record, limit: int) -> Record:
     """The record, or a problem where its text has more bytes; of one in chunks that shows when they are used."""
     if record.size > limit:
-        return Record(record.where, problem=too_large(limit), raw=record.raw[:KEPT])
+        return Record(record.where, problem=too_large(limit), raw=record.raw[:QUARANTINED_BYTES])
     return record if record.chunks is None else replace(record, chunks=_until(record.chunks, limit))
 
 

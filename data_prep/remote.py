@@ -24,7 +24,7 @@ from data_prep.kinds.registry import input_kind, known_endings
 from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 
-BLOCK = 4 << 20  # bytes fetched at a time
+FETCH_BYTES = 4 << 20  # at a time
 # what stores call the mark of a content, best first; the last are times of its last change
 TAGS = "ETag etag md5Hash blob_id checksum Content-MD5 LastModified Last-Modified updated mtime created".split()
 
@@ -59,10 +59,12 @@ def find(name: str, folder: str) -> dict[str, RemoteFile]:
         taken = found if found == [path] else [entry for entry in found if _is_data(entry.removeprefix(path))]
         abouts = {entry: fs.info(entry) for entry in taken}
     if not taken or not input_kind(_name(taken[0])):
-        there = folders.counted(folders.label(_name(entry)) for entry in found) or "nothing is there"
+        there = folders.counted(folders.skipped_as(_name(entry)) for entry in found) or "nothing is there"
         raise UserError(f"{name} gives no file of a known kind ({there}); known are {known_endings()}")
     if found != [path]:
-        folders.print_passed_over(name, (folders.label(_name(entry)) for entry in found if entry not in abouts), taken)
+        folders.print_passed_over(
+            name, (folders.skipped_as(_name(entry)) for entry in found if entry not in abouts), taken
+        )
     sources = {}
     for entry in sorted(taken, key=natural):
         url, about = fs.unstrip_protocol(entry), abouts[entry]
@@ -109,7 +111,7 @@ def _blocks(url: str) -> Iterator[bytes]:
     with file:
         while True:
             with _told(url):  # not around the yield: what goes wrong with the disk is none of the store's
-                block = file.read(BLOCK)
+                block = file.read(FETCH_BYTES)
             if not block:
                 return
             yield block

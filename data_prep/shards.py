@@ -85,7 +85,7 @@ class ShardWriter:
         self.lengths = open(prefix + ".len.partial", "wb")
 
     def take(self, source: BinaryIO, start: int, lengths: np.ndarray, mask: BinaryIO | None = None) -> None:
-        """Appends documents of `lengths` tokens that lie back to back from token `start` of an open .bin and `mask`."""
+        """Appends documents of `lengths` tokens that are back to back from token `start` of an open .bin and `mask`."""
         if self.mask is not None:
             assert mask is not None
             self.mask.take(mask, start, lengths)

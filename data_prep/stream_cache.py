@@ -35,7 +35,7 @@ def cache_stream(name: str, folder: str) -> str:
                     record = next(records)
                 except StopIteration:
                     break
-                except Exception as error:  # whatever the network says
+                except Exception as error:  # any error of the network
                     raise UserError(
                         f"{name} broke off after {number} records: {_line(error)}; the same command streams it again"
                     ) from error
@@ -55,7 +55,7 @@ def _hub(name: str):
         return load_dataset(parts[0], config, split=split, streaming=True)
     except ImportError as error:
         raise UserError(f"{name}: streaming from the hub takes the package datasets; `pip install datasets`") from error
-    except Exception as error:  # whatever the network or the hub says
+    except Exception as error:  # any error of the network or the hub
         raise UserError(f"{name} cannot be streamed: {_line(error)}") from error
 
 

@@ -1,7 +1,7 @@
 """JSON as programs write it: with NaN and Infinity, halves of surrogate pairs, bytes that are not UTF-8.
 
 A record is lost only where its text is none, not for the sake of a field beside it. So what cannot be in a text is
-parsed too, into lone surrogates, which no text has: `no_text` says what they stand for when encoding a text met them.
+parsed too, into lone surrogates, which no text has: `no_text` says what they mean when encoding a text met them.
 """
 
 import json

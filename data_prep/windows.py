@@ -11,7 +11,7 @@ equals, until none is left. Two facts hold for it:
     are side by side in the tokens of any text, T(xy) = T(x) T(y).
 
 A window therefore starts a little before the cut (the overlap o), is tokenized with it, and its ids count from the cut
-on if T(o y) begins with T(o) (a border at the cut, with b behind it) and T(x) ends as T(o) does (in a). Whatever a
+on if T(o y) begins with T(o) (a border at the cut, with b after it) and T(x) ends as T(o) does (in a). Whatever a
 tokenizer puts in front of a text, or strips there, falls into the overlap and is thrown away. Tokenizers that first
 split text by a pattern, and those that are not BPE, have no such proof: there the same comparison, over several tokens
 and at a place between two words, is a check; a unigram model has passed it with a few ids that the whole text has not.
@@ -27,7 +27,7 @@ import numpy as np
 from megatron_taipan.tokenizer.base import Tokenizer
 
 WINDOW = 1 << 19  # characters tokenized at a time
-OVERLAP = 512  # characters of a window before the cut, and looked at behind it
+OVERLAP = 512  # characters of a window before the cut, and looked at after it
 AGREE = 3  # tokens before a cut that must be the same in both windows; one would do for BPE
 BETWEEN_WORDS = re.compile(r"(?<=\w)[ \n](?=\w)")
 SEARCHED = 8192  # characters before the end of a window in which places between words are looked for

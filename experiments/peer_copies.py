@@ -25,7 +25,7 @@ from benchmarks.common import median_ms, recorded
 from megatron_taipan.config import ParallelConfig
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
 
 TIMES = 4  # runs in a graph, so that its start and end weigh little
 
@@ -111,7 +111,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise UserError("this measures GPUs and torch sees none; run it on a machine with at least two")
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     start_processes(place, device, 600)
     for name, run in edges(options.tokens, options.width, options.inner, options.joint, device).items():
         graph, _ = recorded(partial(repeat, run, TIMES))

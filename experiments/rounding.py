@@ -17,7 +17,7 @@ from megatron_taipan.config import Config, make_config
 from megatron_taipan.engine.build import build_engine
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.train.distributed import find_place, stop_processes
-from megatron_taipan.train.loop import build_model
+from megatron_taipan.train.loop import build_training_model
 from megatron_taipan.train.step import train_step
 
 STEPS = 11
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     config = configure(find_place(os.environ).world_size, options.precision)
     device, groups = join_processes(config)
-    model = build_model(config, groups, pick_ops("reference"))
+    model = build_training_model(config, groups, pick_ops("reference"))
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         parameter.data.mul_(1 + options.perturb * torch.randn(parameter.shape, generator=generator))

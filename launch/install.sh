@@ -14,7 +14,7 @@ command -v "$python" >/dev/null || fail "$python is not installed; Python 3.10 o
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$python" --version) is too old; Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12"
 
-# One that is there is brought up to date, not made anew: what its owner built into it (flash-attn, apex) took an hour,
+# One that is there is brought up to date, not made again: what its owner built into it (flash-attn, apex) took an hour,
 # and a run may be using it.
 version='import sys; print(sys.version)'
 if [ "$("$venv/bin/python" -c "$version" 2>/dev/null)" == "$("$python" -c "$version")" ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From raw text to a small trained Taipan that writes a sentence: what `make quickstart` runs.
 #
-# Everything it makes lies under runs/quickstart. Each step prints the command it runs: they are the ones to use for a
+# Everything it makes is under runs/quickstart. Each step prints the command it runs: they are the ones to use for a
 # corpus and a model of your own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,13 +30,13 @@ done_in() { printf '   (%d s)\n' "$((SECONDS - began))"; }
 show() { command_line "$*"; began=$SECONDS; "$@"; done_in; }
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 pretrain() {
-    # --quiet hides what the launcher says of itself; a port of our own lets two of these run side by side.
+    # --quiet hides what the launcher prints about itself; a separate port lets two of these run side by side.
     show deepspeed --quiet --num_gpus "$processes" --master_port "$(free_port)" launch/pretrain.py --config "$config" "$@"
 }
 
 SECONDS=0
 if [ -e "$run" ]; then
-    echo "An earlier quickstart lies in $run; it is removed, this one starts from the text again."
+    echo "An earlier quickstart is in $run; it is removed, and this one starts from the text again."
     rm -rf "$run"
 fi
 mkdir -p "$run/data"
@@ -67,7 +67,7 @@ done_in
 heading "6. Perplexity on held-out addresses, before and after training"
 show python -m megatron_taipan.evaluation.perplexity "$run/checkpoints" --untrained
 
-heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What lies where:"
+heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What is where:"
 where() { printf '%-38s%s\n' "$1" "$2"; }
 where "$tokenizer" "the sentencepiece tokenizer"
 where "$run/data/sotu.bin, .idx" "the text as token ids, in the format of Megatron's indexed datasets"

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
-# Exit statuses of pretrain.py beside 0 (finished, or stopped at train.stop_at) and 1 (a defect of ours, with its
-# traceback); those above 2 by sysexits.h.
+# Exit statuses of pretrain.py besides 0 (finished, or stopped at train.stop_at) and 1 (a defect of this package, with
+# its traceback); those above 2 by sysexits.h.
 EXIT_WRONG_INPUT = 2  # one line says what; another start would find the same
 EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: the processes did not meet; another start may do better
 EXIT_HANG = 70  # EX_SOFTWARE: no progress for train.hang_after_s
@@ -19,7 +19,7 @@ class UserError(Exception):
     """Something the user gave is wrong: the message says what, with the numbers, and what to do.
 
     Every command line program prints it as one line on stderr and exits with its status.
-    Anything else that is raised is a defect of ours and keeps its traceback.
+    Anything else that is raised is a defect of this package and keeps its traceback.
     """
 
     exit_status = EXIT_WRONG_INPUT

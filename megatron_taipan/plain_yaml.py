@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-MOST_ALIASES = 16  # of a text: twenty of them, nested, already stand for thousands of copies
+MOST_ALIASES = 16  # of a text: twenty of them, nested, already expand to thousands of copies
 LONGEST_YAML = 1 << 20  # characters
 
 
@@ -12,7 +12,7 @@ def parse_yaml(text: str) -> Any:
     """As `yaml.safe_load`.
 
     Raises:
-        ValueError: it is no YAML, or none that is read here; the message is one line.
+        ValueError: it is not YAML, or uses what is not read here; the message is one line.
     """
     if len(text) > LONGEST_YAML:
         raise ValueError(f"it has more than {LONGEST_YAML:,} characters")
@@ -21,7 +21,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("it is too deeply nested") from error
     except (yaml.YAMLError, ValueError, AttributeError) as error:  # not of its syntax but of a value, as 2026-13-45
-        raise ValueError(f"it is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
             if self.aliases > MOST_ALIASES:
                 raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases (*{event.anchor}); write the values out")
             if event.anchor in self.unfinished:
-                raise yaml.YAMLError(f"the alias *{event.anchor} stands within its own value")
+                raise yaml.YAMLError(f"the alias *{event.anchor} is within its own value")
             return super().compose_node(parent, index)
         self.unfinished.append(event.anchor)
         node = super().compose_node(parent, index)

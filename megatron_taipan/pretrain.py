@@ -34,7 +34,7 @@ try:
     from megatron_taipan.config import describe_options, load_config
     from megatron_taipan.engine.build import check_layout
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
     from megatron_taipan.train.dry_run import dry_run
     from megatron_taipan.train.signals import StopSignals
 except ImportError as error:
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
             for line in dry_run(config, processes):
                 print(line, flush=True)
             return 0
-        device = pick_device(place)
+        device = device_of_process(place)
         start_processes(place, device, config.parallel.timeout_s)
         from megatron_taipan.train.loop import train  # imported late: a typo in the configuration shows at once
 
         status = train(config, place, device)
         if status == EXIT_REQUEUE:
             # Launchers kill what still runs when a process ends with a failure, and would then report the kill. So
-            # rank 0 alone carries the status, and ends last.
+            # only rank 0 has the status, and it ends last.
             if place.rank != 0:
                 status = 0
             else:
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
                     time.sleep(2)
     except UserError as error:
         status = report(error)
-    # Not after an error that nobody expected: its traceback may hold recorded graphs, for which NCCL would wait here.
+    # Not after an unexpected error: its traceback may hold recorded graphs, for which NCCL would wait here.
     stop_processes()
     return status
 
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
-    return parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of an option
+    return parser.parse_intermixed_args(arguments)  # overrides may be on both sides of an option
 
 
 def presets() -> Path:
@@ -123,7 +123,7 @@ def report(error: UserError) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a process of its own: ends with its status, 1 with a traceback after an error that nobody expected."""
+    """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
         status = main()
     except ImportError as error:

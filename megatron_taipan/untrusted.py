@@ -7,7 +7,7 @@ LONGEST_NAME = 255  # bytes, as file systems have it
 
 
 def plain_name(name: object) -> bool:
-    """Whether something that stands in a file is the name of a file beside it, and no path to another place."""
+    """Whether something read from a file is the name of a file beside it, and not a path to another place."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False
     try:
@@ -20,7 +20,7 @@ def parse_json(raw: bytes | str) -> Any:
     """As `json.loads`.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply to be read.
+        ValueError: it is not JSON, or nested too deeply to be read.
     """
     try:
         return json.loads(raw)

@@ -14,7 +14,7 @@ TORCH_NEWEST = "2.13"  # every test ran under 2.13.0 on CPUs, those for GPUs und
 
 
 def untried_torch(version: str) -> list[str]:
-    """A sentence where the trainer was never run under this torch, whose private names it uses; else none.
+    """A sentence where the trainer, which uses private names of torch, was never run under this one; else none.
 
     pip keeps to these releases, but users bring their own build.
 

@@ -101,12 +101,12 @@ def test_a_saved_dataset_that_names_other_places(tmp_path, name):
 @pytest.mark.parametrize("name", [*OUTSIDE, ["a"], {}])
 def test_an_index_of_weights_that_names_other_places(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="which is no name of a file beside it"):
+    with pytest.raises(UserError, match="which is not the name of a file beside it"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/secret", "..", ".", "a/b"])
 def test_checksums_of_other_places(tmp_path, name):
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
-    with pytest.raises(UserError, match="line 1 is no SHA-256 and file name"):
+    with pytest.raises(UserError, match="line 1 is not a SHA-256 and a file name"):
         read_sums(tmp_path)

@@ -5,7 +5,7 @@ was misunderstood, a tensor in the wrong place and a wrong file all show here.
 
 The other library computes in float32 and ours in float64. The logits of a deep or wide model carry more rounding than
 TOLERANCE (24 random Mamba-2 blocks of width 768: 9e-5 of the largest), so ours are computed in float32 too, and the
-other's may lie a few times as far away as those do.
+other's may be a few times as far away as those are.
 """
 
 import math
@@ -18,28 +18,28 @@ from torch import Tensor, nn
 
 from checkpoints.export_hf import LENGTH, ROWS, TOLERANCE, probe_of
 from checkpoints.foreign.files import Read, Shapes
-from checkpoints.foreign.loading import load_model
+from checkpoints.foreign.loading import load_transformers_model
 from checkpoints.streamed import stream
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 
 ROUNDING = 4  # times the rounding of our own float32 logits that the other's may differ
-CEILING = 1e-3  # of the largest logit: what is further away is no rounding
-CHUNK = 16  # tokens of a chunk of the scan: the prompt crosses several
+CEILING = 1e-3  # of the largest logit: what is further away is not rounding
+SCAN_CHUNK_TOKENS = 16  # the prompt crosses several chunks
 # With rescale_prenorm_residual, which is about initial weights, transformers 5.23 scales loaded ones down as well.
-CHANGES = {"chunk_size": CHUNK, "rescale_prenorm_residual": False}
+CHANGES = {"chunk_size": SCAN_CHUNK_TOKENS, "rescale_prenorm_residual": False}
 
 
 class Answer(NamedTuple):
-    """What another implementation says to a prompt."""
+    """What another implementation computes for a prompt."""
 
     who: str
     logits: Tensor | None  # [b, l, v] float32; None: it cannot compute this network
     why_not: str = ""
 
 
-def compare(network: ModelConfig, vocab_size: int, ask: Callable[[Tensor], Answer], load: Read) -> str:
+def compare_logits(network: ModelConfig, vocab_size: int, ask: Callable[[Tensor], Answer], load: Read) -> str:
     """Compares our network with another implementation on a random prompt.
 
     Args:
@@ -87,7 +87,7 @@ def our_logits(network: ModelConfig, load: Read, tokens: Tensor, dtype: torch.dt
 
 def transformers_answer(folder: Path, name: str, tokens: Tensor) -> Answer:
     """What transformers' class `name` computes from the folder itself."""
-    return _answer(load_model(folder, name, CHANGES), tokens)
+    return _answer(load_transformers_model(folder, name, CHANGES), tokens)
 
 
 def mamba_ssm_answer(network: ModelConfig, shapes: Shapes, read: Read, tokens: Tensor) -> Answer:
@@ -104,8 +104,8 @@ def mamba_ssm_answer(network: ModelConfig, shapes: Shapes, read: Read, tokens: T
     config = Mamba2Config(
         vocab_size=network.vocab_size, hidden_size=network.d_model, num_hidden_layers=network.n_layers,
         layer_norm_epsilon=network.norm_eps, num_heads=network.mamba_heads, head_dim=m.headdim, state_size=m.d_state,
-        expand=m.expand, n_groups=m.n_groups, conv_kernel=m.d_conv, use_conv_bias=m.conv_bias, chunk_size=CHUNK,
-        tie_word_embeddings=False,
+        expand=m.expand, n_groups=m.n_groups, conv_kernel=m.d_conv, use_conv_bias=m.conv_bias,
+        chunk_size=SCAN_CHUNK_TOKENS, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = Mamba2ForCausalLM(config).eval()

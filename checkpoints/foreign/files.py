@@ -31,7 +31,7 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
     """Shapes by name, and a function that reads one tensor.
 
     Raises:
-        UserError: there is no file with weights, one cannot be read, or two hold the same tensor.
+        UserError: no file holds weights, one cannot be read, or two hold the same tensor.
     """
     files = weight_files(folder)
     where: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def open_tensors(folder: Path) -> tuple[Shapes, Read]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read: what lies beside them, such as another format's copy, is not opened.
+    """The files that transformers would read: what is beside them, such as another format's copy, is not opened.
 
     Raises:
         UserError: there is none, or an index names a file that is not there, or one in another folder.
@@ -70,8 +70,8 @@ def weight_files(folder: Path) -> list[Path]:
             for name in names:
                 if not plain_name(name):
                     raise UserError(
-                        f"{index} names {str(name)[:200]!r} as a file of the folder, which is no name of a file beside"
-                        " it; the folder is damaged, or means harm"
+                        f"{index} names {str(name)[:200]!r} as a file of the folder, which is not the name of a file"
+                        " beside it; the folder is damaged, or means harm"
                     )
             files = [folder / name for name in sorted(set(names))]
             missing = [file.name for file in files if not file.is_file()]
@@ -95,7 +95,7 @@ def _open_safetensors(file: Path) -> dict[str, Any]:
     try:
         opened = safe_open(file, framework="pt")
     except Exception as error:  # the library raises its own type for damaged files
-        raise UserError(f"{file} is no whole safetensors file: {error}") from error
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from error
     return dict.fromkeys(opened.keys(), opened)
 
 

@@ -1,7 +1,7 @@
 """Models of transformers that mix Mamba-2 with attention: GraniteMoeHybrid (Granite 4) and Bamba.
 
-Their attention layers, with the MLP behind, are our `A` where the whole head turns by RoPE. Their Mamba-2 layers have
-an MLP behind them as well, and our `M` has none: only models whose layers are all attention can be taken.
+Their attention layers, with the MLP after them, are our `A` where the whole head turns by RoPE. Their Mamba-2 layers
+have an MLP after them as well, and our `M` has none: only models whose layers are all attention can be taken.
 """
 
 import math
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints.foreign.agreement import compare, transformers_answer
+from checkpoints.foreign.agreement import compare_logits, transformers_answer
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
@@ -18,7 +18,7 @@ from checkpoints.map_weights import Source, refuse_other_options
 from megatron_taipan.model_config import ModelConfig
 
 MAMBA_LAYERS = ("linear_attention", "mamba")  # the second in older files
-# Of Mamba-2 layers, none of which is left where these are passed over:
+# Of Mamba-2 layers; ignored where the model has none of these layers:
 MAMBA_OPTIONS = {
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
     "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
@@ -27,7 +27,7 @@ SHARED = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
 }  # fmt: skip
-FREE = FREE_IN_TRANSFORMERS | MAMBA_OPTIONS | {
+SETTINGS_WITHOUT_EFFECT = FREE_IN_TRANSFORMERS | MAMBA_OPTIONS | {
     "attention_dropout",  # in training only
     "max_position_embeddings",  # RoPE of type default does not depend on it
 }  # fmt: skip
@@ -43,7 +43,7 @@ GRANITE = Rules(
         "num_local_experts": (0,),
         "position_embedding_type": ("rope",),  # else attention without positions and without a window
     },
-    free=FREE | {
+    free=SETTINGS_WITHOUT_EFFECT | {
         "intermediate_size", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef",  # of experts
         "init_method", "normalization_function",  # in IBM's files; no class reads them
     },
@@ -52,7 +52,7 @@ GRANITE = Rules(
 BAMBA = Rules(
     taken=frozenset(SHARED | {"intermediate_size", "attn_layer_indices"}),
     only={"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)},
-    free=FREE | {"z_loss_coefficient"},  # of the loss
+    free=SETTINGS_WITHOUT_EFFECT | {"z_loss_coefficient"},  # of the loss
 )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def from_granite(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) 
         names.whole(f"{ours}.mlp.down_proj", f"{theirs}.shared_mlp.output_linear.weight", residual)
     names.whole("final_norm.weight", "model.norm.weight")
     ask = partial(transformers_answer, folder, "GraniteMoeHybridForCausalLM")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))
 
 
 def from_bamba(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) -> Source:
@@ -107,17 +107,17 @@ def from_bamba(folder: Path, target: ModelConfig, shapes: Shapes, read: Read) ->
             names.whole(f"{ours}.mlp.{name}", f"{theirs}.feed_forward.{name}.weight")
     names.whole("final_norm.weight", "model.final_layernorm.weight")
     ask = partial(transformers_answer, folder, "BambaForCausalLM")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))
 
 
 def _refuse_differences(
     folder: Path, settings: Settings, defaults: Settings, rules: Rules, kinds: list[str], mlp: str
 ) -> Settings:
-    """The settings, where every layer is one of ours; `kinds`: of each layer; `mlp`: its name in their layers."""
+    """The settings, where we have every layer's kind; `kinds`: of each layer; `mlp`: its name in their layers."""
     faults, _ = judge(settings, defaults, rules)
     mamba = [str(index) for index, kind in enumerate(kinds) if kind in MAMBA_LAYERS]
     if mamba:
-        faults.insert(0, f"layers {','.join(mamba)} are Mamba-2 with an MLP behind ({mlp}), and M has none")
+        faults.insert(0, f"layers {','.join(mamba)} are Mamba-2 with an MLP after them ({mlp}), and M has none")
     rope: dict[str, Any] = settings.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         faults.append(f"rope_type={rope['rope_type']!r} (A turns by 'default' RoPE)")

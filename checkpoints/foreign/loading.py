@@ -24,7 +24,7 @@ def read_config(folder: Path, model_type: str) -> tuple[Settings, Settings]:
         raise UserError(f"transformers does not accept {folder}/config.json: {_first_line(error)}") from error
 
 
-def load_model(folder: Path, name: str, changes: dict[str, Any]) -> nn.Module:
+def load_transformers_model(folder: Path, name: str, changes: dict[str, Any]) -> nn.Module:
     """The folder as transformers loads it, in float32, and with the plainest attention.
 
     Args:

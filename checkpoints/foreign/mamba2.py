@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.foreign.agreement import Answer, compare, mamba_ssm_answer, transformers_answer
+from checkpoints.foreign.agreement import Answer, compare_logits, mamba_ssm_answer, transformers_answer
 from checkpoints.foreign.files import Read, Shapes
 from checkpoints.foreign.loading import read_config
 from checkpoints.foreign.names import Names
@@ -31,7 +31,7 @@ TRANSFORMERS = Rules(
         "time_step_min", "time_step_max", "time_step_floor", "time_step_rank", "time_step_scale",
         "time_step_init_scheme", "rescale_prenorm_residual",  # of initial weights
         "chunk_size",  # speed
-        "residual_in_fp32",  # rounding under bf16; here model.residual_fp32 says it anew
+        "residual_in_fp32",  # rounding under bf16; here model.residual_fp32 sets it
         "intermediate_size",  # written by 4.44; it is expand * hidden_size
     },
     unread={"norm_before_gate": False, "rms_norm": True},  # written by 4.44, Codestral's says True; no class reads them
@@ -50,7 +50,7 @@ MAMBA_SSM = Rules(  # MambaConfig and the arguments of Mamba2, as of mamba_ssm 2
     }),
     only={
         "ssm_cfg.layer": ("Mamba2",),
-        "d_intermediate": (0,),  # an MLP behind every mixer
+        "d_intermediate": (0,),  # an MLP after every mixer
         "attn_layer_idx": ((), None),
         "rms_norm": (True,),  # else LayerNorm
         "ssm_cfg.rmsnorm": (True,),  # else y * silu(z) without a norm
@@ -63,7 +63,7 @@ MAMBA_SSM = Rules(  # MambaConfig and the arguments of Mamba2, as of mamba_ssm 2
     },
     free=frozenset({
         "attn_cfg",  # of the layers in attn_layer_idx
-        "residual_in_fp32",  # rounding under bf16; here model.residual_fp32 says it anew
+        "residual_in_fp32",  # rounding under bf16; here model.residual_fp32 sets it
         "fused_add_norm", "ssm_cfg.chunk_size", "ssm_cfg.use_mem_eff_path", "ssm_cfg.sequence_parallel",  # speed
         "pad_vocab_size_multiple",  # seen in the embedding's rows
         "ssm_cfg.conv_init", "ssm_cfg.A_init_range", "ssm_cfg.dt_min", "ssm_cfg.dt_max",
@@ -156,4 +156,4 @@ def _finish(names: Names, network: ModelConfig, target: ModelConfig, ask: Callab
         names.whole(f"{ours}.mixer.norm_weight", f"{mixer}.norm.weight")
         names.whole(f"{ours}.mixer.out_proj", f"{mixer}.out_proj.weight")
     names.whole("final_norm.weight", "backbone.norm_f.weight")
-    return names.finish(network, partial(compare, network, target.vocab_size, ask))
+    return names.finish(network, partial(compare_logits, network, target.vocab_size, ask))

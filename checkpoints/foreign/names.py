@@ -1,4 +1,4 @@
-"""A stranger's tensors under our names; what no name of ours took is an error."""
+"""The tensors of another library's model under our names; a tensor that no name takes is an error."""
 
 from collections.abc import Callable
 from functools import partial
@@ -73,7 +73,7 @@ class Names:
             )
         if target.tie_embeddings and not (same and scale[0] == scale[1]):
             why = f"{head} is not {embedding}" if not same else f"they are multiplied by {scale[1]:g} and {scale[0]:g}"
-            raise UserError(f"{self.folder} has a head of its own ({why}); set model.tie_embeddings=false")
+            raise UserError(f"{self.folder} has a separate head ({why}); set model.tie_embeddings=false")
         if head in self.shapes:
             self.used.add(head)
             if same:

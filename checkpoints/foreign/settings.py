@@ -35,7 +35,7 @@ class Rules:
     taken: frozenset[str]  # by the function that builds our network of them
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values that mean what our layers compute
     free: frozenset[str] = frozenset()  # change no logit
-    unread: Mapping[str, Any] = field(default_factory=dict)  # stand in files but nothing reads them: what we compute
+    unread: Mapping[str, Any] = field(default_factory=dict)  # are in files but nothing reads them: what we compute
 
 
 def judge(settings: Settings, defaults: Settings, rules: Rules) -> tuple[list[str], list[str]]:
@@ -79,7 +79,7 @@ def plain(value: Any) -> Any:
 
 
 def build_network(folder: Path, target: ModelConfig, sizes: Settings) -> ModelConfig:
-    """The source as a network of ours; options of layers that it does not have are the target's.
+    """The source as one of our networks; options of layers that it does not have are the target's.
 
     Args:
         sizes: options of the model, `mamba` and `attention` as trees.

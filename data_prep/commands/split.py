@@ -68,7 +68,7 @@ def _shards(source: DocumentSource, args: argparse.Namespace, stack: ExitStack) 
 def _by_document(source: DocumentSource, args: argparse.Namespace, stack: ExitStack) -> list[ShardWriter]:
     reader = source.reader
     if not 0 < args.valid_fraction < 1:
-        raise UserError(f"--valid-fraction {args.valid_fraction}: it must lie between 0 and 1")
+        raise UserError(f"--valid-fraction {args.valid_fraction}: it must be between 0 and 1")
     held = held_out_documents(reader, args.valid_fraction)
     for name in ("train", "valid"):
         refuse_existing(f"{args.output}-{name}", args.overwrite)

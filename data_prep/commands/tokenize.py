@@ -25,7 +25,7 @@ from data_prep.limits import DEFAULT_LIMITS, add_limit_arguments, limits_of
 from data_prep.parts import finished_part, make_part
 from data_prep.pool import Pool
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer
-from data_prep.progress import Progress
+from data_prep.progress import ProgressLine
 from data_prep.readers import size_of
 from data_prep.stream_cache import cache_stream, is_stream
 from megatron_taipan.data import loss_mask
@@ -195,7 +195,7 @@ class _Plan:
         self.missing = [number for number in range(len(job.units)) if number not in self.notes]
         self.workers = min(workers, max(1, len(self.missing)))
         self.weights = [sum(part.stop - part.start for part in unit) for unit in job.units]
-        self.progress = Progress(sum(self.weights[number] for number in self.missing), len(job.units))
+        self.progress = ProgressLine(sum(self.weights[number] for number in self.missing), len(job.units))
 
     def pool(self) -> Pool:
         """The workers; nothing that they inherit has encoded a text yet."""
@@ -335,7 +335,7 @@ def _changed(path: str) -> int:
 def _lock(work: str) -> Iterator[None]:
     """No other run touches the output, its work folder or its spool meanwhile."""
     if not os.access(os.path.dirname(os.path.abspath(work)), os.W_OK):
-        yield  # nobody can write there; an output that is complete is still reported
+        yield  # the folder is read-only; an output that is complete is still reported
         return
     with open(work + ".lock", "w") as file:
         try:

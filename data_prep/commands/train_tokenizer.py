@@ -19,7 +19,9 @@ from megatron_taipan.data.indexed import sync_and_close
 from megatron_taipan.errors import UserError
 
 PRINTABLE = "".join(map(chr, range(33, 127)))  # always in the vocabulary: rare ones would cost a byte token each
-LONGEST = 2000  # characters given to the trainer at a time; by default it drops lines of more than 4192 bytes
+LONGEST_LINE_CHARS = (
+    2000  # characters given to the trainer at a time; by default it drops lines of more than 4192 bytes
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     least = 256 + 3 + len(PRINTABLE) + 1
     if not least <= args.vocab_size < 1 << 20:
         raise UserError(
-            f"--vocab-size {args.vocab_size}: it must lie between {least} (256 bytes, 3 special tokens,"
+            f"--vocab-size {args.vocab_size}: it must be between {least} (256 bytes, 3 special tokens,"
             f" {len(PRINTABLE)} printable ASCII characters, the space) and {(1 << 20) - 1}"
         )
     files = inputs.expand(args.input)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
             sentence_iterator=_lines(files, args, counts),
             model_writer=model,
             vocab_size=args.vocab_size,
-            max_sentence_length=4 * LONGEST,
+            max_sentence_length=4 * LONGEST_LINE_CHARS,
             model_type=args.model_type,
             character_coverage=0.9995,
             required_chars=PRINTABLE,
@@ -126,9 +128,9 @@ def _lines(files: list[str], args: argparse.Namespace, counts: dict[str, int]) -
 
 def _cut(text: str) -> Iterator[str]:
     for line in text.splitlines():
-        while len(line) > LONGEST:
-            at = line.rfind(" ", LONGEST // 2, LONGEST)
-            at = LONGEST if at < 0 else at
+        while len(line) > LONGEST_LINE_CHARS:
+            at = line.rfind(" ", LONGEST_LINE_CHARS // 2, LONGEST_LINE_CHARS)
+            at = LONGEST_LINE_CHARS if at < 0 else at
             yield line[:at]
             line = line[at:]
         if line:

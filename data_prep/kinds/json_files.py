@@ -24,14 +24,14 @@ def _json(span: Slice, reading: Reading) -> Iterator[Record]:
 
 
 def _lines(span: Slice, reading: Reading) -> Iterator[Record]:
-    """JSON lines. A line belongs to the slice in which its first byte lies."""
+    """JSON lines. A line belongs to the slice that holds its first byte."""
     whole, extract = is_packed(span.path), reading.extract
     with records.open_file(span.path, reading.limits) as file:
         at = span.start
         if at and not whole:
             file.seek(at - 1)
             at -= 1
-            while at < span.stop and (rest := file.readline(records.BLOCK)):
+            while at < span.stop and (rest := file.readline(records.READ_BYTES)):
                 at += len(rest)
                 if rest.endswith(b"\n"):
                     break
@@ -63,7 +63,7 @@ def _parse(where: str, line: bytes, extract: Extract) -> Record:
 
 def _parse_long(where: str, first: bytes, line: LongLine, extract: Extract) -> Record:
     """One line of JSON that is too long to hold; `first` is its beginning."""
-    raw = first[: records.KEPT]
+    raw = first[: records.QUARANTINED_BYTES]
     if line.skeleton is None:
         return Record(where, problem=line.problem, raw=raw)
     try:
@@ -83,7 +83,7 @@ def _is_one_value(path: str, limits: Limits) -> bool:
     """Whether a .json file is one array, or one record over several lines (the second begins with a name), and not
     lines."""
     with records.open_file(path, limits) as file:
-        lines = (line for line in iter(lambda: file.readline(records.BLOCK), b"") if line.strip())
+        lines = (line for line in iter(lambda: file.readline(records.READ_BYTES), b"") if line.strip())
         first, second = next(lines, b"").removeprefix(BOM), next(lines, b"")
     if first.lstrip().startswith(b"["):
         return True
@@ -97,13 +97,13 @@ def _entries(path: str, reading: Reading) -> Iterator[Record]:
         data = file.read(ARRAY + 1)
         if len(data) > ARRAY:
             problem = f"array too large: one JSON value of over {ARRAY} bytes; make a line of each entry: jq -c '.[]'"
-            yield Record(path, problem=problem, raw=data[: records.KEPT])
+            yield Record(path, problem=problem, raw=data[: records.QUARANTINED_BYTES])
             return
         rest = list(garbage_record(path, file))
     try:
         value = tolerant.parsed(data.removeprefix(BOM))
     except ValueError as error:
-        yield Record(path, problem=f"{error} (in a file that is not JSON lines)", raw=data[: records.KEPT])
+        yield Record(path, problem=f"{error} (in a file that is not JSON lines)", raw=data[: records.QUARANTINED_BYTES])
         return
     for number, entry in enumerate(value if isinstance(value, list) else [value]):
         where = f"{path}:entry {number}"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from data_prep import tolerant
 from data_prep.extract import Extract, Marked
 from data_prep.limits import DEFAULT_LIMITS, Limits
-from data_prep.long_text import BLOCK
+from data_prep.long_text import READ_BYTES
 from data_prep.packed import Damaged, TooWide, garbage, is_packed, open_packed
 
-BUFFER = 1 << 20
+BUFFER_BYTES = 1 << 20
 LONG = 4 << 20  # bytes of a document, or of a line of JSON, from which on it is read in chunks
-KEPT = 1 << 20  # bytes of a long record without a document that go to quarantine
+QUARANTINED_BYTES = 1 << 20  # bytes of a long record without a document that go to quarantine
 UNREADABLE = (EOFError, Damaged, TooWide, OSError)
 
 
@@ -64,7 +64,7 @@ class InputKind:
         name: for messages.
         endings: of the files' names, in lower case, without that of a compression.
         read: the records of one slice, in order. It may raise UNREADABLE: what came before counts.
-        splittable: slices may begin anywhere in a file: `read` gives the records of which the first byte lies within
+        splittable: slices may begin anywhere in a file: `read` gives the records of which the first byte is within
             [start, stop). Others get one slice, the whole file; so do compressed files.
         compressible: files may be compressed too; `read` opens them with `open_file`.
         needs: package that reading takes, besides those of every installation.
@@ -80,7 +80,7 @@ class InputKind:
 
 def open_file(path: str, limits: Limits):
     """The (decompressed) bytes of a file as a buffered stream."""
-    return open_packed(path, limits.window) if is_packed(path) else open(path, "rb", buffering=BUFFER)
+    return open_packed(path, limits.window) if is_packed(path) else open(path, "rb", buffering=BUFFER_BYTES)
 
 
 def garbage_record(path: str, file) -> Iterator[Record]:
@@ -96,9 +96,9 @@ def document(where: str, found: str | Marked, raw: bytes) -> Record:
         return Record(where, problem="empty document", raw=raw)
     if len(text) > LONG:
         if borders:
-            return too_long(where, raw[:KEPT])
-        pieces = (text[at : at + BLOCK] for at in range(0, len(text), BLOCK))
-        return Record(where, raw=raw[:KEPT], chunks=pieces)
+            return too_long(where, raw[:QUARANTINED_BYTES])
+        pieces = (text[at : at + READ_BYTES] for at in range(0, len(text), READ_BYTES))
+        return Record(where, raw=raw[:QUARANTINED_BYTES], chunks=pieces)
     if text.isascii():
         return Record(where, text, len(text), borders=borders)
     try:

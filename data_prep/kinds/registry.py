@@ -5,11 +5,11 @@ import os
 from data_prep.kinds.json_files import JSON, JSON_LINES
 from data_prep.kinds.records import InputKind
 from data_prep.kinds.tables import ARROW, PARQUET
-from data_prep.kinds.text_files import TEXT
+from data_prep.kinds.text_files import TEXT_FILES
 from data_prep.packed import FORMS, is_packed
 
 INPUT_KINDS: dict[str, InputKind] = {
-    ending: kind for kind in (JSON_LINES, JSON, TEXT, PARQUET, ARROW) for ending in kind.endings
+    ending: kind for kind in (JSON_LINES, JSON, TEXT_FILES, PARQUET, ARROW) for ending in kind.endings
 }
 
 

@@ -12,7 +12,7 @@ from data_prep.extract import Extract
 from data_prep.kinds.records import InputKind, Reading, Record, Slice, document
 
 ROWS, BYTES = 256, 8 << 20  # of a table turned into Python objects at a time, at most and about
-BUFFER = 1 << 20
+BUFFER_BYTES = 1 << 20
 ARROW_FILE, FEATHER_1 = b"ARROW1\0\0", b"FEA1"
 
 
@@ -73,10 +73,10 @@ def _open_parquet(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterat
     """The wanted columns of a parquet file, and its batches, of fewer rows where rows are large."""
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
+    table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     names = table.schema_arrow.names
     wanted = [names[i] for i in _wanted(names, fields)]
-    # not of the wanted columns alone: pyarrow ends the process when it looks at a column whose description is damaged
+    # not of the wanted columns only: pyarrow ends the process when it looks at a column whose description is damaged
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return wanted, table.iter_batches(max(1, min(ROWS, BYTES // max(1, largest))), columns=wanted)
@@ -104,7 +104,7 @@ def _open_arrow(path: str, fields: tuple[str, ...]) -> tuple[list[str], Iterator
 
 
 def _checked(batch: Any) -> Any:
-    """A batch whose values lie where it says. It is used as it is in the file, so others would be read from outside
+    """A batch whose values are where it says. It is used as it is in the file, so others would be read from outside
     of it.
 
     Raises:
@@ -116,7 +116,7 @@ def _checked(batch: Any) -> Any:
         try:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # looked at last, and the fault of a row alone
+            if "UTF8" not in str(error):  # looked at last, and the fault of a single row
                 raise
     return batch
 

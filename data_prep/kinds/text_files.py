@@ -13,7 +13,7 @@ def _text(span: Slice, reading: Reading) -> Iterator[Record]:
         data = file.read(records.LONG)
         if len(data) == records.LONG:
             chunks = _guarded(decoded(blocks_of(data, file), "utf-8-sig"))
-            yield Record(span.path, raw=data[: records.KEPT], chunks=chunks)
+            yield Record(span.path, raw=data[: records.QUARANTINED_BYTES], chunks=chunks)
         else:
             try:
                 yield document(span.path, data.decode("utf-8-sig"), data)
@@ -30,4 +30,4 @@ def _guarded(chunks: Iterator[str]) -> Iterator[str]:
         raise BrokenText(unreadable(error)) from error
 
 
-TEXT = InputKind("one document", (".txt",), _text)
+TEXT_FILES = InputKind("one document", (".txt",), _text)

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="documents a step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--longest", type=int, default=256, help="tokens of a document; what is beyond them is dropped")
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a document; the rest is dropped")
     options = parser.parse_args()
 
     # the network's code comes with the folder

@@ -4,7 +4,7 @@
     python launch/slurm/restarts.py --config FILE [section.option=value ...]
 
 takes the arguments of launch/pretrain.py and prints the number. What it has seen it keeps in the run's folder,
-checkpoint.dir/slurm_restarts.json; another job begins to count anew.
+checkpoint.dir/slurm_restarts.json; another job begins to count from 0.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
 def starts_without_checkpoint(directory: Path, job: str) -> int:
     """The number with the start that has just ended; 0 if that one brought a checkpoint.
 
-    New is one of a later step than all before: what a run takes back and writes again is no progress. At the end of a
-    job's first start any checkpoint passes for new, as nobody looked before it.
+    New is one of a later step than all before: what a run takes back and writes again is not progress. At the end of a
+    job's first start any checkpoint counts as new, since there was no look before it.
 
     Raises:
         UserError: the folder cannot be written.

@@ -41,7 +41,7 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def hash_file(path: Path, *, flush: bool) -> tuple[int, str]:
+def size_and_sha256(path: Path, *, flush: bool) -> tuple[int, str]:
     """Size and SHA-256 of a file; with `flush` its content is on the disk afterwards."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:

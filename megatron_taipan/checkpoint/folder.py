@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_taipan.checkpoint.files import TEMPORARY, flush_folder, hash_file, write_text
+from megatron_taipan.checkpoint.files import TEMPORARY, flush_folder, size_and_sha256, write_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json, plain_name
 
@@ -49,7 +49,7 @@ def folder_name(step: int, kind: str = FULL) -> str:
 
 
 def step_of(path: Path, kind: str = FULL) -> int | None:
-    """The step that a folder's name carries; None if it is no name of a checkpoint of that kind."""
+    """The step that a folder's name carries; None if it is not the name of a checkpoint of that kind."""
     match = NAME.fullmatch(path.name)
     return int(match.group(2)) if match and match.group(1) == kind else None
 
@@ -63,7 +63,7 @@ def checkpoints(directory: Path, kind: str = FULL) -> list[Path]:
 
 
 def find_newest(directory: Path) -> Found | None:
-    """The newest complete checkpoint, sizes checked, for who only reads; None where there is none. A run that resumes
+    """The newest complete checkpoint, sizes checked, for readers; None where there is none. A run that resumes
     asks `verification.find_checkpoint`.
 
     `latest` is not needed: the folders' names and manifests say it all. It is written for people and other programs.
@@ -108,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise UserError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     for name in files:
         if not plain_name(name.removeprefix(STATE + "/")):
-            raise UserError(f"its {MANIFEST} names {name[:200]!r}, which is no file of a checkpoint")
+            raise UserError(f"its {MANIFEST} names {name[:200]!r}, which is not a file of a checkpoint")
     return files
 
 
@@ -155,7 +155,9 @@ def write_manifest(path: Path, files: dict[str, tuple[int, str]]) -> None:
         flush_folder(folder.parent)
 
 
-def complete(temporary: Path, final: Path, texts: dict[str, str], written: dict[str, tuple[int, str]]) -> None:
+def complete_checkpoint(
+    temporary: Path, final: Path, texts: dict[str, str], written: dict[str, tuple[int, str]]
+) -> None:
     """Writes a checkpoint's small files and its manifest, then gives it its name.
 
     Args:
@@ -164,7 +166,7 @@ def complete(temporary: Path, final: Path, texts: dict[str, str], written: dict[
     """
     for name, text in texts.items():
         write_text(temporary / name, text + "\n")
-    files = {name: hash_file(temporary / name, flush=True) for name in texts}
+    files = {name: size_and_sha256(temporary / name, flush=True) for name in texts}
     write_manifest(temporary, files | written)
     publish(temporary, final)
 
@@ -212,7 +214,7 @@ def remove_taken_back(directory: Path, *, after: int, until: int) -> None:
 
 
 def _delete(path: Path) -> bool:
-    """Deletes a checkpoint, of a link the link alone; False if the disk refuses now."""
+    """Deletes a checkpoint, of a link only the link; False if the disk refuses now."""
     # the manifest goes first: a deletion that is cut short must not look like a checkpoint
     try:
         if path.is_symlink():  # to another run's checkpoint, with which this one began

@@ -1,4 +1,4 @@
-"""What a run begins with: the training state of a checkpoint in an engine, or weights alone in a new model.
+"""What a run begins with: the training state of a checkpoint in an engine, or only weights in a new model.
 
 Both in any layout. Of a state a rank asks for its own shards, and `StateReader` finds them in whatever layout they were
 written; of weights (`checkpoint.init`) it takes its shard of every tensor, one tensor at a time.

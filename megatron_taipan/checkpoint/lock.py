@@ -56,12 +56,12 @@ class FolderLock:
         self._let_go()
 
     def _let_go(self) -> None:
-        """In a forked child this closes its own handle alone."""
+        """In a forked child this closes only the handle of the child."""
         if self.file is not None:
             self.file.close()
 
     def lost(self) -> bool:
-        """Whether the locked file no longer stands in the folder, which somebody has moved or deleted."""
+        """Whether the locked file is no longer in the folder, because the folder was moved or deleted."""
         if self.file is None:
             return True
         try:
@@ -70,6 +70,6 @@ class FolderLock:
             return True
 
     def renew(self) -> None:
-        """Makes the folder and the lock anew after `lost`; raises as entering does."""
+        """Makes the folder and the lock again after `lost`; raises as entering does."""
         self._let_go()
         self.__enter__()

@@ -16,15 +16,15 @@ from megatron_taipan.untrusted import parse_json
 
 Count = Annotated[int, Field(ge=0)]
 
-# Options that may change on a resume although they stand in a compared section: none of them changes a parameter or
+# Options that may change on a resume although they are in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
-# trained. What has changed is said (`changed_settings`).
+# trained. What has changed is reported (`changed_settings`).
 SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
 TRAINING = (
     *SCHEDULED,
     *(f"model.gate.{name}" for name in ("budget", "input_gradient", "estimator", "gradient", "gradient_share")),
 )
-FREE = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
+FREE_ON_RESUME = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 
 
 @dataclass
@@ -32,7 +32,9 @@ class Progress:
     """How far a run has come: the learning rate, the order of samples and the gate's noise are pure functions of these
     counters and of seeds."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")  # for who reads it from a file
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        strict=True, extra="forbid"
+    )  # checked when it is read from a file
 
     step: Count = 0  # optimizer steps taken, skipped ones included
     samples: Count = 0  # samples consumed: the loader's place
@@ -45,7 +47,7 @@ class Progress:
 
 
 class _Metadata(BaseModel):
-    """What the fields that are read have to be; others may stand beside them."""
+    """What the fields that are read have to be; others may be there too."""
 
     model_config = ConfigDict(strict=True)
 
@@ -86,38 +88,38 @@ def identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "seed": config.data.seed,
         "mask_documents": config.data.mask_documents,
     }
-    return network_settings(config.model) | flatten(tree)
+    return network_settings(config.model) | dotted_settings(tree)
 
 
 def network_settings(model: ModelConfig) -> dict[str, Any]:
     """What decides about the parameters and about what the network computes with them, by dotted name."""
-    flat = flatten({"model": model.model_dump(mode="json")})
+    flat = dotted_settings({"model": model.model_dump(mode="json")})
     return {name: value for name, value in flat.items() if not is_free(name)}
 
 
 def is_free(name: str) -> bool:
     """Whether an option, or a part of its schedule, may change on a resume."""
-    return any(name == free or name.startswith(free + ".") for free in FREE)
+    return any(name == free or name.startswith(free + ".") for free in FREE_ON_RESUME)
 
 
 def changed_settings(saved: Config, ours: Config) -> list[str]:
     """Every option that differs, as `name: X, this run Y`; a schedule is one option."""
-    before, now = (flatten(c.model_dump(mode="json"), whole=SCHEDULED) for c in (saved, ours))
+    before, now = (dotted_settings(c.model_dump(mode="json"), whole=SCHEDULED) for c in (saved, ours))
     changed = [name for name in [*before, *(n for n in now if n not in before)] if before.get(name) != now.get(name)]
     return [f"{name}: {yaml_text(before.get(name))}, this run {yaml_text(now.get(name))}" for name in changed]
 
 
-def flatten(tree: dict[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> dict[str, Any]:
+def dotted_settings(tree: dict[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> dict[str, Any]:
     """A nested dictionary with dotted names; those in `whole` are not taken apart."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = prefix + key
         apart = isinstance(value, dict) and name not in whole
-        flat |= flatten(value, f"{name}.", whole) if apart else {name: value}
+        flat |= dotted_settings(value, f"{name}.", whole) if apart else {name: value}
     return flat
 
 
-def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def identity_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Every name whose value differs, as `name: checkpoint has X, this run Y`.
 
     A checkpoint from before an option of the network existed was made with what is its default now.
@@ -125,7 +127,7 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     found = []
     fields = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     plain = {name: d.model_dump(mode="json") if isinstance(d, Section) else d for name, d in fields.items()}
-    saved = {name: d for name, d in flatten({"model": plain}).items() if name in ours} | saved
+    saved = {name: d for name, d in dotted_settings({"model": plain}).items() if name in ours} | saved
     for name in [*saved, *(n for n in ours if n not in saved)]:
         if is_free(name):  # an older checkpoint names them
             continue
@@ -136,15 +138,15 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def same_layers(before: str, now: str) -> bool:
-    """Whether two patterns differ in spelling, or in where stages are cut, alone."""
+    """Whether two patterns differ only in spelling, or in where stages are cut."""
     return parse_pattern(before).letters == parse_pattern(now).letters
 
 
 def refuse_other_run(path: str, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises UserError, naming all differences, if the checkpoint is another run's."""
-    found = differences(saved, ours)
+    found = identity_differences(saved, ours)
     if found:
         raise UserError(
-            f"checkpoint {path} belongs to another run: {'; '.join(found)}. Use the same settings, or start anew with"
+            f"checkpoint {path} belongs to another run: {'; '.join(found)}. Use the same settings, or start again with"
             " another checkpoint.dir (or checkpoint.load=null in an empty one)"
         )

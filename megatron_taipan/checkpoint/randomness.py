@@ -1,7 +1,7 @@
 """The state of every random number generator of a process, as tensors of bytes.
 
 Nothing in the project draws from them while it trains: initial weights, the order of samples and the gate's noise are
-functions of seeds and counters. They are kept for what users add (dropout, an augmentation of their own).
+functions of seeds and counters. They are kept for what users add (dropout, data augmentation).
 """
 
 import json
@@ -40,7 +40,7 @@ def set_random_states(states: dict[str, Tensor]) -> None:
     """Restores what `random_states` gave; generators that the states do not name stay as they are.
 
     Raises:
-        UserError: one is no state of its generator.
+        UserError: one is not a state of its generator.
     """
     setters = {"python": _set_python, "numpy": _set_numpy, "torch": torch.set_rng_state}
     if torch.cuda.is_available():

@@ -27,12 +27,12 @@ from megatron_taipan.section import faults
 from megatron_taipan.untrusted import plain_name
 
 INDEX = f"{STATE}/index.json"
-BLOCK = 1 << 24  # elements read at once
+READ_ELEMENTS = 1 << 24  # at a time
 
 
 def _beside(name: str) -> str:
     if not plain_name(name):
-        raise ValueError(f"{name[:200]!r} is no name of a file beside it")
+        raise ValueError(f"{name[:200]!r} is not the name of a file beside it")
     return name
 
 
@@ -41,7 +41,7 @@ FileName = Annotated[str, AfterValidator(_beside)]
 
 
 class _Index(BaseModel):
-    """What stands in the index."""
+    """What the index holds."""
 
     model_config = ConfigDict(strict=True)
 
@@ -75,7 +75,7 @@ def _read_index(path: Path) -> _Index:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run of a parameter's elements lies."""
+    """Where a run of a parameter's elements is."""
 
     file: str
     tensor_rank: int
@@ -176,8 +176,8 @@ class StateReader:
                         f"{self.path / STATE / run.file} is damaged: {name}|{kind} is {slices.get_dtype()} of shape"
                         f" {slices.get_shape()}, and the index says F32 of shape {[run.count]}"
                     )
-                for at in range(first, last, BLOCK):  # a slice is a copy
-                    end = min(at + BLOCK, last)
+                for at in range(first, last, READ_ELEMENTS):  # a slice is a copy
+                    end = min(at + READ_ELEMENTS, last)
                     out[at - start : end - start] = torch.from_numpy(slices[at - run.start : end - run.start])
                 found += last - first
         if found != count:
@@ -196,5 +196,5 @@ class StateReader:
                 # "pt" would ask the system for memory of the file's size, which may exceed what there is; "np" maps it
                 self._files[name] = safe_open(self.path / STATE / name, framework="np")
             except Exception as error:  # the library raises its own type for damaged files
-                raise UserError(f"{self.path / STATE / name} is no whole safetensors file: {error}") from error
+                raise UserError(f"{self.path / STATE / name} is not a complete safetensors file: {error}") from error
         return self._files[name]

@@ -108,7 +108,9 @@ class Saving:
             folder.CONFIG: dump_config(self.config),
             folder.METADATA: json.dumps(description, indent=1),
         }
-        folder.complete(self.temporary, self.final, texts, {k: v for written, _ in shares for k, v in written.items()})
+        folder.complete_checkpoint(
+            self.temporary, self.final, texts, {k: v for written, _ in shares for k, v in written.items()}
+        )
 
 
 def save_on_all_ranks(action: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest whose every byte is what was written, judged by all ranks together.
+"""Which checkpoint to continue from: the newest of which every byte is as written, decided by all ranks together.
 
 Every file is read once and hashed, the files shared out over the ranks by their size and over a few threads in each
 (hashing leaves Python's lock). A rank so reads about its own share of the state once more, and it is the share that it
@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.folder import (
     STATE,
     WEIGHTS,
@@ -28,7 +28,7 @@ from megatron_taipan.checkpoint.folder import (
     step_of,
 )
 from megatron_taipan.checkpoint.metadata import read_metadata
-from megatron_taipan.checkpoint.reader import BLOCK
+from megatron_taipan.checkpoint.reader import READ_ELEMENTS
 from megatron_taipan.config import Config
 from megatron_taipan.data.share import share
 from megatron_taipan.engine.state_shards import KINDS
@@ -39,7 +39,7 @@ MAX_THREADS = 4  # per rank: a host's ranks share its cores and its file system
 
 
 def find_checkpoint(config: Config) -> Found | None:
-    """The verified checkpoint to start from, by checkpoint.load; None to start anew. Collective, the same everywhere.
+    """The verified checkpoint to start from, by checkpoint.load; None for a new run. Collective, the same everywhere.
 
     Raises:
         UserError: a new run was asked for in a folder that holds one, or the wanted checkpoint is not there.
@@ -56,7 +56,7 @@ def find_checkpoint(config: Config) -> Found | None:
     found = newest_verified(directory)
     if found is None and there:
         names = ", ".join(path.name for path in there)
-        raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start anew")
+        raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start again")
     if found is not None or wanted == "auto":
         return found
     if is_checkpoint(Path(wanted)):
@@ -95,10 +95,10 @@ def newest_sound(directory: Path) -> Found | None:
 
 
 def where_to_go_on(directory: Path, step: int) -> str:
-    """Which checkpoint a run whose loss was last finite at `step` can go on from; collective."""
+    """Which checkpoint a run can continue from whose loss was last finite at `step`; collective."""
     sound = newest_sound(directory)
     if sound is None:
-        return f"no checkpoint in {directory} is sound: start anew, in another checkpoint.dir or with this one emptied"
+        return f"no checkpoint in {directory} is sound: start again, in another checkpoint.dir or with this one emptied"
     unsound = "".join(f"; {text}: delete it, or a resume takes it" for text in sound.passed_over)
     last = "nothing was updated since, and " if step_of(sound.path) == step else ""
     return f"{last}{sound.path} is sound (complete, every value finite): the same command goes on from there{unsound}"
@@ -149,7 +149,7 @@ def wrong_hashes(path: Path, names: Iterable[str]) -> list[str]:
 
     def differs(name: str) -> bool:
         try:
-            return hash_file(path / name, flush=False)[1] != files[name][1]
+            return size_and_sha256(path / name, flush=False)[1] != files[name][1]
         except OSError:
             return True
 
@@ -178,8 +178,8 @@ def _first_not_finite(file: Path) -> str | None:
                 if name.rpartition("|")[2] in KINDS:
                     view = opened.get_slice(name)
                     (count,) = view.get_shape()  # a run of elements, see reader.py
-                    for at in range(0, count, BLOCK):
-                        if not np.isfinite(view[at : min(at + BLOCK, count)]).all():
+                    for at in range(0, count, READ_ELEMENTS):
+                        if not np.isfinite(view[at : min(at + READ_ELEMENTS, count)]).all():
                             return f"{name.replace('|', ' (')}) in {STATE}/{file.name} is not finite"
     except (SafetensorError, ValueError, TypeError) as error:
         return f"{STATE}/{file.name} is damaged: {error}"

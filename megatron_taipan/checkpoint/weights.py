@@ -33,7 +33,7 @@ PREFIX = "model."  # of every tensor's name in the files, as transformers has it
 
 
 class Stored(NamedTuple):
-    """How a tensor lies in the files."""
+    """How the files store a tensor."""
 
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, such as F32
@@ -57,7 +57,7 @@ class ExportedWeights:
         return tuple(self._file(name).get_slice(PREFIX + name).get_shape())
 
     def stored(self, name: str) -> Stored:
-        """How it lies in the file."""
+        """How the file stores it."""
         view = self._file(name).get_slice(PREFIX + name)
         bits = int(view.get_dtype().lstrip("BFIU"))
         return Stored(self.shape(name), view.get_dtype(), math.prod(self.shape(name)) * bits // 8)
@@ -102,7 +102,7 @@ class CheckpointWeights:
         return [*self.reader.table, *self.reader.buffers]
 
     def stored(self, name: str) -> Stored:
-        """How it lies in the files; its shape is the unsplit model's."""
+        """How the files store it; its shape is the unsplit model's."""
         if name not in self.reader.table:
             value = self.reader.buffer(name)
             return Stored(tuple(value.shape), "F32", value.numel() * value.element_size())
@@ -127,7 +127,7 @@ class CheckpointWeights:
 
 
 def open_weights(path: Path) -> ExportedWeights | CheckpointWeights:
-    """Opens a path by what lies in it: an exported folder, a checkpoint, or a run's folder with checkpoints.
+    """Opens a path by what it holds: an exported folder, a checkpoint, or a run's folder with checkpoints.
 
     Raises:
         UserError: it holds no weights, or they are incomplete.
@@ -158,12 +158,12 @@ def open_export(path: Path) -> ExportedWeights:
         try:
             opened = safe_open(file, framework="pt")
         except Exception as error:  # the library raises its own type for damaged files
-            raise UserError(f"{file} is no whole safetensors file: {error}") from error
+            raise UserError(f"{file} is not a complete safetensors file: {error}") from error
         where |= dict.fromkeys(opened.keys(), opened)
     if not where:
         raise UserError(f"{path} holds no .safetensors file")
     missing = [name for name in parameter_table(network) if PREFIX + name not in where]
-    if missing:  # a shard that was never copied: nobody wants its layers drawn anew
+    if missing:  # a shard that was never copied: its layers must not start from new initial values
         raise UserError(f"{path} lacks {len(missing)} tensors of its network: {', '.join(missing[:5])}")
     return ExportedWeights(path, network, where)
 

@@ -27,7 +27,7 @@ def collect_decisions(model: Taipan, ids: list[int], chunk: int = 2048) -> GateD
         chunk: tokens per pass; bounds the memory, changes nothing else.
 
     Raises:
-        UserError: the model has no S layer, there is no token, or an id is outside the vocabulary.
+        UserError: the model has no S layer, no tokens are given, or an id is outside the vocabulary.
     """
     blocks = [layer for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
     size = model.config.vocab_size

@@ -78,7 +78,7 @@ Text {escape(summary["text"])}, {summary["tokens"]:,}{part} tokens<br>
 {legend}</p>
 <p class="faint">Point at a token to see its number, its id, and alpha layer by layer; ● is selected, ○ is not. Blanks
 that are a token show as {blank}, tabs as {tab}, other white space as {OTHER_BLANK}; ends of lines as {feed} and {back}.
-A byte of a character that several tokens share shows as &lt;0xE2&gt;, a token without text of its own as ∅.</p>
+A byte of a character that several tokens share shows as &lt;0xE2&gt;, a token without text as ∅.</p>
 <details><summary>Share selected, by position and by kind of token</summary>
 <div class="scroll"><table><thead><tr>{header.replace("td>", "th>")}</tr></thead>
 <tbody>{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div></details>

@@ -1,4 +1,4 @@
-"""What kind of token each token of a document is, from its text alone.
+"""What kind of token each token of a document is, from its text only.
 
 A word is a longest run of letters, combining marks, digits and underscores. A token touches the characters of its text,
 including those of which it has only some bytes. The first letter, mark, digit or underscore that it touches decides;
@@ -7,8 +7,8 @@ including those of which it has only some bytes. The first letter, mark, digit o
     first piece of a word   a word begins with that letter: the character before it does not belong to a word
     continuation of a word  the letter follows a letter, mark, digit or underscore
     number                  it is a digit or another numeral (Unicode N*), inside a word or not
-    punctuation or symbol   there is none, but something besides white space
-    white space             all else: blanks, indentation, ends of lines, and tokens without characters of their own
+    punctuation or symbol   no such character, but something besides white space
+    white space             all else: blanks, indentation, ends of lines, and tokens without characters
 
 and may belong to these too:
 

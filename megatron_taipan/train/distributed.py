@@ -139,7 +139,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def pick_device(place: RankInfo) -> torch.device:
+def device_of_process(place: RankInfo) -> torch.device:
     """This process's GPU, or the CPU where the host has none.
 
     Raises:

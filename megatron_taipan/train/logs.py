@@ -21,7 +21,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.untrusted import parse_json
 
 LOG = "log.jsonl"
-TEXT = "logs"
+TEXT_LOG_FOLDER = "logs"
 
 
 class JsonLines:
@@ -39,7 +39,7 @@ class JsonLines:
         try:
             handle = self._open()
             while self.waiting:
-                append(handle, self.waiting[0])
+                append_line(handle, self.waiting[0])
                 self.waiting.popleft()
         except OSError as error:
             return error
@@ -68,7 +68,7 @@ class JsonLines:
         return self.handle
 
 
-def append(handle: int, line: bytes) -> None:
+def append_line(handle: int, line: bytes) -> None:
     """Writes a whole line or nothing."""
     size = os.fstat(handle).st_size
     written = os.write(handle, line)
@@ -104,7 +104,7 @@ class TextLog:
         self.logger = logging.Logger(f"rank {rank}")  # a separate one: other runs in this process have theirs
         self.handler: logging.Handler | None = None
         if config.log.text_mb:
-            file = Path(config.checkpoint.dir) / TEXT / f"rank_{rank:05d}.log"
+            file = Path(config.checkpoint.dir) / TEXT_LOG_FOLDER / f"rank_{rank:05d}.log"
             self.handler = _QuietHandler(
                 file, maxBytes=int(config.log.text_mb * 1e6), backupCount=config.log.text_files, delay=True
             )

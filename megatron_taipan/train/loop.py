@@ -69,7 +69,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
         found = run_on_all_ranks(lambda: find_checkpoint(config))
         ops = run_on_all_ranks(lambda: pick_ops(config.ops.backend))
-        model = run_on_all_ranks(lambda: build_model(config, groups, ops))
+        model = run_on_all_ranks(lambda: build_training_model(config, groups, ops))
         trained_on = [source.prefix for source in config.data.train]
         unlike = run_on_all_ranks(
             lambda: load_weights(model, Path(c.init), config.model, trained_on) if c.init and not found else []
@@ -237,7 +237,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         return 0
 
 
-def build_model(config: Config, groups: Groups, ops: Ops) -> Any:
+def build_training_model(config: Config, groups: Groups, ops: Ops) -> Any:
     """The network, or this process's pipeline stage of it."""
     p = config.parallel
     if p.pipeline > 1:

@@ -1,4 +1,4 @@
-"""`train.profile`: a few steps of a run as a trace, and the GPU memory behind them as a snapshot.
+"""`train.profile`: a few steps of a run as a trace, and the GPU memory after them as a snapshot.
 
     checkpoint.dir/profile/steps_00000003-00000005_rank0.trace.json.gz    chrome://tracing or ui.perfetto.dev
     checkpoint.dir/profile/steps_00000003-00000005_rank0.memory.pickle    pytorch.org/memory_viz (GPU only)

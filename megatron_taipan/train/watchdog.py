@@ -17,7 +17,7 @@ LINGER_S = 3.0
 class Watchdog:
     """While entered, a process that does not call `beat` for `seconds` prints the stacks of all its threads and exits.
 
-    A thread of its own prints which rank it is. Should the hanging code never release Python's global lock,
+    A separate thread prints which rank it is. Should the hanging code never release Python's global lock,
     faulthandler, which does not need it, does the same half a minute later.
     """
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.folder import METADATA, folder_name, publish, write_manifest
 
 
@@ -14,6 +14,6 @@ def make(directory: Path, step: int, text: str = "weights") -> Path:
     (temporary / "state" / "w.pt").write_text(f"{text} {step}")
     (temporary / METADATA).write_text(json.dumps({"format": 1, "progress": {"step": step}, "identity": {}}))
     names = ["state/w.pt", METADATA]
-    write_manifest(temporary, {name: hash_file(temporary / name, flush=True) for name in names})
+    write_manifest(temporary, {name: size_and_sha256(temporary / name, flush=True) for name in names})
     publish(temporary, directory / folder_name(step))
     return directory / folder_name(step)

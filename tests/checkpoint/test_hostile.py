@@ -39,7 +39,7 @@ def rewrite(path: Path, name: str, change) -> None:
 
 
 def rehash(path: Path) -> None:
-    folder.write_manifest(path, {n: files.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
+    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
 
 
 def put(*place: str | int, value: Any):
@@ -71,23 +71,23 @@ def test_a_manifest_that_names_other_places(checkpoint, tmp_path, name, capsys):
     manifest = json.loads((checkpoint / folder.MANIFEST).read_text())
     manifest["files"][name] = {"bytes": 8, "sha256": "0" * 64}
     (checkpoint / folder.MANIFEST).write_text(json.dumps(manifest))
-    assert "which is no file of a checkpoint" in (folder.incomplete(checkpoint) or "")
+    assert "which is not a file of a checkpoint" in (folder.incomplete(checkpoint) or "")
     for program, arguments in programs(checkpoint, tmp_path / "out"):
         status, said = program.main([str(argument) for argument in arguments]), capsys.readouterr()
-        assert status in (1, 2) and "no file of a checkpoint" in said.err + said.out, program.__name__
+        assert status in (1, 2) and "not a file of a checkpoint" in said.err + said.out, program.__name__
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_an_index_that_names_other_places(checkpoint, name):
     rewrite(checkpoint, INDEX, put("parameters", "embedding.weight", 0, 0, value=name))
-    with pytest.raises(UserError, match="is no name of a file beside it") as error:
+    with pytest.raises(UserError, match="is not the name of a file beside it") as error:
         reader(checkpoint)
     assert "\n" not in str(error.value)
 
 
 def test_a_buffer_in_another_place(checkpoint):
     rewrite(checkpoint, INDEX, put("buffers", "layers.1.gate.threshold", value="../../x.safetensors"))
-    with pytest.raises(UserError, match="no name of a file beside it"):
+    with pytest.raises(UserError, match="not the name of a file beside it"):
         reader(checkpoint)
 
 
@@ -201,7 +201,7 @@ def test_a_run_says_in_one_line_what_is_wrong_with_what_it_resumes_from(tmp_path
     index = json.loads(good[INDEX])
     index["parameters"]["embedding.weight"][0][0] = "../../../x.safetensors"
     damaged(INDEX, json.dumps(index).encode())
-    words = ["progress.samples", "random numbers of numpy", "has shape [1], not []", "no name of a file beside it"]
+    words = ["progress.samples", "random numbers of numpy", "has shape [1], not []", "not the name of a file beside it"]
     for message, word in zip(found, words, strict=True):
         assert isinstance(message, str) and word in message and "\n" not in message, message
     assert launch(1, runs, [tree | {"train": tree["train"] | {"stop_at": 2}}]) == [[0]]

@@ -72,12 +72,12 @@ def convert(tree: dict, source: str) -> None:
     from megatron_taipan.engine.build import build_engine
     from megatron_taipan.ops.dispatch import pick_ops
     from megatron_taipan.parallel.connect import connect
-    from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.loop import build_training_model
 
     config = make_config(tree)
     groups, _ = connect(config.parallel, torch.device("cpu"), config.data.seq_len)
     config.train.seed += 1  # other initial weights: what is not loaded shows
-    engine = build_engine(build_model(config, groups, pick_ops()), config, groups, torch.device("cpu"))
+    engine = build_engine(build_training_model(config, groups, pick_ops()), config, groups, torch.device("cpu"))
     config.train.seed -= 1
     identity = read_metadata(Path(source))["identity"]
     loaded = load_training_state(engine, Path(source), config=config, identity=identity, groups=groups)

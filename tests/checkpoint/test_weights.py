@@ -131,7 +131,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     folder = write_weights(tmp_path / "weights", Taipan(toy_config("none").model))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="no whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         open_export(folder)
     file.unlink()
     with pytest.raises(UserError, match="holds no .safetensors"):

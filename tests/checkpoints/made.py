@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, hash_file
+from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, size_and_sha256
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.config import Config, dump_config, make_config
@@ -126,7 +126,7 @@ def write_checkpoint(out: Path, config: Config, load: Callable[[str], torch.Tens
         folder.METADATA: json.dumps(metadata),
     }
     state = f"{folder.STATE}/{name_in_state}"
-    folder.complete(temporary, final, texts, {state: hash_file(temporary / state, flush=False)})
+    folder.complete_checkpoint(temporary, final, texts, {state: size_and_sha256(temporary / state, flush=False)})
     return final
 
 

@@ -122,7 +122,7 @@ def test_joined_files_run(house):
     [
         ("import megatron_taipan.config", "", "write `from"),
         ("from .config import x", "", "relative"),
-        ("from megatron_taipan.ops import ssd", "", "is no module"),
+        ("from megatron_taipan.ops import ssd", "", "is not a module"),
         ("def f():\n    from megatron_taipan.b import x", "", "at the top, not inside functions"),
         ("from megatron_taipan.b import x", "x = 1", "a cannot import x of b"),
         ("x = 1", "from megatron_taipan.a import x as y", "b cannot import x of a"),

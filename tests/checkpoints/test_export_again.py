@@ -37,8 +37,8 @@ def test_the_export_declares_what_the_data_had(place):
         said = json.loads((place / "hf" / file).read_text())
         assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 2, 2)
     card = (place / "hf/README.md").read_text()
-    assert "`<s>` stood before each training document, and is put before a prompt" in card
-    assert "`</s>` stood behind each" in card and "split_special_tokens=True" in card
+    assert "`<s>` came before each training document, and is put before a prompt" in card
+    assert "`</s>` came after each" in card and "split_special_tokens=True" in card
     assert "apply_chat_template" in card
 
 
@@ -124,7 +124,7 @@ def test_a_size_that_is_none_is_refused(place, tmp_path, capsys, size, option):
     if (option, size) == ("--stream-above-gb", "0"):
         return  # every model is above it
     assert main([str(place / "hf"), str(tmp_path / "out"), f"{option}={size}"]) == 2
-    assert f"{option}={size} is no size; give" in capsys.readouterr().err
+    assert f"{option}={size} is not a size; give" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,13 +152,13 @@ def test_verify_names_what_is_damaged_missing_or_too_much(place, tmp_path, capsy
     assert capsys.readouterr().out.splitlines() == [
         f"{copy}  model.safetensors changed since it was written",
         f"{copy}  tokenizer.json is missing",
-        f"{copy}  model-00001-of-00002.safetensors is no part of the export, and might be loaded instead of it",
-        f"{copy}  pytorch_model.bin is no part of the export, and might be loaded instead of it",
+        f"{copy}  model-00001-of-00002.safetensors is not part of the export, and might be loaded instead of it",
+        f"{copy}  pytorch_model.bin is not part of the export, and might be loaded instead of it",
     ]
     for damaged in ("0123  a\n", "\n", f"{'0' * 64}  ../a\n"):
         (copy / SUMS).write_text(damaged)
         assert verify.main([str(copy)]) == 2
-        assert "line 1 is no SHA-256 and file name" in capsys.readouterr().err
+        assert "line 1 is not a SHA-256 and a file name" in capsys.readouterr().err
     (copy / SUMS).unlink()
     assert verify.main([str(copy)]) == 2
     assert f"holds no {SUMS}" in capsys.readouterr().err

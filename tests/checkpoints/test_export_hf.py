@@ -270,7 +270,7 @@ def test_a_folder_that_does_not_load_is_not_written(tmp_path, monkeypatch):
     sources = export_hf.bundle_sources()
     del sources["taipan_ops.py"]
     monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
-    with pytest.raises(UserError, match="does not stand by itself.*taipan_ops"):
+    with pytest.raises(UserError, match="does not load by itself.*taipan_ops"):
         export(memory_state(), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
@@ -281,7 +281,7 @@ def test_only_an_earlier_export_is_overwritten(tmp_path):
     (tmp_path / "run/step_00000001/metadata.json").write_text("{}")
     (tmp_path / "file").write_text("x")
     for name in ("run", "run/step_00000001", "file"):
-        with pytest.raises(UserError, match="no exported folder"):
+        with pytest.raises(UserError, match="not an exported folder"):
             export(memory_state(), tmp_path / name, overwrite=True)
         assert (tmp_path / name).exists()
     (tmp_path / "empty").mkdir()

@@ -48,7 +48,7 @@ def test_a_tied_head_becomes_one_of_its_own(tmp_path, imports):
 
 def test_a_head_of_its_own_needs_a_place(tmp_path, imports):
     status, said = imports(options=["model.tie_embeddings=true"], tie_embeddings=False)
-    assert status == 2 and "has a head of its own; set model.tie_embeddings=false" in said
+    assert status == 2 and "has a separate head; set model.tie_embeddings=false" in said
 
 
 def test_options_that_compute_something_else_are_said(imports):

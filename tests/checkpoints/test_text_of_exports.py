@@ -155,7 +155,7 @@ def test_a_chat_template_works_from_the_folder(tmp_path, model_file):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("a\n{% for m in messages %}", "is no jinja: line 2: .*"),
+        ("a\n{% for m in messages %}", "is not valid jinja: line 2: .*"),
         ("{{ raise_exception('no system') }}", "fails on a conversation of user, assistant, user: no system"),
         ("{{ messages[7].content }}", "fails on a conversation"),
         ("{{ messages | sum }}", "fails on a conversation"),

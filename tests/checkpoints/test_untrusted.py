@@ -10,7 +10,7 @@ import yaml
 
 from checkpoints import diff, export_hf, import_hf, import_mamba2, inspect, reshard, verify
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.evaluation import calibrate, perplexity
 from megatron_taipan.inference import generate
 from tests.checkpoints.made import memory_state, write_checkpoint
@@ -61,7 +61,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def rehash(path: Path) -> None:
-    files = {name: hash_file(path / name, flush=False) for name in folder.read_manifest(path)}
+    files = {name: size_and_sha256(path / name, flush=False) for name in folder.read_manifest(path)}
     folder.write_manifest(path, files)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import whole_folder as module
-from checkpoints.whole_folder import remove_leftovers, whole_folder
+from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 
 WRITER = """
 import sys, time
@@ -41,11 +41,11 @@ def test_what_is_left_of_a_killed_program_goes_and_a_living_ones_stays(tmp_path)
     try:
         kill(killed)
         assert left.is_dir() and not out.exists()
-        assert remove_leftovers(out) == [f"removed {left}, which a killed program had left"]
+        assert remove_or_restore_leftovers(out) == [f"removed {left}, which a killed program had left"]
         assert not left.exists() and (its_folder / "config.json").read_text() == "half"
     finally:
         kill(living)
-    assert remove_leftovers(out) == [f"removed {its_folder}, which a killed program had left"]
+    assert remove_or_restore_leftovers(out) == [f"removed {its_folder}, which a killed program had left"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +73,7 @@ def test_a_kill_between_two_renames_loses_neither(tmp_path, monkeypatch, moment)
             (work / "config.json").write_text("new")
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 2
-    said = remove_leftovers(out)
+    said = remove_or_restore_leftovers(out)
     if moment == "after":
         assert (out / "config.json").read_text() == "new" and len(said) == 1
     else:
@@ -85,7 +85,7 @@ def test_a_kill_between_two_renames_loses_neither(tmp_path, monkeypatch, moment)
 def test_other_folders_are_left_alone(tmp_path):
     for name in (".hf.settings", ".hf.short.partial", ".other.abcdefgh.partial", "hf.abcdefgh.partial"):
         (tmp_path / name).mkdir()
-    assert remove_leftovers(tmp_path / "hf") == []
+    assert remove_or_restore_leftovers(tmp_path / "hf") == []
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -95,7 +95,7 @@ def test_without_locks_nothing_is_removed_that_may_be_in_use(tmp_path, monkeypat
 
     monkeypatch.setattr(module.fcntl, "flock", no_locks)
     (tmp_path / ".hf.abcdefgh.partial").mkdir()
-    (said,) = remove_leftovers(tmp_path / "hf")
+    (said,) = remove_or_restore_leftovers(tmp_path / "hf")
     assert "left" in said and "alone" in said and (tmp_path / ".hf.abcdefgh.partial").is_dir()
     with whole_folder(tmp_path / "hf") as work:
         (work / "a").write_text("")

@@ -143,7 +143,7 @@ def read_all(path, extract, start=0):
 
 def small(patch, block, string=20):
     patch.setattr(records, "LONG", 40)
-    patch.setattr(long_text, "BLOCK", block)
+    patch.setattr(long_text, "READ_BYTES", block)
     patch.setattr(long_text, "LONG_STRING", string)
 
 
@@ -227,8 +227,8 @@ def test_long_and_short_ways_write_the_same_bytes(tmp_path, model, speeches, mon
     whole = run("whole")
     monkeypatch.setattr(records, "LONG", 5_000)
     monkeypatch.setattr(long_text, "LONG_STRING", 3_000)
-    monkeypatch.setattr(long_text, "BLOCK", 1_000)
-    monkeypatch.setattr(records, "BLOCK", 1_000)
+    monkeypatch.setattr(long_text, "READ_BYTES", 1_000)
+    monkeypatch.setattr(records, "READ_BYTES", 1_000)
     monkeypatch.setattr(windows, "WINDOW", 2_500)
     monkeypatch.setattr("data_prep.inputs.SMALLEST_UNIT", 2_000)  # pieces that hold no beginning of a line
     monkeypatch.setattr("data_prep.inputs.UNITS", 500)
@@ -239,9 +239,9 @@ def test_long_and_short_ways_write_the_same_bytes(tmp_path, model, speeches, mon
 
 def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, speeches, monkeypatch, capsys):
     monkeypatch.setattr(records, "LONG", 5_000)
-    monkeypatch.setattr(records, "KEPT", 50)
+    monkeypatch.setattr(records, "QUARANTINED_BYTES", 50)
     monkeypatch.setattr(long_text, "LONG_STRING", 3_000)
-    monkeypatch.setattr(long_text, "BLOCK", 1_000)
+    monkeypatch.setattr(long_text, "READ_BYTES", 1_000)
     monkeypatch.setattr(windows, "WINDOW", 2_500)
     good = json.dumps({"text": speeches[0]})
     lines = [good, json.dumps({"text": speeches[1]})[:-30] + "\\x" + '"}', good, '{"n": "' + "a" * 9_000, good]
@@ -272,7 +272,7 @@ def test_a_long_document_that_breaks_off_leaves_nothing_behind(tmp_path, model, 
 def test_a_long_line_takes_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LONG", 1 << 16)
     monkeypatch.setattr(long_text, "LONG_STRING", 1 << 16)
-    monkeypatch.setattr(long_text, "BLOCK", 1 << 16)
+    monkeypatch.setattr(long_text, "READ_BYTES", 1 << 16)
     text = 'some words, "quoted" and \\ more\n' * 200_000  # 6 MB
     (tmp_path / "x.jsonl").write_text(json.dumps({"before": text[: 1 << 20], "text": text}))
     tracemalloc.start()
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_no_long_document_out(tmp_path, model, monkeypatch, c
 
 def test_too_much_beside_the_text_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LONG", 1_000)
-    monkeypatch.setattr(long_text, "BLOCK", 1_000)
+    monkeypatch.setattr(long_text, "READ_BYTES", 1_000)
     monkeypatch.setattr(long_text, "LONGEST_SKELETON", 5_000)
     (tmp_path / "x.jsonl").write_text(json.dumps({"n": list(range(3_000)), "text": "x"}) + '\n{"text": "next"}')
     assert read_all(tmp_path / "x.jsonl", field_extractor("text")) == [

@@ -66,7 +66,7 @@ def test_garbage_under_every_policy(tmp_path, model, capsys):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_an_archive_that_is_cut_gives_what_came_before(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(packed, "BLOCK", 512)
+    monkeypatch.setattr(packed, "PACKED_READ_BYTES", 512)
     path = tmp_path / f"a.jsonl{ending}"
     pack = PACK[ending]
     first, second = pack(LINES[:7_004]), pack(LINES[7_004:])

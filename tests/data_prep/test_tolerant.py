@@ -47,7 +47,7 @@ def read(path, extract):
             if small:
                 patch.setattr(records, "LONG", 16)
                 patch.setattr(long_text, "LONG_STRING", 6)
-                patch.setattr(long_text, "BLOCK", 8)
+                patch.setattr(long_text, "READ_BYTES", 8)
             taken = readers.read_records(Slice(str(path), 0, path.stat().st_size), extract)
             found.append([("".join(r.chunks) if r.chunks is not None else r.text, r.problem) for r in taken])
     assert [text for text, _ in found[0]] == [text for text, _ in found[1]]

@@ -158,14 +158,14 @@ def main(folder: Path) -> None:
 
     import torch
 
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes, stop_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
 
     module, name, arguments, join, timeout = pickle.loads((folder / "task").read_bytes())
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch.set_num_threads(1)
     place = find_place(os.environ)
     if join:
-        start_processes(place, pick_device(place), timeout)
+        start_processes(place, device_of_process(place), timeout)
     result = getattr(importlib.import_module(module), name)(*arguments)
     (folder / f"result{place.rank}").write_bytes(pickle.dumps(result))
     if join:

@@ -389,7 +389,7 @@ def run_cases(cases: list[Case], setting: Setting, floors: list[dict | None]) ->
 def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple, Groups]) -> dict[str, Any]:
     """Trains the case and compares; {} on ranks other than 0."""
     from megatron_taipan.engine.build import build_engine, capture_graphs, check_layout
-    from megatron_taipan.train.loop import build_model
+    from megatron_taipan.train.loop import build_training_model
     from megatron_taipan.train.schedule import gate_step
     from megatron_taipan.train.step import train_step
 
@@ -400,7 +400,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
         made[key] = connect(config.parallel, setting.device, setting.length)[0]
     groups = made[key]
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
-    model = build_model(config, groups, setting.ops)
+    model = build_training_model(config, groups, setting.ops)
     if not setting.graphs:
         watch_gates(model, trace.selections, now)
     engine = build_engine(model, config, groups, setting.device)

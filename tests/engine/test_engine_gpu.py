@@ -26,12 +26,12 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.parallel.mesh import Mesh
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
     from megatron_taipan.train.loop import settle_numerics, to_device
     from megatron_taipan.train.step import train_step
 
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     start_processes(place, device, 120)
     groups = build_groups(Mesh())
     results = {}
@@ -111,12 +111,12 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from megatron_taipan.engine.build import build_engine, capture_graphs, set_learning_rate
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.parallel.mesh import Mesh
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
 
     place = find_place(os.environ)
-    device = pick_device(place)
+    device = device_of_process(place)
     start_processes(place, device, 120)
     groups = build_groups(Mesh())
     skipped = {}

@@ -36,10 +36,10 @@ def no_waiting() -> Iterator[None]:
 
 
 def both_ways_on_gpu() -> dict[str, tuple[dict, dict]]:
-    from megatron_taipan.train.distributed import find_place, pick_device, start_processes
+    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
 
     place = find_place(os.environ)
-    start_processes(place, pick_device(place), 120)
+    start_processes(place, device_of_process(place), 120)
     return {
         name: (trained("cuda", bad, queued=True, around=no_waiting), trained("cuda", bad, queued=False))
         for name, bad in BAD.items()

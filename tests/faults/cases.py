@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_taipan.checkpoint.files import hash_file
+from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_manifest, write_manifest
 from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, EXIT_UNSAVED
 from tests.faults.bench import LAYOUTS, STEPS, Bench, CaseRun, fill_disk, remount, small_file_system
@@ -322,7 +322,7 @@ def refused(bench: Bench, seed: int, name: str, damage: Callable[[CaseRun, Path]
     run = make_run(bench, name, seed)
     newest = killed_with_two_checkpoints(run)
     words = damage(run, newest)
-    write_manifest(newest, {n: hash_file(newest / n, flush=False) for n in read_manifest(newest)})
+    write_manifest(newest, {n: size_and_sha256(newest / n, flush=False) for n in read_manifest(newest)})
     is_refused(run, words)
     shutil.rmtree(newest)
     run.continues_the_same()
@@ -370,7 +370,7 @@ def newest_names_other_places(bench: Bench, seed: int) -> None:
         index = json.loads((path / "state" / "index.json").read_text())
         parameter = run.rng.choice(sorted(index["parameters"]))
         rewrite_json(path / "state" / "index.json", ("parameters", parameter, 0, 0), name)
-        return "no name of a file beside it"
+        return "not the name of a file beside it"
 
     refused(bench, seed, "newest names other places", damage)
 

@@ -70,7 +70,7 @@ def lines(folder: Path, data: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "LONG", 16)
         patch.setattr(long_text, "LONG_STRING", 8)
-        patch.setattr(long_text, "BLOCK", block)
+        patch.setattr(long_text, "READ_BYTES", block)
         chunks = _records(path)
     assert whole == chunks
     without_mark = raw.removeprefix(b"\xef\xbb\xbf")
@@ -125,7 +125,7 @@ def text(folder: Path, data: bytes) -> None:
     whole = _records(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "LONG", max(block, 4))
-        patch.setattr(long_text, "BLOCK", block)
+        patch.setattr(long_text, "READ_BYTES", block)
         try:
             chunks = _records(path)
         except long_text.BrokenText:

@@ -83,7 +83,7 @@ def test_a_moment_that_is_not_finite_ends_the_run_with_an_error_and_not_with_a_c
 def test_without_a_sound_checkpoint_the_message_says_so(tmp_path, prefix):
     tree = toy_tree(prefix, tmp_path / "run", train={"steps": 9, "max_skipped": 3}, checkpoint={"save_every": 1})
     for results in launch(2, poisoned, [tree], [0, 1, 2]):
-        assert "from step 1 on; no checkpoint in" in results[0] and "is sound: start anew" in results[0]
+        assert "from step 1 on; no checkpoint in" in results[0] and "is sound: start again" in results[0]
     assert folder.checkpoints(tmp_path / "run") == []
 
 
@@ -98,7 +98,7 @@ def made(run: Path, step: int, *, bad: float | None = None, name: str = "embeddi
     save_file(tensors, file)
     metadata = json.loads((path / folder.METADATA).read_text())
     (path / folder.METADATA).write_text(json.dumps(metadata | {"progress": metadata["progress"] | {"step": step}}))
-    folder.write_manifest(path, {n: files.hash_file(path / n, flush=False) for n in folder.read_manifest(path)})
+    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
     shutil.move(path, run / folder.folder_name(step))
     return run / folder.folder_name(step)
 
