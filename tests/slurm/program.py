@@ -31,7 +31,7 @@ def gpu() -> None:
     visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: len(visible)
-    device = distributed.pick_device(distributed.find_place(os.environ))
+    device = distributed.device_of_process(distributed.find_place(os.environ))
     print(f"rank {os.environ['SLURM_PROCID']} takes {visible[device.index]}", flush=True)
 
 

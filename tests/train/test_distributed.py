@@ -12,9 +12,9 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.train.distributed import (
     Unreachable,
+    device_of_process,
     find_place,
     first_host,
-    pick_device,
     start_processes,
 )
 from tests.distributed.launch import launch
@@ -76,14 +76,14 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    assert pick_device(find_place(SRUN)) == torch.device("cuda", 0)
+    assert device_of_process(find_place(SRUN)) == torch.device("cuda", 0)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    assert pick_device(find_place(SRUN)) == torch.device("cuda", 0)
+    assert device_of_process(find_place(SRUN)) == torch.device("cuda", 0)
     with pytest.raises(UserError, match="process 1 of this host has no GPU: 1 GPUs are visible"):
-        pick_device(find_place(TORCHRUN))
+        device_of_process(find_place(TORCHRUN))
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
     with pytest.raises(UserError, match="process 1 of this host has no GPU"):
-        pick_device(find_place(SRUN))
+        device_of_process(find_place(SRUN))
 
 
 def meet_where_nobody_is(address: str, port: int) -> tuple[str, str, int]:
