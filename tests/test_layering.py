@@ -16,7 +16,7 @@ BASICS = {"megatron_taipan", "megatron_taipan.errors", "megatron_taipan.untruste
 # what layers are, the description of a network of them, and the table of their parameters
 KINDS = ("layer_kinds", "param_spec", "model_config", "parameters")
 
-PROGRAMS = {
+TRAINING = {
     *KINDS,
     "engine",
     "config",
@@ -26,12 +26,9 @@ PROGRAMS = {
     "parallel",
     "model",
     "data",
-    "tokenizer",
     "checkpoint",
-    "inference",
-    "evaluation",
-    "train",
 }
+PROGRAMS = {*TRAINING, "tokenizer", "inference", "evaluation", "train"}
 
 # room -> rooms it may import; a room may always import itself
 ROOMS: dict[str, set[str]] = {
@@ -75,19 +72,7 @@ ROOMS: dict[str, set[str]] = {
         "inference",
         *KINDS,
     },
-    "megatron_taipan.train": {
-        "config",
-        "gate_config",
-        "pattern",
-        "ops",
-        "parallel",
-        "model",
-        "data",
-        "checkpoint",
-        *KINDS,
-        "engine",
-        "versions",
-    },
+    "megatron_taipan.train": {*TRAINING, "versions"},
     "megatron_taipan.hf": {"gate_config", "versions", "ops", "parallel", "model", *KINDS},
     "data_prep": {"data", "tokenizer", "plain_yaml"},
     "checkpoints": {

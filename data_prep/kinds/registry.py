@@ -8,9 +8,7 @@ from data_prep.kinds.tables import ARROW, PARQUET
 from data_prep.kinds.text_files import TEXT_FILES
 from data_prep.packed import FORMS, is_packed
 
-INPUT_KINDS: dict[str, InputKind] = {
-    ending: kind for kind in (JSON_LINES, JSON, TEXT_FILES, PARQUET, ARROW) for ending in kind.endings
-}
+INPUT_KINDS: dict[str, InputKind] = {}  # by ending; filled by `register_kind`
 
 
 def register_kind(kind: InputKind) -> None:
@@ -25,6 +23,10 @@ def register_kind(kind: InputKind) -> None:
         if INPUT_KINDS.get(ending, kind) is not kind:
             raise ValueError(f"{ending} is taken already: {INPUT_KINDS[ending].name}")
     INPUT_KINDS.update(dict.fromkeys(kind.endings, kind))
+
+
+for _kind in (JSON_LINES, JSON, TEXT_FILES, PARQUET, ARROW):
+    register_kind(_kind)
 
 
 def input_kind(path: str) -> InputKind | None:

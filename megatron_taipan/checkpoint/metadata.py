@@ -32,9 +32,8 @@ class Progress:
     """How far a run has come: the learning rate, the order of samples and the gate's noise are pure functions of these
     counters and of seeds."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True, extra="forbid"
-    )  # checked when it is read from a file
+    # checked when it is read from a file
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     step: Count = 0  # optimizer steps taken, skipped ones included
     samples: Count = 0  # samples consumed: the loader's place

@@ -76,9 +76,8 @@ class KernelAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of every tensor that has a gradient."""
         for group in self.param_groups:
-            by_step: dict[
-                int, list[torch.Tensor]
-            ] = {}  # one call of the kernel serves tensors with the same number of steps
+            # one call of the kernel serves tensors with the same number of steps
+            by_step: dict[int, list[torch.Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_step.setdefault(self._count(p), []).append(p)
