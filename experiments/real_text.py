@@ -13,6 +13,7 @@ several calls. With several GPUs each trains one run at a time.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,9 +61,8 @@ def real_text_runs(options: argparse.Namespace) -> list[dict]:
 def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) -> dict:
     """Trains and scores one model."""
     network = what.get("network", "real_text")
-    name = "_".join([network, what["recipe"], str(what["seed"]), str(what["steps"]), *what["overrides"]]).replace(
-        "/", "_"
-    )
+    name = "_".join([network, what["recipe"], str(what["seed"]), str(what["steps"]), *what["overrides"]])
+    name = re.sub(r"[^\w.=-]+", "-", name)  # the folder is an override too, and those are YAML
     directory = work / name[:200]
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier call
     directory.mkdir(parents=True)
