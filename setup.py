@@ -40,6 +40,7 @@ setup(
         "numpy>=2",
         "tqdm>=4.66",
         "tensorboard>=2.18",
+        "matplotlib>=3.9",
         f"transformers>={RELEASES['TRANSFORMERS_OLDEST']},<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2.3",  # earlier releases end the process where a required character is not in the text

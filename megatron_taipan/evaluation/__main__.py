@@ -1,0 +1,39 @@
+"""`python -m megatron_taipan.evaluation TASK MODEL ...`: what a trained model can do, one task after another.
+
+    python -m megatron_taipan.evaluation                  the tasks
+    python -m megatron_taipan.evaluation TASK --help      what one of them takes
+
+A task is a module beside this one with `main(arguments)`; `python -m megatron_taipan.evaluation.TASK` runs it too.
+Tasks that measure take several models, print a table, and with `--out FOLDER` write it as Markdown, JSON and a picture.
+"""
+
+import sys
+from importlib import import_module
+
+from megatron_taipan.errors import EXIT_WRONG_INPUT
+
+TASKS = {  # command: what it answers, as the list of tasks prints it
+    "perplexity": "how well is held-out text predicted",
+    "passkey": "is a number found again in a long text",
+    "calibrate": "set the gates' thresholds so that a wanted share of the tokens is selected",
+    "selection": "which tokens do the selective layers select",
+    "recall_tokens": "how well are tokens predicted that the text has shown before, by their distance",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one task, with the arguments after its name."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help"):
+        print(__doc__)
+        print("\n".join(f"    {task:<16}{answers}" for task, answers in TASKS.items()))
+        return 0
+    task, *rest = given
+    if task not in TASKS:
+        print(f"error: {task!r} is no task; they are {', '.join(TASKS)}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    return import_module(f"megatron_taipan.evaluation.{task.replace('-', '_')}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Pictures of results, drawn by matplotlib as SVG: curves over an axis, and heat maps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_taipan.errors import writing
+
+# The same results give the same file: no date, and identifiers that do not change from run to run.
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "megatron_taipan", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+class Curve(NamedTuple):
+    """A line of the legend."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "-"  # matplotlib's, such as "o-" or "--"
+
+
+def write_curves(
+    path: Path, curves: list[Curve], *, x: str, y: str, title: str = "", log_x: bool = False, log_y: bool = False,
+    marks: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Curves over one axis.
+
+    Args:
+        x, y: the axes' names, with units.
+        marks: vertical lines by name, such as {"training length": 4096}.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for curve in curves:
+            axes.plot(curve.x, curve.y, curve.style, label=curve.name)
+        for name, at in (marks or {}).items():
+            axes.axvline(at, color="grey", linestyle=":", label=name)
+        if log_x:
+            axes.set_xscale("log", base=2)
+        if log_y:
+            axes.set_yscale("log")
+        axes.set(xlabel=x, ylabel=y, title=title)
+        axes.legend(frameon=False)
+        save(figure, path)
+
+
+def write_heat_map(
+    path: Path, values: Sequence[Sequence[float]], *, rows: Sequence[str], columns: Sequence[str], x: str, y: str,
+    title: str = "", low: float = 0.0, high: float = 1.0,
+) -> None:  # fmt: skip
+    """A heat map with each value written in its field.
+
+    Args:
+        values: [rows][columns], coloured from `low` to `high`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + 0.8 * len(columns), 1.5 + 0.5 * len(rows)), layout="constrained")
+        axes: Axes = figure.add_subplot()
+        image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        for r, line in enumerate(values):
+            for c, value in enumerate(line):
+                axes.text(
+                    c, r, f"{value:.2g}", ha="center", va="center", color="white" if value < high / 2 else "black"
+                )
+        axes.set(xlabel=x, ylabel=y, title=title)
+        figure.colorbar(image)
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as SVG, in a folder that may not exist yet."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
