@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -75,9 +74,8 @@ def write_heat_map(
         axes.set_yticks(range(len(rows)), rows)
         for r, line in enumerate(values):
             for c, value in enumerate(line):
-                axes.text(
-                    c, r, f"{value:.2g}", ha="center", va="center", color="white" if value < high / 2 else "black"
-                )
+                shade = "white" if value < (low + high) / 2 else "black"
+                axes.text(c, r, f"{value:.2g}", ha="center", va="center", color=shade)
         axes.set(xlabel=x, ylabel=y, title=title)
         figure.colorbar(image)
         save(figure, path)
