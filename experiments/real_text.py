@@ -26,7 +26,7 @@ import torch
 from benchmarks.common import hardware
 from benchmarks.corpus import build_corpus
 from experiments.in_parts import make_runs, read_results
-from experiments.real_text_report import read_log, results_table
+from experiments.real_text_report import draw_results, read_log, results_table
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expect", type=float, default=0.0, help="seconds that a run takes, until one has ended")
     parser.add_argument("--keep", action="store_true", help="keep the trained models in the folders of WORK")
     parser.add_argument("--prepare", action="store_true", help="only make the corpus, its tokenizer and its tokens")
-    parser.add_argument("--table", action="store_true", help="print the results and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the results, draw them beside OUT, and run nothing")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options of every run")
     options = parser.parse_args(arguments)
     prefix = options.data.resolve()
@@ -158,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         print(f"{left} of the runs asked for have no result yet", flush=True)
     if not options.prepare:
-        print(results_table(read_results(options.out)))
+        records = read_results(options.out)
+        print(results_table(records))
+        if options.table:
+            print("pictures:", *map(str, draw_results(records, options.out)))
     return 0
 
 

@@ -1,13 +1,18 @@
 """Results of the runs of experiments/real_text.py: from their logs, and all of them as a table."""
 
 import json
+import re
+from math import exp
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
+from megatron_taipan.evaluation.figures import save
 from megatron_taipan.layer_kinds.metrics import logged
 
 LAST = 50  # steps at the end of a run that are averaged
 POINTS = 12  # of a run's course
+SWEPT = "anneal-all-add-one"  # the recipe around which options were changed one by one
 
 
 def read_log(log: Path) -> dict:
@@ -52,6 +57,24 @@ def results_table(records: list[dict]) -> str:
     A loss is the mean over the seeds in nats per token, with half of their spread; the columns after "all" are the
     classes of evaluation/recall_tokens.py. Shares selected are given layer by layer.
     """
+    return "\n".join(
+        f"{about}:\n\n{one_table(rows)}\nPerplexity by tokens of context:\n\n{context_table(rows)}"
+        for about, rows in grouped(records).items()
+    )
+
+
+def draw_results(records: list[dict], out: Path) -> list[Path]:
+    """A picture of `draw_shares` for each corpus and length of run with gates; beside `out`, numbered."""
+    drawn = []
+    for number, rows in enumerate(grouped(records).values(), 1):
+        if any(runs[0]["selected_evaluation"] for runs in rows.values()):
+            drawn.append(out.with_name(f"{out.stem}-share-{number}.svg"))
+            draw_shares(rows, drawn[-1])
+    return drawn
+
+
+def grouped(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """The results by corpus and length of run, and there by recipe and settings."""
     sets: dict[str, dict[str, list[dict]]] = {}
     for record in records:
         if "result" in record:
@@ -60,7 +83,54 @@ def results_table(records: list[dict]) -> str:
             about = f"{run.get('network', 'real_text')}.yaml, {about}"
             label = " ".join([run["recipe"], *run["overrides"]])
             sets.setdefault(about, {}).setdefault(label, []).append(result)
-    return "\n".join(f"{about}:\n\n{one_table(rows)}" for about, rows in sets.items())
+    return sets
+
+
+def context_table(rows: dict[str, list[dict]]) -> str:
+    """Markdown: perplexity by tokens of context, geometric means over the seeds, in the order of results_table."""
+    lengths = list(next(iter(rows.values()))[0]["by_context"])
+    lines = ["| recipe | " + " | ".join(f"{int(n):,}" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for label, runs in by_loss(rows):
+        values = [[r["by_context"][n] for r in runs if r["by_context"].get(n) is not None] for n in lengths]
+        cells = [f"{exp(fmean(nats)):.2f}" if nats else "–" for nats in values]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_loss(rows: dict[str, list[dict]]) -> list[tuple[str, list[dict]]]:
+    """The recipes, the best first."""
+    return sorted(rows.items(), key=lambda item: fmean(r["by_distance"]["all"][0] for r in item[1]))
+
+
+def draw_shares(rows: dict[str, list[dict]], path: Path) -> None:
+    """Picture: loss against the share of the tokens selected in evaluation, mean over layers and seeds; a line for each
+    model without gates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    for label, runs in rows.items():
+        loss = fmean(r["by_distance"]["all"][0] for r in runs)
+        if not runs[0]["selected_evaluation"]:
+            axes.axhline(loss, color="grey", linestyle=":", linewidth=1)
+            axes.text(1.0, loss, label, ha="right", va="bottom", fontsize=8, color="grey")
+            continue
+        share = fmean(x for r in runs for x in by_layer(r["selected_evaluation"]))
+        swept = label.startswith(f"{SWEPT} ") or label == SWEPT
+        axes.plot(share, loss, "o", color="tab:orange" if swept else "tab:blue", markersize=7 if swept else 4)
+        name = re.sub(
+            r"capacity=.*end: ([\d.]+).*", r"C to \1", re.sub(rf"^{SWEPT} |model\.(gate|attention)\.", "", label)
+        )
+        beside: dict[str, Any] = (
+            {"xytext": (-7, -3), "ha": "right", "fontsize": 8}
+            if swept
+            else {"xytext": (4, 3), "fontsize": 6, "color": "grey"}
+        )
+        axes.annotate(name, (share, loss), textcoords="offset points", **beside)
+    axes.set(xlabel="share of the tokens selected in evaluation, mean over the layers", ylabel="loss, nats a token")
+    axes.set_xlim(-0.02, 1)
+    save(figure, path)
 
 
 def one_table(rows: dict[str, list[dict]]) -> str:
@@ -68,7 +138,7 @@ def one_table(rows: dict[str, list[dict]]) -> str:
     classes = list(dict.fromkeys(name for runs in rows.values() for r in runs for name in r["by_distance"]))
     heads = ["recipe", "parameters", "seeds", *classes, "selected: training", "evaluation", "tokens/s"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for label, runs in sorted(rows.items(), key=lambda item: fmean(r["by_distance"]["all"][0] for r in item[1])):
+    for label, runs in by_loss(rows):
         losses = [mean_and_spread([r["by_distance"][name][0] for r in runs]) for name in classes]
         shares = [
             ", ".join(f"{fmean(layer):.2f}" for layer in zip(*(by_layer(r[key]) for r in runs), strict=True)) or "–"

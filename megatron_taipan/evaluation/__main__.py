@@ -3,7 +3,7 @@
     python -m megatron_taipan.evaluation                  the tasks
     python -m megatron_taipan.evaluation TASK --help      what one of them takes
 
-A task is a module beside this one with `main(arguments)`; `python -m megatron_taipan.evaluation.TASK` runs it too.
+A task is a module beside this one with `main(arguments)`, and runs by its own name too (`python -m` and the module).
 Tasks that measure take several models, print a table, and with `--out FOLDER` write it as Markdown, JSON and a picture.
 """
 

@@ -83,6 +83,6 @@ def write_heat_map(
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as SVG, in a folder that may not exist yet."""
-    with writing(path):
+    with writing(path), matplotlib.rc_context(STYLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -1,10 +1,11 @@
 """What a run of experiments/real_text.py says of its gates, from logs and results of now and of before."""
 
 import json
+from math import log
 
 import pytest
 
-from experiments.real_text_report import one_table, read_log
+from experiments.real_text_report import context_table, draw_results, one_table, read_log
 
 SPELT = {"now": ("layers.1.", "layers.4."), "before": ("gate0/", "gate1/")}
 
@@ -50,3 +51,31 @@ def test_a_table_joins_results_with_lists_and_with_names():
     assert "| 0.20, 0.40 | 0.50, 0.50 |" in one_table({"paper": [result | named, result | listed]})
     without = {"selected_training": {}, "selected_evaluation": []}
     assert "| – | – |" in one_table({"samba": [result | without]})
+
+
+def result_of(loss: float, shares: list[float], perplexity: float | None = None) -> dict:
+    return {
+        "by_distance": {"all": [loss, 10]}, "by_context": {"1024": log(perplexity) if perplexity else None},
+        "tokens": 8e6, "epochs": 1.0, "selected_evaluation": shares,
+    }  # fmt: skip
+
+
+def test_perplexity_by_context_is_the_geometric_mean_over_the_seeds():
+    table = context_table({"b": [result_of(2.0, [], 2.0), result_of(2.0, [], 8.0)], "a": [result_of(1.0, [])]})
+    assert table.splitlines()[2:] == ["| a | – |", "| b | 4.00 |"]
+
+
+def test_the_picture_names_each_recipe_and_is_drawn_where_there_are_gates(tmp_path):
+    def line(recipe: str, data: str, overrides: list[str], result: dict) -> dict:
+        return {"run": {"recipe": recipe, "data": data, "overrides": overrides}, "result": result}
+
+    swept = "model.gate.capacity={start: 0.5, end: 0.05, after: 0.3, until: 0.7}"
+    records = [
+        line("samba", "alone", [], result_of(1.7, [])),
+        line("samba", "text", [], result_of(1.6, [])),
+        line("paper", "text", [], result_of(1.8, [0.0, 0.1])),
+        line("anneal-all-add-one", "text", [swept], result_of(1.7, [0.1, 0.2])),
+    ]
+    (drawn,) = draw_results(records, tmp_path / "r.jsonl")
+    assert drawn.name == "r-share-2.svg"
+    assert all(f">{name}<" in drawn.read_text() for name in ("samba", "paper", "C to 0.05"))
