@@ -18,6 +18,7 @@ from checkpoints.run_metrics import last_validation
 from checkpoints.tokenizer import SPLIT, Special, refuse_larger, write_tokenizer
 from megatron_taipan.checkpoint.calibration import read_capacity
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights
+from megatron_taipan.inference.selection_watch import far_from_training
 from megatron_taipan.inference.text import sample_texts
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.tokenizer.hf_tokenizer import HFTokenizer
@@ -54,8 +55,10 @@ def write_described(
     settings = {"tokens_per_sample": config.data.seq_len, **special.settings}
     write_json(folder / "config.json", config_json(config.model, dtype, settings))
     write_json(folder / GENERATION, special.settings)
-    validation = last_validation(state.path, state.step)
-    training = describe_run(config, state.step, state.tokens, validation, read_capacity(state.path))
+    validation, calibrated = last_validation(state.path, state.step), read_capacity(state.path)
+    if validation and calibrated is None and (far := far_from_training(config.model, validation.shares)):
+        note(f"in the validation after {validation.step} steps {far}, before it is exported")
+    training = describe_run(config, state.step, state.tokens, validation, calibrated)
     how = describe_tokenizer(special, chats=chats) if tokenizer is not None else None
     (folder / CARD).write_text(model_card(config.name, config.model, short(dtype), training, how), encoding="utf-8")
     return Text(tokenizer, tuple(samples), special.tokens)

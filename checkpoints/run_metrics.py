@@ -18,7 +18,12 @@ class Validation:
     loss: float  # mean cross entropy of a token, nats
     perplexity: float
     tokens: int  # held-out ones that the mean is taken over
-    selected: float | None  # share of them that the gates select, mean over the S layers; None where there are none
+    shares: dict[str, float]  # of them that each gate selects, by layer; none where there are no gates
+
+    @property
+    def selected(self) -> float | None:
+        """The mean over the layers; None where there are none."""
+        return sum(self.shares.values()) / len(self.shares) if self.shares else None
 
 
 def last_validation(checkpoint: Path, step: int) -> Validation | None:
@@ -40,9 +45,9 @@ def last_validation(checkpoint: Path, step: int) -> Validation | None:
                 found = record
     if found is None:
         return None
-    shares = list(logged(found, "selected").values())
-    selected = sum(shares) / len(shares) if shares and all(isinstance(s, int | float) for s in shares) else None
-    return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], selected)
+    shares = logged(found, "selected")
+    finite = all(isinstance(share, int | float) for share in shares.values())
+    return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], shares if finite else {})
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
