@@ -52,10 +52,13 @@ pretrain "train.stop_at=$half"
 heading "3. The same command again resumes from the checkpoint and finishes"
 pretrain
 
-heading "4. Export to a Hugging Face folder"
+heading "4. The gate's threshold is set, so that the share of training is selected in use as well"
+show python -m megatron_taipan.evaluation calibrate "$run/checkpoints"
+
+heading "5. Export to a Hugging Face folder"
 show python -m checkpoints.export_hf "$run/checkpoints" "$run/hf"
 
-heading "5. transformers loads the folder, from elsewhere and without this package, and continues a prompt"
+heading "6. transformers loads the folder, from elsewhere and without this package, and continues a prompt"
 began=$SECONDS
 elsewhere=$(mktemp -d)
 trap 'rm -rf "$elsewhere"' EXIT
@@ -64,7 +67,7 @@ root=$PWD
     python -I "$root/launch/continue_prompt.py" "$root/$run/hf" "$prompt")
 done_in
 
-heading "6. Perplexity on held-out addresses, before and after training"
+heading "7. Perplexity on held-out addresses, before and after training"
 show python -m megatron_taipan.evaluation.perplexity "$run/checkpoints" --untrained
 
 heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What is where:"

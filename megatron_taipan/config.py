@@ -13,7 +13,9 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS
+from megatron_taipan.lengths import lengths_in_steps
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
 from megatron_taipan.section import Section, option
 
@@ -150,35 +152,6 @@ def _spread(source: Any) -> list[Any]:
     return [source | {"prefix": prefix} for prefix in source["prefix"]]
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule."""
-
-    lr: float = option(5e-4, "peak learning rate", gt=0)
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine", ge=0)
-    warmup_steps: int = option(2000, "steps of linear warm-up from 0", ge=0)
-    decay_steps: int | None = option(None, "step at which min_lr is reached; null means train.steps", ge=1)
-    weight_decay: float = option(0.01, "decoupled weight decay of matrices", ge=0)
-    betas: tuple[float, float] = option((0.9, 0.95), "Adam's betas")
-    eps: float = option(1e-8, "Adam's epsilon", gt=0)
-    kernel: Literal["auto", "torch", "apex", "deepspeed"] = option(
-        "auto", "whose AdamW kernel runs; auto: NVIDIA's apex where it is installed, else torch's fused one"
-    )
-    grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{list(betas)} must be in [0, 1)")
-        return betas
-
-    @model_validator(mode="after")
-    def _min_below_peak(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
-        return self
-
-
 class ProfileConfig(Section):
     """Steps that are profiled; see train/profiling.py."""
 
@@ -199,7 +172,7 @@ class ProfileConfig(Section):
 class TrainConfig(Section):
     """How long, how much at once, in which precision."""
 
-    steps: int = option(..., "optimizer steps of the whole run", ge=1)
+    steps: int = option(..., 'optimizer steps of the whole run; or tokens, such as "300B tokens"', ge=1)
     stop_at: int | None = option(None, "stop (with a checkpoint) after this step, the schedule unchanged", ge=1)
     global_batch: int = option(..., "samples per optimizer step over all ranks", ge=1)
     micro_batch: int = option(1, "samples per forward pass of one rank", ge=1)
@@ -304,6 +277,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = option(..., "checkpoints")
     log: LogConfig = option(LogConfig(), "logs")
     ops: OpsConfig = option(OpsConfig(), "implementations")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_are_steps(cls, tree: Any) -> Any:
+        return lengths_in_steps(tree, default_seq_len=DataConfig.model_fields["seq_len"].default)
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":

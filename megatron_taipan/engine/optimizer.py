@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron_taipan.config import OptimConfig
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.errors import UserError
+from megatron_taipan.optim_config import OptimConfig
 
 # (kernel lists, lr, beta1, beta2, eps, step, weight decay) -> None: one step of the tensors in the lists
 Kernel = Callable[[list[list[torch.Tensor]], float, float, float, float, int, float], None]

@@ -17,6 +17,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.train.schedule import describe_gate
+from megatron_taipan.train.schedule_plot import schedule_plots
 from megatron_taipan.train.shortfalls import shortfalls
 from megatron_taipan.versions import untried_torch
 
@@ -63,6 +64,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
     if config.model.gated_layers and (plan := describe_gate(config.model.gate, run_steps)):
         yield f"gate       {plan}"
+    for line in schedule_plots(config, run_steps):
+        yield f"schedule   {line}"
     for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):
         yield f"warning    {warning}"
     if config.data.verify:

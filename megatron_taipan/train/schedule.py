@@ -1,18 +1,30 @@
 """Values that change over training, each a pure function of the step: a resumed run needs no scheduler state."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_taipan.config import Config, OptimConfig
+from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import GateConfig, Schedule
 from megatron_taipan.model.gate_settings import computes_every_query
+from megatron_taipan.optim_config import OptimConfig
 
 GATE_SCHEDULES = ("capacity", "tau", "budget_lambda")
 
 
+# Shapes of a decay: the part of the way down that is left, from 1 to 0, where the fraction p of its steps is gone.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: 1 - p,
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "1-sqrt": lambda p: 1 - math.sqrt(p),  # arXiv 2405.18392, equation 3
+}
+
+
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """The learning rate of one optimizer step: linear warm-up, then a cosine down to min_lr.
+    """The learning rate of one optimizer step: linear warm-up, then down to min_lr by `optim.schedule`.
+
+    wsd (warm-up, stable, decay; arXiv 2404.06395) stays at the peak until its decay begins.
 
     Args:
         step: steps already taken, so the first step is 0 and gets 1/warmup_steps of the peak.
@@ -21,11 +33,24 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     taken = step + 1
     if taken <= optim.warmup_steps:
         return optim.lr * taken / optim.warmup_steps
-    end = optim.decay_steps or total_steps
-    if taken >= end:
+    if optim.schedule == "constant":
+        return optim.lr
+    first, last = decay_span(optim, total_steps)
+    if taken >= last:
         return optim.min_lr
-    progress = (taken - optim.warmup_steps) / (end - optim.warmup_steps)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if taken <= first:
+        return optim.lr
+    shape = optim.wsd_decay if optim.schedule == "wsd" else optim.schedule
+    return optim.min_lr + (optim.lr - optim.min_lr) * DECAYS[shape]((taken - first) / (last - first))
+
+
+def decay_span(optim: OptimConfig, total_steps: int) -> tuple[int, int]:
+    """Steps taken when the decay begins and when min_lr is reached, as for `learning_rate`; not for a constant one."""
+    last = optim.decay_steps or total_steps
+    if optim.schedule != "wsd":
+        return optim.warmup_steps, last
+    length = optim.wsd_decay_steps or max(1, last // 5)
+    return max(optim.warmup_steps, last - length), last
 
 
 def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:

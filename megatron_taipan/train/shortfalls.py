@@ -1,7 +1,8 @@
 """Warns of schedules that a run of the configured length cannot follow, before it costs a run."""
 
-from megatron_taipan.config import Config, OptimConfig
+from megatron_taipan.config import Config
 from megatron_taipan.gate_config import Schedule
+from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.train.schedule import GATE_SCHEDULES, learning_rate, scheduled
 
 
@@ -40,6 +41,12 @@ def _of_the_learning_rate(optim: OptimConfig, steps: int) -> list[str]:
         return [
             f"optim.decay_steps={decay} is not after optim.warmup_steps={warmup}: after the warm-up the learning rate"
             f" falls from {optim.lr:.4g} to optim.min_lr={optim.min_lr:.4g} at once"
+        ]
+    room = (decay or steps) - warmup
+    if optim.schedule == "wsd" and optim.wsd_decay_steps and optim.wsd_decay_steps > room:
+        return [
+            f"optim.wsd_decay_steps={optim.wsd_decay_steps} is more than the {room} steps between the warm-up and step"
+            f" {decay or steps}: the decay is as short as those, and nothing is stable"
         ]
     if decay is not None and decay > steps:
         return [

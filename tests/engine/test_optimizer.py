@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_taipan.config import OptimConfig
 from megatron_taipan.engine.optimizer import KernelAdamW, describe_optimizer, loss_scale, make_optimizer
 from megatron_taipan.errors import UserError
+from megatron_taipan.optim_config import OptimConfig
 
 OPTIM = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 

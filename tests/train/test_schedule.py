@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_taipan.config import OptimConfig
 from megatron_taipan.gate_config import GateConfig, Schedule
+from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.train.schedule import describe_gate, gate_step, learning_rate, scheduled
 
 
@@ -36,6 +36,52 @@ def test_decay_steps_and_no_warmup():
     assert learning_rate(4, optim, 1000) == pytest.approx(0.55)  # half way down
     assert learning_rate(9, optim, 1000) == 0.1
     assert learning_rate(0, OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=4), 8) == 0.25
+
+
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt", "cosine"])
+def test_wsd_equals_transformers_warmup_stable_decay(shape):
+    from transformers import get_wsd_schedule
+
+    optim = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=5, schedule="wsd", wsd_decay=shape, wsd_decay_steps=12)
+    torchs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
+    theirs = get_wsd_schedule(
+        torchs, num_warmup_steps=5, num_decay_steps=12, num_training_steps=40, num_stable_steps=23,
+        decay_type=shape, min_lr_ratio=0.1,
+    ).lr_lambdas[0]  # fmt: skip
+    after = range(5, 40)  # their warm-up begins at the final rate; they count from 0 steps taken
+    assert [learning_rate(s, optim, 40) for s in after] == pytest.approx([1e-3 * theirs(s + 1) for s in after])
+
+
+def test_linear_and_constant_equal_transformers_with_warmup():
+    from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    torchs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    linear = get_linear_schedule_with_warmup(torchs, 4, 20).lr_lambdas[0]
+    constant = get_constant_schedule_with_warmup(torchs, 4).lr_lambdas[0]
+    for schedule, theirs in (("linear", linear), ("constant", constant)):
+        optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=4, schedule=schedule)
+        assert [learning_rate(s, optim, 20) for s in range(20)] == pytest.approx([theirs(s + 1) for s in range(20)])
+
+
+def test_wsd_without_a_length_decays_over_the_last_fifth_and_never_into_the_warmup():
+    optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=10, schedule="wsd", wsd_decay="linear")
+    rates = [learning_rate(step, optim, 100) for step in range(100)]
+    assert rates[9:80] == [1.0] * 71 and rates[80] == pytest.approx(0.95) and rates[99] == 0.0
+    short = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=10, schedule="wsd", wsd_decay="linear", wsd_decay_steps=50)
+    assert learning_rate(9, short, 20) == 1.0 and learning_rate(10, short, 20) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "constant", "decay_steps": 5}, "decay_steps=5 with schedule=constant"),
+        ({"schedule": "cosine", "wsd_decay_steps": 5}, "wsd_decay_steps=5 with schedule=cosine"),
+        ({"schedule": "exponential"}, "cosine"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**options)
 
 
 def test_warmup_longer_than_the_run_never_passes_the_peak():
