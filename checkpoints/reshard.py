@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -114,6 +114,26 @@ class Target:
         return sizes | {"zero_stage": self.config.parallel.zero_stage, "processes": self.processes}
 
 
+class Reader(Protocol):
+    """What the tensors of a checkpoint to be written come from; StateReader is one."""
+
+    buffers: Any
+    optimizer_step: int
+    scaler: dict[str, int | float] | None
+
+    def elements(self, name: str, kind: str, spec: ParamSpec, size: int, rank: int, start: int, count: int) -> Tensor:
+        """See StateReader.elements."""
+        ...
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer by name."""
+        ...
+
+    def random_states(self, rank: int) -> dict[str, Tensor]:
+        """States of random number generators for a process; may be empty."""
+        ...
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a file to be written."""
@@ -137,28 +157,40 @@ def reshard(source: Path, out: Path, target: Target) -> Path:
     if final.exists():
         raise UserError(f"{final} exists; choose another folder")
     reader = StateReader(source, target.config.model)
-    index, entries = plan(reader, target, KINDS if contents == folder.FULL else (MASTER,))
-    temporary = out / (final.name + TEMPORARY)
+    kinds = KINDS if contents == folder.FULL else (MASTER,)
+    write_checkpoint(final, reader, target, kinds, metadata | {"resharded_from": str(source)}, calibrated=source)
+    return final
+
+
+def write_checkpoint(
+    final: Path, reader: Reader, target: Target, kinds: tuple[str, ...], metadata: dict[str, Any],
+    calibrated: Path | None = None,
+) -> None:  # fmt: skip
+    """Writes a checkpoint for a layout: complete at once, or nothing.
+
+    Args:
+        kinds: what of each parameter, MASTER and the moments.
+        calibrated: a checkpoint whose calibrated thresholds, if it has any, are the new one's too.
+    """
+    index, entries = plan(reader, target, kinds)
+    temporary = final.with_name(final.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / folder.STATE).mkdir(parents=True)
     try:
         written = write_files(temporary / folder.STATE, target, entries)
-        if (source / calibration.CALIBRATION_FILE).is_file():
-            shutil.copy(source / calibration.CALIBRATION_FILE, temporary)
+        if calibrated is not None and (calibrated / calibration.CALIBRATION_FILE).is_file():
+            shutil.copy(calibrated / calibration.CALIBRATION_FILE, temporary)
         texts = {
             INDEX: json.dumps(index),
             folder.CONFIG: dump_config(target.config),
-            folder.METADATA: json.dumps(
-                metadata | {"layout": target.layout(), "resharded_from": str(source)}, indent=1
-            ),
+            folder.METADATA: json.dumps(metadata | {"layout": target.layout()}, indent=1),
         }
         folder.complete_checkpoint(temporary, final, texts, written)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
-def plan(reader: StateReader, target: Target, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[Entry]]:
+def plan(reader: Reader, target: Target, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[Entry]]:
     """state/index.json of the new checkpoint, and all that its files hold, in the order that reads the old one once."""
     tensor, entries = target.config.parallel.tensor, []
     parameters: dict[str, list] = {name: [] for name in target.table}
