@@ -45,9 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         average(sources, shares, options.out)
     for source, share in zip(sources, shares, strict=True):
         print(f"{share:>8.4f} of {source}")
-    print(
-        f"wrote {options.out}: weights only; evaluate, export, or begin a run with checkpoint.init={options.out}"
-    )
+    print(f"wrote {options.out}: weights only; evaluate, export, or begin a run with checkpoint.init={options.out}")
     return 0
 
 

@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a checkpoint, a run's folder of checkpoints (the newest), an exported or imported folder",
     )
     parser.add_argument("out", type=Path, help="folder to write; must not exist unless --overwrite")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="of the weights; float32 ones of the network stay so"
     )
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--max-shard-gb={options.max_shard_gb:g} is not a size; give 10^9 bytes above 0, such as 5")
     if not options.stream_above_gb >= 0:
         raise UserError(f"--stream-above-gb={options.stream_above_gb:g} is not a size; give 10^9 bytes, 0 or more")
-    state = open_weights(options.model)
+    state = open_weights(options.model, ema=options.ema)
     refuse_changed(state)  # the check of the logits reads the same bytes twice, and would find them equal
     with writing(options.out):
         difference = export(

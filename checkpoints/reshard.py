@@ -29,7 +29,7 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
-from megatron_taipan.engine.state_shards import KINDS, MASTER
+from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.mesh import Coordinates, Mesh, fit_mesh
@@ -158,6 +158,7 @@ def reshard(source: Path, out: Path, target: Target) -> Path:
         raise UserError(f"{final} exists; choose another folder")
     reader = StateReader(source, target.config.model)
     kinds = KINDS if contents == folder.FULL else (MASTER,)
+    kinds = (*kinds, EMA) if reader.keeps(EMA) else kinds
     write_checkpoint(final, reader, target, kinds, metadata | {"resharded_from": str(source)}, calibrated=source)
     return final
 

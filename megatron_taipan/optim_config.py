@@ -31,6 +31,13 @@ class OptimConfig(Section):
     kernel: Literal["auto", "torch", "apex", "deepspeed"] = option(
         "auto", "whose AdamW kernel runs; auto: NVIDIA's apex where it is installed, else torch's fused one"
     )
+    ema_decay: float | None = option(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.999, kept in float32 and in full checkpoints,"
+        " for evaluation and export with --ema; null: none",
+        gt=0,
+        lt=1,
+    )
     grad_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", ge=0)
 
     @field_validator("betas")

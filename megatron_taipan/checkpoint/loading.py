@@ -19,8 +19,10 @@ from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.made_with import refuse_mixed
+from megatron_taipan.engine.ema import begin_ema
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
+    EMA,
     KINDS,
     buffers,
     held_shards,
@@ -61,12 +63,17 @@ def load_training_state(
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
     shards = held_shards(engine, groups.zero_rank)
+    if config.optim.ema_decay is not None:
+        begin_ema(shards)
     tp = groups.tensor
-    for kind in KINDS:
+    averaged = config.optim.ema_decay is not None
+    for kind in (*KINDS, EMA) if averaged and reader.keeps(EMA) else KINDS:
         for shard in shards:
             spec = table[shard.name]
             values = reader.elements(shard.name, kind, spec, tp.size, tp.rank, shard.start, shard.count)
             shard.tensor(kind).copy_(values)
+    if averaged and not reader.keeps(EMA):
+        begin_ema(shards)  # from the weights as they are now
     set_optimizer_step(shards, reader.optimizer_step)
     set_scaler_state(engine, reader.scaler)
     for name, value in buffers(engine.module):

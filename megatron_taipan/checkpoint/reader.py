@@ -141,6 +141,11 @@ class StateReader:
             self._last_shard = (asked, take_shard(self.full(name, kind), spec, size, rank).view(-1))
         return self._last_shard[1][start : start + count]
 
+    def keeps(self, kind: str) -> bool:
+        """Whether the checkpoint has this of its parameters, such as the average of the weights."""
+        name, runs = next(iter(self.runs.items()))
+        return f"{name}|{kind}" in self._file(runs[0].file).keys()
+
     def buffer(self, name: str) -> Tensor:
         """A buffer as it was saved."""
         if name not in self.buffers:

@@ -15,7 +15,6 @@ from megatron_taipan.checkpoint.randomness import random_states
 from megatron_taipan.config import Config
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.state_shards import (
-    KINDS,
     MASTER,
     buffers,
     held_shards,
@@ -88,7 +87,7 @@ def take_snapshot(engine: Engine, config: Config, groups: Groups, memory: HostMe
         split = table[shard.name].split is not None
         if shard.replica or not shard.count or (not split and groups.tensor.rank > 0):
             continue
-        for kind in KINDS:
+        for kind in shard.kinds:
             tensors[f"{shard.name}|{kind}"] = memory.copy(f"{shard.name}|{kind}", shard.tensor(kind).float())
         tensor_rank = groups.tensor.rank if split else 0
         index["parameters"][shard.name] = [[file, tensor_rank, shard.start, shard.count]]
@@ -116,6 +115,6 @@ def held_state_is_finite(engine: Engine, zero_rank: int) -> bool:
     """Whether all parameters and moments that this rank updates are finite; it waits for the device."""
     extremes: list[Tensor] = []
     for shard in held_shards(engine, zero_rank):
-        for kind in KINDS:
+        for kind in shard.kinds:
             extremes += torch.aminmax(shard.tensor(kind))  # one pass without a copy; NaN comes through
     return not extremes or bool(torch.stack([value.float() for value in extremes]).isfinite().all())

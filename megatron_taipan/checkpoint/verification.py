@@ -31,7 +31,7 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import READ_ELEMENTS
 from megatron_taipan.config import Config
 from megatron_taipan.data.share import share
-from megatron_taipan.engine.state_shards import KINDS
+from megatron_taipan.engine.state_shards import EMA, KINDS
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.all_ranks import gather_objects, this_rank, world_size
 
@@ -175,7 +175,7 @@ def _first_not_finite(file: Path) -> str | None:
     try:
         with safe_open(file, framework="np") as opened:
             for name in opened.keys():
-                if name.rpartition("|")[2] in KINDS:
+                if name.rpartition("|")[2] in (*KINDS, EMA):
                     view = opened.get_slice(name)
                     (count,) = view.get_shape()  # a run of elements, see reader.py
                     for at in range(0, count, READ_ELEMENTS):

@@ -23,7 +23,7 @@ from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import Config, load_config
-from megatron_taipan.engine.state_shards import MASTER, MOMENTS
+from megatron_taipan.engine.state_shards import EMA, MASTER, MOMENTS
 from megatron_taipan.errors import UserError
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
@@ -86,6 +86,7 @@ class CheckpointWeights:
     tokens: int  # that were trained on in them
     reader: StateReader
     moments: tuple[str, ...] = ()  # of the optimizer; none in a weights-only checkpoint
+    kind: str = MASTER  # what is given as the weights: they, or their average EMA
 
     @property
     def network(self) -> ModelConfig:
@@ -114,25 +115,32 @@ class CheckpointWeights:
         return self.reader.full(name, kind)
 
     def load(self, name: str) -> Tensor:
-        """The full float32 tensor of a parameter (its master) or buffer, a calibrated threshold if there is one.
+        """The full float32 tensor of a parameter (its master or average) or buffer, a calibrated threshold if there is one.
 
         Raises:
             UserError: the checkpoint does not hold it.
         """
         if name in self.reader.table:
-            return self.reader.full(name, MASTER)
-        if name in self.thresholds:
+            return self.reader.full(name, self.kind)
+        if name in self.thresholds and self.kind == MASTER:  # found with the weights, not with their average
             return torch.tensor(self.thresholds[name])
         return self.reader.buffer(name).float()
 
 
-def open_weights(path: Path) -> ExportedWeights | CheckpointWeights:
+def open_weights(path: Path, *, ema: bool = False) -> ExportedWeights | CheckpointWeights:
     """Opens a path by what it holds: an exported folder, a checkpoint, or a run's folder with checkpoints.
 
+    Args:
+        ema: take the moving average of the weights that the run kept (optim.ema_decay).
+
     Raises:
-        UserError: it holds no weights, or they are incomplete.
+        UserError: it holds no weights, or they are incomplete, or no average was kept.
     """
-    return open_export(path) if (path / "config.json").is_file() else open_checkpoint(path)
+    if not (path / "config.json").is_file():
+        return open_checkpoint(path, ema=ema)
+    if ema:
+        raise UserError(f"{path} is an exported folder, which holds one set of weights; --ema takes a checkpoint")
+    return open_export(path)
 
 
 def open_export(path: Path) -> ExportedWeights:
@@ -168,15 +176,23 @@ def open_export(path: Path) -> ExportedWeights:
     return ExportedWeights(path, network, where)
 
 
-def open_checkpoint(place: Path | str) -> CheckpointWeights:
+def open_checkpoint(place: Path | str, *, ema: bool = False) -> CheckpointWeights:
     """The weights of a checkpoint, or of the newest complete one of a run's folder.
 
+    Args:
+        ema: see `open_weights`.
+
     Raises:
-        UserError: there is none, or it is incomplete.
+        UserError: there is none, or it is incomplete, or no average was kept.
     """
     path = locate(str(place))
     metadata = read_metadata(path)
     config = load_config(path / CONFIG)
     moments = () if metadata.get("contents") == WEIGHTS else MOMENTS
     progress, reader = metadata["progress"], StateReader(path, config.model)
-    return CheckpointWeights(path, config, progress["step"], progress["tokens"], reader, moments)
+    if ema and not reader.keeps(EMA):
+        raise UserError(
+            f"checkpoint {path} holds no average of the weights: full checkpoints of a run with optim.ema_decay do"
+        )
+    kind = EMA if ema else MASTER
+    return CheckpointWeights(path, config, progress["step"], progress["tokens"], reader, moments, kind)

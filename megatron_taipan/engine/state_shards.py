@@ -16,6 +16,7 @@ from megatron_taipan.engine.protocol import Engine
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
+EMA = "ema"  # the average of the weights, where one is kept (ema.py)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ class StateShard:
     replica: bool  # a tied parameter's copy on a later pipeline stage, which another stage saves
 
     def tensor(self, kind: str) -> Tensor:
-        """A view [count] of the master or a moment."""
+        """A view [count] of the master, a moment or the average."""
         whole = self.flat if kind == MASTER else self.optimizer.state[self.flat][kind]
         return whole.detach().view(-1).narrow(0, self.offset, self.count)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of it."""
+        return (*KINDS, EMA) if EMA in self.optimizer.state[self.flat] else KINDS
 
     def part(self, number: int, parts: int) -> "StateShard":
         """The shard's share `number` when it is cut in `parts`, nearly equal ones."""

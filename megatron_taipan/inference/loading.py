@@ -55,8 +55,13 @@ def build_with_weights(
     return model.eval()
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, Path | None, Config | None]:
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False
+) -> tuple[Taipan, Path | None, Config | None]:
     """The model in a training checkpoint or an exported folder.
+
+    Args:
+        ema: with the moving average of the weights that the run kept.
 
     Returns:
         the model on the CPU, its tokenizer file if known, and the run's configuration if it is a checkpoint.
@@ -64,7 +69,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Taipan, 
     Raises:
         UserError: the path holds neither.
     """
-    opened = open_weights(path)
+    opened = open_weights(path, ema=ema)
     model = build_with_weights(opened.network, opened.load, dtype)
     if isinstance(opened, ExportedWeights):
         tokenizer = path / "tokenizer.json"

@@ -20,7 +20,9 @@ from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
+from megatron_taipan.engine.ema import begin_ema, update_ema
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
+from megatron_taipan.engine.state_shards import held_shards
 from megatron_taipan.engine.timeouts import set_timeouts
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.model.taipan import Taipan
@@ -87,6 +89,11 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         loaded = Loaded(Progress(), {})
         if found:
             loaded = load_training_state(engine, found.path, config=config, identity=ours, groups=groups)
+        averaged = []  # what the moving average of the weights is kept of
+        if config.optim.ema_decay is not None:
+            averaged = held_shards(engine, groups.zero_rank)
+            if not found:
+                begin_ema(averaged)
         progress = loaded.progress
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
@@ -180,6 +187,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                     metrics.note("skipped", first_not_finite(engine, batches, step=progress.step, gate=gate))
             else:
                 streak = 0
+                if config.optim.ema_decay is not None:
+                    update_ema(averaged, config.optim.ema_decay, progress.step - progress.skipped + 1)
             selected = model.layer_metrics.of_gates(result.layer_metrics, "selected")
             spike = z_score(progress.recent, result, t)
             progress = replace(
