@@ -115,7 +115,7 @@ class CheckpointWeights:
         return self.reader.full(name, kind)
 
     def load(self, name: str) -> Tensor:
-        """The full float32 tensor of a parameter (its master or average) or buffer, a calibrated threshold if it has one.
+        """The full float32 tensor of a parameter (its master or average), a buffer, or a calibrated threshold.
 
         Raises:
             UserError: the checkpoint does not hold it.
