@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_taipan.errors import writing
+from megatron_taipan.evaluation.results import Row
 
 # The same results give the same file: no date, and identifiers that do not change from run to run.
 STYLE: dict[Any, Any] = {
@@ -52,6 +53,15 @@ def write_curves(
         axes.set(xlabel=x, ylabel=y, title=title)
         axes.legend(frameon=False)
         save(figure, path)
+
+
+def curves_of(rows: list[Row], x: str, y: str, line: str = "model") -> list[Curve]:
+    """A curve with points for each value of column `line`, of the rows that have a value in column `y`."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row[y] is not None:
+            points.setdefault(str(row[line]), []).append((row[x], row[y]))
+    return [Curve(name, [a for a, _ in some], [b for _, b in some], "o-") for name, some in points.items()]
 
 
 def write_heat_map(

@@ -1,7 +1,7 @@
 """`python -m megatron_taipan.evaluation.perplexity MODEL ...`: perplexity on a tokenized dataset.
 
 All models see the same samples. `--untrained` adds the first model's network with its initial weights, to show what
-training changed.
+training changed. `--lengths 1K,4K,...,1M` scores contexts of these lengths, read in chunks through the decoding cache.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.model.taipan import Taipan
 
@@ -78,13 +79,33 @@ def mean_score(total: float, count: int) -> Score:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
+    from megatron_taipan.evaluation import perplexity_by_length as by_length  # it scores as this module does
+
     parser = scoring_parser("perplexity", __doc__)
     parser.add_argument("--untrained", action="store_true", help="also score the initial weights")
+    parser.add_argument("--out", type=Path, help="folder for perplexity.json and .md, with --lengths .svg as well")
+    by_length.add_arguments(parser)
     options = parse_options(parser, arguments)
+    if options.lengths is not None:
+        by_length.run(options)
+        return 0
 
     print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
+    rows: list[Row] = []
     for label, model, dataset in read_models(options, options.untrained):
-        print_score(label, model, dataset, options)
+        result = score(model, dataset, samples=options.samples, batch=options.batch)
+        print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)
+        rows.append(
+            {"model": label, "perplexity": result.perplexity, "cross entropy": result.ce, "tokens": result.tokens}
+        )
+    if options.out is not None:
+        about = {
+            "data": name_data(options),
+            "samples": options.samples,
+            "dtype": options.dtype,
+            "device": options.device,
+        }
+        write_results(options.out, "perplexity", rows, about=about, title="Perplexity")
     return 0
 
 
@@ -121,24 +142,35 @@ def read_models(options: argparse.Namespace, untrained: bool = False) -> Iterato
     Args:
         untrained: begin with the first model's network as it is before training.
     """
-    device, dtype = parse_device(options.device), DTYPES[options.dtype]
     dataset: SampleDataset | None = None
-    for path in options.models:
-        model, _, config = load_model(path, dtype)
+    for label, model, config, path in each_model(options, untrained):
         if dataset is None:
             data = choose_data(config, options.data, options.seq_len, path)
             dataset = build_dataset(data, "train" if options.data else options.split, model.config.vocab_size)
-            if untrained:
-                seed = config.train.seed if config else 0
-                yield "untrained", Taipan(model.config, seed=seed).to(device), dataset
         dataset.vocab_size = model.config.vocab_size  # the first model's may be larger
-        yield str(path), model.to(device), dataset
+        yield label, model, dataset
 
 
-def print_score(label: str, model: Taipan, dataset: SampleDataset, options: argparse.Namespace) -> None:
-    """Scores one model and prints its line."""
-    result = score(model, dataset, samples=options.samples, batch=options.batch)
-    print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)
+def each_model(
+    options: argparse.Namespace, untrained: bool = False
+) -> Iterator[tuple[str, Taipan, Config | None, Path]]:
+    """Each model named, on its device: its label, the network, the run's configuration if it is a checkpoint, the path.
+
+    Args:
+        untrained: begin with the first model's network as it is before training.
+    """
+    device, dtype = parse_device(options.device), DTYPES[options.dtype]
+    for path in options.models:
+        model, _, config = load_model(path, dtype)
+        if untrained and path is options.models[0]:
+            seed = config.train.seed if config else 0
+            yield "untrained", Taipan(model.config, seed=seed).to(device), config, path
+        yield str(path), model.to(device), config, path
+
+
+def name_data(options: argparse.Namespace) -> str:
+    """The data that the models are scored on, in words."""
+    return options.data or f"{options.split} documents of {options.models[0]}"
 
 
 def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, path: Path) -> DataConfig:

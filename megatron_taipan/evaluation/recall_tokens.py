@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.evaluation.chunked import cross_entropies
 from megatron_taipan.evaluation.perplexity import (
     INPUTS,
     Score,
@@ -36,7 +36,6 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 
 EDGES = (64, 512, 2048, 4096)
-CHUNK_ELEMENTS = 1 << 25  # log probabilities held at once: 128 MiB in float32
 
 
 def recall_distance(tokens: Tensor, labels: Tensor, loss_mask: Tensor, seq_idx: Tensor) -> Tensor:
@@ -119,13 +118,6 @@ def score_by_distance(
     model.train(was_training)
     mean_score(0.0, int(counts.sum()))
     return RecallScores(edges, tuple(nats.tolist()), tuple(counts.tolist()))
-
-
-def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """[n, v], [n] -> [n] cross entropy of each position, with the log probabilities of a few rows at a time."""
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    pairs = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([F.cross_entropy(some, wanted, reduction="none") for some, wanted in pairs])
 
 
 @exits_cleanly

@@ -13,7 +13,7 @@ from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation import recall_tokens
+from megatron_taipan.evaluation import chunked
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.evaluation.recall_tokens import main, recall_distance, score_by_distance
 from megatron_taipan.model.taipan import Taipan
@@ -83,7 +83,7 @@ def test_largest_ids_do_not_run_into_each_other():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_classes_hold_the_losses_of_a_loop_and_sum_to_the_perplexity(dataset, batch, monkeypatch):
-    monkeypatch.setattr(recall_tokens, "CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, edges = small_model("M S W A").train(), (2, 5, 20)
     nats, counts = [0.0] * 5, [0] * 5
     with torch.no_grad():

@@ -1,0 +1,225 @@
+"""What `perplexity --lengths` does: perplexity of contexts of several lengths, and loss by position in the longest.
+
+A sample is the beginning or middle of one document where the data has one that is longer than the context; else
+documents in a row, which see each other and count as one context. Rows are read in chunks through the decoding cache,
+so that memory does not grow with the length where the layers' states do not.
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from megatron_taipan.config import DataConfig
+from megatron_taipan.data.loader import SampleDataset, build_dataset
+from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation.chunked import losses_in_chunks
+from megatron_taipan.evaluation.fits import lacks_memory
+from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
+from megatron_taipan.evaluation.perplexity import Score, choose_data, each_model, mean_score, name_data, read_batches
+from megatron_taipan.evaluation.results import Row, write_results
+from megatron_taipan.model.taipan import Taipan
+
+Split = Literal["train", "valid"]
+
+KINDS = ("auto", "one", "row")  # of contexts: see `build_contexts`
+
+
+@dataclass(frozen=True)
+class LengthScore:
+    """Cross entropies of contexts of one length, by position: part i is positions edges[i] to edges[i + 1] - 1."""
+
+    edges: tuple[int, ...]  # [parts + 1], from 0 to the length
+    nats: tuple[float, ...]  # [parts] summed cross entropy
+    tokens: tuple[int, ...]  # [parts] scored
+
+    @property
+    def total(self) -> Score:
+        """Over all positions."""
+        return mean_score(sum(self.nats), sum(self.tokens))
+
+
+def position_edges(first: int, length: int) -> tuple[int, ...]:
+    """0, `first`, and its doubles below `length`, then `length`."""
+    doubles = itertools.takewhile(lambda edge: edge < length, (first << k for k in itertools.count()))
+    return (0, *doubles, length)
+
+
+def score_contexts(
+    model: Taipan, contexts: SampleDataset, *, samples: int, first: int, batch: int = 1, chunk: int = 2048,
+    progress: tqdm | None = None,
+) -> LengthScore:  # fmt: skip
+    """Scores the first `samples` contexts (at most one epoch).
+
+    Args:
+        first: positions of the first part of the result; each later part doubles the length.
+        batch: rows at a time, and chunk: tokens of each a pass; they change speed and memory, not results.
+        progress: told of every token.
+
+    Raises:
+        UserError: no token is scored.
+    """
+    edges = position_edges(first, contexts.seq_len)
+    bounds = torch.tensor(edges[1:])
+    nats = torch.zeros(len(bounds), dtype=torch.float64)
+    counts = torch.zeros(len(bounds), dtype=torch.float64)
+    for rows in read_batches(contexts, samples, batch):
+        for start, losses in losses_in_chunks(model, rows, chunk):
+            stop = start + losses.shape[1]
+            part = torch.bucketize(torch.arange(start, stop), bounds, right=True)  # [n]
+            weight = rows["loss_mask"][:, start:stop].double()  # [b, n]
+            nats += torch.bincount(part, (losses.double().cpu() * weight).sum(0), minlength=len(bounds))
+            counts += torch.bincount(part, weight.sum(0), minlength=len(bounds))
+            if progress is not None:
+                progress.update(losses.numel())
+    mean_score(float(nats.sum()), int(counts.sum()))  # refuses a dataset without tokens to score
+    return LengthScore(edges, tuple(nats.tolist()), tuple(int(n) for n in counts.tolist()))
+
+
+def build_contexts(
+    data: DataConfig, split: Split, length: int, kind: str, vocab_size: int
+) -> tuple[SampleDataset, str]:
+    """Samples of `length` tokens, and which they are in words.
+
+    Args:
+        kind: "one": each inside one document that is longer; "row": documents one after the other, which see each
+            other; "auto": the first where the data has such documents.
+
+    Raises:
+        UserError: the data has no such samples.
+    """
+    if kind != "row":
+        # the same samples whatever the run's order of samples was
+        one = data.model_copy(update={"seq_len": length, "one_document": True, "seed": 0})
+        try:
+            return build_dataset(one, split, vocab_size), "one"
+        except UserError:
+            if kind == "one":
+                raise
+    row = data.model_copy(update={"seq_len": length, "one_document": False, "mask_documents": False, "seed": 0})
+    return build_dataset(row, split, vocab_size), "in a row"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What --lengths brings with it."""
+    group = parser.add_argument_group("by length of the context")
+    group.add_argument("--lengths", help="tokens of the contexts, such as 1K,4K,16K or 1K,4K,...,1M (K is 1024)")
+    group.add_argument("--tokens", default="256K", help="tokens scored at each length at most, in whole contexts")
+    group.add_argument(
+        "--documents", choices=KINDS, default="auto",
+        help="a context is inside one document, documents in a row that see each other, or one where there are such",
+    )  # fmt: skip
+    group.add_argument("--chunk", default="2K", help="tokens of a context in each pass; bounds the memory")
+    group.add_argument("--training-length", help="tokens of a sample in training; default: as the checkpoint says")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Scores every model at every length; prints, and writes what --out asks for.
+
+    Raises:
+        UserError: options or data do not fit, or no length could be scored.
+    """
+    lengths, budget, chunk = parse_lengths(options.lengths), parse_length(options.tokens), parse_length(options.chunk)
+    given = parse_length(options.training_length) if options.training_length else None
+    split: Split = "train" if options.data or options.split == "train" else "valid"
+    rows: list[Row] = []
+    parts: list[Row] = []
+    data: DataConfig | None = None
+    print(f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents")
+    for label, model, config, path in each_model(options, options.untrained):
+        if data is None:
+            data = choose_data(config, options.data, options.seq_len or lengths[0], path)
+        longest: LengthScore | None = None
+        for length in lengths:
+            row: Row = {
+                "model": label, "length": length, "perplexity": None, "cross entropy": None, "tokens": None,
+                "contexts": None, "documents": None,
+                "training length": given or (config.data.seq_len if config else None), "note": None,
+            }  # fmt: skip
+            try:
+                contexts, kind = build_contexts(data, split, length, options.documents, model.config.vocab_size)
+            except UserError as error:
+                if length == lengths[0]:  # at a longer one it may be that the data has no context of this length
+                    raise
+                row["note"] = str(error)
+            else:
+                count = min(options.samples, max(1, budget // length), len(contexts))
+                row |= {"contexts": count, "documents": kind}
+                score = _score_if_it_fits(model, contexts, count, lengths[0], options.batch, chunk)
+                row |= {"note": "out of memory"} if score is None else _numbers(score.total)
+                longest = score or longest
+            rows.append(row)
+            _print_row(row)
+        parts += _by_position(label, longest)
+    if options.out is not None:
+        about = {
+            "data": name_data(options), "tokens at each length": budget,
+            "chunk": chunk, "dtype": options.dtype, "device": options.device,
+        }  # fmt: skip
+        _write(options.out, rows, parts, about)
+
+
+def _score_if_it_fits(
+    model: Taipan, contexts: SampleDataset, count: int, first: int, batch: int, chunk: int
+) -> LengthScore | None:
+    """The scores, or None where memory does not suffice; with a progress bar."""
+    length = contexts.seq_len
+    bar = tqdm(total=count * length, desc=length_name(length), unit="tok", unit_scale=True, leave=False)
+    try:
+        with bar:
+            return score_contexts(
+                model, contexts, samples=count, first=first, batch=min(batch, count), chunk=chunk, progress=bar
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        return None
+
+
+def _numbers(score: Score) -> Row:
+    return {"perplexity": score.perplexity, "cross entropy": score.ce, "tokens": score.tokens}
+
+
+def _print_row(row: Row) -> None:
+    length = length_name(row["length"]) + ("*" if row["length"] == row["training length"] else "")
+    numbers = row["note"]
+    if row["perplexity"] is not None:
+        numbers = f"{row['perplexity']:>12.2f} {row['cross entropy']:>14.4f} {row['tokens']:>10,}  {row['documents']}"
+    print(f"{row['model']:<48} {length:>8} {numbers}", flush=True)
+
+
+def _by_position(label: str, score: LengthScore | None) -> list[Row]:
+    """Rows of the longest contexts that were scored."""
+    if score is None:
+        return []
+    return [
+        {
+            "model": label, "length": score.edges[-1], "from position": low, "below position": high,
+            "cross entropy": nats / tokens if tokens else None, "tokens": tokens,
+        }
+        for (low, high), nats, tokens in zip(itertools.pairwise(score.edges), score.nats, score.tokens, strict=True)
+    ]  # fmt: skip
+
+
+def _write(folder: Path, rows: list[Row], parts: list[Row], about: dict) -> None:
+    from megatron_taipan.evaluation.figures import curves_of, write_curves
+
+    write_results(folder, "perplexity", rows, about=about, title="Perplexity by length of the context")
+    marks = {f"training length {length_name(n)}": n for n in dict.fromkeys(r["training length"] for r in rows) if n}
+    write_curves(
+        folder / "perplexity.svg",
+        curves_of(rows, "length", "perplexity"),
+        x="tokens of context", y="perplexity", log_x=True, marks=marks,
+    )  # fmt: skip
+    if parts:
+        title = "Loss by position in the longest contexts"
+        write_results(folder, "perplexity_by_position", parts, about=about, title=title)
+        write_curves(
+            folder / "perplexity_by_position.svg",
+            curves_of(parts, "below position", "cross entropy"),
+            x="tokens of context, up to", y="cross entropy (nats a token)", log_x=True, marks=marks,
+        )  # fmt: skip
