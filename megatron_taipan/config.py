@@ -311,6 +311,12 @@ class Config(Section):
         return self
 
 
+def presets() -> Path:
+    """The folder of the presets: launch/configs of a checkout, which a wheel puts into the package."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "launch" / "configs"
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file and applies dotted overrides such as `train.steps=100` (values are YAML).
 

@@ -18,7 +18,6 @@ import sys
 import textwrap
 import time
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -31,7 +30,7 @@ def incomplete_environment(error: ImportError) -> int:
 
 
 try:
-    from megatron_taipan.config import describe_options, load_config
+    from megatron_taipan.config import describe_options, load_config, presets
     from megatron_taipan.engine.build import check_layout
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
@@ -90,12 +89,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that override the file's")
     return parser.parse_intermixed_args(arguments)  # overrides may be on both sides of an option
-
-
-def presets() -> Path:
-    """The folder of the presets: launch/configs of a checkout, which a wheel puts into the package."""
-    package = Path(__file__).resolve().parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "launch" / "configs"
 
 
 def options_text() -> str:

@@ -18,6 +18,7 @@ TASKS = {  # command: what it answers, as the list of tasks prints it
     "calibrate": "set the gates' thresholds so that a wanted share of the tokens is selected",
     "selection": "which tokens do the selective layers select",
     "recall_tokens": "how well are tokens predicted that the text has shown before, by their distance",
+    "latency": "how long do prefill and a decoded token take, and how much memory, by length of the context",
 }
 
 

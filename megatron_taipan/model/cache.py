@@ -127,14 +127,19 @@ class KeyValueStore:
         self.values.index_copy_(1, slot, v)
         return self.keys, self.values, self.origin
 
+    def grow(self, capacity: int) -> None:
+        """Makes a buffer without a window hold that many tokens, so that it need not be doubled on the way there."""
+        if self.window is not None or capacity <= self.keys.shape[1]:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            buffer = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+            buffer[:, : self.used] = old[:, : self.used]
+            setattr(self, name, buffer)
+
     def _make_room(self, new: int) -> None:
         if self.window is None:
-            grown = max(2 * self.keys.shape[1], self.used + new)
-            for name in ("keys", "values"):
-                old = getattr(self, name)
-                buffer = old.new_zeros(old.shape[0], grown, *old.shape[2:])
-                buffer[:, : self.used] = old[:, : self.used]
-                setattr(self, name, buffer)
+            self.grow(max(2 * self.keys.shape[1], self.used + new))
             return
         keep = min(self.used, self.window - 1)
         for buffer in (self.keys, self.values):
