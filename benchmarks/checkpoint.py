@@ -9,7 +9,6 @@ memory that later ones use again. DIR must have room for two checkpoints.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taipan.checkpoint.folder import find_newest, read_manifest
+from megatron_taipan.checkpoint.run_log import LOG, read_records
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
@@ -92,7 +92,7 @@ def train_run(config: Config, place: RankInfo, device: torch.device) -> None:
 
 def print_saves(directory: Path, asynchronous: bool, processes: int) -> None:
     """Prints what the log says about the saves during training."""
-    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    records = list(read_records(directory / LOG))
     saves = [record for record in records if record["event"] == "save"][:-1]  # a run waits for its last one
     steps = [record["step_s"] for record in records if record["event"] == "step"][1:]
     newest = find_newest(directory)

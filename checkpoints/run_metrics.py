@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_taipan.checkpoint.run_log import LOG, Record, read_records
 from megatron_taipan.layer_kinds.metrics import logged
-from megatron_taipan.untrusted import parse_json
-
-LOG = "log.jsonl"  # in the run's folder, beside its checkpoints (megatron_taipan/train/logs.py)
 
 
 @dataclass(frozen=True)
@@ -31,32 +28,16 @@ def last_validation(checkpoint: Path, step: int) -> Validation | None:
 
     Of several of one step, which a resumed run may have written, the last one counts.
     """
-    found: dict[str, Any] | None = None
+    found: Record | None = None
     try:
-        lines = (checkpoint.parent / LOG).open("rb")
+        for record in read_records(checkpoint.parent / LOG, "valid"):
+            whole = all(isinstance(record.get(name), int | float) for name in ("step", "ce", "perplexity", "tokens"))
+            if whole and record["step"] <= step and (found is None or record["step"] >= found["step"]):
+                found = record  # numbers that were not finite are null
     except OSError:
         return None
-    with lines:
-        for line in lines:
-            if b'"valid"' not in line:  # a log holds a line for each step
-                continue
-            record = _record(line)
-            if record and record["step"] <= step and (found is None or record["step"] >= found["step"]):
-                found = record
     if found is None:
         return None
     shares = logged(found, "selected")
     finite = all(isinstance(share, int | float) for share in shares.values())
     return Validation(found["step"], found["ce"], found["perplexity"], found["tokens"], shares if finite else {})
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A validation's record; None for another line, one cut in two, or numbers that were not finite."""
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or record.get("event") != "valid":
-        return None
-    wanted = ("step", "ce", "perplexity", "tokens")
-    return record if all(isinstance(record.get(name), int | float) for name in wanted) else None

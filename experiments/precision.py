@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.common import hardware
+from megatron_taipan.checkpoint.run_log import LOG, read_records
 from megatron_taipan.errors import UserError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,9 +68,8 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: floa
             status = subprocess.run(command, cwd=ROOT, env=environment, stderr=said, timeout=seconds).returncode
         except subprocess.TimeoutExpired:  # it was killed; the log has every step it made
             status = 0
-    log = directory / "log.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # whole ones
-    records = [json.loads(line) for line in lines]
+    log = directory / LOG
+    records = list(read_records(log)) if log.exists() else []
     steps = [record for record in records if record["event"] == "step"]
     if status or not steps:
         last = (directory / "stderr.txt").read_text().strip().splitlines()[-1:] or ["no message"]

@@ -1,12 +1,12 @@
 """Results of the runs of experiments/real_text.py: from their logs, and all of them as a table."""
 
-import json
 import re
 from math import exp
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from megatron_taipan.checkpoint.run_log import read_course
 from megatron_taipan.evaluation.figures import save
 from megatron_taipan.layer_kinds.metrics import logged
 
@@ -24,9 +24,7 @@ def read_log(log: Path) -> dict:
         selected_training, alpha, entropy: by S layer, means over the last steps; selected_evaluation: of the last
             validation; course: step, ce, and selected and selected_eval by S layer, at a few steps.
     """
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    steps = [r for r in records if r["event"] == "step"]
-    valid = [r for r in records if r["event"] == "valid"]
+    steps, valid = read_course(log)
     last = steps[-LAST:]
 
     def mean(metric: str, rows: list[dict], digits: int = 4) -> dict[str, float]:

@@ -70,10 +70,14 @@ done_in
 heading "7. Perplexity on held-out addresses, before and after training"
 show python -m megatron_taipan.evaluation.perplexity "$run/checkpoints" --untrained
 
+heading "7. The course of the training, from its log, as pictures"
+show python -m megatron_taipan.evaluation curves "$run/checkpoints" --out "$run/results"
+
 heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What is where:"
 where() { printf '%-38s%s\n' "$1" "$2"; }
 where "$tokenizer" "the sentencepiece tokenizer"
 where "$run/data/sotu.bin, .idx" "the text as token ids, in the format of Megatron's indexed datasets"
 where "$run/checkpoints" "checkpoints, each with its configuration, versions, git commit and data fingerprint"
 where "" "log.jsonl: every step; tensorboard/: the same as curves (tensorboard --logdir $run/checkpoints)"
+where "$run/results/curves.svg" "loss in training and validation by step; curves_selected.svg: the share of tokens that attend"
 where "$run/hf" "the Hugging Face folder: weights, code, tokenizer, model card"

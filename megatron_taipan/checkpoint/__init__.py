@@ -8,6 +8,7 @@
     what is in the folder       folder: names, manifest, find_newest, locate, what is deleted when
     how far, and which run      metadata: Progress, identity, changed_settings
     one run a folder            lock.FolderLock
+    how its training went       run_log: log.jsonl, which stands beside the checkpoints
 
 Below these: `files` (durable files, safetensors), `randomness` (states of generators), `calibration` (thresholds of the
 gates, found after training).

@@ -11,16 +11,13 @@ import os
 import sys
 import uuid
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
-from megatron_taipan.untrusted import parse_json
 
-LOG = "log.jsonl"
 TEXT_LOG_FOLDER = "logs"
 
 
@@ -75,26 +72,6 @@ def append_line(handle: int, line: bytes) -> None:
     if written < len(line):  # the disk became full within the line
         os.ftruncate(handle, size)
         raise OSError(28, os.strerror(28))
-
-
-def records_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, last one first; lines that are not JSON are left out."""
-    try:
-        file = open(path, "rb")
-    except OSError:
-        return
-    with file:
-        end, rest = file.seek(0, os.SEEK_END), b""
-        while end > 0:
-            start = max(end - (1 << 16), 0)
-            file.seek(start)
-            first, *lines = (file.read(end - start) + rest).split(b"\n")
-            end, rest = start, first
-            for line in reversed(lines if start else [first, *lines]):
-                try:
-                    yield parse_json(line)
-                except ValueError:
-                    continue
 
 
 class TextLog:

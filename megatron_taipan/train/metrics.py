@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_taipan.checkpoint.metadata import Progress
+from megatron_taipan.checkpoint.run_log import LOG
 from megatron_taipan.config import Config
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.train.evaluate import Evaluation
-from megatron_taipan.train.logs import LOG, JsonLines, TextLog, open_boards, say
+from megatron_taipan.train.logs import JsonLines, TextLog, open_boards, say
 from megatron_taipan.train.peaks import device_name, known_peak
 from megatron_taipan.train.schedule import GateStep
 from megatron_taipan.train.step import StepResult

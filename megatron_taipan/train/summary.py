@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_taipan.train.logs import records_backwards
+from megatron_taipan.checkpoint.run_log import records_backwards
 from megatron_taipan.train.step import StepResult
 
 

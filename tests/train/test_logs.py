@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_taipan.checkpoint.run_log import records_backwards
 from megatron_taipan.errors import UserError
 from megatron_taipan.train import logs
-from megatron_taipan.train.logs import JsonLines, TextLog, open_boards, records_backwards
+from megatron_taipan.train.logs import JsonLines, TextLog, open_boards
 from megatron_taipan.train.summary import unfinished_run
 from tests.train.toy import toy_config
 
