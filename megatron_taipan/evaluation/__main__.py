@@ -20,6 +20,7 @@ TASKS = {  # command: what it answers, as the list of tasks prints it
     "recall_tokens": "how well are tokens predicted that the text has shown before, by their distance",
     "latency": "how long do prefill and a decoded token take, and how much memory, by length of the context",
     "curves": "how did training go: loss and selected share by step, from the runs' logs",
+    "report": "all results of a folder in one HTML page, with the models' sizes, memory and operations by part",
 }
 
 

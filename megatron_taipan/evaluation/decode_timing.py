@@ -122,12 +122,16 @@ def fill_randomly(cache: Cache, length: int) -> None:
 
 def cache_bytes(model: Taipan, context: int, batch: int = 1) -> int:
     """What the cache of so many tokens takes, from its tensors' shapes: none is made."""
-    total = 0
+    return sum(cache_bytes_by_layer(model, context, batch))
+
+
+def cache_bytes_by_layer(model: Taipan, context: int, batch: int = 1) -> list[int]:
+    """The same layer by layer."""
+    found = []
     for layer in model.new_cache(batch, device="meta").layers:
-        for tensor in layer.tensors():  # [b, tokens, ...] in buffers that grow
-            size = tensor.numel() * tensor.element_size()
-            total += size // tensor.shape[1] * context if _grows(layer) else size
-    return total
+        sizes = [(t.numel() * t.element_size(), t.shape[1]) for t in layer.tensors()]  # [b, tokens, ...] where it grows
+        found.append(sum(size // held * context if _grows(layer) else size for size, held in sizes))
+    return found
 
 
 def settle_for_prefill(model: Taipan, tokens: Tensor) -> None:

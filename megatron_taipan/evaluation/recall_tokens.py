@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from megatron_taipan.evaluation.perplexity import (
     INPUTS,
     Score,
     mean_score,
+    name_data,
     parse_options,
     read_batches,
     read_models,
     scoring_parser,
 )
+from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
@@ -131,14 +134,23 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         help=f"largest distance of each class; default: {', '.join(map(str, EDGES))} and the models' windows",
     )
+    parser.add_argument("--out", type=Path, help="folder for recall_tokens.json and .md")
     options = parse_options(parser, arguments)
     edges = options.edges or default_edges([open_weights(path).network for path in options.models])
     names = ["all", "new", *(f"{low + 1}-{high}" for low, high in itertools.pairwise((0, *edges))), f">{edges[-1]}"]
     print(f"{'model':<48}" + "".join(f" {name:>18}" for name in names))
+    rows: list[Row] = []
     for label, model, dataset in read_models(options):
         found = score_by_distance(model, dataset, samples=options.samples, batch=options.batch, edges=edges)
         classes = [(sum(found.nats), sum(found.tokens)), *zip(found.nats, found.tokens, strict=True)]
         print(f"{label:<48}" + "".join(f" {cell(*one):>18}" for one in classes), flush=True)
+        for name, (nats, tokens) in zip(names, classes, strict=True):
+            loss = nats / tokens if tokens else None
+            rows.append({"model": label, "distance": name, "cross entropy": loss, "tokens": tokens})
+    if options.out is not None:
+        about = {"data": name_data(options), "samples": options.samples, "dtype": options.dtype}
+        title = "Loss of tokens that the context has shown before, by distance"
+        write_results(options.out, "recall_tokens", rows, about=about, title=title)
     return 0
 
 

@@ -1,9 +1,13 @@
 """What an evaluation task leaves in the folder of its `--out`: TASK.json, TASK.md, and its pictures TASK*.svg."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import megatron_taipan
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.errors import writing
 
@@ -27,17 +31,24 @@ def cell_text(value: Any) -> str:
 
 
 def write_results(folder: Path, task: str, rows: list[Row], *, about: dict[str, Any], title: str) -> None:
-    """Writes TASK.json ({"task", "about", "rows"}) and TASK.md (the same as a table).
+    """Writes TASK.json ({"task", "title", "made", "about", "rows"}) and TASK.md (the same as a table).
 
     Args:
-        about: everything that the numbers depend on besides the rows: options, data, device, versions.
+        about: everything that the numbers depend on besides the rows and what `made_by` says: options, data, device.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    record = {"task": task, "about": about, "rows": rows}
-    told = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    record = {"task": task, "title": title, "made": made_by(), "about": about, "rows": rows}
+    told = "\n".join(f"- {name}: {value}" for name, value in (about | made_by()).items())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{task}.json", json.dumps(record, indent=1) + "\n")
         write_text(folder / f"{task}.md", f"# {title}\n\n{markdown_table(rows)}\n\n{told}\n")
+
+
+def made_by() -> dict[str, str]:
+    """The day and the versions of a result."""
+    return {
+        "date": time.strftime("%Y-%m-%d"), "megatron_taipan": megatron_taipan.__version__, "torch": torch.__version__,
+    }  # fmt: skip
