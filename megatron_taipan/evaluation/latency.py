@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from megatron_taipan.config import load_config, presets
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.evaluation.context_lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.decode_timing import (
     cache_bytes,
     fill_randomly,
@@ -36,7 +37,6 @@ from megatron_taipan.evaluation.decode_timing import (
     time_prefill,
 )
 from megatron_taipan.evaluation.fits import lacks_memory
-from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.stepping import Stepper

@@ -20,8 +20,8 @@ import torch
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
 from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.evaluation.context_lengths import parse_length
 from megatron_taipan.evaluation.decode_timing import cache_bytes_by_layer
-from megatron_taipan.evaluation.lengths import parse_length
 from megatron_taipan.evaluation.results import Row, cell_text, made_by
 from megatron_taipan.evaluation.selection_page import STYLE
 from megatron_taipan.layer_kinds.registry import kind_of
