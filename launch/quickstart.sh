@@ -70,7 +70,7 @@ done_in
 heading "7. Perplexity on held-out addresses, before and after training"
 show python -m megatron_taipan.evaluation.perplexity "$run/checkpoints" --untrained
 
-heading "7. The course of the training, from its log, as pictures"
+heading "8. The course of the training, from its log, as pictures"
 show python -m megatron_taipan.evaluation curves "$run/checkpoints" --out "$run/results"
 
 heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. What is where:"

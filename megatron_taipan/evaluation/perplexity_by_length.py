@@ -213,7 +213,7 @@ def _write(folder: Path, rows: list[Row], parts: list[Row], about: dict) -> None
     write_curves(
         folder / "perplexity.svg",
         curves_of(rows, "length", "perplexity"),
-        x="tokens of context", y="perplexity", log_x=True, marks=marks,
+        x="tokens of context", y="perplexity", log_x=True, log_y=True, marks=marks,
     )  # fmt: skip
     if parts:
         title = "Loss by position in the longest contexts"
