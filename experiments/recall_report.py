@@ -3,11 +3,13 @@
 from pathlib import Path
 from statistics import mean
 
-from experiments.svg import Series, chart
+from megatron_taipan.evaluation.figures import Curve, write_curves
 from megatron_taipan.layer_kinds.metrics import logged
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.pattern import parse_pattern
+
+ACCURACY = (-0.02, 1.02)  # the axis: points at 0 and 1 are whole
 
 
 def make_report(records: list[dict], out: Path) -> str:
@@ -23,8 +25,8 @@ def make_report(records: list[dict], out: Path) -> str:
         trained = [str(n) for n in settings["pairs"]]
         text.append(f"Rows of {about}:\n\n{recall_table(groups, pairs, trained)}")
         end = f"-{settings['seq_len']}-{number + 1}.svg"
-        stem.with_name(f"{stem.name}-pairs{end}").write_text(by_pairs(groups, pairs, settings["seq_len"]))
-        stem.with_name(f"{stem.name}-share{end}").write_text(by_share(groups, trained))
+        draw_by_pairs(stem.with_name(f"{stem.name}-pairs{end}"), groups, pairs, settings["seq_len"])
+        draw_by_share(stem.with_name(f"{stem.name}-share{end}"), groups, trained)
     failed = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['error']}" for r in records if "error" in r]
     whole = "\n".join([*text, *(["Failed:\n", *failed, ""] if failed else [])])
     stem.with_suffix(".md").write_text(whole)
@@ -95,19 +97,21 @@ def recall_table(groups: dict[str, list[dict]], pairs: list[str], trained: list[
     return "\n".join(lines) + "\n"
 
 
-def by_pairs(groups: dict[str, list[dict]], pairs: list[str], seq_len: int) -> str:
+def draw_by_pairs(path: Path, groups: dict[str, list[dict]], pairs: list[str], seq_len: int) -> None:
     """Accuracy in evaluation against the number of pairs."""
-    series = []
-    for name, records in groups.items():
-        means = [mean(figure(records, "evaluation", [n], "accuracy")) for n in pairs]
-        series.append(Series(name, list(enumerate(means))))
-    return chart(series, dict(enumerate(pairs)), f"accuracy against key-value pairs in {seq_len} tokens")
+    places = [float(place) for place in range(len(pairs))]
+    curves = [
+        Curve(name, places, [mean(figure(records, "evaluation", [n], "accuracy")) for n in pairs], "o-")
+        for name, records in groups.items()
+    ]
+    words = f"key-value pairs in {seq_len} tokens"
+    write_curves(path, curves, x=words, y="accuracy", ticks=dict(zip(places, pairs, strict=True)), y_range=ACCURACY)
 
 
-def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
+def draw_by_share(path: Path, groups: dict[str, list[dict]], trained: list[str]) -> None:
     """Accuracy on the trained mix against the share of tokens that attend in evaluation, one point per label. Without a
     gate that is all tokens where a layer attends, else none."""
-    series: dict[str, list[tuple[float, float, str]]] = {}
+    points: dict[str, list[tuple[float, float, str]]] = {}
     for name, records in groups.items():
         run = records[0]["run"]
         if first_gate(records[0]["result"]):
@@ -115,11 +119,11 @@ def by_share(groups: dict[str, list[dict]], trained: list[str]) -> str:
         else:
             share = float(any(kind.attends for kind in kinds_of(parse_pattern(run["pattern"]).letters)))
         recipe, _, changes = name.partition(", ")
-        point = (share, mean(figure(records, "evaluation", trained, "accuracy")), changes)
-        series.setdefault(recipe, []).append(point)
-    lines = []
-    for recipe, unordered in series.items():
-        points = sorted(unordered)
-        lines.append(Series(recipe, [(share, accuracy) for share, accuracy, _ in points], tuple(p[2] for p in points)))
+        accuracy = mean(figure(records, "evaluation", trained, "accuracy"))
+        points.setdefault(recipe, []).append((share, accuracy, changes))
+    curves = []
+    for recipe, unordered in points.items():
+        shares, accuracies, words = zip(*sorted(unordered), strict=True)
+        curves.append(Curve(recipe, shares, accuracies, "o-", words))
     ticks = {share: f"{share:.2f}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    return chart(lines, ticks, "accuracy on the mix against the share of tokens selected")
+    write_curves(path, curves, x="share of tokens selected", y="accuracy on the mix", ticks=ticks, y_range=ACCURACY)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
 from megatron_taipan.errors import writing
@@ -17,6 +18,9 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+MANY = 10  # curves; as many colours as matplotlib's cycle has
+
+
 class Curve(NamedTuple):
     """A line of the legend."""
 
@@ -24,35 +28,57 @@ class Curve(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     style: str = "-"  # matplotlib's, such as "o-" or "--"
+    words: Sequence[str] = ()  # beside each point; none: no words
 
 
 def write_curves(
     path: Path, curves: list[Curve], *, x: str, y: str, title: str = "", log_x: bool = False, log_y: bool = False,
-    marks: dict[str, float] | None = None,
+    marks: dict[str, float] | None = None, ticks: dict[float, str] | None = None,
+    y_range: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
-    """Curves over one axis.
+    """Curves over one axis. The legend of more than MANY curves is beside them, and no two of these share a colour.
 
     Args:
         x, y: the axes' names, with units.
         marks: vertical lines by name, such as {"training length": 4096}.
+        ticks: words at values of x, in place of numbers; y_range: ends of the y axis. None: what matplotlib chooses.
 
     Raises:
         UserError: the file cannot be written.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        many = len(curves) > MANY
+        figure = Figure(figsize=(9, max(4, 0.2 * len(curves))) if many else (7, 4), layout="constrained")
         axes = figure.add_subplot()
+        if many:
+            axes.set_prop_cycle(color=[distinct_colour(index) for index in range(len(curves))])
         for curve in curves:
-            axes.plot(curve.x, curve.y, curve.style, label=curve.name)
+            [line] = axes.plot(curve.x, curve.y, curve.style, label=curve.name)
+            for at_x, at_y, word in zip(curve.x, curve.y, curve.words, strict=False):
+                axes.annotate(
+                    word, (at_x, at_y), (4, 4), textcoords="offset points", fontsize=7, color=line.get_color()
+                )
         for name, at in (marks or {}).items():
             axes.axvline(at, color="grey", linestyle=":", label=name)
         if log_x:
             axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
+        if y_range:
+            axes.set_ylim(*y_range)
         axes.set(xlabel=x, ylabel=y, title=title)
-        axes.legend(frameon=False)
+        legend: dict[str, Any] = {"frameon": False}
+        if many:
+            legend |= {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8}
+        axes.legend(**legend)
         save(figure, path)
+
+
+def distinct_colour(index: int) -> tuple[float, float, float]:
+    """Colours without end; those next to each other are far apart on the colour wheel."""
+    return tuple(hsv_to_rgb((index * 137.5 / 360 % 1, 0.75, (0.65, 0.85)[index // 8 % 2])).tolist())
 
 
 def curves_of(rows: list[Row], x: str, y: str, line: str = "model") -> list[Curve]:

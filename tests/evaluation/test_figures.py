@@ -22,6 +22,16 @@ def test_curves_name_their_axes_lines_and_marks(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()  # the same results, the same file
 
 
+def test_many_curves_have_a_colour_each_and_words_beside_their_points(tmp_path):
+    curves = [Curve(f"recipe {n}", [0.0, 1.0], [0.1 * n, 0.2], "o-", ("", f"C={n}")) for n in range(15)]
+    write_curves(tmp_path / "m.svg", curves, x="x", y="y", ticks={0.0: "none", 1.0: "all"}, y_range=(0.0, 1.0))
+    assert {"none", "all", *(c.name for c in curves), *(c.words[1] for c in curves)} <= words_of(tmp_path / "m.svg")
+    strokes = {
+        e.get("style") for e in ElementTree.parse(tmp_path / "m.svg").iter() if e.get("clip-path") and e.get("style")
+    }
+    assert len({style for style in strokes if "fill: none" in style}) == 15
+
+
 def test_a_heat_map_shows_its_values(tmp_path):
     write_heat_map(
         tmp_path / "new" / "m.svg", [[0.25, 1.0]], rows=["deep"], columns=["1K", "2K"], x="length", y="depth"

@@ -1,6 +1,7 @@
 """The recall experiment: rows against a plain reading of the task, what the gates are told, recipes, scores, tables."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -170,6 +171,13 @@ def test_the_program_keeps_its_runs_and_makes_tables_of_them(tmp_path, capsys):
     assert len(list(tmp_path.glob("recall-*.svg"))) == 2
 
 
+def drawn(picture) -> list[list[tuple[float, float]]]:
+    """The points of each curve of a picture by matplotlib, in the picture's coordinates: y grows downward."""
+    paths = [e for e in ET.parse(picture).iter() if e.tag.endswith("path") and "fill: none" in e.get("style", "")]
+    curves = [re.findall(r"[ML] (\S+) (\S+)", path.get("d")) for path in paths if path.get("clip-path")]
+    return [[(float(x), float(y)) for x, y in points] for points in curves]
+
+
 def record(recipe, seed, accuracy, selected=None, old=False, **changes):
     of_gate = {} if selected is None else {"selected": selected, "asking": 0.9, "others": 0.1}
     scores = {n: {"accuracy": value, **of_gate} for n, value in zip(("4", "8"), accuracy, strict=True)}
@@ -196,10 +204,9 @@ def test_tables_have_means_and_seeds_and_pictures_a_point_each(tmp_path, old):
     assert "| paper, C=0.3 | `M*2 S M*2` | 1,234 | 0.75 | 0.25 | 0.50 | 0.15 | 0.40 | 0.90 | 0.10 | 0.20 |" in text
     assert "- random, seed 2: RuntimeError: no luck" in text
     for kind, lines in (("pairs", [2, 2, 2]), ("share", [1, 2])):
-        root = ET.fromstring((tmp_path / f"recall-{kind}-64-1.svg").read_text())
-        curves = [line.get("points").split() for line in root.iter() if line.tag.endswith("polyline")]
+        curves = drawn(tmp_path / f"recall-{kind}-64-1.svg")
         assert [len(points) for points in curves] == lines
     # y of the share picture: 0.80 of samba above 0.50 and 0.375 of paper; x: samba's all tokens at the right
-    (samba,), (low, high) = [[tuple(map(float, p.split(","))) for p in points] for points in curves]
+    (samba,), (low, high) = curves
     assert samba[1] < high[1] < low[1] and low[0] < high[0] < samba[0]
     assert (high[0] - low[0]) / (samba[0] - low[0]) == pytest.approx(0.2 / 0.8, abs=0.01)
