@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from megatron_taipan.config import load_config, presets
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.evaluation.context_lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.decode_timing import (
     cache_bytes,
     fill_randomly,
@@ -37,7 +36,8 @@ from megatron_taipan.evaluation.decode_timing import (
     time_prefill,
 )
 from megatron_taipan.evaluation.fits import lacks_memory
-from megatron_taipan.evaluation.results import Row, write_results
+from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
+from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.stepping import Stepper
 from megatron_taipan.model.cache import Cache
@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.warm is None:
         options.warm = 6.0 if device.type == "cuda" else 0.5
     contexts, chunk = parse_lengths(options.contexts), parse_length(options.chunk)
+    make_folder(options.out)
 
     rows: list[Row] = []
     heads = f"{'prefill s':>10} {'ms a token':>11} {'selected':>9} {'cache MiB':>10} {'peak MiB':>9}"

@@ -18,7 +18,7 @@ from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.evaluation.results import Row, write_results
+from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.model.taipan import Taipan
 
@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for perplexity.json and .md, with --lengths .svg as well")
     by_length.add_arguments(parser)
     options = parse_options(parser, arguments)
+    make_folder(options.out)
     if options.lengths is not None:
         by_length.run(options)
         return 0

@@ -18,8 +18,8 @@ from megatron_taipan.config import DataConfig
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import losses_in_chunks
-from megatron_taipan.evaluation.context_lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.fits import lacks_memory
+from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.perplexity import Score, choose_data, each_model, mean_score, name_data, read_batches
 from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.model.taipan import Taipan

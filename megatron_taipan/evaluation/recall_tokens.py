@@ -33,7 +33,7 @@ from megatron_taipan.evaluation.perplexity import (
     read_models,
     scoring_parser,
 )
-from megatron_taipan.evaluation.results import Row, write_results
+from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for recall_tokens.json and .md")
     options = parse_options(parser, arguments)
+    make_folder(options.out)
     edges = options.edges or default_edges([open_weights(path).network for path in options.models])
     names = ["all", "new", *(f"{low + 1}-{high}" for low, high in itertools.pairwise((0, *edges))), f">{edges[-1]}"]
     print(f"{'model':<48}" + "".join(f" {name:>18}" for name in names))

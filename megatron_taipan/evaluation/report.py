@@ -20,8 +20,8 @@ import torch
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
 from megatron_taipan.errors import UserError, exits_cleanly, writing
-from megatron_taipan.evaluation.context_lengths import parse_length
 from megatron_taipan.evaluation.decode_timing import cache_bytes_by_layer
+from megatron_taipan.evaluation.lengths import parse_length
 from megatron_taipan.evaluation.results import Row, cell_text, made_by
 from megatron_taipan.evaluation.selection_page import STYLE
 from megatron_taipan.layer_kinds.registry import kind_of
@@ -31,10 +31,12 @@ from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.untrusted import parse_json
 
 PAGE = "report.html"
-WITHOUT_RESULTS = ("calibrate", "report")  # tasks that measure nothing
+WITHOUT_RESULTS = ("calibrate", "passkey", "report")  # tasks that leave nothing in a folder
 ARGUMENTS = {  # of a task's command, where they are not `MODELS --out FOLDER`
     "perplexity": "{models} --lengths 1K,4K,...,64K --out {out}",
     "selection": "{model} --text FILE --json {out}/selection.json --out {out}/selection.html",
+    "qa": "{models} --data FILE --out {out}",
+    "zero-shot": "{models} --data FOLDER --out {out}",
 }
 
 

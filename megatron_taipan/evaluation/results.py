@@ -30,6 +30,17 @@ def cell_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def make_folder(folder: Path | None) -> None:
+    """Makes the folder of `--out`, if one is given, before the work rather than after it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if folder is not None:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_results(folder: Path, task: str, rows: list[Row], *, about: dict[str, Any], title: str) -> None:
     """Writes TASK.json ({"task", "title", "made", "about", "rows"}) and TASK.md (the same as a table).
 

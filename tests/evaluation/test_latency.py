@@ -169,6 +169,14 @@ def test_wrong_input_says_what_to_do(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    preset = write_preset(tmp_path / "p.yaml", "M")
+    assert main(["--preset", preset, "--contexts", "16", *QUICK, "--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr()
+    assert "was not written" in said.err and "p.yaml" not in said.out
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_peak_is_measured_too(tmp_path):
     preset = write_preset(tmp_path / "p.yaml", "M S W A")

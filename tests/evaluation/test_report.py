@@ -6,12 +6,19 @@ import re
 import pytest
 
 from megatron_taipan.evaluation.__main__ import TASKS
+from megatron_taipan.evaluation.__main__ import main as run_task
 from megatron_taipan.evaluation.figures import Curve, write_curves
 from megatron_taipan.evaluation.report import html_table, main, parts_of
 from megatron_taipan.evaluation.results import write_results
 from megatron_taipan.model.taipan import Taipan
 from tests.checkpoint.test_weights import write_weights
 from tests.inference.networks import small_config, small_model
+
+
+def options_of(task: str, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        run_task([task, "--help"])
+    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 @pytest.fixture
@@ -49,11 +56,13 @@ def test_the_page_needs_no_other_file_and_no_script(folder):
     assert not re.search(r"<script|<link|@import|url\(|(src|href)=[\"'](?!data:)", page)
 
 
-def test_tasks_without_a_result_are_listed_with_a_command_that_runs(folder):
+def test_tasks_without_a_result_are_listed_with_a_command_of_their_options(folder, capsys):
     write_results(folder / "out", "latency", [{"model": "m"}], about={}, title="T")
     page = page_of(folder)
     commands = dict(re.findall(r"<li>([\w-]+): <code>python -m megatron_taipan.evaluation (.+?)</code>", page))
-    assert set(commands) == set(TASKS) - {"latency", "calibrate", "report"}
+    assert set(commands) == set(TASKS) - {"latency", "calibrate", "passkey", "report"}
+    for task, command in commands.items():  # each option is one that the task has
+        assert set(re.findall(r" (--[a-z-]+)", command)) <= options_of(task, capsys), command
     assert commands["curves"] == f"curves {folder / 'model'} --out {folder / 'out'}"
     assert commands["perplexity"].startswith(f"perplexity {folder / 'model'} --lengths ")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation.context_lengths import length_name, parse_lengths
+from megatron_taipan.evaluation.lengths import length_name, parse_lengths
 
 
 def test_lengths_are_1024_based_and_ascend():
