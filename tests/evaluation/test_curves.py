@@ -53,6 +53,7 @@ def test_long_runs_are_averaged_and_every_step_counts_once():
     x, y = averaged(steps, lambda record: record["ce"])
     assert len(x) <= 200 and x[:2] == [6, 12] and y[:2] == [3.5, 9.5] and x[-1] == 1001
     assert sum(map(len, stretches(steps))) == 1001
+    assert averaged(steps[:3], lambda record: record["ce"]) == ([1, 2, 3], [1.0, 2.0, 3.0])
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path, capsys):

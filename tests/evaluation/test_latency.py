@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_taipan.evaluation import latency
+from megatron_taipan.evaluation import decode_timing, latency
 from megatron_taipan.evaluation.decode_timing import (
     cache_bytes,
     fill_randomly,
@@ -92,6 +92,15 @@ def test_untrained_gates_are_set_to_their_capacity(pattern):
     assert time_decode(model, Stepper(model, fork_cache(cache)), 1, 2, warm_s=0).selected == pytest.approx(
         0.25, abs=0.2
     )
+
+
+def test_a_time_is_the_median_and_the_steps_before_do_not_count(monkeypatch):
+    model, asked = small_model("M", torch.float32), []
+    monkeypatch.setattr(decode_timing, "_step_times", lambda _, tokens: asked.append(tokens.shape) or [9.0, 1.0, 2.0])
+    cache = model.new_cache(2)
+    found = time_decode(model, Stepper(model, cache), 2, 3, warm_s=60, most_warm=5)
+    assert (found.ms, found.mean_ms, found.selected) == (2.0, 4.0, None)
+    assert asked == [(3, 2, 1)] and cache.length == 5  # a minute of warming, but five steps at most
 
 
 def write_preset(path, pattern: str):
