@@ -12,6 +12,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
+    "recipes": "list the corpora that --recipe knows, with licence, size and purpose",
     "train-tokenizer": "train a sentencepiece tokenizer",
     "merge": "put several .bin/.idx pairs into one",
     "split": "cut a pair into shards, or into training and validation documents",

@@ -56,18 +56,21 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         help="text made of fields: 'Question: {question}\\nAnswer: {answers.text.0}'; what is between"
         f" {{%% {GENERATION} %%}} and {{%% {END} %%}}, if anything does, is what training learns",
     )
-    parser.add_argument("--recipe", help="name or file of a recipe, which says field or template")
+    parser.add_argument(
+        "--recipe",
+        help="name or file of a recipe, which says field or template (`data_prep recipes` lists them); --text-field and"
+        " --template come before what it says",
+    )
 
 
 def extractor(args: argparse.Namespace) -> Extract:
     """What the options ask for.
 
     Raises:
-        UserError: more than one of them, or a template without fields.
+        UserError: field and template both, or a template without fields.
     """
-    given = [name for name in ("text_field", "template", "recipe") if getattr(args, name)]
-    if len(given) > 1:
-        raise UserError(f"--{given[0].replace('_', '-')} and --{given[1]} exclude each other; give one")
+    if args.text_field and args.template:
+        raise UserError("--text-field and --template exclude each other; give one")
     template, field = _form(args)
     return template_extractor(template) if template else field_extractor(field)
 
@@ -80,7 +83,7 @@ def marks_learned(args: argparse.Namespace) -> bool:
 
 def _form(args: argparse.Namespace) -> tuple[str, str]:
     """Template, empty where there is none, and field."""
-    if args.recipe:
+    if args.recipe and not form_given(args):
         from data_prep.recipes import load_recipe  # here, because a start without one need not read YAML
 
         recipe = load_recipe(args.recipe)
@@ -88,15 +91,22 @@ def _form(args: argparse.Namespace) -> tuple[str, str]:
     return (args.template or "").replace("\\n", "\n"), args.text_field or "text"
 
 
+def form_given(args: argparse.Namespace) -> str:
+    """The option that says where the text is whatever the recipe says; empty where none does."""
+    return "--template" if args.template else "--text-field" if args.text_field else ""
+
+
 def text_options(args: argparse.Namespace) -> dict[str, str]:
     """The same for the manifest. A recipe may be a file that is changed later, so its content counts and not its name
     alone."""
-    if args.recipe:
-        from data_prep.recipes import load_recipe
+    if not args.recipe:
+        return {"text": args.template or args.text_field or "text"}
+    if form_given(args):
+        return {"text": args.template or args.text_field, "recipe": args.recipe}
+    from data_prep.recipes import load_recipe
 
-        recipe = load_recipe(args.recipe)
-        return {"text": recipe.template or recipe.text_field or "", "recipe": args.recipe}
-    return {"text": args.template or args.text_field or "text"}
+    recipe = load_recipe(args.recipe)
+    return {"text": recipe.template or recipe.text_field or "", "recipe": args.recipe}
 
 
 def lookup(record: object, field: str) -> object:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import orjson
 
-from data_prep import fast, inputs, manifest, remote
+from data_prep import corpora, fast, inputs, manifest, remote
 from data_prep.extract import add_text_arguments, extractor, marks_learned, text_options
 from data_prep.hashing import hash_file
 from data_prep.job import Job
@@ -41,15 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
         help=f"files, folders or globs ({known_endings()}; a folder that Hugging Face datasets saved); - for JSON lines"
-        " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses",
+        " from stdin; hub:NAME[:CONFIG[:SPLIT]] for a hub dataset; s3://, gs://, hf://, https:// addresses; default:"
+        " the source of --recipe",
     )
     parser.add_argument("--output", required=True, help="prefix of the result: PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument(
         "--tokenizer", required=True, help=".model, tokenizer.json, a folder, a hub name, or tiktoken:NAME"
     )
     add_text_arguments(parser)
+    parser.add_argument(
+        "--allow-evaluation-data",
+        action="store_true",
+        help="make training text of a dataset that models are measured on",
+    )
     add_limit_arguments(parser)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the begin token")
@@ -87,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--workers {args.workers}: at least 1 is needed")
     if args.shard_tokens is not None and args.shard_tokens < 1:
         raise UserError(f"--shard-tokens {args.shard_tokens}: at least 1 is needed")
+    args.input = corpora.inputs_of(args)
+    corpora.refuse_evaluation_data(args)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     with _lock(args.output + ".work"):
         _run(args, started)

@@ -60,10 +60,14 @@ def trained(request, tmp_path_factory) -> tuple[Path, Config, list[tuple[str, st
     folder = tmp_path_factory.mktemp(request.param)
     rows, pairs = made_up(request.param)
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = ["--input", f"{folder}/in.jsonl", "--recipe", request.param]
+    form = ["--recipe", "squad"]
+    if request.param == "swde":  # pages of one's own in that form
+        form = ["--template", "{text}{% generation %} {value}{% endgeneration %}"]
+    text = ["--input", f"{folder}/in.jsonl", *form]
     tokenizer = f"{folder}/t.model"
     assert cli.main(["train-tokenizer", *text, "--output", tokenizer, "--vocab-size", "420"]) == 0
-    assert cli.main(["tokenize", *text, "--tokenizer", tokenizer, "--append-eod", "--output", f"{folder}/qa"]) == 0
+    given = [*text, "--allow-evaluation-data", "--tokenizer", tokenizer, "--append-eod", "--output", f"{folder}/qa"]
+    assert cli.main(["tokenize", *given]) == 0
     before = [f"data.train=[{{prefix: {folder}/qa, loss_mask: ignore}}]", f"checkpoint.dir={folder}/base"]
     program(*TINY, *before, "checkpoint.init=null")
     after = [f"data.train=[{{prefix: {folder}/qa, loss_mask: require}}]", f"checkpoint.dir={folder}/tuned"]
