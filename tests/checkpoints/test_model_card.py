@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoints.model_card import model_card
+from checkpoints.model_card import describe_run, model_card
 from megatron_taipan.versions import TRANSFORMERS_NEWEST, TRANSFORMERS_OLDEST
 from tests.checkpoints.made import memory_state
 
@@ -30,3 +30,18 @@ def test_the_card_names_the_family_that_the_pattern_is(pattern, family, tags):
 def test_the_card_names_the_accepted_releases():
     card = model_card("name", memory_state("M").config.model, "float32", None, None)
     assert f"`transformers` {TRANSFORMERS_OLDEST} or later (tested up to {TRANSFORMERS_NEWEST})." in card
+
+
+def test_the_card_says_how_the_weights_were_trained():
+    config = memory_state("S").config
+    optim = config.optim.model_copy(update={"lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.02, "grad_clip": 0.5})
+    data = config.data.model_copy(update={"seq_len": 4096})
+    train = config.train.model_copy(update={"precision": "bf16"})
+    config = config.model_copy(update={"optim": optim, "data": data, "train": train})
+    text = describe_run(config, 1200, 9_830_400, None, 0.15)
+    assert text.splitlines() == [
+        "- training: 1,200 steps, 9,830,400 tokens; samples of 4,096 tokens; AdamW, peak learning rate 0.0003, weight",
+        "  decay 0.02, gradient clipping 0.5, bf16",
+        "- thresholds of the gates calibrated afterwards to select 15.0% of held-out tokens",
+    ]
+    assert "training: not recorded" in describe_run(config, None, None, None, None)

@@ -171,6 +171,13 @@ def test_long_samples_never_cross_documents(tmp_path):
         dataset(str(tmp_path / "x"), seq_len=500, one_document=True)
 
 
+@pytest.mark.parametrize(("fraction", "held"), [(0.27, 3), (0.24, 2), (0.25, 2), (0.01, 1), (0.99, 9)])
+def test_held_out_is_the_nearest_number_of_documents(tmp_path, fraction, held):
+    """Of ten; at least one, and at most all but one."""
+    documents = held_out_documents(IndexedReader(corpus(tmp_path / "x", [5] * 10)), fraction)
+    assert len(set(documents.tolist())) == held
+
+
 def test_long_samples_with_held_out_documents(tmp_path):
     prefix = corpus(tmp_path / "x", [50] * 40)
     both = [dataset(prefix, split, seq_len=20, one_document=True, valid_fraction=0.25) for split in ("train", "valid")]

@@ -237,8 +237,8 @@ def test_stats(tmp_path, capsys):
     assert run("stats", prefix, "--top", 2) == 0
     out = capsys.readouterr().out
     assert "3 documents, 10 tokens" in out and "3 different ids of 10; 7 never occur" in out
-    rows = [line.split()[:2] for line in out.splitlines() if "%" in line and "percentiles" not in line]
-    assert rows == [["9", "5"], ["5", "4"]]
+    rows = [line.split()[:3] for line in out.splitlines() if "%" in line and "percentiles" not in line]
+    assert rows == [["9", "5", "50.00"], ["5", "4", "40.00"]]
     assert "50%: 3" in out and "99%: 6" in out
 
 

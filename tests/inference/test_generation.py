@@ -67,6 +67,17 @@ def test_the_seed_decides_the_text():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_no_row_draws_what_a_row_of_another_seed_draws():
+    """Else batches with seeds 0, 1, 2, ... would hold most of their texts several times."""
+    model = small_model(PATTERN)
+
+    def batch(seed: int) -> list[list[int]]:
+        return generate(model, [[1, 2, 3]] * 3, max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=seed))
+
+    texts = [tuple(text) for seed in range(3) for text in batch(seed)]
+    assert len(set(texts)) == len(texts) == 9
+
+
 def test_generation_leaves_the_mode_and_takes_no_gradient():
     model = small_model(PATTERN).train()
     generate(model, [[1]], max_new_tokens=1)

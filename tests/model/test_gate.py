@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.model import gate as gate_module
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.noise import gumbel_noise
@@ -117,6 +118,17 @@ def test_evaluation_has_no_noise_and_honours_the_threshold():
             _, selection = draws(gate, 4, 2, step)
             assert selection.m.tolist() == [m, m]
     assert gate_of(4, logits, threshold=0.5).threshold == 0.5
+
+
+def test_what_a_gate_reports():
+    """Shares of tokens, and the mean entropy of a token's two choices in nats, as torch's distributions have it."""
+    logits = torch.tensor([[0.0, -1.0], [0.0, 0.4], [0.0, 0.6], [1.0, 4.0]], dtype=torch.float64)
+    gate = gate_of(4, logits).eval()
+    _, selection = draws(gate, 4, 2, capacity=0.25)
+    found = dict(zip(GATE_METRICS, selection.metrics.tolist(), strict=True))
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    expected = {"selected": 0.75, "selected_eval": 0.75, "alpha": logits.softmax(-1)[:, 1].mean(), "entropy": entropy}
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()} | {"budget": 0.25})
 
 
 def test_training_draws_anew_by_step_sample_and_layer():

@@ -35,3 +35,15 @@ def test_mfu_is_what_torch_counts_of_a_training_step(tmp_path, monkeypatch, patt
     (record,) = [r for r in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if r["event"] == "step"]
     assert record["tokens_per_s"] == 2000
     assert record["mfu"] == pytest.approx(2000 * per_token / (4 * 2.0e12), rel=0.1)
+
+
+def test_a_steps_record_has_the_stall_since_the_step_before(tmp_path):
+    config = make_config(toy_tree("unused", tmp_path, log={"tensorboard": False}))
+    with Metrics(config, Progress(), flops_per_token=1.0, devices=1, writes=True) as metrics:
+        for step, stalls in ((1, []), (2, [0.25, 0.5]), (3, []), (4, [0.125])):
+            for seconds in stalls:
+                metrics.stalled(seconds)
+            result = StepResult(1.0, 1.0, 0.0, {}, grad_norm=1.0, skipped=False, requests=[])
+            metrics.after_step(step, result, lr=0.1, tokens=8, data_wait_s=0.0)
+    records = [r for r in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if r["event"] == "step"]
+    assert [record["checkpoint_stall_s"] for record in records] == [0, 0.75, 0, 0.125]
