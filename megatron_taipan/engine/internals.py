@@ -78,8 +78,7 @@ READ = (
     ),
     Internal(PIPELINE_MODULE, "_layer_specs _set_bounds", "which of all layers a stage builds"),
     Internal(ENGINE, "basic_optimizer zero_optimization_stage", "the optimizer that ZeRO wraps"),
-    Internal(
-        "torch:", "_foreach_norm _foreach_lerp_", "norms of many gradients (zero.py), the weights' average (ema.py), in one launch"
-    ),
+    Internal("torch:", "_foreach_norm", "norms of many gradients in float32 in one launch (zero.py)"),
+    Internal("torch:", "_foreach_lerp_", "the moving average of many weights in one launch (ema.py)"),
     Internal("torch.distributed.distributed_c10d:", "_world _set_pg_timeout", "all groups' timeouts (timeouts.py)"),
 )  # fmt: skip
