@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS
@@ -74,6 +74,8 @@ class DataSource(Section):
         " where there is none; ignore: all are learned",
     )
 
+    set: str | None = option(None, "of data.valid: the named set that it belongs to")
+
     @field_validator("weight", mode="before")
     @classmethod
     def _positive(cls, weight: Any) -> Any:
@@ -101,7 +103,10 @@ class DataConfig(Section):
         min_length=1,
     )
     valid: list[DataSource] | None = option(
-        None, "datasets to validate on; null takes valid_fraction of each of train", min_length=1
+        None,
+        "datasets to validate on, as for train; {wiki: P, code: [Q, R]}: sets by name, each with its own curve; null"
+        " takes valid_fraction of each of train",
+        min_length=1,
     )
     valid_fraction: float = option(0.02, "documents held out for validation when data.valid is null", ge=0, lt=1)
     seq_len: int = option(4096, "tokens per sample", ge=1)
@@ -120,9 +125,13 @@ class DataConfig(Section):
 
     @field_validator("train", "valid", mode="before")
     @classmethod
-    def _short_forms(cls, value: Any) -> Any:
+    def _short_forms(cls, value: Any, info: ValidationInfo) -> Any:
         """A path, or a list of paths, means sources of equal weight, {prefix: [P, Q], weight: tokens} several by
-        size."""
+        size, {name: P} of data.valid named sets."""
+        if isinstance(value, dict) and "prefix" not in value:
+            if info.field_name == "train":
+                raise ValueError(f"{value!r} has no prefix; give the path of a .bin/.idx pair, or a list of them")
+            return [{"set": name, **one} for name, given in value.items() for one in cls._short_forms(given, info)]
         if isinstance(value, str | dict):
             value = [value]
         if isinstance(value, list):
@@ -130,15 +139,35 @@ class DataConfig(Section):
             value = [one for v in value for one in _spread(v)]
         return value
 
+    @model_validator(mode="after")
+    def _all_named_or_none(self) -> "DataConfig":
+        if named := [source.prefix for source in self.train if source.set is not None]:
+            raise ValueError(f"train: {named[0]} has a set, which only sources of data.valid have; remove it")
+        unnamed = [source.prefix for source in self.valid or [] if source.set is None]
+        if unnamed and len(unnamed) < len(self.valid or []):
+            raise ValueError(f"valid: {unnamed[0]} belongs to no set and others do; give {{name: prefix}} for all")
+        return self
+
+    def valid_sets(self) -> dict[str | None, "DataConfig"]:
+        """For each set of data.valid by name, the data with that set as its data.valid; else {None: the data}."""
+        names = dict.fromkeys(source.set for source in self.valid or [])
+        if len(names) < 2 and None in (names or [None]):
+            return {None: self}
+        return {
+            name: self.model_copy(update={"valid": [s for s in self.valid or [] if s.set == name]}) for name in names
+        }
+
     @field_validator("train", "valid")
     @classmethod
     def _one_measure(cls, sources: list[DataSource] | None) -> list[DataSource] | None:
-        by_size = [source for source in sources or [] if source.weight == "tokens"]
-        if by_size and len(by_size) < len(sources or []):
-            raise ValueError(
-                f"{len(by_size)} of {len(sources or [])} sources have weight: tokens (the first is {by_size[0].prefix})"
-                " and the others a number, which cannot be compared: give all of them `tokens`, or all a number"
-            )
+        for name in dict.fromkeys(source.set for source in sources or []):
+            blend = [source for source in sources or [] if source.set == name]
+            by_size = [source for source in blend if source.weight == "tokens"]
+            if by_size and len(by_size) < len(blend):
+                raise ValueError(
+                    f"{len(by_size)} of {len(blend)} sources have weight: tokens (the first is {by_size[0].prefix})"
+                    " and the others a number, which cannot be compared: give all of them `tokens`, or all a number"
+                )
         return sources
 
 

@@ -25,6 +25,20 @@ class Evaluation:
     layer_metrics: dict[str, float]  # means over tokens, by names such as "layers.5.selected"
 
 
+def mean_evaluation(parts: list[Evaluation]) -> Evaluation:
+    """Several sets as one; each counts by its tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = sum(part.tokens for part in parts)
+    shares = [part.tokens / max(tokens, 1) for part in parts]
+    ce = math.fsum(share * part.ce for share, part in zip(shares, parts, strict=True))
+    measured = {
+        name: math.fsum(share * part.layer_metrics[name] for share, part in zip(shares, parts, strict=True))
+        for name in parts[0].layer_metrics
+    }
+    return Evaluation(ce, math.exp(min(ce, 700.0)), tokens, measured)
+
+
 @torch.no_grad()
 def evaluate(
     engine: Engine, dataset: SampleDataset, *, samples: int, micro_batch: int, groups: Groups, device: torch.device,

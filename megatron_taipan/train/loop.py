@@ -136,13 +136,16 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 metrics.note("jump", f"at step {progress.step + 1} this start takes {jump}")
 
         def validate() -> None:
-            if valid_data is not None:
+            if valid_data:
                 began = time.perf_counter()
-                result = evaluate(
-                    engine, valid_data, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups, device=device,
-                    gate=config.model.gate, beat=watchdog.beat,
-                )  # fmt: skip
-                metrics.after_evaluation(progress.step, result, time.perf_counter() - began)
+                results = {
+                    name: evaluate(
+                        engine, dataset, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups,
+                        device=device, gate=config.model.gate, beat=watchdog.beat,
+                    )
+                    for name, dataset in valid_data.items()
+                }  # fmt: skip
+                metrics.after_evaluation(progress.step, results, time.perf_counter() - began)
                 watchdog.beat()
 
         saver = Saver(engine, config, metadata, groups, metrics)
@@ -267,12 +270,13 @@ def settle_numerics(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def open_data(config: Config) -> tuple[SampleDataset, SampleDataset | None]:
-    """The training samples, and the validation samples unless the configuration has none."""
+def open_data(config: Config) -> tuple[SampleDataset, dict[str | None, SampleDataset]]:
+    """The training samples, and those of each validation set by its name; None is the name of one without."""
     train_data = build_dataset(config.data, "train", config.model.vocab_size)
     if config.data.valid is None and config.data.valid_fraction == 0:
-        return train_data, None
-    return train_data, build_dataset(config.data, "valid", config.model.vocab_size)
+        return train_data, {}
+    sets = config.data.valid_sets().items()
+    return train_data, {name: build_dataset(data, "valid", config.model.vocab_size) for name, data in sets}
 
 
 def verify(config: Config, place: RankInfo, device: torch.device, watchdog: Watchdog) -> str:

@@ -14,7 +14,7 @@ from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.run_log import LOG
 from megatron_taipan.config import Config
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
-from megatron_taipan.train.evaluate import Evaluation
+from megatron_taipan.train.evaluate import Evaluation, mean_evaluation
 from megatron_taipan.train.logs import JsonLines, TextLog, open_boards, say
 from megatron_taipan.train.peaks import device_name, known_peak
 from megatron_taipan.train.schedule import GateStep
@@ -150,13 +150,18 @@ class Metrics:
             self.bar.set_postfix_str(f"loss {result.ce:.4f}, {speed:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def after_evaluation(self, step: int, evaluation: Evaluation, seconds: float) -> None:
-        """Records a validation."""
-        values = {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens, "s": seconds}
-        values |= evaluation.layer_metrics
-        self._write({"event": "valid", "step": step, **values})
+    def after_evaluation(self, step: int, evaluations: dict[str | None, Evaluation], seconds: float) -> None:
+        """Records a validation: of one set, named None, or of several by name, each and all together."""
+        whole = mean_evaluation(list(evaluations.values()))
+        sets = {name: _of_set(evaluation) for name, evaluation in evaluations.items() if name is not None}
+        values = {"ce": whole.ce, "perplexity": whole.perplexity, "tokens": whole.tokens, "s": seconds}
+        values |= whole.layer_metrics
+        self._write({"event": "valid", "step": step, **values, **({"sets": sets} if sets else {})})
+        for name, of_set in sets.items():
+            values |= {f"{name}/{key}": value for key, value in of_set.items()}
         self._chart("valid/", values, step)
-        self._line(f"step {step}  validation loss {evaluation.ce:.4f}  perplexity {evaluation.perplexity:.2f}")
+        of_sets = "".join(f"  {name} {of_set['ce']:.4f}" for name, of_set in sets.items())
+        self._line(f"step {step}  validation loss {whole.ce:.4f}  perplexity {whole.perplexity:.2f}{of_sets}")
 
     def after_save(self, step: int, path: Path, *, stall: float, write: float) -> None:
         """Records a complete checkpoint: seconds that training paused for it, and seconds of rank 0's writing."""
@@ -224,3 +229,7 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 1e9  # recorded graphs are in no count of live tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+def _of_set(evaluation: Evaluation) -> dict[str, float]:
+    return {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
