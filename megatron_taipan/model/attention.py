@@ -10,6 +10,7 @@ from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import take_rows
 from megatron_taipan.model.rope import rotate
+from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.selected_rows import Rows
 
@@ -66,7 +67,10 @@ class Attention(nn.Module):
             q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
             if self.theta is not None:
                 q = rotate(q, place, self.theta)
-            o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
+            if rows is None and store is None and self.ops.causal_attention is not None and takes_kernels(q):
+                o = self.ops.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
+            else:
+                o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
             if rows is None:
                 outputs.append(product(o, self.out_proj))
             else:

@@ -67,11 +67,23 @@ class Ops:
     """Names of the operations that CUDA tensors take a fast kernel for."""
     report: str
     """One line for the log: which implementation runs, and why."""
+    causal_attention: Callable | None = None
+    """Attention from every token on the device of training, or None: the layer calls interval_attention. Arguments:
+    q [b * l, hq, d]; k, v [b * l, hk, d]; document_start [b, l], the place in its row at which each token's document
+    begins; window, the tokens that a query sees at most, or None. Returns [b * l, hq, d]."""
+    unrecordable: str = ""
+    """Why no CUDA graph can hold these operations, or nothing."""
 
 
 def reference_ops() -> Ops:
     """The references alone, for a machine or a folder without kernels."""
-    return Ops(**REFERENCES, mamba2_mix=None, kernels=frozenset(), report="ops: all reference (no kernels here)")
+    return Ops(
+        **REFERENCES,
+        mamba2_mix=None,
+        kernels=frozenset(),
+        report="ops: all reference (no kernels here)",
+        unrecordable="",
+    )
 
 
 def takes_kernels(x: torch.Tensor) -> bool:
