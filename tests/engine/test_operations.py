@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_taipan.checkpoint.metadata import changed_settings, identity
 from megatron_taipan.engine.build import capture_graphs, check_layout
 from megatron_taipan.engine.operations import describe_operations, run_facts
 from megatron_taipan.errors import UserError
@@ -61,6 +62,12 @@ def test_layers_are_not_recorded_where_the_host_counts_documents(monkeypatch):
     ops = dispatch.pick_ops("reference", ours.ops.choices(), run_facts(ours))
     said = capture_graphs(Taipan(ours.model, ops=ops), ours, torch.device("cuda"), None)
     assert said == "layers run one by one (flash_attn counts packed documents on the host)"
+
+
+def test_a_run_goes_on_with_other_kernels_and_says_so():
+    saved, ours = config(), config(ops={"ssd": "mamba_ssm"})
+    assert identity(saved, "data") == identity(ours, "data")
+    assert changed_settings(saved, ours) == ["ops.ssd: auto, this run mamba_ssm"]
 
 
 LIBRARIES = {"ssd": "mamba_ssm", "conv": "causal_conv1d", "attention": "flash_attn", "cross_entropy": "liger"}

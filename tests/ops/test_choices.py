@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,11 @@ def test_fast_does_not_ask_for_kernels_that_an_option_replaced(kernels, monkeypa
         pick_ops("fast")
     found = labels(pick_ops("fast", {"ssd": "mamba_ssm", "swiglu": "reference"}))
     assert found["ssd"] == "mamba_ssm 2.3.2.post1"
+
+
+def test_the_extra_gpu_asks_for_the_releases_that_the_wrappers_need():
+    setup = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
+    assert all(f'"{library.package}>={library.oldest}"' in setup for library in LIBRARIES.values())
 
 
 PACKAGES = [(option, choice) for option, choice in ALL if choice != "sdpa"]
