@@ -97,6 +97,8 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, RunFacts, list[tupl
             facts = RunFacts(packed=packed, every_query={letter: window is not None})
             work = partial(attention_work, starts, window)
             yield f"attention {letter}, {kind}", facts, choices("attention"), work
+    turned = [("triton", {}), ("reference", {"rope": "reference"})]
+    yield "rope of queries or keys", RunFacts(), turned, partial(rope_work, b * l)
     yield "cross_entropy", RunFacts(), choices("cross_entropy"), partial(cross_entropy_work, b * l)
 
 
@@ -175,6 +177,17 @@ def attention_work(starts: torch.Tensor, window: int | None) -> Work:
         return ops.interval_attention(q, k, v, lo, hi)
 
     return [tensor(b * l, ATTENTION_HEADS, HEAD_DIM) for _ in range(3)], compute
+
+
+def rope_work(n: int) -> Work:
+    from megatron_taipan.ops.rope import rotary_tables
+
+    position = torch.arange(n, device=DEVICE)
+
+    def compute(ops: Ops, x) -> torch.Tensor:
+        return ops.rotate(x, *rotary_tables(position, HEAD_DIM, 5e5, x.dtype))
+
+    return [tensor(n, ATTENTION_HEADS, HEAD_DIM)], compute
 
 
 def cross_entropy_work(n: int) -> Work:

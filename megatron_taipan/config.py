@@ -282,6 +282,7 @@ class OpsConfig(Section):
     )
     norm: OwnKernel = option("auto", "norms of the residual stream and the additions to it")
     gated_norm: OwnKernel = option("auto", "the gated norm of M layers")
+    rope: OwnKernel = option("auto", "the rotary embedding of A layers")
     swiglu: OwnKernel = option("auto", "the product inside SwiGLU")
     selection: OwnKernel = option("auto", "picking the tokens that attend in S layers, and putting them back")
 

@@ -23,6 +23,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("linear_cross_entropy",),
     "norm": ("rms_norm", "add_rms_norm"),
     "gated_norm": ("gated_rms_norm",),
+    "rope": ("rotate",),
     "swiglu": ("silu_mul",),
     # used all or none, since they share a form of picked rows
     "selection": ("select_rows", "gather_linear", "bounded_linear", "scatter_rows", "refine"),
