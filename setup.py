@@ -58,7 +58,14 @@ setup(
     ],
     extras_require={
         # These compile against the torch that is installed: `pip install --no-build-isolation '.[gpu]'` after torch.
-        "gpu": ["mamba-ssm>=2.3.2.post1", "causal-conv1d>=1.6", "flash-attn>=2.8", "liger-kernel>=0.6"],
+        # The oldest releases are those of megatron_taipan/ops/libraries.py.
+        "gpu": [
+            "mamba-ssm>=2.3.2",
+            "causal-conv1d>=1.7",
+            "flash-attn>=2.8",
+            "liger-kernel>=0.8.2",
+            "cut-cross-entropy>=25.1.1",
+        ],
         "wandb": ["wandb>=0.19"],
         # `tokenize` of https://, s3:// and gs:// addresses; hf:// takes nothing more
         "remote": ["aiohttp>=3.9", "s3fs>=2025.3", "gcsfs>=2025.3"],

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "step": Benchmark("a whole training step: forward, backward, clipping, AdamW through DeepSpeed"),
     "layer": Benchmark("one Mamba-2 layer against mamba_ssm's"),
     "attention": Benchmark("selective window attention against FlashAttention-2 and flex_attention"),
+    "ops": Benchmark("each operation by each implementation that can be chosen for it"),
     "decode": Benchmark("prefill in chunks and tokens per second by context"),
     "memory": Benchmark("a training step's memory, and the largest micro batch by kind of recomputation"),
     "coldstart": Benchmark("the first step with an empty and with a filled cache of compiled kernels"),

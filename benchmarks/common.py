@@ -8,6 +8,8 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,14 @@ class Table:
 def hardware() -> dict[str, str]:
     """The GPU and the versions that the numbers belong to."""
     about = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    for package in ("triton", "deepspeed", "mamba_ssm", "flash_attn"):
+    for package in ("triton", "deepspeed", "mamba_ssm", "causal_conv1d", "flash_attn"):
         try:
             about[package] = __import__(package).__version__
         except Exception as error:  # a peer that does not import is listed as missing
             about[package] = f"missing ({type(error).__name__})"
+    for package in ("liger_kernel", "cut_cross_entropy"):  # their modules do not say
+        with suppress(metadata.PackageNotFoundError):
+            about[package] = metadata.version(package)
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
         peak = known_peak(about["gpu"])

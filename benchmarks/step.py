@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.autotune import compile_ahead
 from benchmarks.common import Table, add_preset, join_processes, kernel_times, median_step_ms, preset
 from megatron_taipan.config import Config
-from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.engine.operations import choose_operations
 from megatron_taipan.train.step import StepResult
 
 
@@ -77,7 +77,7 @@ def our_training(config: Config) -> Training:
 
     device, groups = join_processes(config)
     with torch.device(device):
-        model = build_training_model(config, groups, pick_ops(config.ops.backend))
+        model = build_training_model(config, groups, choose_operations(config))
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
     graphs = ExitStack()

@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_taipan.config import Config
 from megatron_taipan.engine.mpu import ModelParallelUnit
+from megatron_taipan.engine.operations import check_operations
 from megatron_taipan.engine.optimizer import make_optimizer
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
@@ -76,7 +77,8 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
         f"zero_stage={p.zero_stage}": p.zero_stage != 1,
         f"precision={t.precision}": t.precision == "fp32",
         "train.deterministic": t.deterministic,
-        "reference operations": config.ops.backend == "reference" or not model.graphable,
+        model.ops.unrecordable: bool(model.ops.unrecordable),
+        "reference operations": not model.graphable,
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:
@@ -173,6 +175,7 @@ def check_layout(config: Config, processes: int) -> None:
     p = config.parallel
     accumulation(config, fit_mesh(processes, p).data)
     check_tensor_size(config.model, p.tensor)
+    check_operations(config)
     if p.pipeline > 1:
         stage_bounds([1.0] * config.model.n_layers, config.model.cuts, p.pipeline)
     if p.shards_tokens(config.data.seq_len) and config.data.seq_len % p.tensor:

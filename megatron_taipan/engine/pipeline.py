@@ -74,7 +74,7 @@ class TaipanPipeline(PipelineModule):
             ),
             loss_fn=None,
         )
-        self.config, self.tp = config, groups.tensor
+        self.config, self.tp, self.ops = config, groups.tensor, ops
         self.layer_metrics = LayerMetrics(config.model)
         self.records_on = next(self.parameters()).device
 

@@ -9,8 +9,9 @@ from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import take_rows
-from megatron_taipan.model.rope import rotate
+from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, product
+from megatron_taipan.ops.rope import rotary_tables
 from megatron_taipan.ops.selected_rows import Rows
 
 
@@ -64,9 +65,11 @@ class Attention(nn.Module):
                 q = self.ops.gather_linear(u.flatten(0, 1), self.q_proj, rows)
                 (low, high), place = rows.intervals(lo, hi), within[rows.at]
             q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
-            if self.theta is not None:
-                q = rotate(q, place, self.theta)
-            o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
+            q = self._rotate(q, place)
+            if rows is None and store is None and self.ops.causal_attention is not None and takes_kernels(q):
+                o = self.ops.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
+            else:
+                o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
             if rows is None:
                 outputs.append(product(o, self.out_proj))
             else:
@@ -86,8 +89,7 @@ class Attention(nn.Module):
         k, v, _ = self._keys_values(u, within, None)  # [b, 1, hk, head_dim]
         keys, values, first = store.write(k, v, ctx.position)
         q = product(u, self.q_proj).view(len(u), self.heads, self.head_dim)
-        if self.theta is not None:
-            q = rotate(q, within, self.theta)
+        q = self._rotate(q, within)
         lo, hi = (t[:, 0] for t in ctx.interval(self.window, 0, first))  # [b] slots of the row's own buffer
         if chosen is not None:
             hi = torch.where(chosen[:, 0], hi, lo - 1)
@@ -102,9 +104,15 @@ class Attention(nn.Module):
             first = self.kv_head * self.head_dim
             k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
         k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
-        if self.theta is not None:
-            k = rotate(k.flatten(0, 1), within, self.theta).view_as(k)
+        k = self._rotate(k.flatten(0, 1), within).view_as(k)
         return (k, v, 0) if store is None else store.append(k, v)
+
+    def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Queries or keys [n, heads, head_dim], turned by the places [n] of their tokens where the layer has rotary
+        embeddings."""
+        if self.theta is None:
+            return x
+        return self.ops.rotate(x, *rotary_tables(position, self.head_dim, self.theta, x.dtype))
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         """An empty cache for `batch` rows."""

@@ -148,9 +148,11 @@ class Taipan(nn.Module):
 
     @property
     def graphable(self) -> bool:
-        """Whether no layer needs the host on a GPU: references of attention and of picking rows read numbers there."""
+        """Whether no layer needs the host on a GPU: references of attention and of picking rows read numbers there, and
+        so may kernels of other projects."""
         kinds = kinds_of(self.config.letters)
         fits = fit_tiles(self.config.head_dim) or not any(kind.attends for kind in kinds)
+        fits = fits and not self.ops.unrecordable
         return fits and {"interval_attention", "select_rows"} <= self.ops.kernels and all(k.capturable for k in kinds)
 
     def capture(self, batch: int, length: int) -> None:

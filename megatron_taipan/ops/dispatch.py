@@ -1,38 +1,93 @@
 """Picks which implementation of an operation runs, and says why; nothing else does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from megatron_taipan.errors import UserError
+from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
 from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
+FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
 
-def pick_ops(backend: str = "auto") -> Ops:
+
+def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, run: RunFacts | None = None) -> Ops:
     """Chooses the implementations once, at start-up.
 
     Args:
-        backend: "auto" takes each fast kernel that runs here; "reference" takes none; "fast" requires all of them.
+        backend: "auto" takes each fast kernel of this project that runs here; "reference" takes none; "fast" requires
+            all of them.
+        choices: what overrides it, by option of choices.py: "triton", "reference" or another project's kernel; an
+            option that is "auto" or not there follows the backend.
+        run: what the operations must be able to do; None: no more than all of them can.
 
     Raises:
-        UserError: backend is "fast" and a kernel that this project has cannot run here.
+        UserError: what was asked for cannot serve the run, or cannot run here.
     """
-    chosen, words, lacking, kernels = {}, [], [], set()
-    for name, reference in REFERENCES.items():
-        fast, label = (None, "reference (asked for)") if backend == "reference" else _fast(name)
-        chosen[name] = reference if fast is None else _on_gpu(fast, reference)
-        words.append(f"{name}={label}")
-        if fast is not None:
-            kernels.add(name)
-        if fast is None and name in FAST:
-            lacking.append(f"{name}: {label}")
+    asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
+    run = run or RunFacts()
+    check_choices(asked, run)
+    own = {name: _own(name, backend, asked) for name in REFERENCES}
+    ours = {name for name, (kernel, _) in own.items() if kernel is not None}
+    foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
+    replaced = {FOREIGN[option][choice].operation for option, choice in foreign.items()}
+    lacking = [f"{name}: {own[name][1]}" for name in FAST if name not in ours | replaced and not _set(name, asked)]
     if backend == "fast" and lacking:
         raise UserError(
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
         )
-    mix = _mamba2_mix() if backend != "reference" else None
-    return Ops(**chosen, mamba2_mix=mix, kernels=frozenset(kernels), report="ops: " + " ".join(words))
+    chosen = {
+        name: _on_gpu(kernel, REFERENCES[name]) if kernel else REFERENCES[name] for name, (kernel, _) in own.items()
+    }
+    labels = {name: label for name, (_, label) in own.items()}
+    for option, choice in foreign.items():
+        name = FOREIGN[option][choice].operation
+        kernel, labels[name] = _foreign(option, choice, run)
+        chosen[name] = _on_gpu(kernel, REFERENCES[name]) if name in REFERENCES else _on_its_gpu(kernel)
+    mix = _mamba2_mix() if set(FUSED) <= ours - replaced else None
+    labels["mamba2_mix"] = f"triton ({', '.join(FUSED)} in one)" if mix else "none (its parts one by one)"
+    unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
+    return Ops(
+        **chosen, mamba2_mix=mix, kernels=frozenset(ours | (replaced & REFERENCES.keys())),
+        report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
+        unrecordable="; ".join(filter(None, unrecordable)),
+    )  # fmt: skip
+
+
+def _set(name: str, asked: Mapping[str, str]) -> str | None:
+    """triton or reference, where the operation's own option says so. Another project's kernel takes over one operation
+    of an option; the others follow the backend."""
+    option = next(option for option, names in OPTIONS.items() if name in names)
+    return asked[option] if asked.get(option) in ("triton", "reference") else None
+
+
+def _own(name: str, backend: str, asked: Mapping[str, str]) -> tuple[Callable | None, str]:
+    """This project's kernel and its label, or None and why the reference runs.
+
+    Raises:
+        UserError: the kernel was asked for by the operation's own option, and cannot run here.
+    """
+    wanted = _set(name, asked) or backend
+    kernel, label = (None, "reference (asked for)") if wanted == "reference" else _fast(name)
+    if wanted == "triton" and kernel is None:
+        option = next(option for option, names in OPTIONS.items() if name in names)
+        raise UserError(
+            f"ops.{option}=triton, but the kernel of {name} cannot run here: {label}; use ops.{option}=auto"
+        )
+    return kernel, label
+
+
+def _foreign(option: str, choice: str, run: RunFacts) -> tuple[Callable, str]:
+    """Another project's kernel, and its name with the version.
+
+    Raises:
+        UserError: there is no GPU, or the package is not there.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(f"ops.{option}={choice} runs on an NVIDIA GPU, and torch sees none here; use ops.{option}=auto")
+    kernel, version = FOREIGN[option][choice].load(run)
+    return kernel, f"{choice} {version}"
 
 
 def _fast(name: str) -> tuple[Callable | None, str]:
@@ -49,9 +104,7 @@ def _fast(name: str) -> tuple[Callable | None, str]:
 
 
 def _mamba2_mix() -> Callable | None:
-    """The fused mixer where its parts run."""
-    if not torch.cuda.is_available() or "ssd" not in FAST:
-        return None
+    """The fused mixer, where Triton is."""
     try:
         return _on_its_gpu(load_mamba2_mix())
     except ImportError:

@@ -74,6 +74,12 @@ def load_linear_cross_entropy() -> Callable:
     return linear_cross_entropy
 
 
+def load_rotate() -> Callable:
+    from megatron_taipan.ops.rope_triton import rotate
+
+    return rotate
+
+
 def load_silu_mul() -> Callable:
     from megatron_taipan.ops.swiglu_triton import silu_mul
 
@@ -125,6 +131,7 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "gated_rms_norm": ("triton", load_gated_rms_norm),
     "interval_attention": ("triton", load_interval_attention),
     "linear_cross_entropy": ("triton", load_linear_cross_entropy),
+    "rotate": ("triton", load_rotate),
     "silu_mul": ("triton", load_silu_mul),
     **{name: ("triton", load_selected_rows(name)) for name in SELECTED_ROWS},
     "refine": ("triton", load_refine),

@@ -14,6 +14,7 @@ from megatron_taipan.ops.decode import decode_attention_reference, ssd_update_re
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import add_rms_norm_reference, gated_rms_norm_reference, rms_norm_reference
 from megatron_taipan.ops.refine import refine_reference
+from megatron_taipan.ops.rope import rotate_reference
 from megatron_taipan.ops.selected_rows import (
     bounded_linear_reference,
     gather_linear_reference,
@@ -31,6 +32,7 @@ REFERENCES: dict[str, Callable] = {
     "gated_rms_norm": gated_rms_norm_reference,
     "interval_attention": interval_attention_reference,
     "linear_cross_entropy": linear_cross_entropy_reference,
+    "rotate": rotate_reference,
     "silu_mul": silu_mul_reference,
     "select_rows": select_rows_reference,
     "gather_linear": gather_linear_reference,
@@ -53,6 +55,7 @@ class Ops:
     gated_rms_norm: Callable
     interval_attention: Callable
     linear_cross_entropy: Callable
+    rotate: Callable
     silu_mul: Callable
     select_rows: Callable
     gather_linear: Callable
@@ -67,11 +70,23 @@ class Ops:
     """Names of the operations that CUDA tensors take a fast kernel for."""
     report: str
     """One line for the log: which implementation runs, and why."""
+    causal_attention: Callable | None = None
+    """Attention from every token on the device of training, or None: the layer calls interval_attention. Arguments:
+    q [b * l, hq, d]; k, v [b * l, hk, d]; document_start [b, l], the place in its row at which each token's document
+    begins; window, the tokens that a query sees at most, or None. Returns [b * l, hq, d]."""
+    unrecordable: str = ""
+    """Why no CUDA graph can hold these operations, or nothing."""
 
 
 def reference_ops() -> Ops:
     """The references alone, for a machine or a folder without kernels."""
-    return Ops(**REFERENCES, mamba2_mix=None, kernels=frozenset(), report="ops: all reference (no kernels here)")
+    return Ops(
+        **REFERENCES,
+        mamba2_mix=None,
+        kernels=frozenset(),
+        report="ops: all reference (no kernels here)",
+        unrecordable="",
+    )
 
 
 def takes_kernels(x: torch.Tensor) -> bool:

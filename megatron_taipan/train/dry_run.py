@@ -12,6 +12,7 @@ from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.engine.build import accumulation, count_parameters
+from megatron_taipan.engine.operations import describe_operations
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
@@ -57,6 +58,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
         " forward and backward"
     )
+    yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
     if found := find_newest(Path(config.checkpoint.dir)):
         progress = read_metadata(found.path)["progress"]

@@ -21,12 +21,13 @@ from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
 from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
 from megatron_taipan.engine.ema import begin_ema, update_ema
+from megatron_taipan.engine.operations import choose_operations
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
 from megatron_taipan.engine.state_shards import held_shards
 from megatron_taipan.engine.timeouts import set_timeouts
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.model.taipan import Taipan
-from megatron_taipan.ops.dispatch import Ops, pick_ops
+from megatron_taipan.ops.operations import Ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
@@ -65,12 +66,12 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         settle_numerics(config)
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, config.data.seq_len)
+        ops = run_on_all_ranks(lambda: choose_operations(config))  # before data is read: a package may be missing
         train_data, valid_data = run_on_all_ranks(lambda: open_data(config))
         verified = verify(config, place, device, watchdog) if config.data.verify else None
         lock = run_on_all_ranks(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
         found = run_on_all_ranks(lambda: find_checkpoint(config))
-        ops = run_on_all_ranks(lambda: pick_ops(config.ops.backend))
         model = run_on_all_ranks(lambda: build_training_model(config, groups, ops))
         trained_on = [source.prefix for source in config.data.train]
         unlike = run_on_all_ranks(

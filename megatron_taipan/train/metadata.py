@@ -11,7 +11,18 @@ import torch
 from megatron_taipan.config import Config
 from megatron_taipan.parallel.groups import Groups
 
-PACKAGES = ("megatron_taipan", "torch", "deepspeed", "numpy", "triton", "mamba_ssm", "causal_conv1d", "flash_attn")
+PACKAGES = (
+    "megatron_taipan",
+    "torch",
+    "deepspeed",
+    "numpy",
+    "triton",
+    "mamba_ssm",
+    "causal_conv1d",
+    "flash_attn",
+    "liger_kernel",
+    "cut_cross_entropy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,64 @@
+"""The operations of a run, from its configuration: what must be able to run, and what was chosen."""
+
+import torch
+
+from megatron_taipan.config import Config
+from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.ops.choices import RunFacts, check_choices
+from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.ops.operations import Ops
+
+
+def run_facts(config: Config) -> RunFacts:
+    """What decides which implementations can serve the run."""
+    m, t, tensor = config.model.mamba, config.train, config.parallel.tensor
+    attending = [kind for kind in kinds_of(config.model.letters) if kind.attends]
+    groups = m.n_groups // tensor if m.n_groups % tensor == 0 else 1  # of a rank, see model/mamba2.py
+    return RunFacts(
+        precision=t.precision,
+        tf32=t.tf32,
+        deterministic=t.deterministic,
+        tensor=tensor,
+        packed=config.data.mask_documents and not config.data.one_document,
+        headdim=m.headdim,
+        d_state=m.d_state,
+        d_conv=m.d_conv,
+        conv_channels=config.model.d_inner // tensor + 2 * groups * m.d_state,
+        head_dim=config.model.head_dim if attending else RunFacts.head_dim,
+        every_query={kind.letter: kind.windowed for kind in attending if not kind.gated},
+        gated=tuple(kind.letter for kind in attending if kind.gated),
+    )
+
+
+def check_operations(config: Config) -> None:
+    """Whether the chosen implementations can serve the run; needs neither a GPU nor their packages.
+
+    Raises:
+        UserError: with the reasons.
+    """
+    check_choices(
+        {option: choice for option, choice in config.ops.choices().items() if choice != "auto"}, run_facts(config)
+    )
+
+
+def choose_operations(config: Config) -> Ops:
+    """The operations of the run on this machine.
+
+    Raises:
+        UserError: what was chosen cannot serve the run or is not here.
+    """
+    return pick_ops(config.ops.backend, config.ops.choices(), run_facts(config))
+
+
+def describe_operations(config: Config) -> str:
+    """Which implementations run here; without a GPU, where kernels are not looked for, which were asked for.
+
+    Raises:
+        UserError: as for `choose_operations`.
+    """
+    if torch.cuda.is_available():
+        return choose_operations(config).report
+    asked = [f"ops.{name}={choice}" for name, choice in config.ops.choices().items() if choice != "auto"]
+    return (
+        " ".join([f"ops.backend={config.ops.backend}", *asked]) + " (no GPU here: whether they run shows at the start)"
+    )

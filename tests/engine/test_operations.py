@@ -1,0 +1,101 @@
+"""The operations of a configured run: what it needs of them, when it is refused, and what is printed."""
+
+import pytest
+import torch
+
+from megatron_taipan.checkpoint.metadata import changed_settings, identity
+from megatron_taipan.engine.build import capture_graphs, check_layout
+from megatron_taipan.engine.operations import describe_operations, run_facts
+from megatron_taipan.errors import UserError
+from megatron_taipan.model import attention
+from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.ops import dispatch
+from megatron_taipan.ops.choices import RunFacts
+from tests.ops import fake_libraries
+from tests.train.toy import toy_config
+
+MAMBA = {"d_state": 16, "headdim": 16, "n_groups": 2}
+
+
+def config(pattern="M S M A", **sections):
+    model = {"pattern": pattern, "vocab_size": 64, "d_model": 32, "d_ff": 48, "mamba": MAMBA}
+    return toy_config("unused", model=model | {"attention": {"n_heads": 2, "window": 12}}, **sections)
+
+
+def test_the_facts_of_a_run():
+    facts = run_facts(config(train={"precision": "bf16"}))
+    assert facts == RunFacts(
+        packed=True, headdim=16, d_state=16, conv_channels=64 + 2 * 2 * 16, head_dim=16, every_query={"A": False},
+        gated=("S",),
+    )  # fmt: skip
+    assert run_facts(config("W M")).every_query == {"W": True}
+    for data in ({"mask_documents": False}, {"one_document": True}):
+        assert not run_facts(config(data={"train": "unused", "seq_len": 32, **data})).packed
+    # half of x and, with two groups, one of B and of C; four ranks share a group between two of them
+    assert run_facts(config(parallel={"tensor": 2})).conv_channels == 32 + 2 * 16
+    assert run_facts(config(parallel={"tensor": 4})).conv_channels == 16 + 2 * 16
+
+
+def test_a_run_is_refused_before_anything_is_started():
+    with pytest.raises(UserError, match="ops.attention=flash_attn cannot serve this run.*precision=fp32"):
+        check_layout(config(ops={"attention": "flash_attn"}), 1)
+    with pytest.raises(UserError, match="ops.cross_entropy=liger.*parallel.tensor=2"):
+        check_layout(config(ops={"cross_entropy": "liger"}, parallel={"tensor": 2}), 2)
+    check_layout(config(ops={"cross_entropy": "liger"}), 1)
+
+
+def test_a_dry_run_without_a_gpu_says_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = describe_operations(config(ops={"backend": "fast", "ssd": "mamba_ssm"}))
+    assert text.startswith("ops.backend=fast ops.ssd=mamba_ssm (no GPU here")
+
+
+def test_a_dry_run_on_a_gpu_says_what_runs(monkeypatch):
+    fake_libraries.install(monkeypatch)
+    text = describe_operations(config(ops={"backend": "reference", "ssd": "mamba_ssm"}))
+    assert "ssd=mamba_ssm 2.3.2.post1" in text and "causal_conv1d=reference (asked for)" in text
+
+
+def test_layers_are_not_recorded_where_the_host_counts_documents(monkeypatch):
+    fake_libraries.install(monkeypatch)
+    ours = config("A", ops={"attention": "flash_attn"}, train={"precision": "bf16"})
+    ops = dispatch.pick_ops("reference", ours.ops.choices(), run_facts(ours))
+    said = capture_graphs(Taipan(ours.model, ops=ops), ours, torch.device("cuda"), None)
+    assert said == "layers run one by one (flash_attn counts packed documents on the host)"
+
+
+def test_a_run_goes_on_with_other_kernels_and_says_so():
+    saved, ours = config(), config(ops={"ssd": "mamba_ssm"})
+    assert identity(saved, "data") == identity(ours, "data")
+    assert changed_settings(saved, ours) == ["ops.ssd: auto, this run mamba_ssm"]
+
+
+LIBRARIES = {"ssd": "mamba_ssm", "conv": "causal_conv1d", "attention": "flash_attn", "cross_entropy": "liger"}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("packed", "attention_by"), [(True, "flash_attn"), (False, "flash_attn"), (False, "sdpa")])
+def test_a_network_computes_the_same_with_other_projects_kernels(monkeypatch, packed, attention_by, recompute):
+    fake_libraries.install(monkeypatch)
+    for module in (dispatch, attention):
+        monkeypatch.setattr(module, "takes_kernels", lambda x: True)
+    data = {"train": "unused", "seq_len": 32, "mask_documents": packed}
+    pattern = "M S M A" if attention_by == "sdpa" else "M W M A"
+    ours = config(
+        pattern,
+        data=data,
+        ops=LIBRARIES | {"attention": attention_by},
+        train={"precision": "bf16"},
+    )
+    picked = dispatch.pick_ops("reference", ours.ops.choices(), run_facts(ours))
+    made = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 64, (2, 33), generator=made)
+    seq_idx = (torch.rand(2, 32, generator=made) < 0.1).cumsum(1).int() if packed else None
+    results = []
+    for ops in (dispatch.pick_ops("reference"), picked):
+        model = Taipan(ours.model, ops=ops, recompute=recompute).double()
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:], seq_idx=seq_idx).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
