@@ -9,6 +9,8 @@ from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choice
 from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
+# Kernels that only the operation's own option takes, with the reason: they have not run on a GPU yet.
+UNTRIED = {"rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it"}
 FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
 
 
@@ -32,7 +34,8 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
     replaced = {FOREIGN[option][choice].operation for option, choice in foreign.items()}
-    lacking = [f"{name}: {own[name][1]}" for name in FAST if name not in ours | replaced and not _set(name, asked)]
+    tried = [name for name in FAST if name not in UNTRIED]
+    lacking = [f"{name}: {own[name][1]}" for name in tried if name not in ours | replaced and not _set(name, asked)]
     if backend == "fast" and lacking:
         raise UserError(
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
@@ -70,6 +73,8 @@ def _own(name: str, backend: str, asked: Mapping[str, str]) -> tuple[Callable | 
     """
     wanted = _set(name, asked) or backend
     kernel, label = (None, "reference (asked for)") if wanted == "reference" else _fast(name)
+    if kernel is not None and name in UNTRIED and _set(name, asked) != "triton":
+        kernel, label = None, f"reference ({UNTRIED[name]})"
     if wanted == "triton" and kernel is None:
         option = next(option for option, names in OPTIONS.items() if name in names)
         raise UserError(

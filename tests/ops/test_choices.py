@@ -58,7 +58,11 @@ def test_an_operations_own_option_overrides_the_backend(kernels, backend, others
 
 
 def test_without_options_everything_is_as_the_backend_says(kernels):
-    assert set(labels(pick_ops("auto")).values()) == {"triton", "triton (causal_conv1d, ssd, gated_rms_norm in one)"}
+    found = labels(pick_ops("auto", {"rope": "triton"}))
+    assert set(found.values()) == {"triton", "triton (causal_conv1d, ssd, gated_rms_norm in one)"}
+    plain = pick_ops("auto")  # a kernel that no GPU has run is taken by its own option alone
+    assert "rotate" not in plain.kernels and "rotate" not in pick_ops("fast").kernels
+    assert plain.kernels == pick_ops("auto", {"rope": "triton"}).kernels - {"rotate"}
     assert set(labels(pick_ops("reference")).values()) == {"reference (asked for)", "none (its parts one by one)"}
     assert pick_ops("auto").causal_attention is None and not pick_ops("auto").unrecordable
 
