@@ -15,6 +15,7 @@ from megatron_taipan.evaluation.found_again import Example, find_values, longest
 from megatron_taipan.evaluation.lengths import parse_lengths
 from megatron_taipan.evaluation.text_models import find_model
 from megatron_taipan.inference.loading import DTYPES
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.base import Tokenizer
 
@@ -67,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.depths < 1 or options.samples < 1:
         raise UserError(f"--depths={options.depths} and --samples={options.samples} must be at least 1")
     found = find_model(options.model, options.tokenizer)
-    print_accuracy(found.load(options), found.tokenizer, lengths, options.depths, options.samples, options.seed)
+    network = found.load(options)
+    with watched_selection(network, found.name):
+        print_accuracy(network, found.tokenizer, lengths, options.depths, options.samples, options.seed)
     return 0
 
 

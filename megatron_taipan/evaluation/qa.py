@@ -24,6 +24,7 @@ from megatron_taipan.evaluation.qa_formats import Question, read_questions
 from megatron_taipan.evaluation.qa_prompts import KEEP, choose_shots, make_prompt
 from megatron_taipan.evaluation.results import Row, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 
 
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     for model in models:
         network = model.load(options)
         for data in sets:
-            answers = list(answer(model, network, data, prompts[model.name, data], options))
+            with watched_selection(network, f"{model.name} on {data}"):
+                answers = list(answer(model, network, data, prompts[model.name, data], options))
             rows.append(summarize(model, data, answers))
             told += answers
         del network  # before the next one is read

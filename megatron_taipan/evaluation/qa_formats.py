@@ -74,11 +74,9 @@ def _of_record(record: Record, number: str) -> Iterator[Question]:
 
 
 def _squad(record: Record, number: str) -> Question:
-    """A question of SQuAD; its answers as its own files or as `datasets` have them."""
+    """A question of SQuAD; its answers as its own files or as `datasets` have them; v2.0's that have none list none."""
     given = record["answers"]
     texts = given["text"] if isinstance(given, dict) else [answer["text"] for answer in given]
-    if record.get("is_impossible"):
-        texts = []
     return Question(
         str(record.get("id", number)), SQUAD, _text(record["context"]), _text(record["question"]), _answers(texts),
         title=str(record.get("title") or ""),

@@ -30,6 +30,7 @@ from megatron_taipan.evaluation.passkey import spread_depths
 from megatron_taipan.evaluation.results import Row, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.retrieval_prompts import DEPTH_KINDS, Filler, make_recall, read_filler
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 
 RECALL = "recall"
@@ -60,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for model in models:
         network = model.load(options)
-        with tqdm(total=len(cells) * options.samples, desc=model.name, file=sys.stderr, dynamic_ncols=True) as bar:
+        total = len(cells) * options.samples
+        with (
+            watched_selection(network, model.name),
+            tqdm(total=total, desc=model.name, file=sys.stderr, dynamic_ncols=True) as bar,
+        ):
             for cell in cells:
                 rows.append(score_cell(model, network, cell, options, filler, bar))
         del network  # before the next one is read

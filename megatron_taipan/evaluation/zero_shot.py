@@ -137,6 +137,7 @@ def exported(model: TextModel, options: argparse.Namespace) -> Iterator[Path]:
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             raise UserError(f"{model.name} cannot be exported for lm-eval: {said[-1].removeprefix('error: ')}")
+        sys.stderr.write(done.stderr)  # what the export remarks on, such as gates that select far from training
         yield folder
 
 

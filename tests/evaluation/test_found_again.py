@@ -57,6 +57,8 @@ def test_ranked_first_is_what_greedy_generation_writes(pattern, chunk):
     for at in places[1]:  # one wrong token of a value makes it wrong, in the middle as at its ends
         other = [*tokens[:at], (tokens[at] + 1) % VOCABULARY, *tokens[at + 1 :]]
         assert count_ranked_first(model, RankedText(other, [places[0], places[1]]), chunk) == 1
+        assert count_ranked_first(model, RankedText(other, [range(at, at + 1)]), chunk) == 0
+        assert count_ranked_first(model, RankedText(tokens, [range(at, at + 1)]), chunk) == 1
 
 
 class Letters:

@@ -97,7 +97,10 @@ def test_completions_are_taken_as_they_are(tmp_path, codec):
 
 def test_cloze_questions_go_on_from_their_text(tmp_path, codec):
     asked = only(write(tmp_path / "drop.jsonl", CLOZE))
-    assert make_prompt(codec, asked, []) == f"Wall  {WALL[:-1]}. It was built as"
+    assert make_prompt(codec, asked, []) == f"Wall  {WALL} It was built as"
+    for text in ("It stands", "It stands.", "It stands. it WAS built as"):
+        asked = only(write(tmp_path / "drop.jsonl", CLOZE | {"context": text}))
+        assert make_prompt(codec, asked, []) == "It stands. It was built as"
 
 
 @pytest.mark.parametrize("room", [80, 100, 150])

@@ -8,12 +8,14 @@ import pytest
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import retrieval_prompts as prompts
+from megatron_taipan.evaluation.__main__ import main as evaluate
 from megatron_taipan.evaluation.retrieval import main
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
 from tests.checkpoints.made import train_sentencepiece
 from tests.evaluation.readers import read_pairs, read_prompt, reading_generate
+from tests.evaluation.test_qa import SAMPLE
 from tests.inference.networks import small_config
 
 BUILT_IN = prompts.read_filler(None)
@@ -166,3 +168,16 @@ def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, model, mo
         assert main(asked) == 0
     first, more, other = ({tuple(prompt) for prompt in prompts} for prompts in seen)
     assert len(first) == 2 and first < more and not first & other
+
+
+@pytest.mark.parametrize("task", ["retrieval", "qa", "passkey"])
+def test_a_gate_that_is_shut_is_warned_of(task, tokenizer, tmp_path, capsys):
+    shut = Taipan(small_config("M S", vocab_size=600, gate={"threshold": 50.0}))
+    weights = write_weights(tmp_path / "shut", shut)
+    arguments = {
+        "retrieval": ["--kinds", "needle", "--lengths", "300", "--depths", "1", "--samples", "1"],
+        "qa": ["--data", str(SAMPLE), "--samples", "2", "--max-new-tokens", "2"],
+        "passkey": ["--lengths", "300", "--depths", "1", "--samples", "1"],
+    }
+    assert evaluate([task, str(weights), "--tokenizer", str(tokenizer), *arguments[task]]) == 0
+    assert "layers.1 selects 0.00% of the tokens, where training asked for 15%" in capsys.readouterr().err

@@ -133,6 +133,6 @@ def test_a_checkpoint_is_exported_to_a_folder_that_goes_away(data, tmp_path, mon
     assert main(arguments) == 0
     command, folder = seen
     assert command[2:] == ["checkpoints.export_hf", str(checkpoint), str(folder), "--dtype", "bf16"]
-    assert not folder.parent.exists()
+    assert not folder.parent.exists() and "note: x" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "cannot be exported for lm-eval: the disk is full" in capsys.readouterr().err
