@@ -69,7 +69,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         # `tokenize` of https://, s3:// and gs:// addresses; hf:// takes nothing more
         "remote": ["aiohttp>=3.9", "s3fs>=2025.3", "gcsfs>=2025.3"],
-        # `lm_eval --model hf` on an export; with it tests/hf/test_lm_eval.py runs instead of being skipped
+        # evaluation zero-shot, `lm_eval --model hf` on an export; tests/hf/test_lm_eval.py installs the pinned one
         "eval": ["lm_eval>=0.4.13", "accelerate>=1"],
         # adapters and preference tuning of an export; tests/hf/test_libraries.py installs the pinned ones for itself
         "tune": ["peft>=0.19", "trl>=1.5", "accelerate>=1.10"],

@@ -15,6 +15,9 @@ from megatron_taipan.errors import EXIT_WRONG_INPUT
 TASKS = {  # command: what it answers, as the list of tasks prints it
     "perplexity": "how well is held-out text predicted",
     "passkey": "is a number found again in a long text",
+    "retrieval": "are numbers, sentences and words found again, by length and depth",
+    "qa": "are questions answered from their context: SQuAD, SWDE, FDA, DROP, TriviaQA, NQ",
+    "zero-shot": "the nine multiple-choice tasks of the paper, by lm-eval",
     "calibrate": "set the gates' thresholds so that a wanted share of the tokens is selected",
     "selection": "which tokens do the selective layers select",
     "recall_tokens": "how well are tokens predicted that the text has shown before, by their distance",

@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_taipan.inference.generate", description=__doc__)
     parser.add_argument("model", type=Path, help="a checkpoint, a run's folder of checkpoints, or an exported folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    parser.add_argument("--prompt-file", type=Path, help="a file with one prompt a line")
+    parser.add_argument("--prompt-file", type=Path, nargs="+", default=[], help="UTF-8 files, each a whole prompt")
+    parser.add_argument("--prompt-lines", action="store_true", help="every line of --prompt-file is a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
     )  # refused before the model is loaded
-    texts = read_prompts(options.prompt, options.prompt_file)
+    texts = read_prompts(options.prompt, options.prompt_file, lines=options.prompt_lines)
     device = parse_device(options.device)
     model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype])
     named = options.tokenizer or tokenizer_file
@@ -65,19 +66,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of the file.
+def read_prompts(given: list[str], files: list[Path], *, lines: bool = False) -> list[str]:
+    """The prompts of the command line, then those of the files.
+
+    Args:
+        lines: False: each file is one prompt, without the end of its last line. True: each line is one that holds more
+            than white space.
 
     Raises:
-        UserError: there is none, or the file cannot be read.
+        UserError: there is none, a file cannot be read or holds nothing, or lines are wanted of no file.
     """
+    if lines and not files:
+        raise UserError("--prompt-lines says how --prompt-file is read: name a file, or leave it out")
     prompts = list(given)
-    if file is not None:
+    for file in files:
         try:
-            # not splitlines(), which also cuts at form feeds and other characters within a line
-            prompts += [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+            # as it is on the disk: read_text would turn the ends of lines of other systems into "\n"
+            text = file.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read prompts from {file}: {error}") from error
+            raise UserError(f"cannot read prompts from {file}: {error}; a prompt is text in UTF-8") from error
+        if not text.strip():
+            raise UserError(f"{file} holds nothing to continue: it has {len(text):,} characters, all white space")
+        if lines:
+            # not splitlines(), which also cuts at form feeds and other characters within a line
+            prompts += [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+        else:
+            prompts.append(text.removesuffix("\n").removesuffix("\r"))
     if not prompts:
         raise UserError('there is nothing to continue: pass --prompt "some text" or --prompt-file FILE')
     return prompts

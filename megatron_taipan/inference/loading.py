@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
@@ -71,8 +71,13 @@ def load_model(
     """
     opened = open_weights(path, ema=ema)
     model = build_with_weights(opened.network, opened.load, dtype)
+    return model, find_tokenizer(opened), None if isinstance(opened, ExportedWeights) else opened.config
+
+
+def find_tokenizer(opened: CheckpointWeights | ExportedWeights) -> Path | None:
+    """The tokenizer file that belongs to the weights, if they name one."""
     if isinstance(opened, ExportedWeights):
-        tokenizer = path / "tokenizer.json"
-        return model, tokenizer if tokenizer.is_file() else None, None
+        tokenizer = opened.path / "tokenizer.json"
+        return tokenizer if tokenizer.is_file() else None
     named = opened.config.data.tokenizer
-    return model, Path(named) if named else None, opened.config
+    return Path(named) if named else None

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +16,16 @@ import torch
 from checkpoints.export_hf import export
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.tokenizer.load import load_tokenizer_file
-from tests.checkpoints.made import memory_state, train_sentencepiece
+from tests.checkpoints.made import ROOT, memory_state, train_sentencepiece, write_checkpoint
 from tests.checkpoints.test_text_of_exports import data_of, tokenize
+from tests.evaluation.zero_shot_data import RECORDS, write_tasks
 from tests.hf.test_libraries import install
 
 # What `lm_eval --model hf` needs beyond the usual environment.
 NEEDS = (
     "lm_eval accelerate evaluate sacrebleu rouge_score word2number pytablewriter more-itertools jsonlines nltk joblib"
     " scikit-learn scipy threadpoolctl portalocker tabulate colorama chardet DataProperty mbstrdecoder pathvalidate"
-    " tabledata tcolorpy typepy tqdm-multiprocess sqlitedict"
+    " tabledata tcolorpy typepy tqdm-multiprocess sqlitedict six"
 ).split()
 
 TASK = """
@@ -44,6 +46,13 @@ metric_list: [{{metric: acc}}]
 def site(tmp_path_factory) -> str:
     """A folder with lm_eval in it, as constraints.txt has it."""
     return str(install(tmp_path_factory.mktemp("lm_eval"), NEEDS))
+
+
+def environment(site: str, home: Path) -> dict[str, str]:
+    """Variables with which lm_eval is found and asks nothing of the network."""
+    paths = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "home")}
+    return os.environ | {"PYTHONPATH": paths} | offline
 
 
 def log_likelihood(model, codec, begin: list[int], context: str, choice: str) -> float:
@@ -76,14 +85,14 @@ def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options, site):
     command += ["--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"]
     command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--log_samples"]
     command += ["--output_path", str(tmp_path / "result")]
-    paths = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
-    env = os.environ | {
-        "PYTHONPATH": paths,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        command,
+        env=environment(site, tmp_path),
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
 
     model, codec = load_model(tmp_path / "hf")[0], load_tokenizer_file(tokenizer)
     samples = [
@@ -96,3 +105,45 @@ def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options, site):
         first = begin if row["context"] else begin or [2]
         wanted = [log_likelihood(model, codec, first, row["context"], choice) for choice in row["choices"]]
         assert got == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.manual
+def test_the_nine_tasks_of_a_checkpoint(tmp_path, site):
+    """Run 2026-11-29 with lm_eval 0.4.13, transformers 5.23.0 and datasets 5.2.0: passed in 132 s on busy cores."""
+    tokenizer, state = train_sentencepiece(tmp_path), memory_state("M S W", vocab_size=600)
+    data = state.config.data.model_copy(update={"tokenizer": str(tokenizer)})
+    config = state.config.model_copy(update={"data": data})
+    checkpoint = write_checkpoint(tmp_path / "run", config, state.load)
+    write_tasks(tmp_path / "data")
+    command = [sys.executable, "-m", "megatron_taipan.evaluation", "zero-shot", str(checkpoint), "--device", "cpu"]
+    command += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    env = environment(f"{site}{os.pathsep}{ROOT}", tmp_path)
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+    record = json.loads((tmp_path / "out/zero-shot.json").read_text())
+    rows = {row["task"]: row for row in record["rows"]}
+    assert record["about"]["lm_eval"] == "0.4.13"
+    versions = {task: rows[task]["version"] for task in RECORDS}
+    assert versions == {**dict.fromkeys(RECORDS, 1.0), "truthfulqa_mc2": 3.0, "race": 3.0, "boolq": 2.0}
+
+    model, codec = load_model(checkpoint)[0], load_tokenizer_file(tokenizer)
+    asked = [  # task, what comes before, the choices, the right one
+        *(("arc_easy", f"Question: {r['question']}\nAnswer:", r["choices"]["text"], 1) for r in RECORDS["arc_easy"]),
+        *(("piqa", f"Question: {r['goal']}\nAnswer:", [r["sol1"], r["sol2"]], r["label"]) for r in RECORDS["piqa"]),
+        *(
+            ("boolq", f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ["no", "yes"], r["label"])
+            for r in RECORDS["boolq"]
+        ),
+        ("hellaswag", "Baking: She mixes flour. She", RECORDS["hellaswag"][0]["endings"], 0),
+    ]
+    for task in {one[0] for one in asked}:
+        plain, by_length = [], []
+        for before, choices, right in (one[1:] for one in asked if one[0] == task):
+            told = [log_likelihood(model, codec, [], before, f" {choice}") for choice in choices]
+            per = [t / len(choice) for t, choice in zip(told, choices, strict=True)]
+            plain.append(told.index(max(told)) == right)
+            by_length.append(per.index(max(per)) == right)
+        assert rows[task]["acc"] == pytest.approx(sum(plain) / len(plain)), task
+        if task != "boolq":
+            assert rows[task]["acc_norm"] == pytest.approx(sum(by_length) / len(by_length)), task
+    scores = [rows[task]["score"] for task in RECORDS]
+    assert rows["mean of 9"]["score"] == pytest.approx(sum(scores) / 9)

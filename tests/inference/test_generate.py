@@ -37,10 +37,52 @@ def test_greedy_text_is_the_decoded_ids(trained, capsys):
     assert all(answer["text"].startswith(prompt) for answer, prompt in zip(answers, prompts, strict=True))
 
 
-def test_prompts_come_from_a_file_too_and_seeds_repeat(trained, tmp_path, capsys):
+def prompts_of(capsys) -> list[str]:
+    """The prompts of what was printed with --json."""
+    return [json.loads(line)["prompt"] for line in capsys.readouterr().out.strip("\n").split("\n")]
+
+
+def test_files_are_prompts_as_a_whole_or_line_by_line(trained, tmp_path, capsys):
     _, folder, tokenizer = trained
-    (tmp_path / "prompts.txt").write_text("one\fof\u2028these\n\ntwo\n")
-    arguments = [str(folder), "--tokenizer", str(tokenizer), "--prompt-file", str(tmp_path / "prompts.txt"), "--json"]
+    (tmp_path / "a.txt").write_text("def one(\x0c):\n\n    return 1\n")
+    (tmp_path / "b.txt").write_bytes("# two\u2028of these\r\nimport os".encode())
+    arguments = [str(folder), "--tokenizer", str(tokenizer), "--max-new-tokens", "2", "--json", "--prompt", "zero"]
+    files = ["--prompt-file", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert main([*arguments, *files]) == 0
+    assert prompts_of(capsys) == ["zero", "def one(\x0c):\n\n    return 1", "# two\u2028of these\r\nimport os"]
+    assert main([*arguments, *files, "--prompt-lines"]) == 0
+    assert prompts_of(capsys) == ["zero", "def one(\x0c):", "    return 1", "# two\u2028of these", "import os"]
+
+
+def test_a_file_goes_on_as_its_text_does(trained, tmp_path, capsys):
+    """Lines within a document are part of its prompt."""
+    model, folder, tokenizer = trained
+    document = "\n".join(lines_of_text()[:30])
+    (tmp_path / "document.py").write_text(f"{document}\n")
+    arguments = ["--tokenizer", str(tokenizer), "--temperature", "0", "--max-new-tokens", "5", "--json"]
+    assert main([str(folder), *arguments, "--prompt-file", str(tmp_path / "document.py")]) == 0
+    codec = load_tokenizer_file(tokenizer)
+    (wanted,) = generate(model, [codec.encode(document)], max_new_tokens=5, stop_tokens=codec.end_ids)
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == wanted
+
+
+def test_files_that_are_no_prompts_are_refused(trained, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    for name, words in (
+        ("empty.txt", "holds nothing to continue"),
+        ("latin.txt", "UTF-8"),
+        ("none.txt", "No such file"),
+    ):
+        for lines in ([], ["--prompt-lines"]):
+            assert main([str(trained[1]), "--prompt-file", str(tmp_path / name), *lines]) == 2
+            error = capsys.readouterr().err
+            assert words in error and name in error and error.count("\n") == 1
+
+
+def test_seeds_repeat(trained, capsys):
+    _, folder, tokenizer = trained
+    arguments = [str(folder), "--tokenizer", str(tokenizer), "--prompt", "one", "--prompt", "two", "--json"]
     texts = []
     for seed in ("1", "1", "2"):
         assert main([*arguments, "--seed", seed, "--max-new-tokens", "8"]) == 0
@@ -53,6 +95,7 @@ def test_prompts_come_from_a_file_too_and_seeds_repeat(trained, tmp_path, capsys
     ("arguments", "words"),
     [
         ([], "nothing to continue"),
+        (["--prompt", "x", "--prompt-lines"], "name a file"),
         (["--prompt", "x"], "names no tokenizer"),
         (["--prompt", "x", "--tokenizer", "none.model"], "none.model does not exist"),
         (["--prompt", "x", "--top-p", "2"], r"top_p=2.0 must be in"),
