@@ -20,6 +20,7 @@ from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 
 INPUTS = ("tokens", "labels", "loss_mask", "seq_idx")  # of a batch, [b, l] each
@@ -119,6 +120,7 @@ def scoring_parser(program: str, description: str | None) -> argparse.ArgumentPa
     parser.add_argument("--seq-len", type=int, help="tokens per sample; default: as in training")
     parser.add_argument("--samples", type=int, default=64, help="samples scored")
     parser.add_argument("--batch", type=int, default=4, help="samples per forward pass")
+    parser.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
     return parser
@@ -156,17 +158,20 @@ def each_model(
     options: argparse.Namespace, untrained: bool = False
 ) -> Iterator[tuple[str, Taipan, Config | None, Path]]:
     """Each model named, on its device: its label, the network, the run's configuration if it is a checkpoint, the path.
+    When the next one is asked for, it is said where the gates selected far from what they were trained for.
 
     Args:
         untrained: begin with the first model's network as it is before training.
     """
     device, dtype = parse_device(options.device), DTYPES[options.dtype]
     for path in options.models:
-        model, _, config = load_model(path, dtype)
+        model, _, config = load_model(path, dtype, ema=options.ema)
         if untrained and path is options.models[0]:
             seed = config.train.seed if config else 0
             yield "untrained", Taipan(model.config, seed=seed).to(device), config, path
-        yield str(path), model.to(device), config, path
+        label = f"{path} (EMA)" if options.ema else str(path)
+        with watched_selection(model, label):
+            yield label, model.to(device), config, path
 
 
 def name_data(options: argparse.Namespace) -> str:

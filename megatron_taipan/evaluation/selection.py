@@ -21,6 +21,7 @@ from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_dec
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=20_000, help="read the beginning of a longer text only")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per pass; bounds the memory")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
+    parser.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
@@ -53,14 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--max-tokens={options.max_tokens} and --chunk={options.chunk} must be at least 1")
 
     text, device = read_text(options.text), parse_device(options.device)
-    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype])
+    model, tokenizer, _ = load_model(options.model, DTYPES[options.dtype], ema=options.ema)
     named = options.tokenizer or tokenizer
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
     whole, parts = load_tokenizer_file(named).encode_with_bytes(text)
     parts = truncate_tokens(parts, options.max_tokens)
     ids = whole[: len(parts)]
-    decisions = collect_decisions(model.to(device), ids, options.chunk)
+    with watched_selection(model, str(options.model)):
+        decisions = collect_decisions(model.to(device), ids, options.chunk)
     groups = group_tokens(decisions, token_kinds(ids, parts))
 
     summary = {

@@ -130,7 +130,7 @@ def exported(model: TextModel, options: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="taipan-zero-shot-") as place:
         folder = Path(place) / "hf"
         command = [sys.executable, "-m", "checkpoints.export_hf", str(model.path), str(folder)]
-        command += ["--dtype", options.dtype]
+        command += ["--dtype", options.dtype, *(["--ema"] if model.ema else [])]
         if options.tokenizer is not None:
             command += ["--tokenizer", str(options.tokenizer)]
         done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

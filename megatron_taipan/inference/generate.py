@@ -11,6 +11,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.sampling import Sampling
+from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.inference.text import model_tokenizer
 
 
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ignore-end", action="store_true", help="do not stop at the end-of-document token")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
     parser.add_argument("--prefill-chunk", type=int, default=2048, help="prompt tokens per pass; bounds the memory")
+    parser.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, with token ids")
@@ -41,19 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
     )  # refused before the model is loaded
     texts = read_prompts(options.prompt, options.prompt_file, lines=options.prompt_lines)
     device = parse_device(options.device)
-    model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype])
+    model, tokenizer_file, config = load_model(options.model, DTYPES[options.dtype], ema=options.ema)
     named = options.tokenizer or tokenizer_file
     if named is None:
         raise UserError(f"{options.model} names no tokenizer; pass --tokenizer FILE")
     tokenizer = model_tokenizer(named, config.data if config else None)
-    continuations = generate(
-        model.to(device),
-        [tokenizer.encode(text) for text in texts],
-        max_new_tokens=options.max_new_tokens,
-        sampling=sampling,
-        stop_tokens=() if options.ignore_end else tokenizer.end_ids,
-        prefill_chunk=options.prefill_chunk,
-    )
+    with watched_selection(model, str(options.model)):
+        continuations = generate(
+            model.to(device),
+            [tokenizer.encode(text) for text in texts],
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            stop_tokens=() if options.ignore_end else tokenizer.end_ids,
+            prefill_chunk=options.prefill_chunk,
+        )
     for text, ids in zip(texts, continuations, strict=True):
         whole = tokenizer.decode(
             tokenizer.encode(text) + [i for i in ids if i not in tokenizer.end_ids], skip_special_tokens=True

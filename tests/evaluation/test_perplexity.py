@@ -99,3 +99,14 @@ def test_a_second_model_with_a_smaller_vocabulary_than_the_data_is_refused(tmp_p
     assert main([str(tmp_path / "large"), str(tmp_path / "small"), "--data", prefix, "--seq-len", "32"]) == 2
     printed = capsys.readouterr()
     assert "the model's vocabulary has 9" in printed.err and printed.out.count("\n") == 2
+
+
+def test_the_program_warns_of_gates_that_are_practically_off(tmp_path, prefix, capsys):
+    model = Taipan(small_config("M S"), seed=3)
+    arguments = ["--data", prefix, "--seq-len", "32", "--samples", "9"]
+    for name, threshold in (("off", 1e9), ("half", 0.0)):
+        model.layers[1].gate.threshold.fill_(threshold)
+        write_weights(tmp_path / name, model)
+    assert main([str(tmp_path / "off"), str(tmp_path / "half"), *arguments]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and f"{tmp_path / 'off'}: layers.1 selects 0.00% of the tokens" in said[0]

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoints import export_hf, reshard
 from megatron_taipan.checkpoint.weights import open_checkpoint, open_weights
+from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation import perplexity
+from megatron_taipan.inference.loading import load_model
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import runs, with_options
-from tests.train.toy import toy_tree, write_data
+from tests.train.toy import VOCAB, toy_tree, write_data
 
 DECAY, STEPS = 0.5, 7  # (1 + n) / (10 + n) is below it until step 8: the warm-up counts; one run has another decay
 LAYOUTS = {
@@ -84,6 +88,17 @@ def test_begun_in_a_later_start_it_begins_as_the_weights(place):
     weights, b = masters(place / "late", name), min(DECAY, (1 + n) / (10 + n))
     expected = b * weights[2] + (1 - b) * weights[3]
     np.testing.assert_allclose(averages(place / "late", n)[name], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_programs_take_it(place, capsys):
+    run = str(place / "one")
+    for flag in ([], ["--ema"]):
+        assert perplexity.main([run, "--samples", "4", "--split", "train", *flag]) == 0
+    plain, averaged = (line for line in capsys.readouterr().out.splitlines() if line.startswith(run))
+    model, _, config = load_model(Path(run), ema=True)
+    assert torch.equal(model.final_norm.weight, open_checkpoint(run, ema=True).load("final_norm.weight"))
+    expected = perplexity.score(model, build_dataset(config.data, "train", VOCAB), samples=4).ce
+    assert f"{run} (EMA)" in averaged and f"{expected:.4f}" in averaged and plain.split()[1:] != averaged.split()[2:]
 
 
 def test_a_reshard_and_an_export_take_it_along(place, tmp_path):
