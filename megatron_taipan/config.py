@@ -504,9 +504,11 @@ def _nearest(location: tuple) -> str:
     """`; did you mean train.steps?` where a known name is near, else the names known there."""
     section: Any = Config
     for part in location[:-1]:
+        if isinstance(part, int):  # in a list, whose section is known already
+            continue
         field = getattr(section, "model_fields", {}).get(part)
         section = _section_of(field.annotation) if field else section
-        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, Section)):
+        if not (isinstance(section, type) and issubclass(section, Section)):
             section = DataSource  # the only section that is inside a list
     known = list(section.model_fields)
     prefix = ".".join(str(part) for part in location[:-1])

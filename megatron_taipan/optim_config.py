@@ -7,6 +7,16 @@ from pydantic import field_validator, model_validator
 from megatron_taipan.section import Section, option
 
 
+class ParameterGroup(Section):
+    """Parameters with a learning rate or a weight decay of their own."""
+
+    match: str = option(..., "pattern of parameter names, such as embedding.* or layers.*.gate.*; * is any text")
+    lr: float = option(1.0, "factor of the learning rate; 0 keeps them as they are", ge=0)
+    weight_decay: float | None = option(
+        None, "in place of optim.weight_decay, also of what has none; null: as before", ge=0
+    )
+
+
 class OptimConfig(Section):
     """AdamW and its schedule: a linear warm-up to the peak, then one of the shapes of train/schedule.py.
 
@@ -26,6 +36,11 @@ class OptimConfig(Section):
         None, "with schedule=wsd: steps of the decay; null means a fifth of the steps until min_lr is reached", ge=1
     )
     weight_decay: float = option(0.01, "decoupled weight decay of matrices", ge=0)
+    groups: list[ParameterGroup] = option(
+        [],
+        "[{match: PATTERN, lr: 1.0, weight_decay: null}]: factor of the learning rate and weight decay by pattern of"
+        " parameter names; of several that match the first counts",
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's betas")
     eps: float = option(1e-8, "Adam's epsilon", gt=0)
     kernel: Literal["auto", "torch", "apex", "deepspeed"] = option(

@@ -5,8 +5,9 @@ model is cast by its own rule *before* DeepSpeed sees it, and bf16 stays switche
 a float32 master of every parameter, whatever its own type, as long as no parameter group mixes two types.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
+from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.mesh import fit_mesh
 from megatron_taipan.parallel.stages import stage_bounds
@@ -108,25 +110,56 @@ def cast(model: nn.Module, precision: str, device: torch.device) -> None:
 
 
 def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Config) -> list[dict[str, Any]]:
-    """The optimizer's groups: with and without weight decay, and never two types in one group.
+    """The optimizer's groups: by weight decay and factor of the learning rate, and never two types in one group.
 
     The first group's type is what DeepSpeed takes for *the* type. At stage 1 it has to be the low one, so that
     gradients are summed over micro-batches in float32; at stage 2 under bf16 it has to be float32, so that the float32
     parameters' gradients are not rounded when they are sent. At stage 3 either works.
     """
-    groups: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[torch.dtype, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((parameter.dtype, _row(table, name).decay), []).append(parameter)
+        treated = treatment(name, _row(table, name).decay, config.optim)
+        groups.setdefault((parameter.dtype, *treated), []).append(parameter)
     float32_first = config.parallel.zero_stage == 2 and config.train.precision == "bf16"
 
-    def order(key: tuple[torch.dtype, bool]) -> tuple[bool, bool]:
-        dtype, decay = key
-        return ((dtype == torch.float32) != float32_first, not decay)
+    def order(key: tuple[torch.dtype, float, float]) -> tuple[bool, float, float]:
+        dtype, decay, factor = key
+        return ((dtype == torch.float32) != float32_first, -decay, -factor)
 
-    return [
-        {"params": groups[key], "weight_decay": config.optim.weight_decay if key[1] else 0.0}
-        for key in sorted(groups, key=order)
-    ]
+    return [{"params": groups[key], "weight_decay": key[1], "lr_factor": key[2]} for key in sorted(groups, key=order)]
+
+
+def treatment(name: str, decays: bool, optim: OptimConfig) -> tuple[float, float]:
+    """Weight decay, and factor of the learning rate, of a parameter.
+
+    Args:
+        decays: whether it has weight decay by the parameter table.
+    """
+    decay = optim.weight_decay if decays else 0.0
+    group = next((group for group in optim.groups if fnmatchcase(name, group.match)), None)
+    if group is None:
+        return decay, 1.0
+    return decay if group.weight_decay is None else group.weight_decay, group.lr
+
+
+def describe_groups(optim: OptimConfig, names: Iterable[str]) -> list[str]:
+    """What each of optim.groups does, and to how many of the whole network's parameters.
+
+    Raises:
+        UserError: one matches none, or none that an earlier one leaves.
+    """
+    names, told = list(names), []
+    for group in optim.groups:
+        mine = [name for name in names if fnmatchcase(name, group.match)]
+        if not mine:
+            raise UserError(
+                f"optim.groups: match={group.match} matches no parameter that an earlier group leaves; names are such"
+                f" as {', '.join(names[:2] + names[-2:])}"
+            )
+        names = [name for name in names if name not in mine]
+        decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
+        told.append(f"{group.match}: {len(mine)} parameters, learning rate x {group.lr:g}{decay}")
+    return told
 
 
 def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str, Any]:
@@ -214,9 +247,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:
-    """Sets the rate of the next optimizer step in every group."""
+    """Sets the rate of the next optimizer step in every group, times the group's factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _row(table: dict[str, ParamSpec], name: str) -> ParamSpec:

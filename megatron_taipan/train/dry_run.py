@@ -11,12 +11,13 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.engine.build import accumulation, count_parameters
+from megatron_taipan.engine.build import accumulation, count_parameters, describe_groups
 from megatron_taipan.engine.operations import describe_operations
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
+from megatron_taipan.parameters import parameter_table
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.schedule_plot import schedule_plots
 from megatron_taipan.train.shortfalls import shortfalls
@@ -66,6 +67,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
     if config.model.gated_layers and (plan := describe_gate(config.model.gate, run_steps)):
         yield f"gate       {plan}"
+    for line in describe_groups(config.optim, parameter_table(config.model)):
+        yield f"optimizer  {line}"
     for line in schedule_plots(config, run_steps):
         yield f"schedule   {line}"
     for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):

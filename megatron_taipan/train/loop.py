@@ -19,7 +19,13 @@ from megatron_taipan.checkpoint.verification import find_checkpoint, rewind_targ
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
-from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs, set_learning_rate
+from megatron_taipan.engine.build import (
+    accumulation,
+    build_engine,
+    capture_graphs,
+    describe_groups,
+    set_learning_rate,
+)
 from megatron_taipan.engine.ema import begin_ema, update_ema
 from megatron_taipan.engine.operations import choose_operations
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
@@ -31,6 +37,7 @@ from megatron_taipan.ops.operations import Ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parameters import parameter_table
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import RankInfo, any_rank
 from megatron_taipan.train.evaluate import evaluate
@@ -66,6 +73,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         settle_numerics(config)
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, config.data.seq_len)
+        treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
         ops = run_on_all_ranks(lambda: choose_operations(config))  # before data is read: a package may be missing
         train_data, valid_data = run_on_all_ranks(lambda: open_data(config))
         verified = verify(config, place, device, watchdog) if config.data.verify else None
@@ -123,6 +131,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         if verified:
             metrics.note("data", verified)
         metrics.note("data", train_data.describe(config.data.train, t.steps * t.global_batch))
+        for group in treated:
+            metrics.note("optim", group)
         if plan:
             kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
