@@ -10,6 +10,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
 from megatron_taipan.errors import writing
+from megatron_taipan.evaluation.lengths import length_name
 from megatron_taipan.evaluation.results import Row
 
 # The same results give the same file: no date, and identifiers that do not change from run to run.
@@ -62,6 +63,7 @@ def write_curves(
             axes.axvline(at, color="grey", linestyle=":", label=name)
         if log_x:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: length_name(round(value)))
         if log_y:
             axes.set_yscale("log")
         if ticks:
@@ -103,7 +105,8 @@ def write_heat_map(
         UserError: the file cannot be written.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + 0.8 * len(columns), 1.5 + 0.5 * len(rows)), layout="constrained")
+        size = max(5.0, 1.5 + 0.8 * len(columns)), max(2.5, 1.5 + 0.5 * len(rows))  # inches; room for the title
+        figure = Figure(figsize=size, layout="constrained")
         axes: Axes = figure.add_subplot()
         image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
