@@ -64,7 +64,13 @@ def log_likelihood(model, codec, begin: list[int], context: str, choice: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--append-eod"], ["--prepend-bos", "--append-eod"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--append-eod"], marks=pytest.mark.manual),  # run 2026-11-29: passed in 24 s
+        ["--prepend-bos", "--append-eod"],
+    ],
+)
 def test_multiple_choice_is_scored_as_we_score_it(tmp_path, options, site):
     tokenizer = train_sentencepiece(tmp_path)
     state = memory_state("M S W", vocab_size=600)
