@@ -18,6 +18,7 @@ from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
 from megatron_taipan.section import Section, option
+from megatron_taipan.task_config import TaskConfig, meaning_of_tasks
 
 
 class ConfigError(UserError):
@@ -330,6 +331,7 @@ class Config(Section):
     optim: OptimConfig = option(OptimConfig(), "the optimizer")
     train: TrainConfig = option(..., "the run")
     checkpoint: CheckpointConfig = option(..., "checkpoints")
+    tasks: list[TaskConfig] = option([], meaning_of_tasks())
     log: LogConfig = option(LogConfig(), "logs")
     ops: OpsConfig = option(OpsConfig(), "implementations")
 
@@ -363,7 +365,17 @@ class Config(Section):
                 f"parallel.pipeline={p.pipeline} with zero_stage=0: DeepSpeed's pipeline engine would ignore"
                 " optim.grad_clip; use zero_stage 1"
             )
+        self._check_tasks()
         return self
+
+    def _check_tasks(self) -> None:
+        """Their names differ, and there is a checkpoint at each turn; saves by the clock come at any step."""
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two of tasks have the name {twice[0]}, which is the name of their folder: rename one")
+        if self.checkpoint.save_minutes is None:
+            for task in self.tasks:
+                task.check_cadence(self.checkpoint.save_every, self.checkpoint.save_weights_every)
 
 
 def presets() -> Path:
@@ -509,7 +521,7 @@ def _nearest(location: tuple) -> str:
         field = getattr(section, "model_fields", {}).get(part)
         section = _section_of(field.annotation) if field else section
         if not (isinstance(section, type) and issubclass(section, Section)):
-            section = DataSource  # the only section that is inside a list
+            section = DataSource  # short forms of data hold nothing else
     known = list(section.model_fields)
     prefix = ".".join(str(part) for part in location[:-1])
     prefix = prefix + "." if prefix else ""

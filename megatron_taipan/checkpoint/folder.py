@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,13 +183,19 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def remove_old(
-    directory: Path, *, keep_last: int | None, keep_every: int | None, kind: str = FULL, written: int | None = None
+    directory: Path,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    kind: str = FULL,
+    written: int | None = None,
+    hold: Callable[[Path], bool] | None = None,
 ) -> list[str]:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps.
 
     Only complete ones count as kept, so that damaged ones never push out a good one; and none of a step after
-    `written`, the checkpoint just written, which those would push out that a run passed over or took back. Returns the
-    deleted names.
+    `written`, the checkpoint just written, which those would push out that a run passed over or took back. `hold` is
+    asked of each that would be deleted, and keeps it this time: something reads it. Returns the deleted names.
     """
     if keep_last is None:
         return []
@@ -198,7 +205,9 @@ def remove_old(
     return [
         path.name
         for path in finished[:-keep_last]
-        if not (keep_every and (step_of(path, kind) or 0) % keep_every == 0) and _delete(path)
+        if not (keep_every and (step_of(path, kind) or 0) % keep_every == 0)
+        and not (hold is not None and hold(path))
+        and _delete(path)
     ]
 
 

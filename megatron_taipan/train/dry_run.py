@@ -21,6 +21,7 @@ from megatron_taipan.parameters import parameter_table
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.schedule_plot import schedule_plots
 from megatron_taipan.train.shortfalls import shortfalls
+from megatron_taipan.train.tasks import describe_tasks
 from megatron_taipan.versions import untried_torch
 
 
@@ -71,6 +72,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"optimizer  {line}"
     for line in schedule_plots(config, run_steps):
         yield f"schedule   {line}"
+    for line in describe_tasks(config):
+        yield f"task       {line}"
     for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):
         yield f"warning    {warning}"
     if config.data.verify:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_taipan.checkpoint.folder import remove_leftovers, remove_taken_back
+from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_leftovers, remove_taken_back
 from megatron_taipan.checkpoint.loading import Loaded, load_training_state, load_weights
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity
@@ -51,6 +51,7 @@ from megatron_taipan.train.shortfalls import shortfalls
 from megatron_taipan.train.signals import StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import Batch, train_step
+from megatron_taipan.train.tasks import Tasks, describe_tasks
 from megatron_taipan.train.watchdog import Watchdog
 from megatron_taipan.versions import untried_torch
 
@@ -138,6 +139,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
         for warning in (*untried_torch(torch.__version__), *shortfalls(config, progress.step, progress.run_steps)):
             metrics.note("warning", warning)
+        for line in describe_tasks(config):
+            metrics.note("tasks", f"after saves, beside the training: {line}")
         if unlike:
             metrics.note("init", f"the network of checkpoint.init={c.init} computed differently: {'; '.join(unlike)}")
         if loaded.config is not None:
@@ -159,11 +162,14 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 metrics.after_evaluation(progress.step, results, time.perf_counter() - began)
                 watchdog.beat()
 
-        saver = Saver(engine, config, metadata, groups, metrics)
+        tasks = stack.enter_context(Tasks(config, metrics)) if writer and config.tasks else None
+        saver = Saver(engine, config, metadata, groups, metrics, tasks)
         profiler = stack.enter_context(StepProfiler(
             t.profile, directory, rank=place.rank, device=device, say=lambda text: metrics.note("profile", text)
         ))  # fmt: skip
         guard = FolderGuard(lock, metrics) if lock else None
+        if tasks is not None:
+            tasks.resume(progress.step, found.path if found else None)
 
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
@@ -190,6 +196,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             stopping, save_now, writing = result.requests
             if guard is not None:
                 guard.check()
+            if tasks is not None:
+                tasks.poll()
             if not writing:
                 saver.finish()
             watchdog.beat()
@@ -223,6 +231,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 saver.finish()
                 if before_streak.step > 0 and saver.finite():
                     save_with_retry(saver, before_streak, c, guard=guard, metrics=metrics, watchdog=watchdog)
+                if tasks is not None:
+                    tasks.take_back(before_streak.step)
                 if writer:
                     remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
@@ -239,6 +249,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                     saved = load_training_state(engine, good, config=config, identity=ours, groups=groups).progress
                     spiked = progress.step
                     progress = after_rewind(saved, progress, z=spike, train=t)
+                    if tasks is not None:
+                        tasks.take_back(saved.step)
                     if writer:
                         remove_taken_back(directory, after=saved.step, until=spiked)
                     loader = open_loader(progress.samples)
@@ -248,6 +260,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
 
             if progress.step == last or (t.eval_every and progress.step % t.eval_every == 0 and not stopping):
                 validate()
+            if stopping and tasks is not None:
+                tasks.stop()  # they end while the state is saved
             if stopping or progress.step == last:
                 save_with_retry(saver, progress, c, guard=guard, metrics=metrics, watchdog=watchdog)
             else:
@@ -257,6 +271,14 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             metrics.note("stop", f"stopped by {signals.received or 'a signal on another rank'}; start the same command"
                          " again to continue")  # fmt: skip
             return EXIT_REQUEUE
+        if tasks is not None:
+            undone = tasks.finish(lambda: signals.reason() is not None, watchdog.beat)
+            for kind in (FULL, WEIGHTS):
+                saver.remove_old(progress.step, kind)  # what was held for them
+            if undone:
+                metrics.note("stop", f"the run has finished, and {signals.received or 'a signal on another rank'} came"
+                             " before its tasks had; start the same command again to run them")  # fmt: skip
+                return EXIT_REQUEUE
         return 0
 
 

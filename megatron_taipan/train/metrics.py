@@ -171,6 +171,21 @@ class Metrics:
         self._chart("checkpoint/", {"stall_s": stall, "write_s": write}, step)
         self._line(f"step {step}  checkpoint {path}  ({stall:.2f} s of training, {write:.2f} s of writing)")
 
+    def after_task(
+        self, step: int, task: str, results: dict[str, Any], curves: dict[str, float], seconds: float
+    ) -> None:
+        """Records what a task found on the checkpoint of `step`, which may be many steps ago; boards get it there too.
+
+        Args:
+            results: the table's rows or the values; curves: those of its numbers that boards draw.
+            seconds: that it took.
+        """
+        self._write({"event": "task", "step": step, "task": task, "s": seconds, **results})
+        self._chart(f"tasks/{task}/", curves, step)
+        told = "  ".join(f"{name} {value:.6g}" for name, value in list(curves.items())[:4])
+        more = f"  and {len(curves) - 4} more" if len(curves) > 4 else ""
+        self._line(f"step {step}  task {task}  {told or 'done'}{more}  ({seconds:.0f} s beside the training)")
+
     def stalled(self, seconds: float) -> None:
         """Adds seconds that training paused for a checkpoint; the next step's record holds the sum."""
         self.stall_s += seconds

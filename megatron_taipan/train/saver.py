@@ -15,16 +15,24 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.train.distributed import any_rank
 from megatron_taipan.train.metrics import Metrics
+from megatron_taipan.train.tasks import Tasks
 
 
 class Saver:
     """Writes checkpoints of a run and keeps the wanted ones.
 
-    Every method is collective, except `writing` and `overdue`, which are about this rank.
+    Every method is collective, except `writing`, `overdue` and `remove_old`, which are about this rank.
+
+    Args:
+        tasks: what reads checkpoints beside the training, on rank 0 of a run that has any.
     """
 
-    def __init__(self, engine: Engine, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics):
+    def __init__(
+        self, engine: Engine, config: Config, metadata: dict[str, Any], groups: Groups, metrics: Metrics,
+        tasks: Tasks | None = None,
+    ):  # fmt: skip
         self.engine, self.config, self.metadata, self.groups, self.metrics = engine, config, metadata, groups, metrics
+        self.tasks = tasks
         self.directory = Path(config.checkpoint.dir)
         self.memory = HostMemory()
         self.pending: list[Saving] = []  # of one snapshot
@@ -66,6 +74,7 @@ class Saver:
         """Completes what is pending, waiting for it if need be; with `must` a failure is raised, not only logged."""
         pending, self.pending = self.pending, []
         failures = []
+        complete: dict[int, Path] = {}  # by step; of a full and a weights-only save the full one, which comes first
         for saving in pending:
             began = time.perf_counter()
             try:
@@ -75,20 +84,29 @@ class Saver:
                 if not must:
                     self._alarm(saving.progress, saving.kind, failure)
                 continue
-            keep, step = self.config.checkpoint, saving.progress.step
+            step = saving.progress.step
             if saving.kind == FULL:
                 self.failed = False
-            if self.metrics.writes and saving.kind == FULL:
-                remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every, written=step)
-            elif self.metrics.writes:
-                last = keep.keep_last_weights
-                remove_old(self.directory, keep_last=last, keep_every=None, kind=WEIGHTS, written=step)
+            self.remove_old(step, saving.kind)
+            complete.setdefault(step, path)
             waited = time.perf_counter() - began
             self.metrics.stalled(waited)
             stall, self.stall = self.stall + waited, 0.0
             self.metrics.after_save(step, path, stall=stall, write=saving.seconds)
+        if self.tasks is not None:
+            for step, path in complete.items():
+                self.tasks.after_save(step, path)
         if must and failures:
             raise failures[0]
+
+    def remove_old(self, step: int, kind: str) -> None:
+        """Deletes what checkpoint.keep_last or keep_last_weights do not keep now that `step` is saved; on rank 0."""
+        keep, hold = self.config.checkpoint, self.tasks.hold if self.tasks is not None else None
+        if self.metrics.writes and kind == FULL:
+            remove_old(self.directory, keep_last=keep.keep_last, keep_every=keep.keep_every, written=step, hold=hold)
+        elif self.metrics.writes:
+            last = keep.keep_last_weights
+            remove_old(self.directory, keep_last=last, keep_every=None, kind=WEIGHTS, written=step, hold=hold)
 
     def finite(self) -> bool:
         """Whether every parameter and moment of the training state is finite."""
