@@ -132,6 +132,15 @@ def test_keeping(tmp_path):
     assert remove_old(tmp_path, keep_last=None, keep_every=None) == []
 
 
+def test_what_is_held_stays_until_the_next_time(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    asked = []
+    assert remove_old(tmp_path, keep_last=1, keep_every=None, hold=lambda path: not asked.append(path.name)) == []
+    assert asked == ["step_00000010", "step_00000020"]  # of those alone that would go
+    assert remove_old(tmp_path, keep_last=1, keep_every=None) == asked
+
+
 def test_a_checkpoint_just_written_is_never_pushed_out_by_newer_ones(tmp_path):
     """A run that passed over damaged ones goes on from before them."""
     for step in (10, 20, 30, 15):

@@ -13,17 +13,20 @@ import pytest
 import torch
 
 from megatron_taipan.checkpoint.folder import checkpoints
+from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import ConfigError, dump_config, make_config
 from megatron_taipan.errors import EXIT_REQUEUE
 from megatron_taipan.evaluation import perplexity
 from megatron_taipan.plain_yaml import parse_yaml
 from megatron_taipan.task_config import TaskConfig
 from megatron_taipan.train.dry_run import dry_run
+from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.task_results import curves
 from megatron_taipan.train.tasks import Tasks, environment
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, numbers, records, runs
+from tests.train.test_logs import fake_wandb
 from tests.train.toy import toy_config, toy_tree, write_data
 
 FILES = """printf '{"files": %d}\\n' $(ls {checkpoint}/state | wc -l)"""  # of the checkpoint, when it is printed
@@ -253,6 +256,16 @@ def test_what_cannot_be_started_is_an_alarm(tasks, tmp_path):
     tasks.after_save(4, tmp_path / "run/step_00000004")
     (said,) = tasks.metrics.events
     assert said.startswith("alarm: task t of step 4: NotADirectoryError") and not tasks.waiting
+
+
+def test_wandb_gets_results_at_their_step_though_the_run_is_further(tmp_path, monkeypatch):
+    runs = fake_wandb(monkeypatch)
+    config = toy_config("p", tmp_path, log={"tensorboard": False, "wandb": True})
+    with Metrics(config, Progress(step=9), flops_per_token=1.0, devices=1, writes=True) as metrics:
+        metrics.after_task(4, "t", {"values": {"a": 1.5, "b": None}}, {"a": 1.5}, 2.0)
+    assert ("*", {"step_metric": "step"}) in runs[0].metrics  # its own counter only runs forward
+    assert runs[0].logged == [{"tasks/t/a": 1.5, "step": 4}]
+    assert [(r["step"], r["task"], r["values"]) for r in log(tmp_path, "task")] == [(4, "t", {"a": 1.5, "b": None})]
 
 
 GOOD = {"name": "a", "every": 4, "command": "true {checkpoint}"}
