@@ -25,7 +25,9 @@ class TaskConfig(Section):
         ge=1,
     )
     evaluation: Literal["perplexity", "retrieval", "qa", "zero-shot", "recall_tokens", "latency"] | None = option(
-        None, "python -m megatron_taipan.evaluation THIS CHECKPOINT ARGS --out OUT, whose table goes into the log"
+        None,
+        "perplexity, retrieval (passkey and others), qa, zero-shot, recall_tokens or latency: python -m"
+        " megatron_taipan.evaluation THIS CHECKPOINT ARGS --out OUT, whose table goes into the log",
     )
     args: list[str] = option([], "of the evaluation, a list or a line; placeholders as in command")
     command: str | None = option(
@@ -85,5 +87,6 @@ class TaskConfig(Section):
 def meaning_of_tasks() -> str:
     """Every option of a task with its default, for `--help`."""
     fields = TaskConfig.model_fields.items()
-    each = (f"{name} [{'required' if f.is_required() else f.default}]: {f.description}" for name, f in fields)
+    defaults = {n: "required" if f.is_required() else "null" if f.default is None else f.default for n, f in fields}
+    each = (f"{name} [{defaults[name]}]: {f.description}" for name, f in fields)
     return "a list of tasks that run after saves beside the training, rank 0 starts them; each has " + "; ".join(each)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import ConfigError, dump_config, make_config
 from megatron_taipan.errors import EXIT_REQUEUE
 from megatron_taipan.evaluation import perplexity
+from megatron_taipan.evaluation.__main__ import TASKS
 from megatron_taipan.plain_yaml import parse_yaml
-from megatron_taipan.task_config import TaskConfig
+from megatron_taipan.task_config import TaskConfig, meaning_of_tasks
 from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.task_results import curves
@@ -316,6 +317,12 @@ def test_a_task_on_a_gpu_sees_that_one_and_is_no_rank(monkeypatch):
     found = environment(TaskConfig(name="a", command="{checkpoint}", device="cuda:3", threads=2))
     assert found["CUDA_VISIBLE_DEVICES"] == "3" and found["OMP_NUM_THREADS"] == "2" and found["LOCAL_DATA"] == "stays"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & found.keys()
+
+
+def test_evaluations_to_choose_are_known_to_the_evaluation_program_and_to_help():
+    names = get_args(get_args(TaskConfig.model_fields["evaluation"].annotation)[0])
+    assert len(names) == 6 and set(names) <= TASKS.keys()
+    assert all(name in meaning_of_tasks() for name in [*names, *TaskConfig.model_fields])
 
 
 def test_curves_of_a_table_are_named_by_what_its_rows_are_about():
