@@ -1,7 +1,7 @@
 """Five families of networks, trained alike on one corpus, and every evaluation task on all of them, as one HTML page.
 
     python examples/study/study.py              minutes of training for each family
-    python examples/study/study.py --short      a sixth of that
+    python examples/study/study.py --short      a quarter of that
     python examples/study/study.py --tiny       shows that every command runs, nothing else
 
 Runs from the root of a checkout, on CPUs. Every command is printed; what one prints is in a file beside its results. A
@@ -175,7 +175,8 @@ def run_process(command: list[str], log: Path) -> int:
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env = os.environ | hidden | {"TOKENIZERS_PARALLELISM": "false"}
     with log.open("w", encoding="utf-8") as printed:
-        return subprocess.run([sys.executable, *command[1:]], env=env, stdout=printed, stderr=subprocess.STDOUT).returncode
+        line = [sys.executable, *command[1:]]
+        return subprocess.run(line, env=env, stdout=printed, stderr=subprocess.STDOUT).returncode
 
 
 def write_address(file: Path) -> None:
