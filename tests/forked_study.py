@@ -10,17 +10,19 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
 
+from megatron_taipan.evaluation import figures
 from megatron_taipan.evaluation.__main__ import TASKS
 
 FILE = Path(__file__).resolve().parents[1] / "examples/study/study.py"
 PROGRAMS = {"launch/pretrain.py": "megatron_taipan.pretrain", "data_prep": "data_prep.cli"}
 IMPORTED = (
     "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx",
-    "megatron_taipan.train.loop", "megatron_taipan.evaluation.figures",
+    "megatron_taipan.train.loop",
     *(f"megatron_taipan.evaluation.{task.replace('-', '_')}" for task in TASKS), *PROGRAMS.values(),
 )  # fmt: skip
 
@@ -58,5 +60,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in IMPORTED:
         import_module(name)
+    with TemporaryDirectory() as folder:  # matplotlib's fonts and its grammar of powers are made with the first picture
+        one = [figures.Curve("a", [1, 4], [1, 4])]
+        figures.write_curves(Path(folder) / "a.svg", one, x="", y="", log_x=True, log_y=True)
     study = load_study()
     study.study(study.TINY, run_fork, jobs=1)

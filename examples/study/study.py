@@ -71,8 +71,8 @@ TINY = Size(
     ],
     perplexity=["--lengths", "64,128", "--tokens", "256"],
     recall_tokens=["--edges", "16", "32", "--samples", "4"],
-    latency=["--contexts", "64,128", "--steps", "2", "--warm", "0"],
-    retrieval=["--lengths", "512", "--depths", "1", "--samples", "1", "--pairs", "2"],
+    latency=["--contexts", "64", "--steps", "2", "--warm", "0"],
+    retrieval=["--kinds", "passkey,recall", "--lengths", "512", "--depths", "1", "--samples", "1", "--pairs", "2"],
     qa=["--samples", "2", "--max-new-tokens", "2"],
     selection=["--max-tokens", "200"],
 )  # fmt: skip
