@@ -5,12 +5,17 @@ Last run by hand (`pytest -m manual tests/test_examples.py`): 2026-11-28, 2 pass
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from megatron_taipan.evaluation.__main__ import TASKS
+from megatron_taipan.evaluation.report import WITHOUT_RESULTS
+from tests.forked_study import load_study
 from tests.hf.test_libraries import install
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +70,81 @@ def test_an_export_is_fine_tuned_by_transformers_and_exported_again(trained, che
     assert losses[-1] < losses[0]
     tuned, before = (checkout / f"runs/own_corpus/{name}/model.safetensors" for name in ("tuned_hf", "hf"))
     assert tuned.read_bytes() != before.read_bytes()
+
+
+class Page(HTMLParser):
+    """The cells and the number of pictures under each heading of a page of results."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.sections: dict[str, tuple[list[str], list[str]]] = {}  # heading: cells, pictures' names
+        self.within = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        told = dict(attributes)
+        if tag == "img" and (told["src"] or "").startswith("data:image/svg+xml;base64,"):
+            self.here[1].append(told["alt"] or "")
+        self.within = tag
+
+    def handle_data(self, text: str) -> None:
+        if self.within == "h2":
+            self.here = self.sections.setdefault(text, ([], []))
+        elif self.within in ("td", "code"):
+            self.here[0].append(text)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.within = ""
+
+
+def check_study(folder: Path, families: list[str]) -> None:
+    """The page has every task that leaves results, with all families and the pictures of those that draw."""
+    sections = Page(folder / "results/report.html").sections
+    runs = [str(folder / family) for family in families]
+    assert set(runs) | (set(TASKS) - set(WITHOUT_RESULTS)) == (set(sections) | {"zero-shot"}) - {"Not run"}
+    drawings = {"perplexity": 2, "latency": 3, "retrieval": 7, "curves": 2, "qa": 0, "recall_tokens": 0}
+    for task, drawn in drawings.items():
+        cells, pictures = sections[task]
+        assert set(runs) <= set(cells), task
+        assert len(pictures) == len(set(pictures)) >= drawn, task
+    assert "bigram seen before" in sections["selection"][0]
+    [command] = sections["Not run"][0]
+    assert command.startswith("python -m megatron_taipan.evaluation zero-shot")
+
+
+def test_a_study_of_five_families_ends_in_a_page_of_every_task(checkout, monkeypatch):
+    study, printed = load_study(), run("python -m tests.forked_study", checkout)
+    monkeypatch.chdir(checkout)
+    check_study(study.TINY.folder, list(study.PATTERNS))
+    commands = re.findall(r"^\$ (.+)", printed, re.M)
+    assert len(commands) == 16
+
+    started = []
+    study.study(study.TINY, lambda command, log: started.append(command) or 0, jobs=1)  # all but the page is there
+    assert [shlex.join(command) for command in started] == commands[-1:]
+
+
+def test_a_step_that_fails_ends_the_study_and_is_done_again(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    study = load_study()
+    size, started = study.TINY._replace(folder=Path("runs/study_failing")), []
+
+    def run(command: list[str], log: Path) -> int:
+        started.append(command)
+        return 3 if "tokenize" in command and len(started) == 2 else 0
+
+    with pytest.raises(study.StepFailed, match="tokenize ended with status 3.+tokenize.txt"):
+        study.study(size, run, jobs=1)
+    assert len(started) == 2
+    study.study(size, run, jobs=2)
+    assert len(started) == 2 + 15 and started[1] == started[2]
+
+
+@pytest.mark.manual
+def test_the_short_study_ends_in_a_page_of_every_task(checkout, monkeypatch):
+    study, _ = load_study(), run("python examples/study/study.py --short", checkout)
+    monkeypatch.chdir(checkout)
+    check_study(study.SHORT.folder, list(study.PATTERNS))
 
 
 def test_every_example_is_listed_and_its_page_names_its_files():

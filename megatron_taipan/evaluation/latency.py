@@ -103,8 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
         contents = "random numbers, nothing prefilled" if options.random_cache else "prefilled with random tokens"
         about = {
             "device": name, "dtype": options.dtype, "batch": options.batch, "chunk": chunk,
-            "timed steps": options.steps, "cache": contents, "options": " ".join(options.set) or "the presets'",
+            "timed steps": options.steps, "cache": contents,
         }  # fmt: skip
+        if options.preset:
+            about["options of the presets"] = " ".join(options.set) or "as they are"
         _write(options.out, rows, about)
     return 0
 

@@ -22,7 +22,7 @@ from megatron_taipan.evaluation.lengths import parse_length
 from megatron_taipan.evaluation.local_data import to_line
 from megatron_taipan.evaluation.qa_formats import Question, read_questions
 from megatron_taipan.evaluation.qa_prompts import KEEP, choose_shots, make_prompt
-from megatron_taipan.evaluation.results import Row, make_folder, markdown_table, write_results
+from megatron_taipan.evaluation.results import Row, describe_options, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         del network  # before the next one is read
     print(markdown_table(rows))
     if options.out is not None:
-        about = {name: str(value) for name, value in vars(options).items()}
+        about = describe_options(options)
         write_results(options.out, "qa", rows, about=about, title="Answers taken from the context")
         with writing(options.out / "qa.jsonl"):
             write_text(options.out / "qa.jsonl", "".join(map(to_line, told)))

@@ -39,6 +39,10 @@ ARGUMENTS = {  # of a task's command, where they are not `MODELS --out FOLDER`
     "zero-shot": "{models} --data FOLDER --out {out}",
 }
 
+NEEDS = {  # what a task that was not run needs besides the models
+    "zero-shot": "needs lm_eval (pip install --constraint constraints.txt '.[eval]'), and the tasks' data in FOLDER",
+}
+
 
 class Found(NamedTuple):
     """What a task left in the folder."""
@@ -158,8 +162,9 @@ def task_section(task: str, answers: str, found: Found) -> str:
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<p><img alt="{escape(picture.stem)}" src="data:image/svg+xml;base64,{data}"></p>')
     for record, date in found.tables:
-        rows = record.get("rows", record.get("groups"))
-        about = {"date": date} | as_dict(record.get("made")) | as_dict(record.get("about"))
+        rows = layers_as_columns(record) if "groups" in record else record.get("rows")
+        facts = {k: v for k, v in record.items() if k not in ("task", "title") and isinstance(v, str | int | float)}
+        about = {"date": date} | as_dict(record.get("made")) | as_dict(record.get("about")) | facts
         told = "; ".join(f"{name}: {value}" for name, value in about.items())
         parts.append(f"<h3>{escape(str(record.get('title', task)))}</h3>\n<p class='faint'>{escape(told)}</p>")
         if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
@@ -168,6 +173,20 @@ def task_section(task: str, answers: str, found: Found) -> str:
             parts.append(f"<pre>{escape(json.dumps(record, indent=1, ensure_ascii=False))}</pre>")
     parts += [f"<pre>{escape(text.read_text(encoding='utf-8', errors='replace'))}</pre>" for text in found.texts]
     return "\n".join(parts)
+
+
+def layers_as_columns(record: dict[str, Any]) -> Any:
+    """The rows of selection.json, where `shares` of a group has one number a layer; as they are where they are not."""
+    groups, layers = record["groups"], record.get("layers")
+    if not isinstance(groups, list) or not isinstance(layers, list):
+        return groups
+    rows = []
+    for group in map(as_dict, groups):
+        shares = group.get("shares")
+        by_layer = zip(layers, shares if isinstance(shares, list) else [], strict=False)
+        rest = {name: value for name, value in group.items() if name != "shares"}
+        rows.append(rest | {f"layer {layer}": share for layer, share in by_layer})
+    return rows
 
 
 def as_dict(value: Any) -> dict[str, Any]:
@@ -197,7 +216,10 @@ def make_page(title: str, sections: list[str], missing: list[tuple[str, str]]) -
     """The whole file."""
     now = made_by()
     told = f"{now['date']}, megatron_taipan {now['megatron_taipan']}, torch {now['torch']}"
-    todo = "\n".join(f"<li>{escape(task)}: <code>{escape(command)}</code></li>" for task, command in missing)
+    todo = "\n".join(
+        f"<li>{escape(task)}: <code>{escape(command)}</code> {escape(NEEDS.get(task, ''))}</li>"
+        for task, command in missing
+    )
     rest = f"<h2>Not run</h2>\n<ul>\n{todo}\n</ul>\n<p class='faint'>--help says what else a task takes.</p>"
     body = "\n".join([*sections, *([rest] if missing else [])])
     return f"""<!DOCTYPE html>

@@ -2,6 +2,7 @@
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def write_results(folder: Path, task: str, rows: list[Row], *, about: dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{task}.json", json.dumps(record, indent=1) + "\n")
         write_text(folder / f"{task}.md", f"# {title}\n\n{markdown_table(rows)}\n\n{told}\n")
+
+
+def describe_options(options: Namespace) -> dict[str, str]:
+    """A task's options as words for `about`; the items of a list are separated by blanks, as on a command line."""
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in vars(options).items()
+    }
 
 
 def made_by() -> dict[str, str]:

@@ -27,7 +27,7 @@ from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.found_again import count_ranked_first, find_values
 from megatron_taipan.evaluation.lengths import length_name, parse_lengths
 from megatron_taipan.evaluation.passkey import spread_depths
-from megatron_taipan.evaluation.results import Row, make_folder, markdown_table, write_results
+from megatron_taipan.evaluation.results import Row, describe_options, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.retrieval_prompts import DEPTH_KINDS, Filler, make_recall, read_filler
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.inference.selection_watch import watched_selection
@@ -35,6 +35,7 @@ from megatron_taipan.model.taipan import Taipan
 
 RECALL = "recall"
 KINDS = (*DEPTH_KINDS, RECALL)
+SHARES = (-0.02, 1.02)  # of an axis of shares, with room for the points at its ends
 
 
 class Cell(NamedTuple):
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         del network  # before the next one is read
     print(markdown_table(rows))
     if options.out is not None:
-        about = {name: str(value) for name, value in vars(options).items()}
+        about = describe_options(options)
         about["scored by"] = "exact ranking of every token: recall; greedy generation: the others"
         write_results(options.out, "retrieval", rows, about=about, title="Retrieval from the context")
         draw_figures(options.out, rows, models)
@@ -204,7 +205,10 @@ def draw_figures(folder: Path, rows: list[Row], models: list[TextModel]) -> None
         if any(row["kind"] == kind for row in rows)
     ]
     marks = training_marks(models)
-    write_curves(folder / "retrieval.svg", by_length, x="tokens of context", y="share found", log_x=True, marks=marks)
+    write_curves(
+        folder / "retrieval.svg", by_length, x="tokens of context", y="share found", log_x=True, marks=marks,
+        y_range=SHARES,
+    )  # fmt: skip
     by_pairs = [
         Curve(f"{length_name(length)} tokens, {model.name}", *mean_by(some, model.name, RECALL, "pairs"), "o-")
         for model in models
@@ -212,7 +216,14 @@ def draw_figures(folder: Path, rows: list[Row], models: list[TextModel]) -> None
         if (some := [row for row in rows if row["length"] == length and row["kind"] == RECALL])
     ]
     if by_pairs:
-        write_curves(folder / "retrieval-recall.svg", by_pairs, x="pairs in the text", y="share found", log_x=True)
+        write_curves(
+            folder / "retrieval-recall.svg",
+            by_pairs,
+            x="pairs in the text",
+            y="share found",
+            log_x=True,
+            y_range=SHARES,
+        )
 
 
 def file_word(number: int, model: TextModel) -> str:

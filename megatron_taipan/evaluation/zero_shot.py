@@ -23,7 +23,7 @@ from typing import Any
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.local_data import load_folder, without_network
-from megatron_taipan.evaluation.results import Row, make_folder, markdown_table, write_results
+from megatron_taipan.evaluation.results import Row, describe_options, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.evaluation.zero_shot_tasks import TASKS
 from megatron_taipan.inference.loading import parse_device
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     models = find_models(options)
     make_folder(options.out)
     rows: list[Row] = []
-    about = {name: str(value) for name, value in vars(options).items()}
+    about = describe_options(options)
     for model in models:
         with exported(model, options) as folder:
             found = run_harness(folder, data, options, max(model.training_length or 0, SHORTEST_CONTEXT))

@@ -133,6 +133,7 @@ def test_the_program_compares_models_and_presets(tmp_path, capsys):
         "latency.svg", "latency_prefill.svg", "latency_memory.svg",
     }  # fmt: skip
     assert capsys.readouterr().out.count("p.yaml") == 3
+    assert record["about"]["options of the presets"] == "as they are"
 
 
 def test_decoding_alone_needs_no_prefill(tmp_path):

@@ -1,6 +1,7 @@
 """The page of all results: what stands in the folder is in it, what does not is listed, and it needs nothing else."""
 
 import base64
+import json
 import re
 
 import pytest
@@ -96,6 +97,26 @@ def test_a_task_without_json_shows_its_text_and_a_damaged_file_is_named(folder, 
     (folder / "out/latency.json").write_text('{"rows": [')
     assert main([str(folder / "model"), "--out", str(folder / "out")]) == 2
     assert "latency.json" in capsys.readouterr().err
+
+
+def test_the_selection_of_each_layer_is_a_column_and_what_was_read_is_told(folder):
+    groups = [
+        {"name": "all", "tokens": 9, "mean": 0.25, "shares": [0.125, 0.375]},
+        {"name": "number", "tokens": 0, "mean": None, "shares": [None, None]},
+    ]
+    record = {"model": "runs/m", "text": "a & b.txt", "tokens": 9, "layers": [1, 3], "groups": groups}
+    (folder / "out").mkdir()
+    (folder / "out/selection.json").write_text(json.dumps(record))
+    page = page_of(folder)
+    assert "<tr><th>name</th><th>tokens</th><th>mean</th><th>layer 1</th><th>layer 3</th></tr>" in page
+    assert "<tr><td>all</td><td>9</td><td>0.25</td><td>0.125</td><td>0.375</td></tr>" in page
+    assert "<tr><td>number</td><td>0</td><td>–</td><td>–</td><td>–</td></tr>" in page
+    assert "model: runs/m; text: a &amp; b.txt; tokens: 9<" in page
+
+
+def test_what_zero_shot_needs_is_said_where_it_was_not_run(folder):
+    [rest] = re.findall(r"<li>zero-shot: <code>[^<]+</code>([^<]+)</li>", page_of(folder))
+    assert "needs lm_eval" in rest and "data in FOLDER" in rest
 
 
 def test_columns_without_values_are_left_out():

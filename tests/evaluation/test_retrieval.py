@@ -147,6 +147,10 @@ def test_counts_tables_and_pictures_of_two_models(tokenizer, model, tmp_path, mo
         *(f"retrieval-{kind}-{n}.svg" for kind in prompts.DEPTH_KINDS for n in ("1-tiny", "2-reader")),
     }
     heat = (tmp_path / "out/retrieval-needle-1-tiny.svg").read_text()
+    assert record["about"]["models"] == " ".join(models) and record["about"]["kinds"] == " ".join(retrieval.KINDS)
+    for curves in ("retrieval.svg", "retrieval-recall.svg"):  # shares: the axis is from 0 to 1 whatever was found
+        drawn = (tmp_path / "out" / curves).read_text()
+        assert {f">{share:.1f}<" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)} <= set(re.findall(r">-?[\d.]+<", drawn))
     assert "800*" in heat and "beyond the 600 of training" in heat and ">400<" in heat.replace("400*", "")
     assert "training length 600" in (tmp_path / "out/retrieval.svg").read_text()
 
