@@ -1,6 +1,7 @@
 """The commands that the examples' pages print run as printed, in a folder that sees the checkout through links.
 
-Last run by hand (`pytest -m manual tests/test_examples.py`): 2026-11-28, 2 passed in 46 s.
+Last run by hand (`pytest -m manual tests/test_examples.py`): 2026-11-28, 2 passed in 46 s; the
+study 2026-11-29, passed in 7 min 40 s on two cores with a load of 8.
 """
 
 import os
