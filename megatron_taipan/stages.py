@@ -98,7 +98,7 @@ def run_length(tree: Any) -> Any:
     stages, train = (tree.get(name) for name in ("stages", "train")) if isinstance(tree, dict) else (None, None)
     if not isinstance(stages, list) or not stages or not isinstance(train, dict) or train.get("steps") is not None:
         return tree
-    lengths = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
+    lengths: list[Any] = [stage.get("steps") if isinstance(stage, dict) else None for stage in stages]
     if not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths):
         return tree
     return tree | {"train": train | {"steps": sum(lengths)}}
@@ -136,3 +136,12 @@ def _config_in(config: "Config", stage: StageConfig, number: int) -> "Config":
 def _with(section: Any, changes: dict[str, Any]) -> Any:
     """The section with some options changed, validated; itself where none is."""
     return type(section).model_validate(dict(section) | changes) if changes else section
+
+
+def describe_stage(stage: Stage) -> str:
+    """A stage in one line, for logs."""
+    c, tokens = stage.config, stage.steps * stage.tokens_per_step
+    return (
+        f"{stage.title()}: steps {stage.first + 1:,} to {stage.last:,} = {tokens:,} tokens, {c.train.global_batch} samples"
+        f" x {c.data.seq_len} tokens a step in micro-batches of {c.train.micro_batch}, recompute {c.parallel.recompute}"
+    )

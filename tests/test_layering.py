@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.parameters": {"model_config", "layer_kinds", "param_spec"},
     "megatron_taipan.parallel": {"config", "ops", *KINDS},
     "megatron_taipan.model": {"gate_config", "ops", "parallel", *KINDS},
-    "megatron_taipan.engine": {"config", "stages", "optim_config", "ops", "parallel", "model", *KINDS},
+    "megatron_taipan.engine": {"config", "stages", "gate_config", "optim_config", "ops", "parallel", "model", *KINDS},
     "megatron_taipan.tokenizer": set(),
     "megatron_taipan.data": {"config"},
     "megatron_taipan.checkpoint": {"config", "stages", "section", "pattern", "parallel", "data", *KINDS, "engine"},

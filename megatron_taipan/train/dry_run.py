@@ -18,7 +18,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
-from megatron_taipan.stages import plan_stages
+from megatron_taipan.stages import describe_stage, plan_stages
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.schedule_plot import schedule_plots
 from megatron_taipan.train.shortfalls import shortfalls
@@ -61,10 +61,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"batch      {batch(config, mesh.data)}"
     yield f"run        {t.steps:,} steps = {tokens:,} tokens, {operations:.3g} FLOP forward and backward"
     for stage in plan if config.stages else ():
-        yield (
-            f"{stage.title()}: steps {stage.first + 1:,} to {stage.last:,} = {stage.steps * stage.tokens_per_step:,}"
-            f" tokens, {batch(stage.config, mesh.data)}, recompute {stage.config.parallel.recompute}"
-        )
+        yield describe_stage(stage)
+        yield f"batch      {stage.title()} {batch(stage.config, mesh.data)}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
     if found := find_newest(Path(config.checkpoint.dir)):
