@@ -142,6 +142,7 @@ def describe_stage(stage: Stage) -> str:
     """A stage in one line, for logs."""
     c, tokens = stage.config, stage.steps * stage.tokens_per_step
     return (
-        f"{stage.title()}: steps {stage.first + 1:,} to {stage.last:,} = {tokens:,} tokens, {c.train.global_batch} samples"
-        f" x {c.data.seq_len} tokens a step in micro-batches of {c.train.micro_batch}, recompute {c.parallel.recompute}"
+        f"{stage.title()}: steps {stage.first + 1:,} to {stage.last:,} = {tokens:,} tokens, in rows of"
+        f" {c.data.seq_len}, {c.train.global_batch} a step and {c.train.micro_batch} a micro-batch, recompute"
+        f" {c.parallel.recompute}"
     )

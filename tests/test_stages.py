@@ -3,11 +3,14 @@
 import pytest
 
 from megatron_taipan.config import ConfigError, dump_config, make_config
+from megatron_taipan.engine.build import check_stages
+from megatron_taipan.errors import UserError
 from megatron_taipan.plain_yaml import parse_yaml
 from megatron_taipan.stages import plan_stages, stage_at
+from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.schedule import gate_step, jumps, learning_rate, rate_in_stage
 from megatron_taipan.train.shortfalls import shortfalls
-from tests.train.toy import toy_tree
+from tests.train.toy import toy_tree, write_data
 
 CAPACITY = {"start": 0.8, "end": 0.2, "until": 0.5}
 
@@ -104,3 +107,36 @@ def test_shortfalls_and_jumps_name_the_stage():
     edited = make_config(staged([stages[0], stages[1] | {"optim": {"lr": 2e-2, "schedule": "constant"}}]))
     assert jumps(config, edited, 4, 15) == []
     assert len(jumps(config, edited, 10, 15)) == 1  # the first step of the second stage
+
+
+def test_layouts_in_which_stages_cannot_follow_each_other_are_refused():
+    rows = [{"steps": 3}, {"steps": 3, "data": {"seq_len": 48}}, {"steps": 3, "data": {"seq_len": 33}}]
+    check_stages(make_config(staged(rows)), 1)
+    check_stages(make_config(staged(rows[:2], parallel={"tensor": 2})), 2)
+    with pytest.raises(UserError, match=r"stage 3: data.seq_len=33 cannot be shared out over parallel.tensor=2 ranks"):
+        check_stages(make_config(staged(rows, parallel={"tensor": 2})), 2)
+    check_stages(make_config(staged(rows, parallel={"tensor": 2, "sequence": False})), 2)
+    with pytest.raises(UserError, match="stage 2: train.global_batch=6 is not a multiple of train.micro_batch=2 x 2"):
+        check_stages(make_config(staged([{"steps": 1}, {"steps": 1, "train": {"global_batch": 6}}])), 2)
+    with pytest.raises(UserError, match=r"stage 2 changes data.seq_len, and with parallel.pipeline=2"):
+        check_stages(make_config(staged(rows, parallel={"pipeline": 2})), 2)
+    decay = [{"steps": 1}, {"steps": 1, "optim": {"lr": 5e-3}, "data": {"train": "books"}}]
+    check_stages(make_config(staged(decay, parallel={"pipeline": 2})), 2)
+
+
+def test_dry_run_shows_each_stage(tmp_path):
+    web, books = write_data(tmp_path / "web"), write_data(tmp_path / "books", seed=1)
+    tree = staged(
+        [{"steps": 30}, {"name": "decay", "steps": "5K tokens", "data": {"train": books, "seq_len": 64},
+                         "optim": {"schedule": "linear", "min_lr": 0, "lr": 1e-2}}],
+        data={"train": web}, optim={"schedule": "constant"}, checkpoint={"dir": str(tmp_path / "run")},
+    )  # fmt: skip
+    lines = list(dry_run(make_config(tree), 2))
+    text = "\n".join(lines)
+    assert "run        40 steps = 12,800 tokens" in text  # 30 x 8 x 32 + 10 x 8 x 64
+    assert "stage 2 (decay): steps 31 to 40 = 5,120 tokens, in rows of 64" in text
+    plots = [line for line in lines if line.startswith("schedule")]
+    assert plots[0].endswith("from 0.005 to 0.01") and plots[0].startswith("schedule   stage 1 optim.lr")
+    assert plots[1].endswith("from 0.009 to 0") and plots[1].startswith("schedule   stage 2 (decay) optim.lr")
+    sources = [line for line in lines if line.startswith("sources")]
+    assert [name in line for name, line in zip((web, books), sources, strict=True)] == [True, True]

@@ -28,7 +28,7 @@ def staged(web: str, books: str, directory: Path) -> dict:
             {"steps": 3},
             {
                 "name": "long", "steps": 2, "data": {"seq_len": 64, "train": blend},
-                "train": {"global_batch": 4, "micro_batch": 1}, "parallel": {"recompute": "full"},
+                "train": {"global_batch": 5, "micro_batch": 1}, "parallel": {"recompute": "full"},
                 "model": {"gate": {"capacity": CAPACITY}},
             },
             {
@@ -85,12 +85,15 @@ def done(tmp_path_factory):
     decay = {"optim": {"schedule": "constant", "lr": 2e-3, "min_lr": 0}}
     plain = toy_tree(web, tmp / "plain", train={"steps": 4, "eval_every": 2})
     single = toy_tree(web, tmp / "single", train={"steps": 4, "eval_every": 2}) | {"stages": [{"data": {"train": web}}]}
+    added = toy_tree(web, tmp / "added", train={"steps": 6}, checkpoint={"load": str(tmp / "plain")})
+    added["stages"] = [{"steps": 4}, {"optim": {"schedule": "constant", "lr": 3e-3}, "train": {"global_batch": 4}}]
     jobs = {
         "whole": tree("whole"),
         **{f"parts {stop}": tree("parts", train={"stop_at": stop}) for stop in STOPS},
         "parts": tree("parts"),
         "plain": plain,
         "single": single,
+        "added": added,
         "edited later": branch("edited later", 5, 2, **decay),
         "edited finished": branch("edited finished", 5, 1, train={"global_batch": 8}),
         "edited finished inside the next": branch("edited finished inside the next", 6, 0, steps=4),
@@ -105,15 +108,15 @@ def test_each_stage_trains_with_its_own_options(done):
     tmp, status = done
     assert status["whole"] == 0
     seen = rows_of(tmp / "whole")
-    assert [(n, len(rows), len(rows[0])) for _, n, _, rows in seen] == [(4, 8, 32)] * 3 + [(4, 4, 64)] * 2 + [
+    assert [(n, len(rows), len(rows[0])) for _, n, _, rows in seen] == [(4, 8, 32)] * 3 + [(5, 5, 64)] * 2 + [
         (1, 6, 32)
     ] * 2
-    assert [number for _, _, numbers, _ in seen for number in numbers] == list(range(3 * 8 + 2 * 4 + 2 * 6))
+    assert [number for _, _, numbers, _ in seen for number in numbers] == list(range(3 * 8 + 2 * 5 + 2 * 6))
     assert [record["lr"] for record in log(tmp / "whole")][5:] == pytest.approx([2.5e-3, 0])
     assert [record["gate/capacity"] for record in log(tmp / "whole")] == pytest.approx(
         [0.15] * 3 + [0.9, 0.6] + [0.15] * 2
     )
-    assert [record["tokens"] for record in log(tmp / "whole")] == [256] * 5 + [192] * 2
+    assert [record["tokens"] for record in log(tmp / "whole")] == [256] * 3 + [320] * 2 + [192] * 2
 
 
 def test_stopped_anywhere_it_goes_on_bit_for_bit(done):
@@ -122,8 +125,11 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(done):
     assert [record["step"] for record in log(tmp / "parts", "start")] == [0, *STOPS]
     assert numbers(tmp / "parts") == numbers(tmp / "whole") and len(numbers(tmp / "whole")) == 7
     assert rows_of(tmp / "parts") == rows_of(tmp / "whole")
-    of_whole = {(r["step"], r["ce"]) for r in log(tmp / "whole", "valid")}
-    assert {(r["step"], r["ce"]) for r in log(tmp / "parts", "valid")} == of_whole
+    of_whole, of_parts = (
+        [{k: v for k, v in record.items() if k not in ("time", "s")} for record in log(tmp / name, "valid")]
+        for name in ("whole", "parts")
+    )
+    assert all(record in of_whole for record in of_parts)  # at a stop the parts validate twice
     ours, theirs = (everything(find_newest(tmp / name).path) for name in ("parts", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -141,7 +147,7 @@ def test_finished_stages_are_on_record(done):
     progress = json.loads((tmp / "whole/step_00000007/metadata.json").read_text())["progress"]
     first, long = progress["finished"]
     assert [(first["step"], first["samples"], first["tokens"]), (long["step"], long["samples"], long["tokens"])] == [
-        (3, 24, 768), (5, 32, 1280),
+        (3, 24, 768), (5, 34, 1408),
     ]  # fmt: skip
     assert (long["name"], len(first["read"]), len(long["read"])) == ("long", 1, 2)
     at_the_border = json.loads((tmp / "whole/step_00000003/metadata.json").read_text())["progress"]
@@ -155,10 +161,19 @@ def test_what_may_be_edited(done):
     said = [record["text"] for record in log(tmp / "edited later", "changed")]
     assert any("stages.2.optim.lr: 0.005, this run 0.002" in text for text in said), said
     for name, difference in (
-        ("edited finished", "stages.1.train.global_batch: checkpoint has 4, this run 8"),
+        ("edited finished", "stages.1.train.global_batch: checkpoint has 5, this run 8"),
         ("edited finished inside the next", "stages.0.steps: checkpoint has 3, this run 4"),
         ("other data under way", "data.fingerprint"),
         ("too short", "ends at step 1, and checkpoint"),
         ("none left", "2 stages are done in checkpoint"),
     ):
         assert difference in str(status[name]), (name, status[name])
+
+
+def test_stages_are_added_to_a_run_that_had_none(done):
+    tmp, status = done
+    assert status["added"] == 0, status["added"]
+    assert [(record["step"], record["lr"]) for record in log(tmp / "added")] == [(5, 3e-3), (6, 3e-3)]
+    [first] = json.loads((tmp / "added/step_00000006/metadata.json").read_text())["progress"]["finished"]
+    assert (first["step"], first["samples"]) == (4, 32)
+    assert [numbers[0] for _, _, numbers, _ in rows_of(tmp / "added")] == [32, 36]
