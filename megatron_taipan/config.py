@@ -18,6 +18,8 @@ from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
 from megatron_taipan.section import Section, option
+from megatron_taipan.stage_config import StageConfig
+from megatron_taipan.stages import plan_stages, run_length
 from megatron_taipan.task_config import TaskConfig, meaning_of_tasks
 
 
@@ -334,11 +336,17 @@ class Config(Section):
     tasks: list[TaskConfig] = option([], meaning_of_tasks())
     log: LogConfig = option(LogConfig(), "logs")
     ops: OpsConfig = option(OpsConfig(), "implementations")
+    stages: list[StageConfig] = option(
+        [],
+        "parts of the run one after the other, each {name: N, steps: 300, ...} with what differs in it: data (train,"
+        " seq_len, one_document, mask_documents), optim (lr, min_lr, schedule and lengths), train (global_batch,"
+        " micro_batch), model.gate (capacity, tau, budget_lambda), parallel (recompute, recompute_every)",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _tokens_are_steps(cls, tree: Any) -> Any:
-        return lengths_in_steps(tree, default_seq_len=DataConfig.model_fields["seq_len"].default)
+        return run_length(lengths_in_steps(tree, default_seq_len=DataConfig.model_fields["seq_len"].default))
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -366,6 +374,11 @@ class Config(Section):
                 " optim.grad_clip; use zero_stage 1"
             )
         self._check_tasks()
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Config":
+        plan_stages(self)
         return self
 
     def _check_tasks(self) -> None:

@@ -31,7 +31,7 @@ def incomplete_environment(error: ImportError) -> int:
 
 try:
     from megatron_taipan.config import describe_options, load_config, presets
-    from megatron_taipan.engine.build import check_layout
+    from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
     from megatron_taipan.train.dry_run import dry_run
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         place = find_place(os.environ)
         config = load_config(options.config, options.overrides)
         processes = options.processes if options.dry_run and options.processes is not None else place.world_size
-        check_layout(config, processes)
+        check_stages(config, processes)
         if options.dry_run:
             for line in dry_run(config, processes):
                 print(line, flush=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_taipan.checkpoint.folder import CONFIG
 from megatron_taipan.checkpoint.metadata import Progress, network_settings, read_metadata, refuse_other_run
 from megatron_taipan.checkpoint.reader import StateReader
+from megatron_taipan.checkpoint.stages import refuse_edited_stages
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.made_with import refuse_mixed
@@ -60,6 +61,7 @@ def load_training_state(
     metadata = read_metadata(path)
     refuse_other_run(str(path), metadata["identity"], identity)
     saved = load_config(path / CONFIG)
+    refuse_edited_stages(str(path), saved, config, metadata["progress"]["step"])
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
     shards = held_shards(engine, groups.zero_rank)

@@ -43,6 +43,7 @@ class Progress:
     run_steps: Count = 0  # train.steps when the run began: what the fractions in schedules are of
     shares: list[float] = field(default_factory=list)  # selected by each gate in the last step, for budget=batch
     rewinds: list[dict[str, Any]] = field(default_factory=list)  # each: from which step to which, samples passed over
+    finished: list[dict[str, Any]] = field(default_factory=list)  # stages that are done, see checkpoint/stages.py
 
 
 class _Metadata(BaseModel):
@@ -103,9 +104,14 @@ def is_free(name: str) -> bool:
 
 def changed_settings(saved: Config, ours: Config) -> list[str]:
     """Every option that differs, as `name: X, this run Y`; a schedule is one option."""
-    before, now = (dotted_settings(c.model_dump(mode="json"), whole=SCHEDULED) for c in (saved, ours))
+    before, now = (dotted_settings(_numbered(c.model_dump(mode="json")), whole=SCHEDULED) for c in (saved, ours))
     changed = [name for name in [*before, *(n for n in now if n not in before)] if before.get(name) != now.get(name)]
     return [f"{name}: {yaml_text(before.get(name))}, this run {yaml_text(now.get(name))}" for name in changed]
+
+
+def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with its stages by number, as `_explain` of config.py names them in errors."""
+    return tree | {"stages": {str(number): stage for number, stage in enumerate(tree["stages"])}}
 
 
 def dotted_settings(tree: dict[str, Any], prefix: str = "", whole: tuple[str, ...] = ()) -> dict[str, Any]:

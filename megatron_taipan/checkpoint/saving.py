@@ -100,8 +100,11 @@ class Saving:
             raise self.fault
 
     def _complete(self, shares: list[tuple[dict, dict]]) -> None:
+        progress = asdict(self.progress)
+        if not self.progress.finished:  # as releases before stages write and read it
+            del progress["finished"]
         description = {
-            "format": folder.FORMAT, "contents": self.kind, "progress": asdict(self.progress), **self.metadata,
+            "format": folder.FORMAT, "contents": self.kind, "progress": progress, **self.metadata,
         }  # fmt: skip
         texts = {
             INDEX: json.dumps(join_indices([index for _, index in shares]) | self.snapshot.whole),

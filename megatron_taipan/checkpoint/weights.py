@@ -27,6 +27,7 @@ from megatron_taipan.engine.state_shards import EMA, MASTER, MOMENTS
 from megatron_taipan.errors import UserError
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.stages import plan_stages, stage_at
 from megatron_taipan.untrusted import parse_json
 
 PREFIX = "model."  # of every tensor's name in the files, as transformers has it
@@ -190,6 +191,7 @@ def open_checkpoint(place: Path | str, *, ema: bool = False) -> CheckpointWeight
     config = load_config(path / CONFIG)
     moments = () if metadata.get("contents") == WEIGHTS else MOMENTS
     progress, reader = metadata["progress"], StateReader(path, config.model)
+    config = stage_at(plan_stages(config), progress["step"]).config  # what the weights were trained with last
     if ema and not reader.keeps(EMA):
         raise UserError(
             f"checkpoint {path} holds no average of the weights: full checkpoints of a run with optim.ema_decay do"

@@ -8,8 +8,10 @@ once.
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from itertools import count
+from math import ceil
 from threading import Thread
 from typing import Any, Literal
 
@@ -63,8 +65,30 @@ class SampleDataset(Dataset):
         self.sources, self.blend = sources, Blend(weights)
         self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
         self.fingerprint = fingerprint
+        self.before = [Fraction(0)] * len(sources)  # how often each source was read in the stages before
         self._locate = SampleLocator(sources, self.blend, seq_len)
         self._read = BatchReader(seq_len, mask_documents)
+
+    def go_on(self, first: int, read: Mapping[str, Fraction]) -> None:
+        """Makes sample `first` the one that the blend begins with, and lets each source go on where it was left.
+
+        A source that was cut in the same way (seq_len, one_document) goes on with exactly its next sample. Of one
+        that was cut otherwise the epochs are kept: what is left of the one under way are other cuts of the same
+        documents, so that no sample comes again, but tokens of it may.
+
+        Args:
+            read: what `read_after` gave at the end of the stage before.
+        """
+        names = [_name(source) for source in self.sources]
+        self.before = [read.get(name, Fraction(0)) for name in names]
+        self._locate.first = first
+        self._locate.begins = [ceil(n * s.per_epoch) for n, s in zip(self.before, self.sources, strict=True)]
+
+    def read_after(self, samples: int) -> dict[str, Fraction]:
+        """How often each source has been read, by the fingerprint of its data, after `samples` samples of the run."""
+        drawn, begins = self.blend.drawn(samples - self._locate.first), self._locate.begins
+        each = zip(self.sources, begins, drawn, strict=True)
+        return {_name(s): Fraction(begin + n, s.per_epoch) for s, begin, n in each}
 
     def __len__(self) -> int:
         """Samples in one epoch of all sources together."""
@@ -102,9 +126,10 @@ class SampleDataset(Dataset):
         return describe_blend(chosen, self.sources, self.blend.drawn(samples))
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source has been read after `samples` samples, by its prefix."""
-        drawn = self.blend.drawn(samples)
-        return {s.stream.reader.prefix: n / s.per_epoch for s, n in zip(self.sources, drawn, strict=True)}
+        """How often each source has been read after `samples` samples of the run, by its prefix."""
+        drawn = self.blend.drawn(samples - self._locate.first)
+        each = zip(self.sources, self.before, drawn, strict=True)
+        return {s.stream.reader.prefix: float(before) + n / s.per_epoch for s, before, n in each}
 
 
 def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size: int) -> SampleDataset:
@@ -164,6 +189,10 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         mask_documents=data.mask_documents,
         fingerprint=f"{derive_key(*identity):016x}",
     )
+
+
+def _name(source: Samples) -> str:
+    return source.stream.reader.fingerprint
 
 
 def make_loader(

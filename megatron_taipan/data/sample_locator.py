@@ -20,6 +20,7 @@ class SampleLocator:
 
     def __init__(self, sources: list[Samples], blend: Blend, seq_len: int):
         self.sources, self.blend = sources, blend
+        self.first, self.begins = 0, [0] * len(sources)  # sample that the blend begins with; of each source, its first
         self.ahead = min(AHEAD_SAMPLES, AHEAD_TOKENS // seq_len)
         self._found: list[tuple[TokenSpans, dict[int, int]]] = []  # spans, and the number among them of each sample
         self._last = self._distance = 0  # first sample of the last batch, and how far it was from the one before
@@ -55,10 +56,10 @@ class SampleLocator:
 
     def find(self, indices: np.ndarray) -> list[tuple[TokenSpans, dict[int, int]]]:
         """Finds any samples, int64 [m]: for each source that they come from, its spans and their numbers by sample."""
-        sources, numbers = self.blend.many(indices)
+        sources, numbers = self.blend.many(indices - self.first)
         found = []
         for k in np.unique(sources).tolist():  # of many sources few come
             source, mine = self.sources[k], np.flatnonzero(sources == k)
-            spans = source.stream.locate(source.positions(numbers[mine]), source.seq_len + 1)
+            spans = source.stream.locate(source.positions(numbers[mine] + self.begins[k]), source.seq_len + 1)
             found.append((spans, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
         return found

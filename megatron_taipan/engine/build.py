@@ -27,6 +27,7 @@ from megatron_taipan.parallel.mesh import fit_mesh
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import check_tensor_size, parameter_table
+from megatron_taipan.stages import Stage, plan_stages
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
 
@@ -239,6 +240,87 @@ def accumulation(config: Config, data_size: int) -> int:
             f" {t.global_batch % (t.micro_batch * data_size)})"
         )
     return t.global_batch // (t.micro_batch * data_size)
+
+
+def check_stages(config: Config, processes: int) -> None:
+    """Whether every stage of a run fits that many processes, and one engine can run them after each other.
+
+    Raises:
+        UserError: as for `check_layout`, naming the stage; or a stage changes what the engine is built with.
+    """
+    if not config.stages:
+        return check_layout(config, processes)
+    first, *others = plan_stages(config)
+    for stage in (first, *others):
+        try:
+            check_layout(stage.config, processes)
+        except UserError as error:
+            raise UserError(f"{stage.title()}: {error}") from error
+    for stage in others:
+        p, sharded = config.parallel, [s.config.parallel.shards_tokens(s.config.data.seq_len) for s in (first, stage)]
+        if sharded[0] != sharded[1]:
+            raise UserError(
+                f"{stage.title()}: data.seq_len={stage.config.data.seq_len} cannot be shared out over"
+                f" parallel.tensor={p.tensor} ranks and that of another stage can, and groups of ranks are made once;"
+                " take a multiple, or set parallel.sequence=false"
+            )
+        if p.pipeline > 1 and (changed := _fixed_in_a_pipeline(first, stage)):
+            raise UserError(
+                f"{stage.title()} changes {', '.join(changed)}, and with parallel.pipeline={p.pipeline} the stages of"
+                " the pipeline are cut, and have buffers, for one shape; keep it, or use parallel.pipeline=1"
+            )
+
+
+def _fixed_in_a_pipeline(first: Stage, stage: Stage) -> list[str]:
+    names = {
+        "data": ("seq_len", "mask_documents"),
+        "train": ("global_batch", "micro_batch"),
+        "parallel": ("recompute", "recompute_every"),
+    }
+    pairs = [(section, name) for section, options in names.items() for name in options]
+    return [
+        f"{section}.{name}"
+        for section, name in pairs
+        if len({getattr(getattr(s.config, section), name) for s in (first, stage)}) > 1
+    ]
+
+
+def change_stage(
+    engine: Engine, before: Config, config: Config, groups: Groups, device: torch.device, stack: ExitStack
+) -> str:
+    """Lets an engine go on with another stage's batch, shapes, recomputation and schedules; parameters, moments and
+    the loss scale stay. Between two steps.
+
+    Args:
+        before, config: of the stage that is done, and of the one that begins.
+
+    Returns:
+        What was done about the layers' graphs, which are captured again where shapes change; "" where nothing was.
+    """
+    network: Any = engine.module
+    network.use_gate(config.model.gate)
+    if groups.pipeline_size > 1:
+        return ""
+    set_batch(engine, config.train.micro_batch, accumulation(config, groups.data_size), config.train.global_batch)
+    network.recompute, network.recompute_every = config.parallel.recompute, config.parallel.recompute_every
+    shapes = [(c.train.micro_batch, c.data.seq_len, c.parallel.recompute, c.parallel.recompute_every)
+              for c in (before, config)]  # fmt: skip
+    if shapes[0] == shapes[1]:
+        return ""
+    network.release_graphs()
+    return capture_graphs(network, config, device, stack)
+
+
+def set_batch(engine: Any, micro_batch: int, micro_batches: int, global_batch: int) -> None:
+    """Tells DeepSpeed another batch. Its own setters allow one size to change at a time and check against the other;
+    it counts micro-batches from the start of the run, and ends a step where the count is a multiple of a step's."""
+    settings = engine._config
+    settings.train_micro_batch_size_per_gpu = micro_batch
+    settings.gradient_accumulation_steps = micro_batches
+    settings.train_batch_size = global_batch
+    engine.micro_steps = 0
+    if engine.zero_optimization_stage():
+        engine.optimizer.gradient_accumulation_steps = micro_batches
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -44,6 +44,9 @@ REPLACED = (
     Internal(PIPELINE, "_INSTRUCTION_MAP", "tied gradients, and one backward pass a stage (pipeline_engine.py)"),
     Internal(PIPELINE, "_running_engine_backward", "else its hooks take the pass for one of the user's"),
     Internal(PIPELINE_MODULE, "_partition_layers", "stages by the pattern's cuts or by operations (pipeline.py)"),
+    Internal(ENGINE, "_config micro_steps", "the batch, where a stage of the run changes it (build.py)"),
+    Internal(ZERO_12, "gradient_accumulation_steps", "the same"),
+    Internal(ZERO_3, "gradient_accumulation_steps", "the same"),
     Internal(ENGINE, "_cast_module_mixed_precision", "some parameters stay float32 under bf16 and fp16 (build.py)"),
     Internal(
         ZERO_3,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from megatron_taipan.config import Config
 from megatron_taipan.engine.protocol import Engine
+from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.model.blocks import Block, make_layer
 from megatron_taipan.model.build import Build
@@ -136,6 +137,11 @@ class TaipanPipeline(PipelineModule):
         finally:
             for owner in self.recorders():
                 owner.gate = None
+
+    def use_gate(self, gate: GateConfig) -> None:
+        """Other schedules of the gate, as Taipan.use_gate."""
+        for owner in self.recorders():
+            owner.gate_config = gate
 
     def num_params(self) -> int:
         """Parameters of the whole network."""

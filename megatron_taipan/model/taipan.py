@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.layer_kinds.metrics import LayerMetrics
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.blocks import make_layers
@@ -167,6 +168,10 @@ class Taipan(nn.Module):
         stream = residual_stream(embedded, fp32=self.config.residual_fp32)
         recompute = recompute_of(self.recompute, self.recompute_every, self.tp)
         self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp)
+
+    def use_gate(self, gate: GateConfig) -> None:
+        """Other schedules of the gate; a pass without a trainer's settings takes their last values."""
+        self.config = self.config.model_copy(update={"gate": gate})
 
     def release_graphs(self) -> None:
         """Forgets what `capture` recorded. NCCL hangs when it leaves a communicator that a graph still holds."""

@@ -18,6 +18,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.stages import describe_stage, plan_stages
 from megatron_taipan.train.schedule import describe_gate
 from megatron_taipan.train.schedule_plot import schedule_plots
 from megatron_taipan.train.shortfalls import shortfalls
@@ -37,7 +38,8 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         place = TensorParallel(p.tensor, 0, None, p.shards_tokens(config.data.seq_len))
         model = Taipan(config.model, seed=t.seed, tensor_parallel=place)
     here = largest_stage(model, config)
-    tokens = t.global_batch * config.data.seq_len
+    plan = plan_stages(config)
+    tokens = sum(stage.steps * stage.tokens_per_step for stage in plan)
     flops = model.num_flops_per_token(config.data.seq_len)
     yield (
         f"model      {config.name}: {config.model.n_layers} layers {config.model.pattern}, d_model"
@@ -52,41 +54,57 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f"per rank   {'at most ' if p.pipeline > 1 else ''}{here:,} parameters; parameters, gradients and optimizer"
         f" state {state_bytes(here, mesh.size(*ZERO), config) / 1e9:.2f} GB, activations not counted"
     )
-    yield (
-        f"batch      {t.global_batch} samples x {config.data.seq_len} tokens = {tokens:,} tokens a step:"
-        f" {accumulation(config, mesh.data)} micro-batches of {t.micro_batch} on each of {mesh.data} ranks"
+    operations = sum(
+        3 * model.num_flops_per_token(stage.config.data.seq_len) * stage.steps * stage.tokens_per_step for stage in plan
     )
-    yield (
-        f"run        {t.steps:,} steps = {t.steps * tokens:,} tokens, {3 * flops * t.steps * tokens:.3g} FLOP"
-        " forward and backward"
-    )
+    if not config.stages:
+        yield f"batch      {batch(config, mesh.data)}"
+    yield f"run        {t.steps:,} steps = {tokens:,} tokens, {operations:.3g} FLOP forward and backward"
+    for stage in plan if config.stages else ():
+        yield describe_stage(stage)
+        yield f"batch      {stage.title()} {batch(stage.config, mesh.data)}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
     if found := find_newest(Path(config.checkpoint.dir)):
         progress = read_metadata(found.path)["progress"]
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
-    if config.model.gated_layers and (plan := describe_gate(config.model.gate, run_steps)):
-        yield f"gate       {plan}"
     for line in describe_groups(config.optim, parameter_table(config.model)):
         yield f"optimizer  {line}"
-    for line in schedule_plots(config, run_steps):
-        yield f"schedule   {line}"
+    for stage in plan:
+        where = f"{stage.title()} " if config.stages else ""
+        if config.model.gated_layers and (gates := describe_gate(stage.config.model.gate, run_steps, stage)):
+            yield f"gate       {where}{gates}"
+        for line in schedule_plots(stage, run_steps):
+            yield f"schedule   {where}{line}"
     for line in describe_tasks(config):
         yield f"task       {line}"
     for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):
         yield f"warning    {warning}"
-    if config.data.verify:
-        verification = Verification(config.data)
+    for stage in plan if config.data.verify else ():
+        verification = Verification(stage.config.data)
         while verification.unfinished:
             verification.go_on()
         yield f"checked    {verification.report()}"
-    train_data = build_dataset(config.data, "train", config.model.vocab_size)
-    yield (
-        f"data       {len(train_data):,} samples an epoch, so the run is"
-        f" {t.steps * t.global_batch / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
+    for stage in plan:
+        where = f"{stage.title()} " if config.stages else ""
+        data = stage.config.data
+        samples = stage.steps * stage.config.train.global_batch
+        train_data = build_dataset(data, "train", config.model.vocab_size)
+        yield (
+            f"data       {where}{len(train_data):,} samples an epoch, so the {'stage' if config.stages else 'run'} is"
+            f" {samples / len(train_data):.2f} epochs; fingerprint {train_data.fingerprint}"
+        )
+        yield f"sources    {where}{train_data.describe(data.train, samples)}"
+
+
+def batch(config: Config, ranks: int) -> str:
+    """The batch of a step and how it is spread over data-parallel ranks."""
+    t, length = config.train, config.data.seq_len
+    return (
+        f"{t.global_batch} samples x {length} tokens = {t.global_batch * length:,} tokens a step:"
+        f" {accumulation(config, ranks)} micro-batches of {t.micro_batch} on each of {ranks} ranks"
     )
-    yield f"sources    {train_data.describe(config.data.train, t.steps * t.global_batch)}"
 
 
 def largest_stage(model: Taipan, config: Config) -> int:

@@ -3,18 +3,28 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, remove_leftovers, remove_taken_back
+from megatron_taipan.checkpoint.folder import (
+    FULL,
+    WEIGHTS,
+    find_newest,
+    is_checkpoint,
+    remove_leftovers,
+    remove_taken_back,
+    step_of,
+)
 from megatron_taipan.checkpoint.loading import Loaded, load_training_state, load_weights
 from megatron_taipan.checkpoint.lock import FolderLock
-from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity
+from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity, read_metadata
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
+from megatron_taipan.checkpoint.stages import finish_stage, go_on_in_stage, stage_under_way
 from megatron_taipan.checkpoint.verification import find_checkpoint, rewind_target, where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
@@ -23,6 +33,7 @@ from megatron_taipan.engine.build import (
     accumulation,
     build_engine,
     capture_graphs,
+    change_stage,
     describe_groups,
     set_learning_rate,
 )
@@ -38,6 +49,7 @@ from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.stages import Stage, describe_stage, plan_stages
 from megatron_taipan.train.diagnose import first_not_finite
 from megatron_taipan.train.distributed import RankInfo, any_rank
 from megatron_taipan.train.evaluate import evaluate
@@ -46,7 +58,7 @@ from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.persistence import FolderGuard, save_with_retry
 from megatron_taipan.train.profiling import StepProfiler
 from megatron_taipan.train.saver import Saver
-from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, learning_rate
+from megatron_taipan.train.schedule import describe_gate, gate_step, jumps, rate_in_stage
 from megatron_taipan.train.shortfalls import shortfalls
 from megatron_taipan.train.signals import StopSignals
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
@@ -66,6 +78,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         UserError: data, layout or checkpoint do not fit, or the loss stays not finite; the same on every rank.
     """
     t, p, c = config.train, config.parallel, config.checkpoint
+    plan = plan_stages(config)  # without stages one, whose configuration is the run's
     directory, writer = Path(c.dir), place.rank == 0
     with ExitStack() as stack:
         # --- build ---
@@ -73,25 +86,31 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
         settle_numerics(config)
         seed_all(t.seed + place.rank)
-        groups, travel = connect(p, device, config.data.seq_len)
+        groups, travel = connect(p, device, plan[0].config.data.seq_len)
         treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
-        ops = run_on_all_ranks(lambda: choose_operations(config))  # before data is read: a package may be missing
-        train_data, valid_data = run_on_all_ranks(lambda: open_data(config))
-        verified = verify(config, place, device, watchdog) if config.data.verify else None
+        # before data is read: a package may be missing
+        ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
+        done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
+        for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
+            train_data, valid_data = run_on_all_ranks(partial(open_data, stage.config))
+        verified = [verify(s.config, place, device, watchdog) for s in plan[done:]] if config.data.verify else []
         lock = run_on_all_ranks(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
         found = run_on_all_ranks(lambda: find_checkpoint(config))
-        model = run_on_all_ranks(lambda: build_training_model(config, groups, ops))
-        trained_on = [source.prefix for source in config.data.train]
+        stage = run_on_all_ranks(lambda: find_stage(plan, found.path)) if found and config.stages else plan[0]
+        if stage is not plan[done]:  # another checkpoint than the newest, which is damaged
+            train_data, valid_data = run_on_all_ranks(lambda: open_data(stage.config))
+        at = stage.config  # what holds in the present stage
+        model = run_on_all_ranks(lambda: build_training_model(at, groups, ops))
+        trained_on = [source.prefix for stage in plan for source in stage.config.data.train]
         unlike = run_on_all_ranks(
             lambda: load_weights(model, Path(c.init), config.model, trained_on) if c.init and not found else []
         )
-        flops_per_token = model.num_flops_per_token(config.data.seq_len)
-        engine = run_on_all_ranks(lambda: build_engine(model, config, groups, device))
+        engine = run_on_all_ranks(lambda: build_engine(model, at, groups, device))
         set_timeouts(p.timeout_s)
 
         # --- load ---
-        ours = identity(config, train_data.fingerprint)
+        ours = identity(at, train_data.fingerprint)
         metadata = {
             "identity": ours, "layout": layout(config, groups), "name": config.name, "versions": versions(),
             "git_commit": git_commit(),
@@ -107,21 +126,23 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         progress = loaded.progress
         if not progress.run_steps:
             progress = replace(progress, run_steps=t.steps)
+        go_on_in_stage(train_data, progress)
         n_gates = len(config.model.gated_layers)
-        plan = run_on_all_ranks(lambda: describe_gate(config.model.gate, progress.run_steps) if n_gates else "")
+        gates = run_on_all_ranks(lambda: [describe_gate(s.config.model.gate, progress.run_steps, s) for s in plan])
         # before the loader's threads: recording tolerates no other calls
-        graphs = run_on_all_ranks(lambda: capture_graphs(model, config, device, stack))
+        graphs = run_on_all_ranks(lambda: capture_graphs(model, at, device, stack))
 
         def open_loader(first: int) -> Iterator[Batch]:
             return make_loader(
-                train_data, start=first, global_batch=t.global_batch, micro_batch=t.micro_batch,
+                train_data, start=first, global_batch=at.train.global_batch, micro_batch=at.train.micro_batch,
                 dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
             )  # fmt: skip
 
         loader = open_loader(progress.samples)
         run_on_all_ranks(lambda: set_random_states(loaded.random))  # after the loader, which draws from one of them
         metrics = stack.enter_context(run_on_all_ranks(lambda: Metrics(
-            config, progress, flops_per_token=flops_per_token, devices=place.world_size, writes=writer, rank=place.rank
+            config, progress, flops_per_token=model.num_flops_per_token(at.data.seq_len), devices=place.world_size,
+            writes=writer, rank=place.rank,
         )))  # fmt: skip
         for reason in found.passed_over if found else []:
             metrics.note("warning", f"passed over checkpoint {reason}")
@@ -129,14 +150,21 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                      f" {device.type}, step {progress.step} of {t.steps}; {ops.report}; {graphs};"
                      f" {describe_optimizer(base_optimizer(engine))}" + (f"; {travel}" if travel else "")
                      + (f"; resumed from {found.path}" if found else ""))  # fmt: skip
-        if verified:
-            metrics.note("data", verified)
-        metrics.note("data", train_data.describe(config.data.train, t.steps * t.global_batch))
+        for report in verified:
+            metrics.note("data", report)
+
+        def note_stage() -> None:
+            """What the present stage reads, and its gates' schedules."""
+            if config.stages:
+                metrics.note("stage", describe_stage(stage))
+            metrics.note("data", train_data.describe(at.data.train, stage.steps * at.train.global_batch))
+            if n_gates and gates[stage.number]:
+                kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
+                metrics.note("gate", gates[stage.number] + (kept if progress.run_steps != t.steps else ""))
+
+        note_stage()
         for group in treated:
             metrics.note("optim", group)
-        if plan:
-            kept = f" (fractions of the {progress.run_steps} steps with which the run began)"
-            metrics.note("gate", plan + (kept if progress.run_steps != t.steps else ""))
         for warning in (*untried_torch(torch.__version__), *shortfalls(config, progress.step, progress.run_steps)):
             metrics.note("warning", warning)
         for line in describe_tasks(config):
@@ -154,8 +182,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 began = time.perf_counter()
                 results = {
                     name: evaluate(
-                        engine, dataset, samples=t.eval_samples, micro_batch=t.micro_batch, groups=groups,
-                        device=device, gate=config.model.gate, beat=watchdog.beat,
+                        engine, dataset, samples=t.eval_samples, micro_batch=at.train.micro_batch, groups=groups,
+                        device=device, gate=at.model.gate, beat=watchdog.beat,
                     )
                     for name, dataset in valid_data.items()
                 }  # fmt: skip
@@ -173,20 +201,37 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
 
         # --- loop ---
         last = min(t.stop_at or t.steps, t.steps)
-        micro_batches = accumulation(config, groups.data_size)
-        tokens_per_step = t.global_batch * config.data.seq_len
         streak, before_streak = 0, progress
         watchdog.beat()  # the start is done
         stopping = any_rank(signals.reason() is not None, device)  # a signal came while it started
         if progress.step == 0 and not stopping:
             validate()  # what an untrained model scores, to compare with
         while progress.step < last and not stopping:
+            if progress.step == stage.last and stage is not plan[-1]:
+                # --- the next stage ---
+                progress = finish_stage(progress, stage, train_data)
+                before_streak = progress
+                saver.finish()  # nothing else may run while graphs are captured
+                before, stage = at, plan[stage.number + 1]
+                at = stage.config
+                train_data, valid_data = run_on_all_ranks(partial(open_data, at))
+                go_on_in_stage(train_data, progress)
+                ours = identity(at, train_data.fingerprint)
+                saver.metadata = metadata | {"identity": ours}
+                del loader
+                graphs = run_on_all_ranks(partial(change_stage, engine, before, at, groups, device, stack))
+                loader = open_loader(progress.samples)
+                metrics.flops = model.num_flops_per_token(at.data.seq_len)
+                note_stage()
+                if graphs:
+                    metrics.note("stage", graphs)
+                watchdog.beat()
             metrics.start_clock()
             profiler.begin(progress.step + 1)
-            batches = [to_device(next(loader), device) for _ in range(micro_batches)]
+            batches = [to_device(next(loader), device) for _ in range(accumulation(at, groups.data_size))]
             waited = metrics.seconds()
-            lr = learning_rate(progress.step, config.optim, t.steps)
-            gate = gate_step(config.model.gate, progress.step, progress.run_steps, progress.shares, n_gates)
+            lr = rate_in_stage(progress.step, stage)
+            gate = gate_step(at.model.gate, progress.step, progress.run_steps, progress.shares, n_gates, stage)
             set_learning_rate(engine, lr)
             result = train_step(
                 engine, batches, step=progress.step, groups=groups, grad_clip=config.optim.grad_clip, gate=gate,
@@ -216,15 +261,15 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             progress = replace(
                 progress,
                 step=progress.step + 1,
-                samples=progress.samples + t.global_batch,
-                tokens=progress.tokens + tokens_per_step,
+                samples=progress.samples + at.train.global_batch,
+                tokens=progress.tokens + stage.tokens_per_step,
                 skipped=progress.skipped + result.skipped,
                 recent=remember(progress.recent, result, t),
                 # where logits were NaN a gate selected nothing: that share must not steer the next step
                 shares=progress.shares if result.skipped else selected,
             )
             metrics.after_step(
-                progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=tokens_per_step,
+                progress.step, result, lr=lr, gate=gate if n_gates else None, tokens=stage.tokens_per_step,
                 data_wait_s=waited, loss_scale=loss_scale(engine), epochs=train_data.epochs(progress.samples),
             )  # fmt: skip
             if streak == t.max_skipped:
@@ -245,7 +290,10 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 metrics.note("spike", f"step {progress.step}: loss {result.ce:.4f} is {spike:.1f} standard deviations"
                              f" above the last {t.spike_window} (train.spike_z={t.spike_z:g})", z=spike)  # fmt: skip
                 saver.finish()
-                if t.spike_rewind and (good := run_on_all_ranks(lambda: rewind_target(directory, c.save_every))):
+                good = run_on_all_ranks(lambda: rewind_target(directory, c.save_every)) if t.spike_rewind else None
+                if good and (step_of(good) or 0) <= stage.first > 0:
+                    metrics.note("warning", f"{good} is of the stage before, so nothing is taken back")
+                elif good:
                     saved = load_training_state(engine, good, config=config, identity=ours, groups=groups).progress
                     spiked = progress.step
                     progress = after_rewind(saved, progress, z=spike, train=t)
@@ -280,6 +328,27 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                              " before its tasks had; start the same command again to run them")  # fmt: skip
                 return EXIT_REQUEUE
         return 0
+
+
+def stages_done(config: Config) -> int:
+    """How many stages are done in the checkpoint that the run is likely to continue from; 0 where none can be read.
+
+    Their data need not be there any more. Which checkpoint it is shows once they are verified.
+    """
+    wanted = config.checkpoint.load
+    folders = [] if wanted is None else [config.checkpoint.dir] if wanted == "auto" else [config.checkpoint.dir, wanted]
+    for folder in map(Path, folders):
+        path = folder if is_checkpoint(folder) else (found := find_newest(folder)) and found.path
+        if path:
+            with suppress(UserError):  # damaged: another one will be taken
+                return min(len(read_metadata(path)["progress"].get("finished", [])), len(config.stages) - 1)
+    return 0
+
+
+def find_stage(plan: list[Stage], path: Path) -> Stage:
+    """The stage in which a checkpoint was written; see `stage_under_way`."""
+    progress = read_metadata(path)["progress"]
+    return stage_under_way(plan, len(progress.get("finished", [])), progress["step"], str(path))
 
 
 def build_training_model(config: Config, groups: Groups, ops: Ops) -> Any:

@@ -9,6 +9,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import GateConfig, Schedule
 from megatron_taipan.model.gate_settings import computes_every_query
 from megatron_taipan.optim_config import OptimConfig
+from megatron_taipan.stages import OPTIM, Stage, plan_stages, stage_at
 
 GATE_SCHEDULES = ("capacity", "tau", "budget_lambda")
 
@@ -53,6 +54,18 @@ def decay_span(optim: OptimConfig, total_steps: int) -> tuple[int, int]:
     return max(optim.warmup_steps, last - length), last
 
 
+def rate_in_stage(step: int, stage: Stage) -> float:
+    """The learning rate of one optimizer step of a stage: by its own schedule, or by the run's."""
+    first, steps = stage.clock(OPTIM, stage.config.train.steps)
+    return learning_rate(step - first, stage.config.optim, steps)
+
+
+def scheduled_in_stage(name: str, step: int, stage: Stage, run_steps: int) -> float:
+    """The value of one of GATE_SCHEDULES at an optimizer step of a stage; step and run_steps as for `scheduled`."""
+    first, steps = stage.clock(name, run_steps)
+    return scheduled(getattr(stage.config.model.gate, name), step - first, steps)
+
+
 def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:
     """The value of a constant or a schedule at one optimizer step.
 
@@ -87,21 +100,27 @@ class GateStep:
         return [self.capacity, self.tau, self.budget_lambda, float(self.every_query), *self.shares]
 
 
-def gate_step(gate: GateConfig, step: int, run_steps: int, shares: list[float], gates: int) -> GateStep:
+def gate_step(
+    gate: GateConfig, step: int, run_steps: int, shares: list[float], gates: int, stage: Stage | None = None
+) -> GateStep:
     """The gates' settings of one optimizer step.
 
     Args:
         step, run_steps: as for `scheduled`.
         shares: measured in the step before; empty before the first.
         gates: number of S layers.
+        stage: that the step is in; its own schedules count from its first step.
     """
-    capacity, tau, weight = (scheduled(v, step, run_steps) for v in (gate.capacity, gate.tau, gate.budget_lambda))
+    clocks = {name: stage.clock(name, run_steps) if stage else (0, run_steps) for name in GATE_SCHEDULES}
+    capacity, tau, weight = (
+        scheduled(getattr(gate, name), step - first, steps) for name, (first, steps) in clocks.items()
+    )
     every = bool(computes_every_query(gate, step))
     return GateStep(capacity, tau, weight, every, shares or [capacity] * gates, gate.budget)
 
 
-def describe_gate(gate: GateConfig, run_steps: int) -> str:
-    """The schedules with their steps, for the log; empty where all is constant.
+def describe_gate(gate: GateConfig, run_steps: int, stage: Stage | None = None) -> str:
+    """The schedules with their steps, for the log; empty where all is constant. stage: as for `gate_step`.
 
     Raises:
         UserError: a schedule ends before it begins, one given as a step, the other as a fraction of the run.
@@ -110,7 +129,8 @@ def describe_gate(gate: GateConfig, run_steps: int) -> str:
     for name in GATE_SCHEDULES:
         value = getattr(gate, name)
         if isinstance(value, Schedule):
-            first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
+            begin, steps = stage.clock(name, run_steps) if stage else (0, run_steps)
+            first, last = (begin + value.step_of(place, steps) for place in (value.after, value.until))
             if last < first:
                 raise UserError(
                     f"model.gate.{name}: until={value.until:g} is step {last:g} of a run of {run_steps} steps, before"
@@ -131,10 +151,10 @@ def jumps(before: Config, now: Config, step: int, run_steps: int) -> list[str]:
     """
     values = [
         {
-            "the learning rate": learning_rate(step, config.optim, config.train.steps),
-            **{f"model.gate.{n}": scheduled(getattr(config.model.gate, n), step, run_steps) for n in GATE_SCHEDULES},
+            "the learning rate": rate_in_stage(step, stage),
+            **{f"model.gate.{n}": scheduled_in_stage(n, step, stage, run_steps) for n in GATE_SCHEDULES},
         }
-        for config in (before, now)
+        for stage in (stage_at(plan_stages(config), step + 1) for config in (before, now))
     ]
     pairs = [(name, value, values[1][name]) for name, value in values[0].items()]
     return [

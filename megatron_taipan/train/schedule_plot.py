@@ -1,26 +1,26 @@
 """Schedules as small plots of text, for `--dry-run`: one line each."""
 
-from megatron_taipan.config import Config
 from megatron_taipan.gate_config import Schedule
-from megatron_taipan.train.schedule import GATE_SCHEDULES, learning_rate, scheduled
+from megatron_taipan.stages import Stage
+from megatron_taipan.train.schedule import GATE_SCHEDULES, rate_in_stage, scheduled_in_stage
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # characters
 
 
-def schedule_plots(config: Config, run_steps: int) -> list[str]:
-    """A line for the learning rate and for each schedule of the gate: its course over the run, with its ends.
+def schedule_plots(stage: Stage, run_steps: int) -> list[str]:
+    """A line for the learning rate and for each schedule of the gate: its course over the stage, with its ends.
 
     Args:
         run_steps: the steps that fractions of the gate's schedules refer to, see `schedule.scheduled`.
     """
-    steps, gate = config.train.steps, config.model.gate
+    steps, model = stage.steps, stage.config.model
     at = [round(i * (steps - 1) / (WIDTH - 1)) for i in range(WIDTH)] if steps >= WIDTH else list(range(steps))
-    courses = {"optim.lr": [learning_rate(step, config.optim, steps) for step in at]}
-    for name in GATE_SCHEDULES if config.model.gated_layers else ():
-        value = getattr(gate, name)
-        if isinstance(value, Schedule):
-            courses[f"model.gate.{name}"] = [scheduled(value, step, run_steps) for step in at]
+    at = [stage.first + step for step in at]
+    courses = {"optim.lr": [rate_in_stage(step, stage) for step in at]}
+    for name in GATE_SCHEDULES if model.gated_layers else ():
+        if isinstance(getattr(model.gate, name), Schedule):
+            courses[f"model.gate.{name}"] = [scheduled_in_stage(name, step, stage, run_steps) for step in at]
     return [f"{name} {plot(values)}" for name, values in courses.items()]
 
 

@@ -24,7 +24,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2 data, ZeRO 3": {"zero_stage": 3},
     "2 tensor, ZeRO 2": {"zero_stage": 2, "tensor": 2},
     "2 stages": {"zero_stage": 1, "pipeline": 2},
+    "2 data, a run in three stages": {"zero_stage": 1},
 }
+IN_STAGES: list[dict[str, Any]] = [  # a border between two saves, and one at a save
+    {"steps": 5},
+    {"steps": 3, "data": {"seq_len": 32}, "train": {"global_batch": 6}},
+    {"steps": STEPS - 8, "train": {"micro_batch": 2}, "optim": {"schedule": "linear", "lr": 5e-3, "min_lr": 0.0}},
+]
 
 
 class Unavailable(Exception):
@@ -107,6 +113,8 @@ class CaseRun:
             log={"every": 1},
         )  # fmt: skip
         tree["model"] |= {"pattern": "M S" if self.layout != "2 stages" else "M S M", "d_model": 16, "d_ff": 16}
+        if "three stages" in self.layout:
+            tree["stages"] = IN_STAGES
         for name, options in self.sections.items():
             tree[name] = tree[name] | options
         config = self.home / "config.yaml"

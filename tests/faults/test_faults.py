@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import cases, launchers
-from tests.faults.bench import Bench, Unavailable
+from tests.faults.bench import LAYOUTS, Bench, Unavailable
 
 # in every run of the suite: what damages most when it breaks; the others with `slow`
 ALWAYS = [
@@ -30,7 +30,7 @@ def bench(tmp_path_factory):
     ids=lambda case: case.__name__,
 )
 def test_same_command_continues_to_the_same_weights_after(case, bench: Bench, request):
-    seed = 4 * (len(request.node.name) % 2)  # the first layout only, with and without asynchronous saving
+    seed = len(LAYOUTS) * (len(request.node.name) % 2)  # the first layout only, with and without asynchronous saving
     try:
         case(bench, seed)
     except Unavailable as reason:

@@ -1,6 +1,7 @@
 """The dry run's plots of the schedules."""
 
 from megatron_taipan.config import make_config
+from megatron_taipan.stages import plan_stages
 from megatron_taipan.train.schedule_plot import WIDTH, plot, schedule_plots
 from tests.train.toy import toy_tree
 
@@ -16,10 +17,10 @@ def test_the_learning_rate_and_the_gates_schedules_are_drawn(tmp_path):
     tree["train"]["steps"] = 1000
     tree["optim"] = {"lr": 1.0, "min_lr": 0.0, "warmup_steps": 100, "schedule": "wsd", "wsd_decay_steps": 300}
     tree["model"] |= {"pattern": "M S", "gate": {"capacity": {"start": 0.5, "end": 0.1}}}
-    rate, capacity = schedule_plots(make_config(tree), 1000)
+    rate, capacity = schedule_plots(plan_stages(make_config(tree))[0], 1000)
     bars = rate.split()[1]
     assert rate.startswith("optim.lr ▁") and len(bars) == WIDTH and rate.endswith(" from 0.01 to 0, at most 1")
     assert bars.count("█") in range(27, 32)  # 600 of 1000 steps
     assert capacity.startswith("model.gate.capacity █") and capacity.endswith("from 0.5 to 0.1004")
     tree["model"]["pattern"] = "M W"
-    assert len(schedule_plots(make_config(tree), 1000)) == 1
+    assert len(schedule_plots(plan_stages(make_config(tree))[0], 1000)) == 1
