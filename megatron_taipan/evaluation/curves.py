@@ -17,6 +17,7 @@ from megatron_taipan.evaluation.results import Row, markdown_table, write_result
 from megatron_taipan.layer_kinds.metrics import logged
 
 LAST = 50  # steps at the end of a run whose mean the table gives
+SET_MARKERS = "s^vDP*"  # matplotlib's, of validation sets by name
 POINTS = 200  # of a curve; each is the mean over as many steps as that takes
 
 
@@ -64,11 +65,17 @@ def describe(name: str, course: Course) -> Row:
 
 
 def loss_curves(name: str, course: Course, colour: str) -> list[Curve]:
-    """Training as a line, validation as points, in one colour."""
+    """Training as a line, validation as points, in one colour; validation sets by name each with their own marks."""
     curves = [Curve(f"{name}, training", *averaged(course.steps, lambda record: record.get("ce")), f"{colour}-")]
     if points := [(r["step"], r["ce"]) for r in course.valid if r.get("ce") is not None]:
         steps, losses = zip(*points, strict=True)
         curves.append(Curve(f"{name}, validation", steps, losses, f"{colour}o--"))
+    for number, of_set in enumerate(dict.fromkeys(of_set for r in course.valid for of_set in r.get("sets", {}))):
+        with_it = [(r["step"], r["sets"][of_set].get("ce")) for r in course.valid if of_set in r.get("sets", {})]
+        if points := [(step, loss) for step, loss in with_it if loss is not None]:
+            steps, losses = zip(*points, strict=True)
+            marker = SET_MARKERS[number % len(SET_MARKERS)]
+            curves.append(Curve(f"{name}, {of_set}", steps, losses, f"{colour}{marker}:"))
     return curves
 
 

@@ -48,6 +48,16 @@ def test_the_program_draws_several_runs(tmp_path, capsys):
     assert "curves_selected.svg" in capsys.readouterr().out
 
 
+def test_validation_sets_have_curves_of_their_own(tmp_path):
+    run = write_run(tmp_path / "run", 5, 2.0, {})
+    sets = {"wiki": {"ce": 2.5}, "code": {"ce": None}}  # not finite
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "valid", "step": 5, "ce": 2.0, "sets": sets}) + "\n")
+    assert main([run, "--out", str(tmp_path / "out")]) == 0
+    words = words_of(tmp_path / "out/curves.svg")
+    assert f"{run}, wiki" in words and f"{run}, code" not in words
+
+
 def test_long_runs_are_averaged_and_every_step_counts_once():
     steps = [{"step": n, "ce": float(n)} for n in range(1, 1002)]
     x, y = averaged(steps, lambda record: record["ce"])
