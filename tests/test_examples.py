@@ -148,6 +148,16 @@ def test_the_short_study_ends_in_a_page_of_every_task(checkout, monkeypatch):
     check_study(study.SHORT.folder, list(study.PATTERNS))
 
 
+@pytest.mark.manual
+def test_a_run_in_stages_is_the_same_when_it_is_interrupted(checkout):
+    """Run 2026-11-29: passed."""
+    printed = run("".join(commands(EXAMPLES / "stages" / "README.md")), checkout)
+    assert "the losses of 180 steps are equal" in printed
+    tables = list((checkout / "runs/stages/run/tasks").glob("*/step_00000180/out/perplexity.json"))
+    assert {path.parents[2].name for path in tables} == {"lengths", "lengths_ema"}
+    assert (checkout / "runs/stages/hf/model.safetensors").is_file()
+
+
 def test_every_example_is_listed_and_its_page_names_its_files():
     pages = {page.parent.name: page.read_text(encoding="utf-8") for page in EXAMPLES.glob("*/README.md")}
     listed = set(re.findall(r"\]\((\w+)/README\.md\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
