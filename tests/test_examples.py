@@ -150,7 +150,7 @@ def test_the_short_study_ends_in_a_page_of_every_task(checkout, monkeypatch):
 
 @pytest.mark.manual
 def test_a_run_in_stages_is_the_same_when_it_is_interrupted(checkout):
-    """Run 2026-11-29: passed."""
+    """Run 2026-11-29: passed in 4 min 45 s."""
     printed = run("".join(commands(EXAMPLES / "stages" / "README.md")), checkout)
     assert "the losses of 180 steps are equal" in printed
     tables = list((checkout / "runs/stages/run/tasks").glob("*/step_00000180/out/perplexity.json"))
