@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megatron_taipan.ops.libraries import load_library
+from megatron_taipan.ops.token_losses import weighted_losses
 
 
 def load_cut_cross_entropy() -> tuple[Callable, str]:
@@ -19,15 +20,7 @@ def load_cut_cross_entropy() -> tuple[Callable, str]:
     """
     module, version = load_library("cce", "cut_cross_entropy", "cross_entropy")
 
-    def linear_cross_entropy(
-        hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, *, vocab_start: int = 0,
-        n_valid: int | None = None, reduce_sum: Callable | None = None, reduce_max: Callable | None = None,
-    ) -> Tensor:  # fmt: skip
-        if reduce_sum is not None or reduce_max is not None or vocab_start:
-            raise ValueError("cut-cross-entropy knows no vocabulary that is split over ranks")
-        losses = module.linear_cross_entropy(
-            hidden, weight[:n_valid], labels, reduction="none", filter_eps=None, impl="cce"
-        )
-        return (losses.float() * token_weights.float()).sum()
+    def losses_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return module.linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None, impl="cce")
 
-    return linear_cross_entropy, version
+    return weighted_losses(losses_of, "cut-cross-entropy"), version

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.ops.libraries import load_library
+from megatron_taipan.ops.token_losses import weighted_losses
 
 
 def load_liger_cross_entropy() -> tuple[Callable, str]:
@@ -22,17 +23,11 @@ def load_liger_cross_entropy() -> tuple[Callable, str]:
     module, version = load_library("liger", "liger_kernel.ops.fused_linear_cross_entropy", "cross_entropy")
     fused = module.LigerFusedLinearCrossEntropyFunction
 
-    def linear_cross_entropy(
-        hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, *, vocab_start: int = 0,
-        n_valid: int | None = None, reduce_sum: Callable | None = None, reduce_max: Callable | None = None,
-    ) -> Tensor:  # fmt: skip
-        if reduce_sum is not None or reduce_max is not None or vocab_start:
-            raise ValueError("liger knows no vocabulary that is split over ranks")
+    def losses_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         ignored, no_z_loss, no_smoothing = -100, 0.0, 0.0
         losses, *_ = fused.apply(
-            hidden, weight[:n_valid], labels, None, None, ignored, no_z_loss, no_smoothing, "none", None, False,
-            torch.float32,
+            hidden, weight, labels, None, None, ignored, no_z_loss, no_smoothing, "none", None, False, torch.float32,
         )  # fmt: skip
-        return (losses * token_weights.to(losses.dtype)).sum()
+        return losses
 
-    return linear_cross_entropy, version
+    return weighted_losses(losses_of, "liger"), version
