@@ -154,7 +154,7 @@ class DataConfig(Section):
     def valid_sets(self) -> dict[str | None, "DataConfig"]:
         """For each set of data.valid by name, the data with that set as its data.valid; else {None: the data}."""
         names = dict.fromkeys(source.set for source in self.valid or [])
-        if len(names) < 2 and None in (names or [None]):
+        if not names or None in names:  # all sources are named, or none is
             return {None: self}
         return {
             name: self.model_copy(update={"valid": [s for s in self.valid or [] if s.set == name]}) for name in names

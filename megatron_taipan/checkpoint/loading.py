@@ -65,17 +65,20 @@ def load_training_state(
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
     shards = held_shards(engine, groups.zero_rank)
-    if config.optim.ema_decay is not None:
-        begin_ema(shards)
     tp = groups.tensor
-    averaged = config.optim.ema_decay is not None
-    for kind in (*KINDS, EMA) if averaged and reader.keeps(EMA) else KINDS:
+
+    def load(kind: str) -> None:
         for shard in shards:
             spec = table[shard.name]
             values = reader.elements(shard.name, kind, spec, tp.size, tp.rank, shard.start, shard.count)
             shard.tensor(kind).copy_(values)
-    if averaged and not reader.keeps(EMA):
-        begin_ema(shards)  # from the weights as they are now
+
+    for kind in KINDS:
+        load(kind)
+    if config.optim.ema_decay is not None:
+        begin_ema(shards)  # as the weights are now, where the checkpoint keeps no average
+        if reader.keeps(EMA):
+            load(EMA)
     set_optimizer_step(shards, reader.optimizer_step)
     set_scaler_state(engine, reader.scaler)
     for name, value in buffers(engine.module):

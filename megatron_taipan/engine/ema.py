@@ -20,12 +20,6 @@ def begin_ema(shards: list[StateShard]) -> None:
         shard.tensor(EMA).copy_(shard.tensor(MASTER))
 
 
-def end_ema(shards: list[StateShard]) -> None:
-    """No average is kept from now on."""
-    for shard in shards:
-        shard.optimizer.state[shard.flat].pop(EMA, None)
-
-
 @torch.no_grad()
 def update_ema(shards: list[StateShard], decay: float, n: int) -> None:
     """After update number n of the weights; not after a skipped one. It does not wait for the device."""
