@@ -33,7 +33,7 @@ from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.errors import exits_cleanly
 from megatron_taipan.evaluation.calibrate import calibrate
 from megatron_taipan.gate_config import GateConfig
-from megatron_taipan.model.blocks import SelectiveAttentionBlock
+from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
 from megatron_taipan.optim_config import OptimConfig
@@ -60,7 +60,7 @@ def make_model(pattern: str, gate: dict[str, Any], s: Settings, seed: int) -> Ta
 
 
 def gates_of(model: Taipan) -> list[torch.nn.Module]:
-    return [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
+    return [block.gate for block in gated_blocks(model)]
 
 
 def train_recall(model: Taipan, s: Settings, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:

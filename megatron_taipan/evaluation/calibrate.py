@@ -8,8 +8,9 @@ evaluation, generation and export use it from then on.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +21,29 @@ from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import choose_data
 from megatron_taipan.inference.loading import load_model, parse_device
-from megatron_taipan.model.blocks import SelectiveAttentionBlock
+from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 
 MAX_MARGINS = 10_000_000  # values kept for a quantile; 40 MB
 
 
 @torch.no_grad()
-def calibrate(model: Taipan, batches: Sequence[dict[str, Tensor]], capacity: float | None = None) -> list[float]:
+def calibrate(model: Taipan, batches: Sequence[Mapping[str, Any]], capacity: float | None = None) -> list[float]:
     """Sets `gate.threshold` of every S layer and returns the thresholds, in the order of the layers.
 
     Layer by layer from below, because what a layer selects changes what the layers above it see: one pass over the
     batches for each S layer.
 
     Args:
-        batches: held-out micro-batches as the loader gives them (tokens [b, l], seq_idx [b, l]), on the model's device.
+        batches: held-out micro-batches as the loader gives them, on the model's device: tokens [b, l], and seq_idx
+            [b, l] or None.
         capacity: wanted fraction; None: the configuration's C.
 
     Raises:
         UserError: no batches, the model has no S layer or draws at random, or the capacity is not a fraction.
     """
     wanted = model.config.gate.final_capacity if capacity is None else capacity
-    gates = [layer.gate for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
+    gates = [block.gate for block in gated_blocks(model)]
     if not gates or not batches:
         what = (
             "no batches to calibrate on" if gates else f"pattern {model.config.pattern!r} has no S layer to calibrate"

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.evaluation.calibrate import calibrate
+from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.inference.stepping import EAGER_STEPS, Stepper
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.cache import Cache, KeyValueStore
+from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.taipan import Taipan
 
 SHARE_ROWS = 64  # decoded tokens of which the share selected is taken
@@ -137,7 +139,7 @@ def cache_bytes_by_layer(model: Taipan, context: int, batch: int = 1) -> list[in
 def settle_for_prefill(model: Taipan, tokens: Tensor) -> None:
     """Sets the thresholds of untrained gates so that they select their capacity of [1, l] tokens."""
     if steerable(model):
-        calibrate(model, [{"tokens": tokens, "seq_idx": None}])  # type: ignore[dict-item]  # one document
+        calibrate(model, [{"tokens": tokens, "seq_idx": None}])  # one document
 
 
 def settle_gates(model: Taipan, prefilled: Cache) -> None:
@@ -174,9 +176,9 @@ def selected_share(model: Taipan, cache: Cache, tokens: Tensor) -> float | None:
     return round(torch.stack(shares).mean().item(), 3)
 
 
-def gates_of(model: Taipan) -> list:
+def gates_of(model: Taipan) -> list[Gate]:
     """The gates, in the order of their layers."""
-    return [layer.gate for layer in model.layers if hasattr(layer, "gate")]
+    return [block.gate for block in gated_blocks(model)]
 
 
 def steerable(model: Taipan) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import prefill
-from megatron_taipan.model.blocks import SelectiveAttentionBlock
+from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 
 
@@ -29,7 +29,7 @@ def collect_decisions(model: Taipan, ids: list[int], chunk: int = 2048) -> GateD
     Raises:
         UserError: the model has no S layer, no tokens are given, or an id is outside the vocabulary.
     """
-    blocks = [layer for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
+    blocks = gated_blocks(model)
     size = model.config.vocab_size
     if not blocks:
         raise UserError(

@@ -7,11 +7,13 @@ Where it is still undecided the two can differ by any factor: a model is then us
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron_taipan.model.blocks import SelectiveAttentionBlock
+from megatron_taipan.model.gate import Selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 
@@ -20,21 +22,21 @@ FACTOR = 4.0  # between the share found and the one trained for
 CALIBRATE = "python -m megatron_taipan.evaluation calibrate CHECKPOINT sets thresholds by which it is"
 
 
+def gated_blocks(model: Taipan) -> list[SelectiveAttentionBlock]:
+    """The layers of a network that have a gate, from the first on."""
+    return [layer for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
+
+
 class SelectionWatch:
     """Counts, on the device, what each gate of a network selects from now on. Replayed CUDA graphs are not seen."""
 
     def __init__(self, model: Taipan):
-        blocks = [layer for layer in model.layers if isinstance(layer, SelectiveAttentionBlock)]
-        self.config = model.config
+        blocks = gated_blocks(model)
         self.seen: dict[str, list[Tensor]] = {f"layers.{block.layer}": [] for block in blocks}  # [2] selected, tokens
-        self.hooks = [block.gate.register_forward_hook(self._count) for block in blocks]
-        self.names = {id(block.gate): f"layers.{block.layer}" for block in blocks}
-
-    def _count(self, gate: nn.Module, _: tuple, selection) -> None:
-        selected = selection.selected  # [b, l] bool
-        counts = torch.stack([selected.sum(), selected.new_tensor(selected.numel(), dtype=torch.int64)])
-        kept = self.seen[self.names[id(gate)]]
-        kept[:] = [kept[0] + counts if kept else counts]
+        self.hooks = [
+            block.gate.register_forward_hook(partial(_count, kept))
+            for block, kept in zip(blocks, self.seen.values(), strict=True)
+        ]
 
     def shares(self) -> dict[str, float]:
         """Layer to the share of its tokens that it selected; empty where fewer than FEWEST were seen."""
@@ -44,6 +46,13 @@ class SelectionWatch:
     def stop(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def _count(kept: list[Tensor], _: nn.Module, __: tuple, selection: Selection) -> None:
+    """Adds a pass of a gate to what is kept of it."""
+    selected = selection.selected  # [b, l] bool
+    counts = torch.stack([selected.sum(), selected.new_tensor(selected.numel(), dtype=torch.int64)])
+    kept[:] = [kept[0] + counts if kept else counts]
 
 
 def far_from_training(config: ModelConfig, shares: dict[str, float]) -> str | None:
