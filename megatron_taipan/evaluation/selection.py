@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     cells = table_cells(groups, decisions.layers)
     print(f"{options.model} reads {len(ids):,} of the {len(whole):,} tokens of {options.text}; share selected:\n")
-    print(markdown_table(cells))
+    print(aligned_table(cells))
     report = json_report(summary, groups, decisions)
     for file, content in (
         (options.json, lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
@@ -138,7 +138,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
-def markdown_table(cells: list[list[str]]) -> str:
+def aligned_table(cells: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal: names on the left, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
