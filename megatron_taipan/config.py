@@ -32,6 +32,9 @@ class ParallelConfig(Section):
 
     tensor: int = option(1, "tensor-parallel size", ge=1)
     pipeline: int = option(1, "pipeline-parallel size", ge=1)
+    context: int = option(
+        1, "context-parallel size: each rank holds one of so many consecutive pieces of every row of data.seq_len", ge=1
+    )
     sequence: bool | None = option(
         None,
         "sequence parallelism: norms and residuals on one share of the tokens a tensor rank; null: where tensor divides"
@@ -53,10 +56,14 @@ class ParallelConfig(Section):
     recompute_every: int = option(1, "with recompute=full: layers per checkpointed segment", ge=1)
     timeout_s: float = option(1800.0, "seconds after which a collective that does not finish ends the job", gt=0)
 
+    def piece(self, seq_len: int) -> int:
+        """Tokens of a row of seq_len that one rank holds."""
+        return seq_len // self.context
+
     def shards_tokens(self, seq_len: int) -> bool:
         """Whether tensor ranks keep a share of the tokens each, in rows of seq_len tokens."""
         if self.sequence is None:
-            return self.tensor > 1 and seq_len % self.tensor == 0
+            return self.tensor > 1 and self.piece(seq_len) % self.tensor == 0
         return self.sequence and self.tensor > 1
 
 

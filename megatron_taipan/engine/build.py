@@ -88,7 +88,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
         return f"layers run one by one ({reason})"
     stack.callback(model.release_graphs)
     try:
-        model.capture(t.micro_batch, config.data.seq_len)
+        model.capture(t.micro_batch, config.parallel.piece(config.data.seq_len))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"recording the layers on {t.micro_batch} x {config.data.seq_len} tokens ran out of memory on"
@@ -212,10 +212,13 @@ def check_layout(config: Config, processes: int) -> None:
     check_operations(config)
     if p.pipeline > 1:
         stage_bounds([1.0] * config.model.n_layers, config.model.cuts, p.pipeline)
-    if p.shards_tokens(config.data.seq_len) and config.data.seq_len % p.tensor:
+    check_pieces(config)
+    piece = p.piece(config.data.seq_len)
+    if p.shards_tokens(config.data.seq_len) and piece % p.tensor:
+        what = "data.seq_len" if p.context == 1 else "data.seq_len / parallel.context"
         raise UserError(
-            f"parallel.sequence needs data.seq_len={config.data.seq_len} to be a multiple of parallel.tensor={p.tensor}"
-            f" (remainder {config.data.seq_len % p.tensor})"
+            f"parallel.sequence needs {what} = {piece} to be a multiple of parallel.tensor={p.tensor} (remainder"
+            f" {piece % p.tensor})"
         )
     for name, where in (("offload_optimizer", p.offload_optimizer), ("offload_param", p.offload_param)):
         if where == "nvme" and not p.nvme_path:
@@ -224,6 +227,33 @@ def check_layout(config: Config, processes: int) -> None:
         raise UserError(f"parallel.offload_param={p.offload_param} needs zero_stage=3, not {p.zero_stage}")
     if p.offload_optimizer != "none" and p.zero_stage == 0:
         raise UserError(f"parallel.offload_optimizer={p.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+
+
+def check_pieces(config: Config) -> None:
+    """Whether rows can be shared out over parallel.context ranks.
+
+    Raises:
+        UserError: they cannot, with the arithmetic.
+    """
+    p, length = config.parallel, config.data.seq_len
+    if p.context == 1:
+        return
+    if length % p.context:
+        raise UserError(
+            f"data.seq_len={length} is not a multiple of parallel.context={p.context} (remainder {length % p.context});"
+            f" take {length // p.context * p.context} or another number of pieces"
+        )
+    tail = config.model.mamba.d_conv - 1
+    if "M" in config.model.letters and p.piece(length) < tail:
+        raise UserError(
+            f"a piece of data.seq_len={length} / parallel.context={p.context} = {p.piece(length)} tokens is shorter"
+            f" than the {tail} inputs that the convolution of a Mamba-2 layer keeps; take longer rows or fewer pieces"
+        )
+    if p.pipeline > 1:
+        raise UserError(
+            f"parallel.context={p.context} needs parallel.pipeline=1, not {p.pipeline}: DeepSpeed's pipeline engine"
+            " lays out its ranks by pipeline, data and tensor alone, and knows no pieces of rows"
+        )
 
 
 def accumulation(config: Config, data_size: int) -> int:

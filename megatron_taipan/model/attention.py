@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
         super().__init__()
         config, tp = build.config, build.tp
-        self.tp, self.ops = tp, build.ops
+        self.tp, self.ops, self.place = tp, build.ops, build.place
         self.window, self.head_dim = window, config.head_dim
         self.theta = config.attention.rope_theta if rope else None
         self.heads = config.attention.n_heads // tp.size
@@ -55,6 +55,8 @@ class Attention(nn.Module):
         """
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
         keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
+        if self.place is not None:
+            keys, values, first = self._join_earlier(keys, values, ctx)
         lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))  # [b * l]
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         outputs = []
@@ -66,7 +68,8 @@ class Attention(nn.Module):
                 (low, high), place = rows.intervals(lo, hi), within[rows.at]
             q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
             q = self._rotate(q, place)
-            if rows is None and store is None and self.ops.causal_attention is not None and takes_kernels(q):
+            whole = rows is None and store is None and self.place is None
+            if whole and self.ops.causal_attention is not None and takes_kernels(q):
                 o = self.ops.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
             else:
                 o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
@@ -106,6 +109,15 @@ class Attention(nn.Module):
         k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
         k = self._rotate(k.flatten(0, 1), within).view_as(k)
         return (k, v, 0) if store is None else store.append(k, v)
+
+    def _join_earlier(self, keys: Tensor, values: Tensor, ctx: Context) -> tuple[Tensor, Tensor, int]:
+        """With the keys and values of earlier pieces in front, as far back as the window reaches, and the position of
+        the first; what is before the row, or of another document, is in no token's interval."""
+        assert self.place is not None
+        reach = self.place.reach(ctx.length, self.window)
+        earlier = self.place.before(torch.cat([keys, values], 2), reach)  # [b, reach, 2 hk, head_dim]
+        k, v = earlier.split(self.kv_heads, 2)
+        return torch.cat([k, keys], 1), torch.cat([v, values], 1), ctx.begin - reach
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Queries or keys [n, heads, head_dim], turned by the places [n] of their tokens where the layer has rotary

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from megatron_taipan.parallel.one_rank import OneRank
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import take_shard
 
+if TYPE_CHECKING:
+    from megatron_taipan.parallel.context import ContextParallel
+
 
 @dataclass(frozen=True)
 class Build:
@@ -23,6 +27,7 @@ class Build:
     seed: int
     tp: OneRank
     ops: Ops
+    place: "ContextParallel | None" = None  # which piece of its rows this rank holds; None: whole rows
 
     def parameters(self, module: nn.Module, prefix: str) -> None:
         """Registers on `module` every parameter of the table directly under `prefix`, with its value.

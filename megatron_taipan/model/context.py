@@ -1,6 +1,7 @@
 """What a forward pass knows about its tokens: positions, documents, samples, and the cache they extend."""
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,10 +9,16 @@ from torch import Tensor
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.gate_settings import GateSettings
 
+if TYPE_CHECKING:
+    from megatron_taipan.parallel.context import ContextParallel
+
 
 @dataclass
 class Context:
-    """Per-token metadata that all layers of a pass share. b rows of l tokens (the whole sequence, not a shard)."""
+    """Per-token metadata that all layers of a pass share. b rows of l tokens (the whole sequence, not a shard).
+
+    Under context parallelism the tokens are one piece of each row; positions count in the whole row.
+    """
 
     batch: int
     length: int
@@ -23,6 +30,8 @@ class Context:
     gate: GateSettings
     cache: Cache | None = None
     single: bool = False  # one more token a row; its layers change the cache in place, see Taipan.step
+    begin: int = 0  # position of the first token; above 0 with a cache and in a later piece of a row
+    pieces: int = 1  # pieces of a row, each of `length` tokens
     copies: dict[torch.device, "Context"] = field(default_factory=dict)  # on other devices, see `to`
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Context":
@@ -79,20 +88,28 @@ def make_context(
     step: int | Tensor,
     gate: GateSettings,
     cache: Cache | None = None,
+    place: "ContextParallel | None" = None,
+    document_start: Tensor | None = None,
 ) -> Context:
     """Works out positions and document starts; makes the cache forget rows whose document ended.
 
     Args:
         tokens: [b, l]; seq_idx: [b, l] or None; samples: [b] or None (rows count from 0).
+        place: the tokens are this piece of their rows.
+        document_start: [b] then the position in its row at which the document of the piece's first token begins.
     """
     b, l = tokens.shape
     device = tokens.device
     past = cache.length if cache is not None else 0
+    if place is not None:
+        if cache is not None or document_start is None:
+            raise ValueError("a piece of a row needs the start of its first document, and cannot extend a cache")
+        past = place.rank * l
     position = torch.arange(past, past + l, device=device)
     if samples is None:
         samples = torch.arange(b, device=device)
     before = cache if past else None  # the cache, where it holds tokens
-    began = torch.full((b,), past, device=device)
+    began = torch.full((b,), past, device=device) if document_start is None else document_start.to(device)
     if before is not None:
         assert before.document_start is not None
         began = before.document_start.to(device)
@@ -105,6 +122,8 @@ def make_context(
             assert before.last_seq_idx is not None
             fresh[:, 0] = seq_idx[:, 0] != before.last_seq_idx.to(device)
             before.forget(fresh[:, 0])
+        elif place is not None:
+            fresh[:, 0] = began == past
         start = torch.where(fresh, position, began[:, None]).cummax(1).values
     if cache is not None:
         cache.length += l
@@ -113,4 +132,5 @@ def make_context(
             cache.last_seq_idx = seq_idx[:, -1]
         elif not past:
             cache.last_seq_idx = torch.zeros(b, dtype=torch.int32, device=device)
-    return Context(b, l, seq_idx, position, start, samples, step, gate, cache)
+    pieces = 1 if place is None else place.size
+    return Context(b, l, seq_idx, position, start, samples, step, gate, cache, begin=past, pieces=pieces)

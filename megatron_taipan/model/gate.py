@@ -64,7 +64,7 @@ class Gate(KeepsFp32Params):
 
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
-        self.tp, self.layer, self.seed = build.tp, layer, build.seed
+        self.tp, self.place, self.layer, self.seed = build.tp, build.place, layer, build.seed
         gated = build.config.gated_layers
         self.index, self.gates = gated.index(layer), len(gated)  # its place among the gates
         gate = build.config.gate
@@ -94,7 +94,9 @@ class Gate(KeepsFp32Params):
         else:
             m = hard = above.to(alpha.dtype)
         rows = self.tp.embed_shard(m if counted is None else counted).view(ctx.batch, ctx.length)
-        share = self.tp.sum_over_shards(rows.sum(-1)) / ctx.length  # [b] fraction selected of each row
+        share = self.tp.sum_over_shards(rows.sum(-1)) / (ctx.length * ctx.pieces)  # [b] fraction selected of each row
+        if self.place is not None:
+            share = self.place.sum_pieces(share)
         budget_loss = self._budget_loss(share, ctx)
         metrics = self._metrics(hard, above, alpha, budget_loss)
         selected = self.tp.gather_sequence(hard > 0.5).view(ctx.batch, ctx.length)

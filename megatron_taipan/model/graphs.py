@@ -18,6 +18,7 @@ from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.gate_settings import GateSettings
 from megatron_taipan.model.stack import Recompute, run_layers
 from megatron_taipan.model.stream import Measured
+from megatron_taipan.parallel.context import ContextParallel
 from megatron_taipan.parallel.replicated import sum_gradients_ahead
 from megatron_taipan.parallel.tensor import TensorParallel
 
@@ -27,8 +28,15 @@ LONGEST = 7  # layers of a group; shorter groups let gradients leave for other r
 class LayerGroup(nn.Module):
     """Consecutive layers as a function of tensors alone, their parameters among them."""
 
-    def __init__(self, layers: list[nn.Module], recompute: Recompute | None, tp: TensorParallel):
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        recompute: Recompute | None,
+        tp: TensorParallel,
+        place: ContextParallel | None = None,
+    ):
         super().__init__()
+        self.place = place
         self.layers, self.recompute, self.tp = nn.ModuleList(layers), recompute, tp
         self.names, self.own = zip(*self.named_parameters(), strict=True)
 
@@ -38,15 +46,20 @@ class LayerGroup(nn.Module):
         own = sum_gradients_ahead(self.tp, [p.spec for p in self.own], tensors[:n])
         return functional_call(self, dict(zip(self.names, own, strict=True)), tensors[n:])
 
-    def forward(self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, h: Tensor, seq_idx: Tensor, samples: Tensor, step: Tensor, gate: Tensor, start: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """h: [b, l, d] or this rank's shard; seq_idx: [b, l] int32; samples: [b] int64; step: 0-dim int64; gate:
-        float32 [4 + S layers], see GateSettings.unpack.
+        float32 [4 + S layers], see GateSettings.unpack; start: [b] int64, see `document_start` of `make_context`,
+        where the rows are pieces of longer ones.
 
         Returns:
             h; where layers of the group measure anything, all their metrics [n], and where some have a budget loss its
             sum.
         """
-        ctx = make_context(seq_idx, seq_idx, samples, step, GateSettings.unpack(gate))
+        ctx = make_context(
+            seq_idx, seq_idx, samples, step, GateSettings.unpack(gate), place=self.place, document_start=start
+        )
         h, found = run_layers(self.layers, h, ctx, self.recompute)
         return h, *(t for t in Measured.join(found) or () if t is not None)
 
@@ -59,7 +72,7 @@ class GraphedLayers:
         shape: (b, l) of a micro-batch.
         stream: an example of the residual stream as it enters the layers; its values do not matter.
         recompute: activation checkpointing inside a group.
-        tensor_parallel: this rank's place, as the layers know it.
+        tensor_parallel, context_parallel: this rank's place, as the layers know it.
     """
 
     def __init__(
@@ -69,22 +82,26 @@ class GraphedLayers:
         stream: Tensor,
         recompute: Recompute | None = None,
         tensor_parallel: TensorParallel | None = None,
+        context_parallel: ContextParallel | None = None,
     ):
         self.shape = shape
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.places = self._places()
         tp = tensor_parallel or TensorParallel()
-        groups = [LayerGroup(part, recompute, tp) for part in split_where_graphs_end(list(layers))]
+        groups = [LayerGroup(part, recompute, tp, context_parallel) for part in split_where_graphs_end(list(layers))]
         b, l = shape
         device = stream.device
         gates = [module for module in layers.modules() if isinstance(module, Gate)]
         self.gates, self.of_batch = len(gates), any(gate.budget != "row" for gate in gates)
-        batch_meta = (
+        batch_meta: tuple[Tensor, ...] = (
             torch.zeros(b, l, dtype=torch.int32, device=device),
             torch.arange(b, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
             torch.ones(4 + self.gates, device=device),
         )
+        self.in_pieces = context_parallel is not None
+        if self.in_pieces:
+            batch_meta += (torch.zeros(b, dtype=torch.int64, device=device),)
         # Recorded with leaves that share the parameters' memory, not with the parameters: hooks keep a parameter's
         # gradient node alive, and it belongs to the stream that it was made on, which must not be recorded.
         example = tuple(
@@ -121,7 +138,9 @@ class GraphedLayers:
         """As running the layers; the metrics of a group's layers come joined."""
         step = ctx.step if isinstance(ctx.step, Tensor) else torch.full((), ctx.step, device=h.device)
         assert ctx.seq_idx is not None  # by `fits`
-        batch_meta = ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)
+        batch_meta = [ctx.seq_idx.int(), ctx.samples.long(), step.long(), ctx.gate.pack(self.gates, h.device)]
+        if self.in_pieces:
+            batch_meta.append(ctx.document_start[:, 0])
         found = []
         for group in self.groups:
             h, *measured = group(h, *batch_meta)  # type: ignore[misc]

@@ -44,7 +44,7 @@ class Mamba2(KeepsFp32Params):
     def __init__(self, build: Build, prefix: str):
         super().__init__()
         config, m, tp = build.config, build.config.mamba, build.tp
-        self.ops, self.tp = build.ops, tp
+        self.ops, self.tp, self.place = build.ops, tp, build.place
         self.inner, self.heads = config.d_inner // tp.size, config.mamba_heads // tp.size
         self.headdim, self.d_state, self.d_conv = m.headdim, m.d_state, m.d_conv
         self.chunk_size, self.eps, self.conv_bias = m.chunk_size, config.norm_eps, m.conv_bias
@@ -68,6 +68,8 @@ class Mamba2(KeepsFp32Params):
         parts = self.tp.column_parallel_linear(u, *in_proj)
         zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
+        if self.place is not None:
+            return self.tp.row_parallel_linear(self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return self.tp.row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
@@ -118,6 +120,31 @@ class Mamba2(KeepsFp32Params):
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
             group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
         )  # fmt: skip
+
+    def _mix_piece(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
+        """What `forward` does between the two projections where other ranks hold the row's other pieces.
+
+        The piece is scanned from an empty state; what its first document's tokens read from the state that entered is
+        added when that is known.
+        """
+        assert self.place is not None
+        states = self.groups * self.d_state
+        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
+        start = ctx.document_start  # [b, l]
+        tail = self.place.before(xBC, self.d_conv - 1)
+        places = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=xBC.device)  # positions of the tail
+        tail = torch.where((places >= start[:, :1])[..., None], tail, 0)
+        xBC = self.ops.causal_conv1d(xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=tail)
+        x, dt, A, B, C = self._ssm_inputs(xBC, dt)
+        b, l = x.shape[:2]
+        y, final = self.ops.ssd(
+            x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx, return_state=True
+        )
+        goes_on = start < ctx.position[0]  # [b, l] tokens of the document that began before this piece
+        decay = (dt * A).cumsum(1).masked_fill(~goes_on[..., None], float("-inf")).exp()  # [b, l, h] since its start
+        entered = self.place.entering_state(final, decay[:, -1])
+        y = y + entered_output(C, entered, decay).to(y.dtype)
+        return self._gated_norm(y.reshape(b, l, self.inner), z)
 
     def _ssm_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the state space model reads, from the convolution's output [..., channels] and dt [..., h] as projected:
@@ -179,3 +206,18 @@ class Mamba2(KeepsFp32Params):
             torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
             torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide_dtype(dtype)),
         )
+
+
+def entered_output(C: Tensor, entered: Tensor, decay: Tensor) -> Tensor:
+    """What tokens read from a state that entered before the first of them.
+
+    Args:
+        C: [b, l, g, n]; entered: [b, h, p, n]; decay: [b, l, h], of the state until each token, 0 where it is not read.
+
+    Returns:
+        [b, l, h, p] in the dtype of the state.
+    """
+    b, h, p, n = entered.shape
+    state = entered.view(b, C.shape[2], -1, p, n)  # heads as [group, head in group]
+    read = torch.einsum("blgn,bgkpn->blgkp", C.to(entered.dtype), state).flatten(2, 3)
+    return read * decay[..., None]

@@ -24,6 +24,7 @@ from megatron_taipan.model.stream import Measured
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.ops.tiles import fit_tiles
+from megatron_taipan.parallel.context import ContextParallel
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
 
@@ -46,6 +47,7 @@ class Taipan(nn.Module):
     Args:
         seed: of the initial weights and of the gate's noise.
         tensor_parallel: this rank's place; None: the whole network.
+        context_parallel: which piece of its rows this rank holds; None: whole rows.
         ops: implementations; None: the fast ones where they run.
         recompute: "none", "selective" or "full" activation checkpointing; "full" in segments of recompute_every layers.
 
@@ -59,16 +61,18 @@ class Taipan(nn.Module):
         *,
         seed: int = 0,
         tensor_parallel: TensorParallel | None = None,
+        context_parallel: ContextParallel | None = None,
         ops: Ops | None = None,
         recompute: str = "none",
         recompute_every: int = 1,
     ):
         super().__init__()
         self.config, self.tp, self.ops = config, tensor_parallel or TensorParallel(), ops or pick_ops()
+        self.place = context_parallel
         self.recompute, self.recompute_every = recompute, recompute_every
         self.layer_metrics = LayerMetrics(config)
         self.graphs: GraphedLayers | None = None  # set by `capture`
-        build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops)
+        build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops, self.place)
         self.embedding = Embedding(build, "embedding")
         self.layers = make_layers(build)
         self.final_norm = RMSNorm(build, "final_norm")
@@ -82,6 +86,7 @@ class Taipan(nn.Module):
         loss_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         samples: Tensor | None = None,
+        document_start: Tensor | None = None,
         step: int | Tensor = 0,
         ce_scale: Tensor | float | None = None,
         gate: Tensor | None = None,
@@ -97,6 +102,8 @@ class Taipan(nn.Module):
             seq_idx: [b, l] int32, non-decreasing document numbers; documents never see each other. Left padding is its
                 own document.
             samples: [b] each row's index in the run, and step, the optimizer step: counters of the gate's noise.
+            document_start: [b] under context parallelism: the position in its row at which the document of the piece's
+                first token begins.
             ce_scale: factor of the summed cross entropy; None: 1 / sum(loss_mask). A trainer passes the factor of
                 its whole global batch, so that the loss does not depend on how the batch is split.
             gate: float32 [4 + S layers], the gates' settings of a training step (GateSettings.unpack); None: the
@@ -105,7 +112,7 @@ class Taipan(nn.Module):
             all_logits: False: logits of the last position only, [b, 1, vocab].
         """
         settings = settings_of(self.config.gate, gate, step)
-        ctx = make_context(tokens, seq_idx, samples, step, settings, cache)
+        ctx = make_context(tokens, seq_idx, samples, step, settings, cache, self.place, document_start)
         h, found = self._run_layers(self.embedding(tokens), ctx)
         measured = Measured.join(found)
         metrics = measured.metrics if measured else None
@@ -167,7 +174,7 @@ class Taipan(nn.Module):
         embedded = torch.ones(shape, device=weight.device, dtype=weight.dtype)
         stream = residual_stream(embedded, fp32=self.config.residual_fp32)
         recompute = recompute_of(self.recompute, self.recompute_every, self.tp)
-        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp)
+        self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp, self.place)
 
     def use_gate(self, gate: GateConfig) -> None:
         """Other schedules of the gate; a pass without a trainer's settings takes their last values."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_taipan.parallel.context import ContextParallel
 from megatron_taipan.parallel.mesh import ZERO, Mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 
@@ -18,6 +19,7 @@ class Groups:
     rank: int
     tensor: TensorParallel
     zero_group: Any  # data x context: averages gradients, sums losses, shares ZeRO's state
+    context: ContextParallel | None = None  # which piece of its rows; None: every rank holds whole rows
 
     @property
     def data_size(self) -> int:
@@ -70,4 +72,7 @@ def build_groups(mesh: Mesh, *, sequence_parallel: bool = False, timeout_s: floa
     tensor = TensorParallel(
         mesh.tensor, mesh.index(rank, "tensor"), group_along("tensor"), sequence_parallel and mesh.tensor > 1
     )
-    return Groups(mesh, rank, tensor, group_along(*ZERO))
+    context = None
+    if mesh.context > 1:
+        context = ContextParallel(mesh.context, mesh.index(rank, "context"), group_along("context"))
+    return Groups(mesh, rank, tensor, group_along(*ZERO), context)

@@ -3,7 +3,7 @@
     axis      ranks that differ along it hold
     pipeline  other layers
     data      other samples of the global batch
-    context   other tokens of the same samples (size 1 so far: no layer divides a row over ranks by it)
+    context   other tokens of the same samples (parallel/context.py)
     tensor    other parts of the same matrices
 
 Ranks count the last axis fastest, as in Megatron-LM and in DeepSpeed's PipeModelDataParallelTopology, so that a tensor
@@ -92,15 +92,15 @@ def fit_mesh(processes: int, p: ParallelConfig) -> Mesh:
     """The mesh of a configuration: what tensor and pipeline leave of the processes is for data.
 
     Raises:
-        UserError: there are no processes, or tensor * pipeline does not divide their number.
+        UserError: there are no processes, or tensor * context * pipeline does not divide their number.
     """
     if processes < 1:
         raise UserError(f"{processes} processes cannot train; give at least 1")
-    together = p.tensor * p.pipeline
+    together = p.tensor * p.context * p.pipeline
     if processes % together:
         raise UserError(
-            f"{processes} processes cannot hold parallel.tensor={p.tensor} x parallel.pipeline={p.pipeline}"
-            f" = {together} (remainder {processes % together}); start a multiple of {together} processes or change the"
-            " layout"
+            f"{processes} processes cannot hold parallel.tensor={p.tensor} x parallel.context={p.context} x"
+            f" parallel.pipeline={p.pipeline} = {together} (remainder {processes % together}); start a multiple of"
+            f" {together} processes or change the layout"
         )
-    return Mesh(pipeline=p.pipeline, data=processes // together, tensor=p.tensor)
+    return Mesh(pipeline=p.pipeline, data=processes // together, context=p.context, tensor=p.tensor)

@@ -99,7 +99,7 @@ def _score(engine: Engine, batch: Batch, mask: Tensor, groups: Groups) -> Tensor
     return collect(
         engine(
             batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
-            samples=batch["sample"], ce_scale=1.0,
+            samples=batch["sample"], document_start=batch.get("document_start"), ce_scale=1.0,
         )
     )  # fmt: skip
 

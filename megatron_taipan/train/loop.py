@@ -359,8 +359,8 @@ def build_training_model(config: Config, groups: Groups, ops: Ops) -> Any:
 
         return TaipanPipeline(config, groups, ops)
     return Taipan(
-        config.model, seed=config.train.seed, tensor_parallel=groups.tensor, ops=ops, recompute=p.recompute,
-        recompute_every=p.recompute_every,
+        config.model, seed=config.train.seed, tensor_parallel=groups.tensor, context_parallel=groups.context, ops=ops,
+        recompute=p.recompute, recompute_every=p.recompute_every,
     )  # fmt: skip
 
 

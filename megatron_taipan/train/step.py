@@ -103,6 +103,7 @@ def _run_whole(
             loss_mask=batch["loss_mask"],
             seq_idx=batch["seq_idx"],
             samples=batch["sample"],
+            document_start=batch.get("document_start"),
             step=step,
             ce_scale=scale,
             gate=gate,

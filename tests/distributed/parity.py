@@ -131,6 +131,7 @@ class Case:
     sequence: bool = False
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     zero: int = 1
     recompute: str = "none"
     packed: bool = True
@@ -141,7 +142,7 @@ class Case:
 
     @property
     def processes(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def graphable(self) -> bool:
@@ -157,8 +158,8 @@ class Case:
     def __str__(self) -> str:
         return (
             f"{self.pattern:13s} TP{self.tensor}{'+SP' if self.sequence else '   '} PP{self.pipeline} DP{self.data}"
-            f" ZeRO{self.zero} {self.recompute:9s} {'packed' if self.packed else 'plain '} groups={self.n_groups}"
-            f" kv={self.n_kv_heads} micro={self.micro_batch} {self.gate}"
+            f" CP{self.context} ZeRO{self.zero} {self.recompute:9s} {'packed' if self.packed else 'plain '}"
+            f" groups={self.n_groups} kv={self.n_kv_heads} micro={self.micro_batch} {self.gate}"
         )
 
 
@@ -168,6 +169,7 @@ CHOICES: dict[str, list[Any]] = {
     "sequence": [False, True],
     "pipeline": [1, 2, 3],
     "data": [1, 2],
+    "context": [1, 2, 4],
     "zero": [0, 1, 2, 3],
     "recompute": ["none", "selective", "full"],
     "packed": [True, False],
@@ -188,6 +190,8 @@ def possible(case: Case) -> bool:
         return False
     if case.gate == "batch-all" and (case.pipeline != 2 or not case.packed or case.tensor > 1):
         return False  # its gates' gradients cancel to what float32 rounds away, on one process too
+    if case.context > 1 and case.pipeline > 1:
+        return False
     return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
 
 
@@ -268,8 +272,8 @@ def configure(case: Case, setting: Setting) -> Config:
                 "gate": GATES[case.gate][0],
             },
             "parallel": {
-                "tensor": case.tensor, "sequence": case.sequence, "pipeline": case.pipeline, "zero_stage": case.zero,
-                "recompute": case.recompute, "timeout_s": 120,
+                "tensor": case.tensor, "sequence": case.sequence, "pipeline": case.pipeline, "context": case.context,
+                "zero_stage": case.zero, "recompute": case.recompute, "timeout_s": 120,
             },
             "data": {"train": "unused", "seq_len": setting.length, "mask_documents": case.packed},
             # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
@@ -297,6 +301,17 @@ def make_batch(step: int, packed: bool, setting: Setting) -> dict[str, torch.Ten
     return {name: value.to(setting.device) for name, value in batch.items()}
 
 
+def own_piece(batch: dict[str, torch.Tensor], groups: Groups) -> dict[str, torch.Tensor]:
+    """This rank's tokens of every row, as the loader gives them."""
+    if groups.context is None:
+        return batch
+    rank, length = groups.context.rank, batch["tokens"].shape[1] // groups.context.size
+    seq_idx = batch["seq_idx"]
+    start = (seq_idx < seq_idx[:, rank * length, None]).sum(1)  # tokens of earlier documents
+    piece = {n: t if n == "sample" else t[:, rank * length :][:, :length] for n, t in batch.items()}
+    return piece | {"document_start": start}
+
+
 @dataclass
 class Trace:
     """What a run did."""
@@ -305,17 +320,18 @@ class Trace:
     norms: list[float]
     grads: dict[str, torch.Tensor]  # step 1, after clipping
     weights: dict[str, torch.Tensor]  # after the last step
-    selections: dict[tuple[int, int, int], bytes]  # (step, sample, layer) -> which tokens
+    selections: dict[tuple[int, int, int, int], bytes]  # (step, sample, layer, first position) -> which tokens
 
 
 def watch_gates(model: torch.nn.Module, into: dict, now: dict[str, Any]) -> None:
-    """Notes every gate's selections under (step, sample, layer)."""
+    """Notes every gate's selections under (step, sample, layer, position of the first token)."""
 
     def note(gate: Gate, arguments: tuple, selection: Any) -> None:
         if gate.training:
             now.setdefault("m", []).append(selection.m)
-            for row, sample in enumerate(arguments[1].samples.tolist()):
-                into[now["step"], sample, gate.layer] = bytes(selection.selected[row].tolist())
+            ctx = arguments[1]
+            for row, sample in enumerate(ctx.samples.tolist()):
+                into[now["step"], sample, gate.layer, ctx.begin] = bytes(selection.selected[row].tolist())
 
     for module in model.modules():
         if isinstance(module, Gate):
@@ -395,7 +411,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
 
     config = configure(case, setting)
     check_layout(config, dist.get_world_size())
-    key, size = (case.tensor, case.sequence, case.pipeline), case.micro_batch
+    key, size = (case.tensor, case.sequence, case.pipeline, case.context), case.micro_batch
     if key not in made:
         made[key] = connect(config.parallel, setting.device, setting.length)[0]
     groups = made[key]
@@ -413,7 +429,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     gates = config.model.letters.count("S")
     for step in range(setting.steps):
         now |= {"step": step, "m": []}
-        batch = make_batch(step, case.packed, setting)
+        batch = own_piece(make_batch(step, case.packed, setting), groups)
         rows = [(k * groups.data_size + groups.data_rank) * size for k in range(per_rank)]
         micro = [{name: value[row : row + size] for name, value in batch.items()} for row in rows]
         gate = gate_step(config.model.gate, step, config.train.steps, shares, gates)
@@ -435,6 +451,15 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     if setting.precision == "bf16":
         limits = {name: max(least, 3 * floor[name]) if floor else float("inf") for name, least in LEAST.items()}
     return compare(trace, everyone, reference(case.alone(), setting), limits)
+
+
+def join_pieces(selections: dict) -> dict:
+    """The selections of whole rows, under the position 0."""
+    rows: dict = {}
+    for step, sample, layer, begin in sorted(selections):
+        whole = step, sample, layer, 0
+        rows[whole] = rows.get(whole, b"") + selections[step, sample, layer, begin]
+    return rows
 
 
 def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: bool) -> dict[str, torch.Tensor]:
@@ -504,6 +529,7 @@ def compare(trace: Trace, selections: list[dict], want: Trace, limits: dict[str,
     for part in selections:
         for key, value in part.items():
             assert seen.setdefault(key, value) == value, f"ranks select differently at {key}"
+    seen = join_pieces(seen)
     if seen:
         assert seen.keys() == want.selections.keys(), "gates ran for other steps, samples or layers"
         pairs = [(seen[key], value) for key, value in want.selections.items()]
