@@ -32,7 +32,7 @@ from megatron_taipan.config import Config, dump_config, load_config, make_config
 from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
-from megatron_taipan.parallel.mesh import Coordinates, Mesh, fit_mesh
+from megatron_taipan.parallel.mesh import ZERO, Coordinates, Mesh, fit_mesh
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table
 
@@ -46,20 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="of the new layout; default: as before")
     parser.add_argument("--tensor", type=int, help="parallel.tensor; default: as before")
     parser.add_argument("--pipeline", type=int, help="parallel.pipeline; default: as before")
+    parser.add_argument("--context", type=int, help="parallel.context; default: as before")
     parser.add_argument("--zero-stage", type=int, help="parallel.zero_stage; default: as before")
     options = parser.parse_args(arguments)
     source = folder.locate(str(options.checkpoint))
     refuse_damaged(source)
     config, before = load_config(source / folder.CONFIG), read_metadata(source).get("layout", {})
-    wanted = {"tensor": options.tensor, "pipeline": options.pipeline, "zero_stage": options.zero_stage}
+    wanted = {name: getattr(options, name) for name in ("tensor", "pipeline", "context", "zero_stage")}
     new = with_layout(config, {name: value for name, value in wanted.items() if value is not None})
     processes = options.processes
     if processes is None:
-        processes = before.get("processes") or new.parallel.tensor * new.parallel.pipeline
+        p = new.parallel
+        processes = before.get("processes") or p.tensor * p.context * p.pipeline
     with writing(options.out):
         path = reshard(source, options.out, Target(new, processes))
     p = new.parallel
-    print(f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, zero_stage {p.zero_stage}")
+    print(
+        f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, context {p.context},"
+        f" zero_stage {p.zero_stage}"
+    )
     return 0
 
 
@@ -99,18 +104,23 @@ class Target:
     def bounds(self) -> list[int]:
         return pipeline_bounds(self.config.model, self.config.data.seq_len, self.config.parallel.pipeline)
 
-    def file(self, name: str, data: int = 0, tensor: int = 0) -> str:
-        """The file of the process that holds tensor `name` at that data and tensor rank (see parallel/mesh.py)."""
+    @property
+    def sharers(self) -> int:
+        """Processes that share the state of the same parameters."""
+        return self.mesh.size(*ZERO)
+
+    def file(self, name: str, sharer: int = 0, tensor: int = 0) -> str:
+        """The file of the process that holds tensor `name` at that tensor rank, the sharer's part of it."""
         stage = 0
         if name.startswith("layers."):
             stage = bisect_right(self.bounds, int(name.split(".")[1])) - 1
         elif not name.startswith("embedding."):
             stage = self.config.parallel.pipeline - 1
-        return file_name(self.mesh.rank_at(Coordinates(pipeline=stage, data=data, tensor=tensor)))
+        return file_name(self.mesh.rank_at(Coordinates(stage, *divmod(sharer, self.mesh.context), tensor)))
 
     def layout(self) -> dict[str, int]:
         """As metadata.json has it."""
-        sizes = {axis: self.mesh.size(axis) for axis in ("tensor", "pipeline", "data")}
+        sizes = {axis: self.mesh.size(axis) for axis in ("tensor", "pipeline", "data", "context")}
         return sizes | {"zero_stage": self.config.parallel.zero_stage, "processes": self.processes}
 
 
@@ -197,12 +207,12 @@ def plan(reader: Reader, target: Target, kinds: tuple[str, ...]) -> tuple[dict[s
     parameters: dict[str, list] = {name: [] for name in target.table}
     for name, spec in target.table.items():
         n_ranks, size = tensor if spec.split is not None else 1, torch.Size(spec.local_shape(tensor)).numel()
-        width = -(-size // target.mesh.data)  # as ZeRO 3 cuts it
-        for kind, rank, data in itertools.product(kinds, range(n_ranks), range(target.mesh.data)):
-            start, count = data * width, min(max(size - data * width, 0), width)
+        width = -(-size // target.sharers)  # as ZeRO 3 cuts it
+        for kind, rank, sharer in itertools.product(kinds, range(n_ranks), range(target.sharers)):
+            start, count = sharer * width, min(max(size - sharer * width, 0), width)
             if not count:
                 continue
-            file = target.file(name, data, rank)
+            file = target.file(name, sharer, rank)
             if kind == MASTER:
                 parameters[name].append([file, rank, start, count])
             load = partial(reader.elements, name, kind, spec, tensor, rank, start, count)

@@ -29,6 +29,7 @@ from megatron_taipan.checkpoint.verification import find_checkpoint, rewind_targ
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset, build_dataset, make_loader
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.engine.build import (
     accumulation,
     build_engine,
@@ -87,19 +88,20 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         settle_numerics(config)
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, plan[0].config.data.seq_len)
+        piece = RowPiece(groups.context.rank, groups.context.size) if groups.context else RowPiece()
         treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
         done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
         for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
-            train_data, valid_data = run_on_all_ranks(partial(open_data, stage.config))
+            train_data, valid_data = run_on_all_ranks(partial(open_data, stage.config, piece))
         verified = [verify(s.config, place, device, watchdog) for s in plan[done:]] if config.data.verify else []
         lock = run_on_all_ranks(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
         found = run_on_all_ranks(lambda: find_checkpoint(config))
         stage = run_on_all_ranks(lambda: find_stage(plan, found.path)) if found and config.stages else plan[0]
         if stage is not plan[done]:  # another checkpoint than the newest, which is damaged
-            train_data, valid_data = run_on_all_ranks(lambda: open_data(stage.config))
+            train_data, valid_data = run_on_all_ranks(lambda: open_data(stage.config, piece))
         at = stage.config  # what holds in the present stage
         model = run_on_all_ranks(lambda: build_training_model(at, groups, ops))
         trained_on = [source.prefix for stage in plan for source in stage.config.data.train]
@@ -214,7 +216,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 saver.finish()  # nothing else may run while graphs are captured
                 before, stage = at, plan[stage.number + 1]
                 at = stage.config
-                train_data, valid_data = run_on_all_ranks(partial(open_data, at))
+                train_data, valid_data = run_on_all_ranks(partial(open_data, at, piece))
                 go_on_in_stage(train_data, progress)
                 ours = identity(at, train_data.fingerprint)
                 saver.metadata = metadata | {"identity": ours}
@@ -372,13 +374,15 @@ def settle_numerics(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def open_data(config: Config) -> tuple[SampleDataset, dict[str | None, SampleDataset]]:
-    """The training samples, and those of each validation set by its name; None is the name of one without."""
-    train_data = build_dataset(config.data, "train", config.model.vocab_size)
+def open_data(config: Config, piece: RowPiece) -> tuple[SampleDataset, dict[str | None, SampleDataset]]:
+    """This rank's piece of the training samples, and of those of each validation set by its name; None is the name of
+    one without."""
+    vocab_size = config.model.vocab_size
+    train_data = build_dataset(config.data, "train", vocab_size, piece)
     if config.data.valid is None and config.data.valid_fraction == 0:
         return train_data, {}
     sets = config.data.valid_sets().items()
-    return train_data, {name: build_dataset(data, "valid", config.model.vocab_size) for name, data in sets}
+    return train_data, {name: build_dataset(data, "valid", vocab_size, piece) for name, data in sets}
 
 
 def verify(config: Config, place: RankInfo, device: torch.device, watchdog: Watchdog) -> str:

@@ -64,6 +64,7 @@ def layout(config: Config, groups: Groups) -> dict[str, Any]:
     """How the state is spread over processes."""
     return {
         "tensor": groups.mesh.tensor,
+        "context": groups.mesh.context,
         "pipeline": groups.mesh.pipeline,
         "data": groups.mesh.data,
         "zero_stage": config.parallel.zero_stage,
