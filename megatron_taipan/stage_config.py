@@ -51,6 +51,7 @@ class StageModel(Section):
 class StageParallel(Section):
     """What of `parallel` may differ."""
 
+    context: int | None = option(None, "as parallel.context", ge=1)
     recompute: Literal["none", "selective", "full"] | None = option(None, "as parallel.recompute")
     recompute_every: int | None = option(None, "as parallel.recompute_every", ge=1)
 
@@ -66,4 +67,4 @@ class StageConfig(Section):
     optim: StageOptim = option(StageOptim(), "learning rate")
     train: StageTrain = option(StageTrain(), "batch")
     model: StageModel = option(StageModel(), "schedules of the gate")
-    parallel: StageParallel = option(StageParallel(), "recomputation")
+    parallel: StageParallel = option(StageParallel(), "recomputation, and over how many ranks rows are shared out")

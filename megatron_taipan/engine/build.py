@@ -323,6 +323,7 @@ def change_stage(
 
     Args:
         before, config: of the stage that is done, and of the one that begins.
+        groups: in the stage that begins.
 
     Returns:
         What was done about the layers' graphs, which are captured again where shapes change; "" where nothing was.
@@ -333,8 +334,9 @@ def change_stage(
         return ""
     set_batch(engine, config.train.micro_batch, accumulation(config, groups.data_size), config.train.global_batch)
     network.recompute, network.recompute_every = config.parallel.recompute, config.parallel.recompute_every
-    shapes = [(c.train.micro_batch, c.data.seq_len, c.parallel.recompute, c.parallel.recompute_every)
-              for c in (before, config)]  # fmt: skip
+    network.use_context(groups.context)
+    shapes = [(c.train.micro_batch, c.data.seq_len, c.parallel.context, c.parallel.recompute,
+               c.parallel.recompute_every) for c in (before, config)]  # fmt: skip
     if shapes[0] == shapes[1]:
         return ""
     network.release_graphs()

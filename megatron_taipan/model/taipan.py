@@ -176,6 +176,12 @@ class Taipan(nn.Module):
         recompute = recompute_of(self.recompute, self.recompute_every, self.tp)
         self.graphs = GraphedLayers(self.layers, (batch, length), stream, recompute, self.tp, self.place)
 
+    def use_context(self, place: ContextParallel | None) -> None:
+        """Another place among pieces of rows, for all layers; what `capture` recorded is out of date then."""
+        for module in self.modules():
+            if hasattr(module, "place"):
+                module.place = place
+
     def use_gate(self, gate: GateConfig) -> None:
         """Other schedules of the gate; a pass without a trainer's settings takes their last values."""
         self.config = self.config.model_copy(update={"gate": gate})

@@ -1,6 +1,6 @@
 """The process groups of a run, and this rank's place in each; which ranks they hold is the mesh's answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -63,16 +63,38 @@ def build_groups(mesh: Mesh, *, sequence_parallel: bool = False, timeout_s: floa
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"{dist.get_world_size()} processes do not fill {mesh}, which has {mesh.size()} ranks")
     rank, timeout = dist.get_rank(), timedelta(seconds=timeout_s)
-
-    def group_along(*axes: str) -> Any:
-        """This rank's; every rank takes part in making all of them."""
-        made = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in mesh.groups(*axes)}
-        return next(group for ranks, group in made.items() if rank in ranks)
-
+    tensor_group = _group_along(mesh, rank, timeout, "tensor")
     tensor = TensorParallel(
-        mesh.tensor, mesh.index(rank, "tensor"), group_along("tensor"), sequence_parallel and mesh.tensor > 1
+        mesh.tensor, mesh.index(rank, "tensor"), tensor_group, sequence_parallel and mesh.tensor > 1
     )
-    context = None
-    if mesh.context > 1:
-        context = ContextParallel(mesh.context, mesh.index(rank, "context"), group_along("context"))
-    return Groups(mesh, rank, tensor, group_along(*ZERO), context)
+    zero_group = _group_along(mesh, rank, timeout, *ZERO)
+    return Groups(mesh, rank, tensor, zero_group, _place_in_rows(mesh, rank, timeout))
+
+
+def with_context(groups: Groups, context: int, *, timeout_s: float = 1800.0) -> Groups:
+    """The same ranks and groups where rows are shared out over so many ranks; collective.
+
+    Nothing but samples and rows changes hands: the ranks that share ZeRO's state stay the same, in the same order.
+
+    Raises:
+        ValueError: that many ranks do not divide those that hold the same parameters.
+    """
+    if context == groups.mesh.context:
+        return groups
+    data, left = divmod(groups.zero_size, context)
+    if left:
+        raise ValueError(f"{groups.zero_size} ranks with the same parameters cannot share rows out over {context}")
+    mesh = replace(groups.mesh, data=data, context=context)
+    return replace(groups, mesh=mesh, context=_place_in_rows(mesh, groups.rank, timedelta(seconds=timeout_s)))
+
+
+def _place_in_rows(mesh: Mesh, rank: int, timeout: timedelta) -> ContextParallel | None:
+    if mesh.context == 1:
+        return None
+    return ContextParallel(mesh.context, mesh.index(rank, "context"), _group_along(mesh, rank, timeout, "context"))
+
+
+def _group_along(mesh: Mesh, rank: int, timeout: timedelta, *axes: str) -> Any:
+    """This rank's; every rank takes part in making all of them."""
+    made = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in mesh.groups(*axes)}
+    return next(group for ranks, group in made.items() if rank in ranks)

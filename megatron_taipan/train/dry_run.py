@@ -62,7 +62,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     yield f"run        {t.steps:,} steps = {tokens:,} tokens, {operations:.3g} FLOP forward and backward"
     for stage in plan if config.stages else ():
         yield describe_stage(stage)
-        yield f"batch      {stage.title()} {batch(stage.config, mesh.data)}"
+        yield f"batch      {stage.title()} {batch(stage.config, fit_mesh(processes, stage.config.parallel).data)}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
     if found := find_newest(Path(config.checkpoint.dir)):

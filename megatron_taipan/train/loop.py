@@ -48,7 +48,7 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.operations import Ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
-from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.parallel.groups import Groups, with_context
 from megatron_taipan.parameters import parameter_table
 from megatron_taipan.stages import Stage, describe_stage, plan_stages
 from megatron_taipan.train.diagnose import first_not_finite
@@ -87,22 +87,29 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         watchdog = stack.enter_context(Watchdog(t.hang_after_s, place.rank))
         settle_numerics(config)
         seed_all(t.seed + place.rank)
-        groups, travel = connect(p, device, plan[0].config.data.seq_len)
-        piece = RowPiece(groups.context.rank, groups.context.size) if groups.context else RowPiece()
+        groups, travel = connect(plan[0].config.parallel, device, plan[0].config.data.seq_len)
+        pieces = sorted({stage.config.parallel.context for stage in plan})
+        groups_by_context = {n: with_context(groups, n, timeout_s=p.timeout_s) for n in pieces}
+
+        def open_stage_data(of: Config) -> tuple[SampleDataset, dict[str | None, SampleDataset]]:
+            place = groups_by_context[of.parallel.context].context
+            return open_data(of, RowPiece(place.rank, place.size) if place else RowPiece())
+
         treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
         done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
         for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
-            train_data, valid_data = run_on_all_ranks(partial(open_data, stage.config, piece))
+            train_data, valid_data = run_on_all_ranks(partial(open_stage_data, stage.config))
         verified = [verify(s.config, place, device, watchdog) for s in plan[done:]] if config.data.verify else []
         lock = run_on_all_ranks(lambda: stack.enter_context(FolderLock(directory)) if writer else None)
         run_on_all_ranks(lambda: remove_leftovers(directory) if writer else None)
         found = run_on_all_ranks(lambda: find_checkpoint(config))
         stage = run_on_all_ranks(lambda: find_stage(plan, found.path)) if found and config.stages else plan[0]
         if stage is not plan[done]:  # another checkpoint than the newest, which is damaged
-            train_data, valid_data = run_on_all_ranks(lambda: open_data(stage.config, piece))
+            train_data, valid_data = run_on_all_ranks(lambda: open_stage_data(stage.config))
         at = stage.config  # what holds in the present stage
+        groups = groups_by_context[at.parallel.context]
         model = run_on_all_ranks(lambda: build_training_model(at, groups, ops))
         trained_on = [source.prefix for stage in plan for source in stage.config.data.train]
         unlike = run_on_all_ranks(
@@ -216,10 +223,11 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                 saver.finish()  # nothing else may run while graphs are captured
                 before, stage = at, plan[stage.number + 1]
                 at = stage.config
-                train_data, valid_data = run_on_all_ranks(partial(open_data, at, piece))
+                train_data, valid_data = run_on_all_ranks(partial(open_stage_data, at))
                 go_on_in_stage(train_data, progress)
                 ours = identity(at, train_data.fingerprint)
-                saver.metadata = metadata | {"identity": ours}
+                groups = groups_by_context[at.parallel.context]
+                saver.metadata = metadata | {"identity": ours, "layout": layout(config, groups)}
                 del loader
                 graphs = run_on_all_ranks(partial(change_stage, engine, before, at, groups, device, stack))
                 loader = open_loader(progress.samples)

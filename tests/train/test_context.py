@@ -1,11 +1,13 @@
 """Runs whose rows are shared out over ranks: as one process, and stopped and resumed with other numbers of pieces."""
 
+import numpy as np
 import pytest
 
 from checkpoints import reshard
+from megatron_taipan.data.indexed import IndexedWriter
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, runs
-from tests.train.toy import toy_tree, write_data
+from tests.train.toy import VOCAB, toy_tree, write_data
 
 GATE = {"capacity": {"start": 0.6, "end": 0.2}, "gradient": "all", "budget": "batch", "refinement": "add"}
 
@@ -14,22 +16,25 @@ GATE = {"capacity": {"start": 0.6, "end": 0.2}, "gradient": "all", "budget": "ba
 def test_pieces_of_rows_train_as_whole_rows_and_resume_in_other_numbers(tmp_path):
     prefix = write_data(tmp_path / "data")
 
-    def tree(name: str, stop: int, **parallel: int) -> dict:
-        return toy_tree(
+    def tree(name: str, stop: int, contexts: tuple[int, int] = (1, 1), **parallel: int) -> dict:
+        made = toy_tree(
             prefix, tmp_path / name, parallel=parallel, data={"valid_fraction": 0.1}, model={"gate": GATE},
             train={"stop_at": stop, "eval_every": 3, "steps": 6, "global_batch": 4, "micro_batch": 1},
         )  # fmt: skip
+        before, after = ({"context": n} for n in contexts)
+        stages = [{"steps": 3, "parallel": before}, {"steps": 3, "parallel": after, "data": {"seq_len": 64}}]
+        return made | {"stages": stages}
 
     launch_series(
         [
             Job(1, runs, [tree("whole", 6)]),
-            Job(2, runs, [tree("pieces", 2, context=2)]),
-            Job(4, runs, [tree("pieces", 4, context=2, zero_stage=3)]),  # of two data ranks
+            Job(2, runs, [tree("pieces", 2, (2, 2))]),
+            Job(4, runs, [tree("pieces", 5, (2, 4), zero_stage=3)]),  # of two data ranks, then of one
         ]
     )
     newest = str(max((tmp_path / "pieces").glob("step_*")))
     assert reshard.main([newest, str(tmp_path / "moved"), "--processes", "4", "--context", "2", "--tensor", "2"]) == 0
-    launch_series([Job(4, runs, [tree("moved", 6, context=2, tensor=2)])])
+    launch_series([Job(4, runs, [tree("moved", 6, (2, 2), tensor=2)])])
 
     shares = "layers.1.selected", "layers.1.selected_eval", "layers.1.alpha", "layers.1.budget"
     for event, names in {"step": ("loss", "grad_norm", "tokens", *shares), "valid": ("ce", "tokens", *shares)}.items():
@@ -37,4 +42,35 @@ def test_pieces_of_rows_train_as_whole_rows_and_resume_in_other_numbers(tmp_path
         pieces = {record["step"]: record for name in ("pieces", "moved") for record in log(tmp_path / name, event)}
         assert whole.keys() <= pieces.keys()  # those stopped in between are validated there as well
         for step, record in whole.items():
-            assert [pieces[step][n] for n in names] == pytest.approx([record[n] for n in names], rel=2e-5), (event, step)
+            assert [pieces[step][n] for n in names] == pytest.approx([record[n] for n in names], rel=2e-5), (
+                event,
+                step,
+            )
+
+
+@pytest.mark.manual  # 2026-11-29: see docs/lab-notes.md for its time
+def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
+    """Over four processes as over one, each of which reads its quarter."""
+    length = 1 << 20
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_document((np.arange(length + 100) * 7919 % 65537 % VOCAB).astype(np.uint16))
+
+    def tree(name: str, **parallel: int) -> dict:
+        return toy_tree(
+            str(tmp_path / "data"), tmp_path / name, parallel=parallel | {"recompute": "full"},
+            model={
+                "pattern": "M S M S", "vocab_size": VOCAB, "d_model": 16, "d_ff": 16, "gate": GATE,
+                "mamba": {"d_state": 8, "headdim": 16, "chunk_size": 16}, "attention": {"n_heads": 2, "window": 64},
+            },
+            data={"seq_len": length, "one_document": True, "valid_fraction": 0.0},
+            train={"steps": 2, "global_batch": 1, "micro_batch": 1},
+        )  # fmt: skip
+
+    launch_series([Job(1, runs, [tree("whole")]), Job(4, runs, [tree("pieces", context=4)])], timeout=1500)
+    whole, pieces = (
+        [[record[name] for name in ("loss", "grad_norm", "layers.1.selected", "layers.3.selected")] for record in steps]
+        for steps in (log(tmp_path / "whole"), log(tmp_path / "pieces"))
+    )
+    assert len(whole) == 2
+    for ours, one_process in zip(pieces, whole, strict=True):
+        assert ours == pytest.approx(one_process, rel=1e-5)
