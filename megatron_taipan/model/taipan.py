@@ -180,7 +180,7 @@ class Taipan(nn.Module):
         """Another place among pieces of rows, for all layers; what `capture` recorded is out of date then."""
         for module in self.modules():
             if hasattr(module, "place"):
-                module.place = place
+                setattr(module, "place", place)  # noqa: B010
 
     def use_gate(self, gate: GateConfig) -> None:
         """Other schedules of the gate; a pass without a trainer's settings takes their last values."""
