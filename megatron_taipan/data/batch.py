@@ -14,32 +14,36 @@ import torch
 
 from megatron_taipan.data.ids import all_below, beyond_model, first_outside
 from megatron_taipan.data.loss_mask import check_mask
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.data.stream import TokenSpan
 
 Batch = dict[str, torch.Tensor]
 POOL_SIZE = 4  # buffers that are kept: a step with one micro-batch needs two, the new one beside the last
 READ_BYTES = 1 << 17  # bytes of ids read before they are spread over the batch, at least one sample
+READ_SAMPLES = 256  # of short ones, each of which has a view of its own
 
 
 class BatchReader:
-    """Reads batches of samples of seq_len = L tokens. Not for several threads at once.
+    """Reads batches of the l tokens of `piece` of samples of seq_len = L tokens. Not for several threads at once.
 
     Args:
-        mask_documents: number the documents within a sample in `seq_idx`.
+        mask_documents: number the documents within a piece in `seq_idx`.
     """
 
-    def __init__(self, seq_len: int, mask_documents: bool):
-        self.seq_len, self.mask_documents = seq_len, mask_documents
+    def __init__(self, seq_len: int, mask_documents: bool, piece: RowPiece):
+        self.positions = piece.positions(seq_len)  # in a row; of a whole row from 0 on
+        self.length, self.in_pieces, self.mask_documents = len(self.positions), piece.size > 1, mask_documents
         self._buffers: dict[np.dtype, tuple[np.ndarray, list[memoryview]]] = {}
         self._pool = BufferPool()
 
     def __call__(self, spans: list[TokenSpan], indices: list[int], vocab_size: int) -> "BatchStorage":
-        """The samples at `spans`, numbered `indices`, as one batch.
+        """The pieces at `spans`, l + 1 tokens each, of the samples numbered `indices`, as one batch.
 
         Raises:
             UserError: an id is negative or not below vocab_size, or a loss mask holds something else than 0 and 1.
         """
-        storage = BatchStorage(len(spans), self.seq_len, self._pool(BatchStorage.size(len(spans), self.seq_len)))
+        shape = len(spans), self.length, self.in_pieces
+        storage = BatchStorage(*shape, self._pool(BatchStorage.size(*shape)))
         arrays = storage.arrays
         tokens, labels = arrays["tokens"], arrays["labels"]
         row = 0
@@ -58,21 +62,25 @@ class BatchReader:
         arrays["seq_idx"].fill(0)
         mask, numbers = arrays["loss_mask"].reshape(-1), arrays["seq_idx"].reshape(-1)
         for row, span in enumerate(spans):
-            first, stop = row * self.seq_len, (row + 1) * self.seq_len
+            first, stop = row * self.length, (row + 1) * self.length
             if span.reader.loss_mask is not None:
-                mask[first:stop] = label_mask(span, self.seq_len)
+                mask[first:stop] = label_mask(span, self.positions)
             for begin in span.doc_starts:
                 mask[first + begin - 1] = 0
             if self.mask_documents:
                 number_documents(span.doc_starts, numbers, first, stop)
         arrays["sample"][:] = indices
+        if self.in_pieces:
+            begin = self.positions.start
+            starts = [max(0, begin - span.tokens_before()) if self.mask_documents else 0 for span in spans]
+            arrays["document_start"][:] = starts
         return storage
 
     def _buffer(self, dtype: np.dtype) -> tuple[np.ndarray, list[memoryview]]:
-        """Room for the ids of some samples, [>= 1, L + 1], and the bytes of each of its rows."""
+        """Room for the ids of some samples, [>= 1, l + 1], and the bytes of each of its rows."""
         if dtype not in self._buffers:
-            rows = max(1, READ_BYTES // ((self.seq_len + 1) * dtype.itemsize))
-            room = np.empty((rows, self.seq_len + 1), dtype)
+            rows = min(max(1, READ_BYTES // ((self.length + 1) * dtype.itemsize)), READ_SAMPLES)
+            room = np.empty((rows, self.length + 1), dtype)
             self._buffers[dtype] = room, [row.data.cast("B") for row in room]
         return self._buffers[dtype]
 
@@ -104,11 +112,17 @@ class BufferPool:
 
 
 class BatchStorage:
-    """One batch of b samples in one buffer, so that a loader's worker sends one file descriptor."""
+    """One batch of b samples in one buffer, so that a loader's worker sends one file descriptor.
 
-    def __init__(self, b: int, seq_len: int, memory: np.ndarray):
-        self.b, self.seq_len, self.memory = b, seq_len, memory
-        shape, n = (b, seq_len), b * seq_len
+    Args:
+        length: l, tokens of each sample.
+        in_pieces: they are pieces of the samples, so the batch also says where the documents begin that they go on.
+        memory: uint8 [size(b, length, in_pieces)].
+    """
+
+    def __init__(self, b: int, length: int, in_pieces: bool, memory: np.ndarray):
+        self.shape, self.memory = (b, length, in_pieces), memory
+        shape, n = (b, length), b * length
         self.arrays = {  # what `SampleDataset` promises
             "tokens": np.ndarray(shape, np.int64, memory, 0),
             "labels": np.ndarray(shape, np.int64, memory, 8 * n),
@@ -116,11 +130,13 @@ class BatchStorage:
             "seq_idx": np.ndarray(shape, np.int32, memory, 20 * n),
             "sample": np.ndarray(b, np.int64, memory, 24 * n),
         }
+        if in_pieces:
+            self.arrays["document_start"] = np.ndarray(b, np.int64, memory, 24 * n + 8 * b)
 
     @staticmethod
-    def size(b: int, seq_len: int) -> int:
+    def size(b: int, length: int, in_pieces: bool) -> int:
         """Bytes of a batch."""
-        return b * (24 * seq_len + 8)
+        return b * (24 * length + (16 if in_pieces else 8))
 
     def batch(self) -> Batch:
         """The arrays as tensors."""
@@ -128,11 +144,11 @@ class BatchStorage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Unpickled in another process, it is the batch."""
-        return _arrived, (torch.from_numpy(self.memory), self.b, self.seq_len)
+        return _arrived, (torch.from_numpy(self.memory), *self.shape)
 
 
-def _arrived(memory: torch.Tensor, b: int, seq_len: int) -> Batch:
-    return BatchStorage(b, seq_len, memory.numpy()).batch()
+def _arrived(memory: torch.Tensor, b: int, length: int, in_pieces: bool) -> Batch:
+    return BatchStorage(b, length, in_pieces, memory.numpy()).batch()
 
 
 def _dtype(span: TokenSpan) -> np.dtype:
@@ -153,24 +169,28 @@ def number_documents(doc_starts: list[int], out: np.ndarray, first: int, stop: i
         out[first:stop] = np.repeat(np.arange(len(doc_starts) + 1), counts)[:length]
 
 
-def label_mask(span: TokenSpan, seq_len: int) -> np.ndarray:
-    """Which labels the loss mask of a span's source marks: uint8 [L]; the label of position t is token t + 1.
+def label_mask(span: TokenSpan, positions: range) -> np.ndarray:
+    """Which labels the loss mask of a span's source marks: uint8 [l]; the label of token t of the span is t + 1.
 
     Labels of a document that begins before the sample are not marked: the model would have to answer without having
     seen the question.
+
+    Args:
+        span: l + 1 tokens.
+        positions: of the first l of them in the sample.
     """
     mask = span.reader.loss_mask
     assert mask is not None
-    marked = np.empty(seq_len + 1, mask.dtype)
+    marked = np.empty(len(positions) + 1, mask.dtype)
     TokenSpan(mask, span.position, span.runs, span.doc_starts).read_into(marked.data)
     check_mask(mask, marked)
-    if span.reader.start(span.reader.find(span.position)) != span.position:
+    if span.tokens_before() > positions.start:
         marked[: span.doc_starts[0] if span.doc_starts else None] = 0
     return marked[1:]
 
 
 def check_ids(spans: list[TokenSpan], ids: np.ndarray, vocab_size: int) -> None:
-    """Refuses ids [p, L + 1] (or [L + 1] of one span) beyond the vocabulary."""
+    """Refuses ids [p, l + 1] (or [l + 1] of one span) beyond the vocabulary."""
     if all_below(ids, vocab_size):
         return
     for span, row in zip(spans, ids.reshape(len(spans), -1), strict=True):

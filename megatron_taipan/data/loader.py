@@ -28,6 +28,7 @@ from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loss_mask import attach_mask
 from megatron_taipan.data.made_with import refuse_mixed, refuse_other
 from megatron_taipan.data.permutation import derive_key
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.data.sample_locator import SampleLocator
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
 from megatron_taipan.data.sources import find_pairs, open_reader
@@ -38,18 +39,26 @@ from megatron_taipan.errors import UserError
 class SampleDataset(Dataset):
     """Samples by number, any i >= 0, drawn from one or more weighted sources.
 
-    `dataset[i]` holds, with L = seq_len:
-        tokens     int64 [L]
-        labels     int64 [L]    the next token
-        loss_mask  float32 [L]  0 where the label belongs to another document, where the source's loss mask is 0, and,
+    `dataset[i]` holds `piece` of a sample of seq_len = L tokens: its l = L / piece.size tokens from position
+    piece.rank * l on, by default all of them.
+        tokens     int64 [l]
+        labels     int64 [l]    the next token; of the piece's last token the first one of the next piece
+        loss_mask  float32 [l]  0 where the label belongs to another document, where the source's loss mask is 0, and,
                                 if the source has a loss mask, where the label's document begins before the sample
-        seq_idx    int32 [L]    number of the document within the sample, from 0; all 0 if documents are not masked
+        seq_idx    int32 [l]    number of the document within the piece, from 0; all 0 if documents are not masked
         sample     int64 []     i
+    and of rows in several pieces only:
+        document_start  int64 []  position in the sample, from 0 to piece.rank * l, at which the document of the piece's
+                                  first token begins; 0 if it begins before the sample, or documents are not masked
 
     Attributes:
         sources: the samples of each source, in the order of the configuration.
+        seq_len: L, whatever the piece.
         fingerprint: hash of everything that decides which tokens sample i holds (of a .bin only what `IndexedReader`
-            hashes); a resume with another fingerprint must be refused.
+            hashes), not of the piece; a resume with another fingerprint must be refused.
+
+    Raises:
+        UserError: L is not a multiple of piece.size.
     """
 
     def __init__(
@@ -61,13 +70,14 @@ class SampleDataset(Dataset):
         vocab_size: int,
         mask_documents: bool,
         fingerprint: str,
+        piece: RowPiece,
     ):
         self.sources, self.blend = sources, Blend(weights)
         self.seq_len, self.vocab_size, self.mask_documents = seq_len, vocab_size, mask_documents
-        self.fingerprint = fingerprint
+        self.fingerprint, self.piece = fingerprint, piece
         self.before = [Fraction(0)] * len(sources)  # how often each source was read in the stages before
-        self._locate = SampleLocator(sources, self.blend, seq_len)
-        self._read = BatchReader(seq_len, mask_documents)
+        self._locate = SampleLocator(sources, self.blend, seq_len, piece)
+        self._read = BatchReader(seq_len, mask_documents, piece)
 
     def go_on(self, first: int, read: Mapping[str, Fraction]) -> None:
         """Makes sample `first` the one that the blend begins with, and lets each source go on where it was left.
@@ -110,13 +120,13 @@ class SampleDataset(Dataset):
         return self._read(self._locate(indices), indices, self.vocab_size).batch()
 
     def tokens(self, index: int) -> tuple[np.ndarray, list[int]]:
-        """The L + 1 stored ids of one sample, and where other documents begin in them.
+        """The l + 1 stored ids of the piece of one sample, and where other documents begin in them.
 
         Raises:
             UserError: an id is beyond the model's vocabulary.
         """
         [span] = self._locate([index])
-        out = np.empty(self.seq_len + 1, span.reader.dtype)
+        out = np.empty(self.seq_len // self.piece.size + 1, span.reader.dtype)
         span.read_into(out.data.cast("B"))
         check_ids([span], out, self.vocab_size)
         return out, span.doc_starts
@@ -132,19 +142,22 @@ class SampleDataset(Dataset):
         return {s.stream.reader.prefix: float(before) + n / s.per_epoch for s, before, n in each}
 
 
-def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size: int) -> SampleDataset:
+def build_dataset(
+    data: DataConfig, split: Literal["train", "valid"], vocab_size: int, piece: RowPiece = RowPiece()
+) -> SampleDataset:
     """The dataset of one split.
 
     Args:
         data: what to read; without `data.valid` each training source holds out `data.valid_fraction` of its documents.
         vocab_size: ids of the model's vocabulary; a larger id in the data is refused, here where the first part of a
             file shows it, otherwise when the sample is read.
+        piece: which part of every row to read; which tokens a row holds does not depend on it.
 
     A source of a blend from which nothing can be held out is left out of validation, with a warning.
 
     Raises:
         UserError: files missing or damaged, too little data, no validation data, ids beyond the vocabulary, data made
-            with several tokenizers or with another than data.tokenizer.
+            with several tokenizers or with another than data.tokenizer, data.seq_len not a multiple of piece.size.
     """
     own = data.valid if split == "valid" else None
     chosen = data.train if own is None else own
@@ -188,6 +201,7 @@ def build_dataset(data: DataConfig, split: Literal["train", "valid"], vocab_size
         vocab_size=vocab_size,
         mask_documents=data.mask_documents,
         fingerprint=f"{derive_key(*identity):016x}",
+        piece=piece,
     )
 
 

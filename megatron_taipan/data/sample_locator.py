@@ -9,6 +9,7 @@ are found ahead; any other access is found on demand, with the same result.
 import numpy as np
 
 from megatron_taipan.data.blend import Blend
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.data.samples import Samples
 from megatron_taipan.data.stream import TokenSpan, TokenSpans
 
@@ -16,12 +17,16 @@ AHEAD_SAMPLES, AHEAD_TOKENS = 512, 1 << 21  # found together at most, or the sam
 
 
 class SampleLocator:
-    """Finds samples by number. Not for several threads at once."""
+    """Finds samples by number: of each the span of `piece`'s l tokens, and the one after them, the last label.
 
-    def __init__(self, sources: list[Samples], blend: Blend, seq_len: int):
+    Not for several threads at once.
+    """
+
+    def __init__(self, sources: list[Samples], blend: Blend, seq_len: int, piece: RowPiece):
         self.sources, self.blend = sources, blend
         self.first, self.begins = 0, [0] * len(sources)  # sample that the blend begins with; of each source, its first
-        self.ahead = min(AHEAD_SAMPLES, AHEAD_TOKENS // seq_len)
+        self.positions = piece.positions(seq_len)
+        self.ahead = min(AHEAD_SAMPLES, AHEAD_TOKENS // len(self.positions))
         self._found: list[tuple[TokenSpans, dict[int, int]]] = []  # spans, and the number among them of each sample
         self._last = self._distance = 0  # first sample of the last batch, and how far it was from the one before
 
@@ -60,6 +65,8 @@ class SampleLocator:
         found = []
         for k in np.unique(sources).tolist():  # of many sources few come
             source, mine = self.sources[k], np.flatnonzero(sources == k)
-            spans = source.stream.locate(source.positions(numbers[mine] + self.begins[k]), source.seq_len + 1)
+            rows = source.positions(numbers[mine] + self.begins[k])
+            begin = (rows + self.positions.start) % source.stream.n_tokens
+            spans = source.stream.locate(begin, len(self.positions) + 1)
             found.append((spans, dict(zip(indices[mine].tolist(), range(len(mine)), strict=True))))
         return found

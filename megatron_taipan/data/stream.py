@@ -31,6 +31,10 @@ class TokenSpan:
             for position, begin, end in self.runs:
                 self.reader.read_bytes(position, out[begin * size : end * size])
 
+    def tokens_before(self) -> int:
+        """How many tokens of its document are in front of the span's first token; found in the index."""
+        return self.position - self.reader.start(self.reader.find(self.position))
+
     def token(self, number: int) -> int:
         """Where in the file token `number` of the span is."""
         for position, begin, end in self.runs or []:
