@@ -42,13 +42,12 @@ def test_pieces_of_rows_train_as_whole_rows_and_resume_in_other_numbers(tmp_path
         pieces = {record["step"]: record for name in ("pieces", "moved") for record in log(tmp_path / name, event)}
         assert whole.keys() <= pieces.keys()  # those stopped in between are validated there as well
         for step, record in whole.items():
-            assert [pieces[step][n] for n in names] == pytest.approx([record[n] for n in names], rel=2e-5), (
-                event,
-                step,
-            )
+            ours = [pieces[step][name] for name in names]
+            assert ours == pytest.approx([record[name] for name in names], rel=2e-5), (event, step)
 
 
-@pytest.mark.manual  # 2026-11-29: see docs/lab-notes.md for its time
+@pytest.mark.timeout(1800)
+@pytest.mark.manual  # MINUTES
 def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
     """Over four processes as over one, each of which reads its quarter."""
     length = 1 << 20
@@ -59,18 +58,21 @@ def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
         return toy_tree(
             str(tmp_path / "data"), tmp_path / name, parallel=parallel | {"recompute": "full"},
             model={
-                "pattern": "M S M S", "vocab_size": VOCAB, "d_model": 16, "d_ff": 16, "gate": GATE,
-                "mamba": {"d_state": 8, "headdim": 16, "chunk_size": 16}, "attention": {"n_heads": 2, "window": 64},
+                "pattern": "M S M", "vocab_size": VOCAB, "d_model": 16, "d_ff": 16,
+                # few queries: the reference of attention, which CPUs run, is slow where keys are many
+                "gate": {"capacity": 0.02, "init_bias": -4.0},
+                "mamba": {"d_state": 8, "headdim": 16, "chunk_size": 16},
+                "attention": {"n_heads": 2, "n_kv_heads": 1, "window": 16},
             },
             data={"seq_len": length, "one_document": True, "valid_fraction": 0.0},
             train={"steps": 2, "global_batch": 1, "micro_batch": 1},
         )  # fmt: skip
 
-    launch_series([Job(1, runs, [tree("whole")]), Job(4, runs, [tree("pieces", context=4)])], timeout=1500)
+    launch_series([Job(1, runs, [tree("whole")]), Job(4, runs, [tree("pieces", context=4)])], timeout=850)
     whole, pieces = (
-        [[record[name] for name in ("loss", "grad_norm", "layers.1.selected", "layers.3.selected")] for record in steps]
-        for steps in (log(tmp_path / "whole"), log(tmp_path / "pieces"))
+        [[record[name] for name in ("loss", "grad_norm", "layers.1.selected")] for record in log(tmp_path / run)]
+        for run in ("whole", "pieces")
     )
-    assert len(whole) == 2
+    assert len(whole) == len(pieces) == 2
     for ours, one_process in zip(pieces, whole, strict=True):
         assert ours == pytest.approx(one_process, rel=1e-5)
