@@ -10,6 +10,7 @@ as large as that process's.
 """
 
 import itertools
+import math
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -180,8 +181,11 @@ CHOICES: dict[str, list[Any]] = {
 }
 
 
+MOST_PROCESSES = 4
+
+
 def possible(case: Case) -> bool:
-    """Whether the project runs it (else it is refused at start), and on at most 4 processes."""
+    """Whether the project runs it (else it is refused at start), and on at most MOST_PROCESSES."""
     if case.sequence and case.tensor == 1:
         return False
     if case.micro_batch * case.data > 4:  # of 4 rows
@@ -192,29 +196,32 @@ def possible(case: Case) -> bool:
         return False  # its gates' gradients cancel to what float32 rounds away, on one process too
     if case.context > 1 and case.pipeline > 1:
         return False
-    return case.processes <= 4 and not (case.pipeline > 1 and case.zero != 1)
+    return case.processes <= MOST_PROCESSES and not (case.pipeline > 1 and case.zero != 1)
 
 
 def all_cases(seed: int = 0) -> list[Case]:
     """Every possible case, shuffled."""
-    every = [c for c in (Case(*values) for values in itertools.product(*CHOICES.values())) if possible(c)]
+    axes = [place for place, name in enumerate(CHOICES) if name in ("tensor", "pipeline", "data", "context")]
+    few = (v for v in itertools.product(*CHOICES.values()) if math.prod(v[a] for a in axes) <= MOST_PROCESSES)
+    every = [case for case in (Case(*values) for values in few) if possible(case)]
     random.Random(seed).shuffle(every)
     return every
 
 
 def covering_cases(seed: int = 0) -> list[Case]:
     """CI_CASES, and then greedily the case with most new pairs, until every possible pair of choices occurs."""
-    names, every = list(CHOICES), all_cases(seed)
+    names = list(CHOICES)
 
     def pairs(case: Case) -> set:
         return set(itertools.combinations([(n, getattr(case, n)) for n in names], 2))
 
     chosen = list(CI_CASES)
-    missing = set().union(*(pairs(c) for c in every[:4000])) - set().union(*(pairs(c) for c in chosen))
+    candidates = {case: pairs(case) for case in all_cases(seed)[:4000]}
+    missing = set().union(*candidates.values()).difference(*(pairs(c) for c in chosen))
     while missing:
-        best = max(every[:4000], key=lambda c: len(pairs(c) & missing))
+        best = max(candidates, key=lambda c: len(candidates[c] & missing))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= candidates[best]
     return chosen
 
 
@@ -250,6 +257,11 @@ CI_CASES = [
     Case("taipan", tensor=2, pipeline=2, zero=1, gate="anneal"),
     Case("taipan", tensor=2, data=2, zero=3, micro_batch=2, gate="anneal"),
     Case("taipan", pipeline=2, zero=1, gate="layers"),
+    # pieces of rows: states and windows across borders, with the other axes, and full attention over four pieces
+    Case("taipan", context=2, zero=1),
+    Case("taipan", tensor=2, sequence=True, context=2, zero=1, recompute="selective"),
+    Case("taipan", data=2, context=2, zero=2, gate="anneal"),
+    Case("jamba", context=4, zero=3, n_groups=2),
 ]
 
 # More processes than the others are drawn for.
@@ -258,6 +270,7 @@ OF_EIGHT = [
     Case("taipan", tensor=4, sequence=True, data=2, zero=1, n_groups=2),
     Case("taipan", tensor=2, sequence=True, data=4, zero=3, recompute="selective"),
     Case("jamba", tensor=4, sequence=True, data=2, zero=2, n_groups=4, n_kv_heads=4),
+    Case("taipan", tensor=2, sequence=True, data=2, context=2, zero=3, recompute="selective"),
 ]
 
 

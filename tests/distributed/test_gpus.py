@@ -13,11 +13,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-STEPS, CUT = 8, 4
 LAYOUTS = {
     "tensor": {"tensor": 2, "sequence": False}, "sequence": {"tensor": 2}, "data": {"tensor": 1},
-    "zero3": {"tensor": 1, "zero_stage": 3},
+    "zero3": {"tensor": 1, "zero_stage": 3}, "context": {"context": 2},
 }  # fmt: skip
+STEPS = 2 * len(LAYOUTS)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
@@ -40,7 +40,7 @@ def test_saved_in_one_layout_and_resumed_in_others(tmp_path, precision, toleranc
     assert all(abs(a - b) < tolerance * b for a, b in zip(moving, still, strict=True)), (moving, still)
 
 
-@pytest.mark.parametrize("layout", ["sequence", "data"])
+@pytest.mark.parametrize("layout", ["sequence", "data", "context"])
 def test_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path, layout):
     prefix = write_data(tmp_path / "data")
     tree = toy_tree(

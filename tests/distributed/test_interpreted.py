@@ -1,4 +1,4 @@
-"""A whole network through every kernel, split over tensor ranks, on CPUs: loss and all gradients of one step.
+"""A whole network through every kernel, split over tensor or context ranks, on CPUs: loss and gradients of one step.
 
 Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
@@ -18,9 +18,9 @@ pytestmark = [
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_kernels_over_two_ranks_give_what_the_references_give_on_one(sequence):
-    case = Case("taipan", tensor=2, sequence=sequence)
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}], ids=str)
+def test_kernels_over_two_ranks_give_what_the_references_give_on_one(layout):
+    case = Case("taipan", **layout)
     path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
     setting, env = Setting(interpreted=True), {"PYTHONPATH": path}
     (result,) = launch(2, run_cases, [case], setting, [None], timeout=900, env=env)[0]

@@ -10,6 +10,7 @@ from megatron_taipan.model.gate_settings import GateSettings, settled
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.parallel.context import ContextParallel
 
 VOCABULARY = 37
 TREE = {
@@ -36,9 +37,16 @@ def told(**gate) -> GateSettings:
     return settled(small_config("S", gate=gate).gate)
 
 
-def small_model(pattern: str, dtype: torch.dtype = torch.float64, *, seed: int = 1, **changes) -> Taipan:
+def small_model(
+    pattern: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    seed: int = 1,
+    place: ContextParallel | None = None,
+    **changes,
+) -> Taipan:
     """In training mode; norms, biases and D are moved off their ones and zeros, so that none of them is idle."""
-    model = Taipan(small_config(pattern, **changes), seed=seed)
+    model = Taipan(small_config(pattern, **changes), seed=seed, context_parallel=place)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

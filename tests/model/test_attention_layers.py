@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.stream import Stream
-from tests.model.oracles import attention, rms_norm, swiglu, visible
+from tests.model.oracles import attention, rms_norm, rotary, swiglu, visible
 from tests.model.small import close, documents, selecting, small_model, tokens, told
 
 EPS = 1e-5
@@ -29,22 +29,6 @@ def assert_same_with_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor
     upstream = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-
-
-def rotary(seq_idx: Tensor, theta: float):
-    """Turns [b, heads, l, d]: each pair (i, i + d/2), as a complex number, by its position in the document."""
-    within = torch.stack(
-        [torch.cat([torch.arange(int(n)) for n in row.unique_consecutive(return_counts=True)[1]]) for row in seq_idx]
-    )
-
-    def turn(x: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        frequency = theta ** (-torch.arange(half, dtype=torch.float64) * 2 / x.shape[-1])
-        angle = within[:, None, :, None] * frequency
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat([turned.real, turned.imag], -1)
-
-    return turn
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
