@@ -33,7 +33,7 @@ BENCHMARKS = {
     "sync": Benchmark("where in a training step the host waits for the GPU"),
     "layouts": Benchmark("the same training step on several GPUs, by tensor, data and ZeRO layout"),
     "data": Benchmark("tokenization and reading (needs no GPU)", needs_gpu=False),
-    "comm": Benchmark("what tensor parallelism sends (needs no GPU)", needs_gpu=False),
+    "comm": Benchmark("what tensor or context parallelism sends (needs no GPU)", needs_gpu=False),
     "checkpoint": Benchmark("how long training pauses for a save (needs no GPU)", needs_gpu=False),
 }
 

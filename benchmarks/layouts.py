@@ -1,8 +1,13 @@
-"""`python -m benchmarks layouts`: the same training step on several GPUs of this host, laid out in several ways.
+r"""`python -m benchmarks layouts`: the same training step on several GPUs of this host, laid out in several ways.
 
 Each row is a separate run under torchrun: `2 tensor=2 zero_stage=1 micro_batches=4` means two processes, these options
 of `parallel`, and four micro-batches a step for each data rank; micro_batch=8 gives them eight rows each. The other
 rows are compared with the first.
+
+Long rows, each over two GPUs (`context=2`), against the same rows on one:
+
+    python -m benchmarks layouts --batch 1 --layouts 1 '2 context=2' \
+        --overrides data.seq_len=65536 parallel.recompute=full
 """
 
 import argparse
@@ -90,7 +95,7 @@ def settings(layout: str, batch: int) -> tuple[list[str], int, int]:
     options = dict(word.split("=") for word in words)
     processes, accumulate = int(number), int(options.pop("micro_batches", 1))
     batch = int(options.pop("micro_batch", batch))
-    data = processes // int(options.get("tensor", 1))
+    data = processes // (int(options.get("tensor", 1)) * int(options.get("context", 1)))
     overrides = [f"parallel.{name}={value}" for name, value in options.items()]
     return [*overrides, f"train.global_batch={batch * data * accumulate}"], processes, batch
 

@@ -17,6 +17,7 @@ from benchmarks.autotune import compile_ahead
 from benchmarks.common import Table, add_preset, join_processes, kernel_times, median_step_ms, preset
 from megatron_taipan.config import Config
 from megatron_taipan.engine.operations import choose_operations
+from megatron_taipan.parallel.context import ContextParallel
 from megatron_taipan.train.step import StepResult
 
 
@@ -82,8 +83,8 @@ def our_training(config: Config) -> Training:
     engine = build_engine(model, config, groups, device)
     graphs = ExitStack()
     print(capture_graphs(model, config, device, graphs), flush=True)
-    torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens
-    batches = [random_batch(config, device)] * accumulation(config, groups.data_size)
+    torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens, of a context group one row's
+    batches = [random_batch(config, device, groups.context)] * accumulation(config, groups.data_size)
     results: list[StepResult] = []
 
     def step() -> None:
@@ -92,15 +93,20 @@ def our_training(config: Config) -> Training:
     return Training(engine, step, results, graphs)
 
 
-def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """A micro-batch of random tokens, one document a row."""
-    rows = config.train.micro_batch
+def random_batch(config: Config, device: torch.device, place: ContextParallel | None = None) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, one document a row; with a place that rank's piece of the same rows."""
+    rows, piece = config.train.micro_batch, config.parallel.piece(config.data.seq_len)
     tokens = torch.randint(0, config.model.vocab_size, (rows, config.data.seq_len + 1), device=device)
+    if place is not None:
+        tokens = tokens[:, place.rank * piece :][:, : piece + 1]
     labels = tokens[:, 1:].contiguous()
-    return {
+    batch = {
         "tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": torch.zeros_like(labels, dtype=torch.int32),
         "loss_mask": torch.ones(labels.shape, device=device), "sample": torch.arange(rows, device=device),
     }  # fmt: skip
+    if place is not None:
+        batch["document_start"] = torch.zeros(rows, dtype=torch.int64, device=device)
+    return batch
 
 
 def select_capacity(model: torch.nn.Module, config: Config) -> None:

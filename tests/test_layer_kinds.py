@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoints.reshard import Target, reshard
 from megatron_taipan.config import make_config
+from megatron_taipan.engine.build import check_layout
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.common import norm
 from megatron_taipan.layer_kinds.record import LayerKind, Split
@@ -235,3 +236,9 @@ def test_sizes_that_do_not_fit_are_refused():
         small_config("L", attention={"n_heads": 7})
     with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide model.attention.n_heads=4"):
         parameter_table(small_config("L"), 3)
+
+
+def test_a_kind_that_says_nothing_about_pieces_of_rows_gets_none():
+    tree = toy_tree("unused", "unused", model={"pattern": "M L"}, parallel={"context": 2})
+    with pytest.raises(UserError, match="parallel.context=2: gated linear attention layers need whole rows"):
+        check_layout(make_config(tree), 2)

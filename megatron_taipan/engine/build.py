@@ -21,6 +21,7 @@ from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
+from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.mesh import fit_mesh
@@ -243,6 +244,8 @@ def check_pieces(config: Config) -> None:
             f"data.seq_len={length} is not a multiple of parallel.context={p.context} (remainder {length % p.context});"
             f" take {length // p.context * p.context} or another number of pieces"
         )
+    if whole := [kind.name for kind in kinds_of(config.model.letters) if kind.pieces is None]:
+        raise UserError(f"parallel.context={p.context}: {', '.join(whole)}s need whole rows; take parallel.context=1")
     tail = config.model.mamba.d_conv - 1
     if "M" in config.model.letters and p.piece(length) < tail:
         raise UserError(

@@ -6,6 +6,7 @@ from megatron_taipan.layer_kinds.common import (
     ATTENTION_OPTIONS,
     attention_flops,
     attention_parameters,
+    attention_pieces,
     attention_splits,
     check_attention,
     norm,
@@ -39,6 +40,7 @@ WINDOW_ATTENTION = LayerKind(
     letter="W", mixer="sliding-window attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, config.attention.window),
     check=check_attention, splits=attention_splits, traffic=_plain_traffic,
+    pieces=lambda sent: attention_pieces(sent, sent.config.attention.window),
     options=(*ATTENTION_OPTIONS, "attention.window"),
     residuals=2, attends=True, windowed=True, capturable=True, ends_graph=True,
 )  # fmt: skip
@@ -47,6 +49,7 @@ FULL_ATTENTION = LayerKind(
     letter="A", mixer="full causal attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, None),
     check=_check_rotary, splits=attention_splits, traffic=_plain_traffic,
+    pieces=lambda sent: attention_pieces(sent, None),
     options=(*ATTENTION_OPTIONS, "attention.rope_theta"),
     residuals=2, attends=True, growing=True, capturable=True, ends_graph=True,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
     from megatron_taipan.model_config import ModelConfig
+    from megatron_taipan.parallel.context_traffic import PieceTraffic
 
 
 def norm(size: int) -> ParamSpec:
@@ -44,6 +45,13 @@ def attention_flops(config: "ModelConfig", seq_len: int, window: int | None, sha
     # Token i sees min(i + 1, window) keys; the mean over the sequence:
     visible = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
     return share * (4 * d * queries + 4 * queries * visible) + 4 * d * keys + 6 * d * config.d_ff
+
+
+def attention_pieces(sent: "PieceTraffic", window: int | None) -> None:
+    """Keys and values of earlier pieces, as far back as a window of so many tokens reaches (None: all of them)."""
+    config = sent.config
+    kv_heads = config.n_kv_heads // sent.tensor if config.n_kv_heads % sent.tensor == 0 else 1
+    sent.tokens_before(2 * kv_heads * config.head_dim, window)
 
 
 def check_attention(config: "ModelConfig") -> None:

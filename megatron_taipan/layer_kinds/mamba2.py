@@ -13,6 +13,7 @@ from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
     from megatron_taipan.model_config import ModelConfig
+    from megatron_taipan.parallel.context_traffic import PieceTraffic
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 
@@ -87,8 +88,15 @@ def _mamba2_traffic(sent: "LayerTraffic") -> None:
     sent.out_of_block()
 
 
+def _mamba2_pieces(sent: "PieceTraffic") -> None:
+    config, m = sent.config, sent.config.mamba
+    groups = m.n_groups // sent.tensor if m.n_groups % sent.tensor == 0 else 1
+    sent.tokens_before(config.d_inner // sent.tensor + 2 * groups * m.d_state, m.d_conv)
+    sent.entering_state(config.mamba_heads // sent.tensor, m.headdim * m.d_state)
+
+
 MAMBA2 = LayerKind(
     letter="M", mixer="Mamba-2", noun="block", parameters=_mamba2_parameters, flops=_mamba2_flops,
-    check=_mamba2_check, splits=_mamba2_splits, traffic=_mamba2_traffic, capturable=True,
+    check=_mamba2_check, splits=_mamba2_splits, traffic=_mamba2_traffic, pieces=_mamba2_pieces, capturable=True,
     options=tuple(f"mamba.{name}" for name in ("d_state", "headdim", "expand", "n_groups", "d_conv", "conv_bias")),
 )  # fmt: skip

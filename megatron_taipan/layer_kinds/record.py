@@ -8,6 +8,7 @@ from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
     from megatron_taipan.model_config import ModelConfig
+    from megatron_taipan.parallel.context_traffic import PieceTraffic
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 
@@ -35,6 +36,8 @@ class LayerKind:
     splits: "Callable[[ModelConfig], tuple[Split, ...]]"  # what tensor parallelism divides
     traffic: "Callable[[LayerTraffic], None]"  # what tensor parallelism sends, see parallel/traffic.py
     options: tuple[str, ...]  # configuration options that change what it computes, in dotted names
+    # what ranks with pieces of the same rows send, see parallel/context_traffic.py; None: it needs whole rows
+    pieces: "Callable[[PieceTraffic], None] | None" = None
     metrics: tuple[str, ...] = ()  # what its block measures in every pass, by name; see Measured in model/stream.py
     residuals: int = 1  # times that it adds to the residual stream
     attends: bool = False  # runs the attention kernels, with heads of config.head_dim

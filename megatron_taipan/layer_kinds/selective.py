@@ -6,6 +6,7 @@ from megatron_taipan.layer_kinds.common import (
     ATTENTION_OPTIONS,
     attention_flops,
     attention_parameters,
+    attention_pieces,
     attention_splits,
     check_attention,
     norm,
@@ -15,6 +16,7 @@ from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
     from megatron_taipan.model_config import ModelConfig
+    from megatron_taipan.parallel.context_traffic import PieceTraffic
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 # What a gate measures: the share of tokens selected, that above the threshold of evaluation, the means of alpha and of
@@ -53,9 +55,15 @@ def _selective_traffic(sent: "LayerTraffic") -> None:
     sent.mlp()
 
 
+def _selective_pieces(sent: "PieceTraffic") -> None:
+    sent.share_of_rows(learned=sent.config.gate.noise != "random")
+    attention_pieces(sent, sent.config.attention.window)
+
+
 SELECTIVE_ATTENTION = LayerKind(
     letter="S", mixer="selective attention", noun="layer", parameters=_selective_parameters, flops=_selective_flops,
     check=check_attention, splits=attention_splits, traffic=_selective_traffic,
+    pieces=_selective_pieces,
     # the gate's other options are of training
     options=(*ATTENTION_OPTIONS, "attention.window", "gate.refinement", "gate.weight"),
     metrics=GATE_METRICS,

@@ -15,6 +15,7 @@ from megatron_taipan.engine.build import accumulation, count_parameters, describ
 from megatron_taipan.engine.operations import describe_operations
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.context_traffic import describe_pieces
 from megatron_taipan.parallel.mesh import ZERO, fit_mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table
@@ -46,8 +47,9 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         f" {config.model.d_model}, {model.num_params():,} parameters, {flops / 1e9:.3g} GFLOP per token forward"
     )
     sharded = " (tokens sharded)" if place.sequence_parallel else ""
+    pieces = f" x {mesh.context} context" if mesh.context > 1 else ""
     yield (
-        f"layout     {processes} processes = {mesh.data} data x {mesh.tensor} tensor{sharded} x {mesh.pipeline}"
+        f"layout     {processes} processes = {mesh.data} data{pieces} x {mesh.tensor} tensor{sharded} x {mesh.pipeline}"
         f" pipeline, ZeRO {p.zero_stage}, {t.precision}, recompute {p.recompute}"
     )
     yield (
@@ -63,6 +65,11 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     for stage in plan if config.stages else ():
         yield describe_stage(stage)
         yield f"batch      {stage.title()} {batch(stage.config, fit_mesh(processes, stage.config.parallel).data)}"
+    for stage in plan:
+        of_stage = fit_mesh(processes, stage.config.parallel)
+        if of_stage.context > 1:
+            where = f"{stage.title()} " if config.stages else ""
+            yield f"pieces     {where}{describe_pieces(stage.config, accumulation(stage.config, of_stage.data))}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
     if found := find_newest(Path(config.checkpoint.dir)):

@@ -9,8 +9,13 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.common import Table, hardware
+from benchmarks.layouts import settings
+from benchmarks.step import our_training
 from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
+from megatron_taipan.config import make_config
 from megatron_taipan.train import peaks
+from tests.distributed.launch import launch
+from tests.train.toy import toy_tree
 
 
 @pytest.mark.parametrize("what", [name for name, one in benchmarks.BENCHMARKS.items() if one.needs_gpu])
@@ -84,3 +89,18 @@ def test_the_parts_of_a_step_are_named_in_its_profile_and_the_engine_is_left_as_
     calls = [e.name for e in trace.events() if e.name in PARTS]
     assert calls == list(PARTS)
     assert not {"forward", "backward", "step"} & vars(engine).keys()
+
+
+def loss_of_one_step(tree: dict) -> float:
+    training = our_training(make_config(tree))
+    training.step()
+    training.end()
+    return training.results[0].loss
+
+
+def test_a_layout_with_pieces_of_rows_trains_on_the_same_rows_as_one_process():
+    assert settings("2 context=2 micro_batches=3", 1) == (["parallel.context=2", "train.global_batch=3"], 2, 1)
+    assert settings("8 context=2 tensor=2 micro_batch=4", 1)[0][-1] == "train.global_batch=8"
+    trees = [toy_tree("unused", train={"global_batch": 2}, parallel={"context": n}, directory="") for n in (1, 2)]
+    (alone,), (first, second) = (launch(n, loss_of_one_step, tree) for n, tree in enumerate(trees, 1))
+    assert first == second == pytest.approx(alone, rel=1e-6)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_taipan import pretrain
 from megatron_taipan.config import describe_options, load_config
 from megatron_taipan.engine.build import check_layout
 from megatron_taipan.model.taipan import Taipan
@@ -136,6 +137,30 @@ def test_bad_input_is_one_line_and_status_2(config, arguments, words):
     assert finished.stderr.count("\n") == 1
     assert finished.stderr.startswith("error: ")
     assert all(word in finished.stderr for word in words), finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "message"),
+    [
+        (3, ["parallel.context=3"], "data.seq_len=32 is not a multiple of parallel.context=3 (remainder 2); take 30"),
+        (16, ["parallel.context=16"], "data.seq_len=32 / parallel.context=16 = 2 tokens is shorter than the 3 inputs"),
+        (4, ["parallel.context=2", "parallel.pipeline=2"], "parallel.context=2 needs parallel.pipeline=1, not 2"),
+        (12, ["parallel.context=8"], "12 processes cannot hold parallel.tensor=1 x parallel.context=8"),
+    ],
+)
+def test_rows_that_cannot_be_cut_into_pieces_are_refused_by_the_dry_run(config, processes, arguments, message, capsys):
+    assert pretrain.main(["--config", config, "--dry-run", "--processes", str(processes), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_dry_run_says_what_pieces_of_rows_send(config, capsys):
+    options = ["parallel.context=4", "--processes", "8", "train.micro_batch=1"]
+    assert pretrain.main(["--config", config, "--dry-run", *options]) == 0
+    lines = capsys.readouterr().out
+    assert "8 processes = 2 data x 4 context x 1 tensor x 1 pipeline" in lines
+    assert "4 micro-batches of 1 on each of 2 ranks" in lines
+    assert "pieces     rows of 32 tokens in 4 pieces of 8; a rank sends at most" in lines
 
 
 def test_missing_file_and_missing_option():
