@@ -16,6 +16,7 @@ from megatron_taipan.param_spec import ParamSpec
 
 if TYPE_CHECKING:
     from megatron_taipan.model_config import ModelConfig
+    from megatron_taipan.parallel.context_traffic import PieceTraffic
     from megatron_taipan.parallel.traffic import LayerTraffic
 
 
@@ -36,11 +37,19 @@ def _plain_traffic(sent: "LayerTraffic") -> None:
     sent.mlp()
 
 
+def _window_pieces(sent: "PieceTraffic") -> None:
+    attention_pieces(sent, sent.config.attention.window)
+
+
+def _full_pieces(sent: "PieceTraffic") -> None:
+    attention_pieces(sent, None)
+
+
 WINDOW_ATTENTION = LayerKind(
     letter="W", mixer="sliding-window attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, config.attention.window),
     check=check_attention, splits=attention_splits, traffic=_plain_traffic,
-    pieces=lambda sent: attention_pieces(sent, sent.config.attention.window),
+    pieces=_window_pieces,
     options=(*ATTENTION_OPTIONS, "attention.window"),
     residuals=2, attends=True, windowed=True, capturable=True, ends_graph=True,
 )  # fmt: skip
@@ -49,7 +58,7 @@ FULL_ATTENTION = LayerKind(
     letter="A", mixer="full causal attention", noun="layer", parameters=_plain_parameters,
     flops=lambda config, seq_len: attention_flops(config, seq_len, None),
     check=_check_rotary, splits=attention_splits, traffic=_plain_traffic,
-    pieces=lambda sent: attention_pieces(sent, None),
+    pieces=_full_pieces,
     options=(*ATTENTION_OPTIONS, "attention.rope_theta"),
     residuals=2, attends=True, growing=True, capturable=True, ends_graph=True,
 )  # fmt: skip
