@@ -13,6 +13,7 @@ from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.rope import rotary_tables
 from megatron_taipan.ops.selected_rows import Rows
+from megatron_taipan.ops.tiles import fit_tiles
 
 
 class Attention(nn.Module):
@@ -27,10 +28,13 @@ class Attention(nn.Module):
     v_proj: Weight
     out_proj: Weight
 
-    def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
+    def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool, selects: bool = False):
+        """selects: queries are those of picked tokens, which `causal_attention` of another project may not serve."""
         super().__init__()
         config, tp = build.config, build.tp
         self.tp, self.ops = tp, build.ops
+        self.causal_attention = None if selects else build.ops.causal_attention
+        self.fused = build.ops.every_query is not None and selects and not rope and fit_tiles(config.head_dim)
         self.window, self.head_dim = window, config.head_dim
         self.theta = config.attention.rope_theta if rope else None
         self.heads = config.attention.n_heads // tp.size
@@ -40,7 +44,12 @@ class Attention(nn.Module):
         build.parameters(self, prefix)
 
     def forward(
-        self, u: Tensor, ctx: Context, queries: Sequence[Rows | None] = (None,), store: KeyValueStore | None = None
+        self,
+        u: Tensor,
+        ctx: Context,
+        queries: Sequence[Rows | None] = (None,),
+        store: KeyValueStore | None = None,
+        unlearned: Sequence[Rows | None] = (),
     ) -> list[Tensor]:
         """This rank's part of W_O Attention(q, K, V), for each group of queries; the caller sums over the ranks.
 
@@ -49,16 +58,18 @@ class Attention(nn.Module):
             queries: groups of tokens whose queries are computed, each as picked rows of b * l; None means all
                 tokens.
             store: keys and values of earlier tokens; the new ones are added.
+            unlearned: more such groups, for their values alone: no gradient passes through them.
 
         Returns:
-            [n, d] for each group: of all tokens, or a buffer that holds the picked rows in front.
+            [n, d] for each group, those of `unlearned` last: of all tokens, or a buffer that holds the picked rows in
+            front.
         """
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
         keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
         lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))  # [b * l]
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        outputs = []
-        for rows in queries:
+
+        def attend(rows: Rows | None) -> Tensor:
             if rows is None:
                 q, low, high, place = product(u.flatten(0, 1), self.q_proj), lo, hi, within
             else:
@@ -66,15 +77,30 @@ class Attention(nn.Module):
                 (low, high), place = rows.intervals(lo, hi), within[rows.at]
             q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
             q = self._rotate(q, place)
-            if rows is None and store is None and self.ops.causal_attention is not None and takes_kernels(q):
-                o = self.ops.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
+            if rows is None and store is None and self.causal_attention is not None and takes_kernels(q):
+                o = self.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
             else:
                 o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
-            if rows is None:
-                outputs.append(product(o, self.out_proj))
-            else:
-                outputs.append(self.ops.bounded_linear(o, self.out_proj, rows))
-        return outputs
+            return product(o, self.out_proj) if rows is None else self.ops.bounded_linear(o, self.out_proj, rows)
+
+        outputs = [attend(rows) for rows in queries]
+        with torch.no_grad():
+            return outputs + [attend(rows) for rows in unlearned]
+
+    def every_query(self, u: Tensor, ctx: Context, learned: Rows) -> Tensor | None:
+        """This rank's part of W_O Attention(q, K, V) of all tokens [n, d] as one operation, with gradients from the
+        `learned` ones alone; None where it does not run as one. In `forward` that is `[learned]` and, unlearned, None.
+        """
+        q_proj, out_proj = self.q_proj, self.out_proj
+        whole = isinstance(q_proj, Tensor) and isinstance(out_proj, Tensor) and learned.n_valid is not None
+        if not whole or not self.fused or not takes_kernels(u):
+            return None
+        assert self.ops.every_query is not None  # else `fused` is False
+        within = (ctx.position - ctx.document_start).reshape(-1)
+        keys, values, first = self._keys_values(u, within, None)
+        lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        return self.ops.every_query(u.flatten(0, 1), keys, values, q_proj, out_proj, lo, hi, learned)
 
     def step(self, u: Tensor, ctx: Context, store: KeyValueStore, chosen: Tensor | None = None) -> Tensor:
         """W_O Attention(q, K, V) of one more token a row, the cache changed in place; see Taipan.step.

@@ -6,12 +6,16 @@ import torch
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
-from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
+from megatron_taipan.ops.fast import KERNELS, SELECTED_ROWS, load_every_query, load_mamba2_mix
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
 # Kernels that only the operation's own option takes, with the reason: they have not run on a GPU yet.
-UNTRIED = {"rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it"}
+UNTRIED = {
+    "rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it",
+    "every_query": "it ran in Triton's interpreter only; ops.selection=triton takes it",
+}
 FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
+EVERY_QUERY = ("interval_attention", *SELECTED_ROWS)  # what attention of every token of which few learn does in one
 
 
 def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, run: RunFacts | None = None) -> Ops:
@@ -48,11 +52,12 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
         name = FOREIGN[option][choice].operation
         kernel, labels[name] = _foreign(option, choice, run)
         chosen[name] = _on_gpu(kernel, REFERENCES[name]) if name in REFERENCES else _on_its_gpu(kernel)
-    mix = _mamba2_mix() if set(FUSED) <= ours - replaced else None
+    mix = _fused(load_mamba2_mix) if set(FUSED) <= ours - replaced else None
     labels["mamba2_mix"] = f"triton ({', '.join(FUSED)} in one)" if mix else "none (its parts one by one)"
+    every, labels["every_query"] = _every_query(ours - replaced, asked)
     unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
     return Ops(
-        **chosen, mamba2_mix=mix, kernels=frozenset(ours | (replaced & REFERENCES.keys())),
+        **chosen, mamba2_mix=mix, every_query=every, kernels=frozenset(ours | (replaced & REFERENCES.keys())),
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),
     )  # fmt: skip
@@ -108,12 +113,21 @@ def _fast(name: str) -> tuple[Callable | None, str]:
         return None, f"reference ({error})"
 
 
-def _mamba2_mix() -> Callable | None:
-    """The fused mixer, where Triton is."""
+def _fused(load: Callable[[], Callable]) -> Callable | None:
+    """A kernel that does several operations in one, where Triton is."""
     try:
-        return _on_its_gpu(load_mamba2_mix())
+        return _on_its_gpu(load())
     except ImportError:
         return None
+
+
+def _every_query(ours: set[str], asked: Mapping[str, str]) -> tuple[Callable | None, str]:
+    """Attention of every token of which picked ones learn, as one operation, and its label."""
+    untried = UNTRIED.get("every_query")
+    if set(EVERY_QUERY) <= ours and untried and asked.get("selection") != "triton":
+        return None, f"none ({untried})"
+    kernel = _fused(load_every_query) if set(EVERY_QUERY) <= ours else None
+    return kernel, "triton" if kernel else "none (its parts one by one)"
 
 
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:

@@ -121,6 +121,12 @@ def load_mamba2_mix() -> Callable:
     return mamba2_mix
 
 
+def load_every_query() -> Callable:
+    from megatron_taipan.ops.every_query_triton import every_query
+
+    return every_query
+
+
 SELECTED_ROWS = ("select_rows", "gather_linear", "bounded_linear", "scatter_rows")
 
 KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {

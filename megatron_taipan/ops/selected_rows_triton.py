@@ -175,16 +175,17 @@ class _RowsLinear(torch.autograd.Function):
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, count, n):
+    def forward(ctx, x, index, count, n, onto):
         ctx.save_for_backward(index, count)
         ctx.shape = x.shape
-        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device)
+        # a copy: what is recomputed selectively may have kept `onto`, and takes no change of it
+        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device) if onto is None else onto.clone()
         return copy_rows(_plain(x), whole, Rows(index, count), scatter=True)
 
     @staticmethod
     def backward(ctx, dwhole):
         buffer = torch.empty(ctx.shape, dtype=dwhole.dtype, device=dwhole.device)
-        return copy_rows(_plain(dwhole), buffer, Rows(*ctx.saved_tensors), scatter=False), None, None, None
+        return copy_rows(_plain(dwhole), buffer, Rows(*ctx.saved_tensors), scatter=False), None, None, None, None
 
 
 def select_rows(like: torch.Tensor, selected: torch.Tensor) -> Rows:
@@ -212,8 +213,8 @@ def bounded_linear(x: torch.Tensor, weight: torch.Tensor, rows: Rows) -> torch.T
     return _RowsLinear.apply(x, weight, *rows, False)
 
 
-def scatter_rows(x: torch.Tensor, rows: Rows, n: int) -> torch.Tensor:
+def scatter_rows(x: torch.Tensor, rows: Rows, n: int, onto: torch.Tensor | None = None) -> torch.Tensor:
     """As `scatter_rows_reference`."""
     if rows.n_valid is None:
-        return scatter_rows_reference(x, rows, n)
-    return _ScatterRows.apply(x, *rows, n)
+        return scatter_rows_reference(x, rows, n, onto)
+    return _ScatterRows.apply(x, *rows, n, onto)
