@@ -340,7 +340,8 @@ class Config(Section):
         [],
         "parts of the run one after the other, each {name: N, steps: 300, ...} with what differs in it: data (train,"
         " seq_len, one_document, mask_documents), optim (lr, min_lr, schedule and lengths), train (global_batch,"
-        " micro_batch), model.gate (capacity, tau, budget_lambda), parallel (recompute, recompute_every)",
+        " micro_batch), model.gate (capacity, tau, budget_lambda, gradient_share), parallel (recompute,"
+        " recompute_every)",
     )
 
     @model_validator(mode="before")
