@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_taipan.gate_config import GateConfig, Schedule
@@ -157,20 +157,21 @@ def by_share(share, **more) -> GateConfig:
     return GateConfig(gradient="sampled", gradient_share=share, **more)
 
 
+@settings(max_examples=40)
 @given(
-    start=st.floats(0, 1), end=st.floats(0, 1), after=st.floats(0, 1), width=st.floats(0, 1), run=st.integers(1, 300),
+    start=st.floats(0, 1), end=st.floats(0, 1), after=st.floats(0, 1), width=st.floats(0, 1), run=st.integers(1, 80),
     shape=st.sampled_from(["linear", "cosine"]),
 )  # fmt: skip
 def test_a_share_that_changes_is_taken_as_often_as_it_says(start, end, after, width, run, shape):
     """Its sum against numpy's, by the trapezoidal rule; and the steps counted."""
     plan = Schedule(start=start, end=end, after=after, until=max(1e-3, min(1.0, after + width)), shape=shape)
-    fine = np.arange(200 * (run + 20) + 1) / 200
+    fine = np.arange(20 * (run + 20) + 1) / 20
     values = np.array([scheduled(plan, place, run) for place in fine])
-    sums = np.concatenate([[0], np.cumsum((values[1:] + values[:-1]) / 400)])[::200]
+    sums = np.concatenate([[0], np.cumsum((values[1:] + values[:-1]) / 40)])[::20]
     found = [scheduled_sum(plan, step, run) for step in range(run + 21)]
-    assert found == pytest.approx(sums, abs=0.01)  # a jump between two of numpy's places costs up to 1/400
+    assert found == pytest.approx(sums, abs=0.03)  # a jump between two of numpy's places costs up to 1/40
     taken = np.cumsum([every_query_at(by_share(plan), step, run) for step in range(run + 20)])
-    assert np.abs(taken - sums[1:]).max() < 1.01
+    assert np.abs(taken - sums[1:]).max() < 1.03
 
 
 def test_every_query_at_first_and_every_tenth_at_last():
