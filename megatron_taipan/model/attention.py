@@ -91,16 +91,14 @@ class Attention(nn.Module):
         """This rank's part of W_O Attention(q, K, V) of all tokens [n, d] as one operation, with gradients from the
         `learned` ones alone; None where it does not run as one. In `forward` that is `[learned]` and, unlearned, None.
         """
-        q_proj, out_proj = self.q_proj, self.out_proj
-        whole = isinstance(q_proj, Tensor) and isinstance(out_proj, Tensor) and learned.n_valid is not None
-        if not whole or not self.fused or not takes_kernels(u):
+        if not self.fused or learned.n_valid is None or not takes_kernels(u):
+            return None
+        weights = (self.q_proj, *self._key_value_weights(), self.out_proj)
+        if not all(isinstance(weight, Tensor) for weight in weights):
             return None
         assert self.ops.every_query is not None  # else `fused` is False
-        within = (ctx.position - ctx.document_start).reshape(-1)
-        keys, values, first = self._keys_values(u, within, None)
-        lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        return self.ops.every_query(u.flatten(0, 1), keys, values, q_proj, out_proj, lo, hi, learned)
+        lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, u.shape[1], 0))  # [b * l]
+        return self.ops.every_query(u.flatten(0, 1), *weights, lo, hi, learned, self.head_dim)
 
     def step(self, u: Tensor, ctx: Context, store: KeyValueStore, chosen: Tensor | None = None) -> Tensor:
         """W_O Attention(q, K, V) of one more token a row, the cache changed in place; see Taipan.step.
@@ -124,14 +122,19 @@ class Attention(nn.Module):
 
     def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
-        k_proj, v_proj = self.k_proj, self.v_proj
-        if self.shared_kv:
-            assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # only on one rank are weights modules
-            first = self.kv_head * self.head_dim
-            k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
-        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
+        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in self._key_value_weights())
         k = self._rotate(k.flatten(0, 1), within).view_as(k)
         return (k, v, 0) if store is None else store.append(k, v)
+
+    def _key_value_weights(self) -> tuple[Weight, Weight]:
+        """The matrices of the key-value heads that this rank uses."""
+        if not self.shared_kv:
+            return self.k_proj, self.v_proj
+        k_proj, v_proj = self.k_proj, self.v_proj
+        assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # only on one rank are weights modules
+        first = self.kv_head * self.head_dim
+        k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
+        return k_proj, v_proj
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Queries or keys [n, heads, head_dim], turned by the places [n] of their tokens where the layer has rotary

@@ -16,17 +16,16 @@ from megatron_taipan.ops.selected_rows_triton import copy_rows, rows_product, we
 
 class _EveryQuery(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, k, v, q_proj, out_proj, lo, hi, index, count):
-        head_dim = k.shape[2]
-        q = F.linear(u, q_proj).unflatten(1, (-1, head_dim))  # [n, hq, head_dim]
-        a, lse = attention_forward(q, k, v, lo, hi)
-        ctx.save_for_backward(u, k, v, q_proj, out_proj, lo, hi, index, count, q, a, lse)
+    def forward(ctx, u, q_proj, k_proj, v_proj, out_proj, lo, hi, index, count, head_dim):
+        q, k, v = (F.linear(u, weight).unflatten(1, (-1, head_dim)) for weight in (q_proj, k_proj, v_proj))
+        a, lse = attention_forward(q, k, v, lo, hi)  # [n, hq, head_dim], [hq, n]
+        ctx.save_for_backward(u, q_proj, k_proj, v_proj, out_proj, lo, hi, index, count, q, k, v, a, lse)
         return F.linear(a.flatten(1), out_proj)
 
     @staticmethod
     def backward(ctx, do):
-        u, k, v, q_proj, out_proj, lo, hi, index, count, q, a, lse = ctx.saved_tensors
-        rows = Rows(index, count)
+        u, q_proj, k_proj, v_proj, out_proj, lo, hi, index, count, q, k, v, a, lse = ctx.saved_tensors
+        rows, wanted = Rows(index, count), ctx.needs_input_grad
 
         def picked(x: Tensor) -> Tensor:
             """The picked rows of [n, ...] in front of a buffer of as many."""
@@ -36,37 +35,35 @@ class _EveryQuery(torch.autograd.Function):
         do, picked_a, picked_q = picked(do), picked(a), picked(q)
         da = rows_product(do, out_proj, rows, torch.empty_like(picked_a), transposed=True, gather=False, scatter=False)
         dq, dk, dv = attention_backward(
-            da.view(a.shape),
-            picked_q.view(q.shape),
-            k,
-            v,
-            picked_a.view(a.shape),
-            lse[:, index],
+            da.view(a.shape), picked_q.view(q.shape), k, v, picked_a.view(a.shape), lse[:, index],
             *rows.intervals(lo, hi),
-        )
-        dq = dq.flatten(1)
-        du = dq_proj = dout_proj = None
-        if ctx.needs_input_grad[0]:
-            du = rows_product(dq, q_proj, rows, torch.zeros_like(u), transposed=True, gather=False, scatter=True)
-        if ctx.needs_input_grad[3]:
-            dq_proj = weight_gradient(dq, u, rows, q_proj, gather=True)
-        if ctx.needs_input_grad[4]:
-            dout_proj = weight_gradient(do, picked_a, rows, out_proj, gather=False)
-        return du, dk, dv, dq_proj, dout_proj, None, None, None, None
+        )  # fmt: skip
+        dq, dk, dv = (t.flatten(1) for t in (dq, dk, dv))
+        du = None
+        if wanted[0]:  # added up in place: three tensors of u's size, and their sums, are not made
+            du = (dk @ k_proj).addmm_(dv, v_proj)
+            rows_product(dq, q_proj, rows, du, transposed=True, gather=False, scatter=True, add=True)
+        dq_proj = weight_gradient(dq, u, rows, q_proj, gather=True) if wanted[1] else None
+        dk_proj, dv_proj = (t.t() @ u if wants else None for t, wants in ((dk, wanted[2]), (dv, wanted[3])))
+        dout_proj = weight_gradient(do, picked_a, rows, out_proj, gather=False) if wanted[4] else None
+        return du, dq_proj, dk_proj, dv_proj, dout_proj, None, None, None, None, None
 
 
 def every_query(
-    u: Tensor, k: Tensor, v: Tensor, q_proj: Tensor, out_proj: Tensor, lo: Tensor, hi: Tensor, learned: Rows
-) -> Tensor:
-    """Attention(u q_proj^T, k, v) out_proj^T of every token, with gradients from the `learned` tokens alone.
+    u: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, out_proj: Tensor, lo: Tensor, hi: Tensor, learned: Rows,
+    head_dim: int,
+) -> Tensor:  # fmt: skip
+    """Attention(u q_proj^T, u k_proj^T, u v_proj^T) out_proj^T of every token, with gradients from the `learned` alone.
 
     Args:
-        u: [n, d]; k, v: [nk, hk, head_dim]; q_proj: [e, d]; out_proj: [d, e], e = hq head_dim.
+        u: [n, d]; q_proj: [hq head_dim, d]; k_proj, v_proj: [hk head_dim, d]; out_proj: [d, hq head_dim].
         lo, hi: [n] int32, the keys that each token sees, as for `interval_attention`.
-        learned: rows of n, with their number on the device; what arrives at the others passes no gradient on.
+        learned: rows of n, with their number on the device. What arrives at the others passes no gradient on, as if it
+            were 0.
 
     Returns:
         [n, d].
     """
     u = u if u.stride(1) == 1 else u.contiguous()
-    return _EveryQuery.apply(u, k, v, q_proj, out_proj, lo.int().contiguous(), hi.int().contiguous(), *learned)
+    lo, hi = lo.int().contiguous(), hi.int().contiguous()
+    return _EveryQuery.apply(u, q_proj, k_proj, v_proj, out_proj, lo, hi, *learned, head_dim)
