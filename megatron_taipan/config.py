@@ -316,7 +316,12 @@ class OpsConfig(Section):
     gated_norm: OwnKernel = option("auto", "the gated norm of M layers")
     rope: OwnKernel = option("auto", "the rotary embedding of A layers")
     swiglu: OwnKernel = option("auto", "the product inside SwiGLU")
-    selection: OwnKernel = option("auto", "picking the tokens that attend in S layers, and putting them back")
+    selection: OwnKernel = option(
+        "auto",
+        "picking the tokens that attend in S layers, and putting them back; triton also computes all queries of"
+        " gradient=all in one call",
+    )
+    gate: OwnKernel = option("auto", "logits and noise of the gate of S layers")
 
     def choices(self) -> dict[str, str]:
         """What each option but `backend` says."""

@@ -13,6 +13,7 @@ from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 UNTRIED = {
     "rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it",
     "every_query": "it ran in Triton's interpreter only; ops.selection=triton takes it",
+    "gate_scores": "its kernel ran in Triton's interpreter only; ops.gate=triton takes it",
 }
 FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
 EVERY_QUERY = ("interval_attention", *SELECTED_ROWS)  # what attention of every token of which few learn does in one
@@ -34,7 +35,7 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
     asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
     run = run or RunFacts()
     check_choices(asked, run)
-    own = {name: _own(name, backend, asked) for name in REFERENCES}
+    own = {name: _own(name, backend, asked) for name in (*REFERENCES, "gate_scores")}
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
     replaced = {FOREIGN[option][choice].operation for option, choice in foreign.items()}
@@ -44,9 +45,8 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
         raise UserError(
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
         )
-    chosen = {
-        name: _on_gpu(kernel, REFERENCES[name]) if kernel else REFERENCES[name] for name, (kernel, _) in own.items()
-    }
+    chosen = {name: _on_gpu(kernel, reference) if (kernel := own[name][0]) else reference
+              for name, reference in REFERENCES.items()}  # fmt: skip
     labels = {name: label for name, (_, label) in own.items()}
     for option, choice in foreign.items():
         name = FOREIGN[option][choice].operation
@@ -55,9 +55,11 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
     mix = _fused(load_mamba2_mix) if set(FUSED) <= ours - replaced else None
     labels["mamba2_mix"] = f"triton ({', '.join(FUSED)} in one)" if mix else "none (its parts one by one)"
     every, labels["every_query"] = _every_query(ours - replaced, asked)
+    scores, _ = own["gate_scores"]
     unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
     return Ops(
-        **chosen, mamba2_mix=mix, every_query=every, kernels=frozenset(ours | (replaced & REFERENCES.keys())),
+        **chosen, mamba2_mix=mix, every_query=every, gate_scores=_on_its_gpu(scores) if scores else None,
+        kernels=frozenset(ours | (replaced & REFERENCES.keys())),
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),
     )  # fmt: skip

@@ -77,6 +77,8 @@ class Ops:
     every_query: Callable | None = None
     """Attention of every token, of which picked ones learn, as one operation on CUDA tensors, or None: the layer calls
     interval_attention for the picked ones, and once more for all without gradients."""
+    gate_scores: Callable | None = None
+    """Logits and noise of a gate in one kernel on CUDA tensors, or None: the gate computes them one by one."""
     unrecordable: str = ""
     """Why no CUDA graph can hold these operations, or nothing."""
 

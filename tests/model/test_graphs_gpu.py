@@ -19,7 +19,7 @@ CONFIG = {
 def made(recompute: str, gradient: str, selection: str = "auto", **gate) -> Taipan:
     config = CONFIG | {"gate": {**CONFIG["gate"], "gradient": gradient, **gate}}
     with torch.device("cuda"):
-        ops = pick_ops("auto", {"selection": selection})
+        ops = pick_ops("auto", {"selection": selection, "gate": selection})
         return Taipan(ModelConfig.model_validate(config), seed=1, recompute=recompute, ops=ops).bfloat16()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.model import attention
+from megatron_taipan.model import gate as gate_module
 from megatron_taipan.model.context import make_context
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.model.taipan import Taipan
@@ -31,11 +32,11 @@ B, L, D = 2, 90, 32
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels on any device, those that wait for a GPU included."""
-    for module in (dispatch, attention):
+    for module in (dispatch, attention, gate_module):
         monkeypatch.setattr(module, "takes_kernels", lambda x: x.dtype != torch.float64)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        return dispatch.pick_ops("auto", {"selection": "triton"})
+        return dispatch.pick_ops("auto", {"selection": "triton", "gate": "triton"})
 
 
 def outcome(ops, device: str, dtype: torch.dtype, every: Tensor | None = None, **gate) -> list[Tensor]:
