@@ -18,9 +18,11 @@ pytestmark = [
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_kernels_over_two_ranks_give_what_the_references_give_on_one(sequence):
-    case = Case("taipan", tensor=2, sequence=sequence)
+@pytest.mark.parametrize(
+    ("sequence", "gate"), [(False, "paper"), (True, "paper"), (False, "batch-all"), (True, "batch-all")]
+)
+def test_kernels_over_two_ranks_give_what_the_references_give_on_one(sequence, gate):
+    case = Case("taipan", tensor=2, sequence=sequence, gate=gate)
     path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
     setting, env = Setting(interpreted=True), {"PYTHONPATH": path}
     (result,) = launch(2, run_cases, [case], setting, [None], timeout=900, env=env)[0]
