@@ -323,7 +323,12 @@ class OpsConfig(Section):
     gated_norm: OwnKernel = option("auto", "the gated norm of M layers")
     rope: OwnKernel = option("auto", "the rotary embedding of A layers")
     swiglu: OwnKernel = option("auto", "the product inside SwiGLU")
-    selection: OwnKernel = option("auto", "picking the tokens that attend in S layers, and putting them back")
+    selection: OwnKernel = option(
+        "auto",
+        "picking the tokens that attend in S layers, and putting them back; triton also computes all queries of"
+        " gradient=all in one call",
+    )
+    gate: OwnKernel = option("auto", "logits and noise of the gate of S layers")
 
     def choices(self) -> dict[str, str]:
         """What each option but `backend` says."""
@@ -347,7 +352,7 @@ class Config(Section):
         [],
         "parts of the run one after the other, each {name: N, steps: 300, ...} with what differs in it: data (train,"
         " seq_len, one_document, mask_documents), optim (lr, min_lr, schedule and lengths), train (global_batch,"
-        " micro_batch), model.gate (capacity, tau, budget_lambda), parallel (context, recompute,"
+        " micro_batch), model.gate (capacity, tau, budget_lambda, gradient_share), parallel (context, recompute,"
         " recompute_every)",
     )
 

@@ -56,7 +56,8 @@ def at_the_end(value: float | Schedule) -> float:
 class GateConfig(Section):
     """The gate of selective attention (`S`); arXiv 2410.18572.
 
-    capacity, tau and budget_lambda are numbers or schedules: {start: 0.5, end: 0.15, after: 0.3, until: 0.7}.
+    capacity, tau, budget_lambda and gradient_share are numbers or schedules: {start: 0.5, end: 0.15, after: 0.3,
+    until: 0.7}.
     """
 
     capacity: Scheduled = option(
@@ -81,7 +82,11 @@ class GateConfig(Section):
         "selected: only selected queries are computed; all: every query, exact gate gradient; sampled: all in a share"
         " of the steps",
     )
-    gradient_share: float = option(0.1, "share of the steps with gradient=sampled that compute every query", gt=0, le=1)
+    gradient_share: Scheduled = option(
+        0.1,
+        "share of the steps with gradient=sampled that compute every query; a number or a schedule, such as"
+        " {start: 1.0, end: 0.1, after: 0.3, until: 0.7}",
+    )
     refinement: Literal["replace", "add"] = option(
         "replace", "selected tokens become h + weight (o - h), or with add h + weight o"
     )
@@ -98,7 +103,7 @@ class GateConfig(Section):
     init_bias: float = option(0.0, "s1 - s0 at initialisation: 2 selects 88 % of the tokens at first")
     threshold: float = option(0.0, "evaluation selects a token where s1 - s0 exceeds this (calibration overrides it)")
 
-    @field_validator("capacity", "tau", "budget_lambda")
+    @field_validator("capacity", "tau", "budget_lambda", "gradient_share")
     @classmethod
     def _values_fit(cls, value: float | Schedule, field: Any) -> float | Schedule:
         for number in (value.start, value.end) if isinstance(value, Schedule) else (value,):
@@ -109,6 +114,10 @@ class GateConfig(Section):
                     raise ValueError(f"{number:g} must be greater than 0")
                 case "budget_lambda" if number < 0:
                     raise ValueError(f"{number:g} must be at least 0")
+                case "gradient_share" if not 0 <= number <= 1:
+                    raise ValueError(f"{number:g} is not a share of the steps between 0 and 1")
+                case "gradient_share" if value == 0:
+                    raise ValueError("no step would compute every query: that is gradient=selected")
         return value
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ class StageGate(Section):
     capacity: Scheduled | None = option(None, "as model.gate.capacity")
     tau: Scheduled | None = option(None, "as model.gate.tau")
     budget_lambda: Scheduled | None = option(None, "as model.gate.budget_lambda")
+    gradient_share: Scheduled | None = option(None, "as model.gate.gradient_share")
 
 
 class StageModel(Section):

@@ -31,7 +31,7 @@ class Stage:
     first: int  # steps taken when it begins
     last: int  # steps taken when it is done
     config: "Config"  # what holds in it; train.steps stays that of the whole run, and it has no stages
-    own: frozenset[str] = frozenset()  # schedules that it gives itself: "optim", "capacity", "tau", "budget_lambda"
+    own: frozenset[str] = frozenset()  # schedules that it gives itself: "optim", and names of StageGate
 
     @property
     def steps(self) -> int:

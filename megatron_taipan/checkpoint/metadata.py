@@ -19,10 +19,10 @@ Count = Annotated[int, Field(ge=0)]
 # Options that may change on a resume although they are in a compared section: none of them changes a parameter or
 # what the trained network computes. The gate's threshold is an evaluation setting; the others say how gates are
 # trained. What has changed is reported (`changed_settings`).
-SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda")
+SCHEDULED = ("model.gate.capacity", "model.gate.tau", "model.gate.budget_lambda", "model.gate.gradient_share")
 TRAINING = (
     *SCHEDULED,
-    *(f"model.gate.{name}" for name in ("budget", "input_gradient", "estimator", "gradient", "gradient_share")),
+    *(f"model.gate.{name}" for name in ("budget", "input_gradient", "estimator", "gradient")),
 )
 FREE_ON_RESUME = ("model.gate.threshold", "model.mamba.chunk_size", *TRAINING)
 

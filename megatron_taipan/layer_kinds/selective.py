@@ -51,7 +51,8 @@ def _selective_traffic(sent: "LayerTraffic") -> None:
         sent.all_reduce(4 * 4)  # statistics
         sent.out_of_block()
     else:
-        sent.all_reduce(sent.next_selected() * d * sent.width)  # the selected rows only
+        computed = sent.tokens if sent.config.gate.gradient == "all" else sent.next_selected()
+        sent.all_reduce(computed * d * sent.width)  # the computed rows only
     sent.mlp()
 
 

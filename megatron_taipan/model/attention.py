@@ -13,6 +13,7 @@ from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.rope import rotary_tables
 from megatron_taipan.ops.selected_rows import Rows
+from megatron_taipan.ops.tiles import fit_tiles
 
 
 class Attention(nn.Module):
@@ -27,10 +28,13 @@ class Attention(nn.Module):
     v_proj: Weight
     out_proj: Weight
 
-    def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool):
+    def __init__(self, build: Build, prefix: str, *, window: int | None, rope: bool, selects: bool = False):
+        """selects: queries are those of picked tokens, which `causal_attention` of another project may not serve."""
         super().__init__()
         config, tp = build.config, build.tp
         self.tp, self.ops, self.place = tp, build.ops, build.place
+        self.causal_attention = None if selects else build.ops.causal_attention
+        self.fused = build.ops.every_query is not None and selects and not rope and fit_tiles(config.head_dim)
         self.window, self.head_dim = window, config.head_dim
         self.theta = config.attention.rope_theta if rope else None
         self.heads = config.attention.n_heads // tp.size
@@ -40,7 +44,12 @@ class Attention(nn.Module):
         build.parameters(self, prefix)
 
     def forward(
-        self, u: Tensor, ctx: Context, queries: Sequence[Rows | None] = (None,), store: KeyValueStore | None = None
+        self,
+        u: Tensor,
+        ctx: Context,
+        queries: Sequence[Rows | None] = (None,),
+        store: KeyValueStore | None = None,
+        unlearned: Sequence[Rows | None] = (),
     ) -> list[Tensor]:
         """This rank's part of W_O Attention(q, K, V), for each group of queries; the caller sums over the ranks.
 
@@ -49,9 +58,11 @@ class Attention(nn.Module):
             queries: groups of tokens whose queries are computed, each as picked rows of b * l; None means all
                 tokens.
             store: keys and values of earlier tokens; the new ones are added.
+            unlearned: more such groups, for their values alone: no gradient passes through them.
 
         Returns:
-            [n, d] for each group: of all tokens, or a buffer that holds the picked rows in front.
+            [n, d] for each group, those of `unlearned` last: of all tokens, or a buffer that holds the picked rows in
+            front.
         """
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
         keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
@@ -59,8 +70,8 @@ class Attention(nn.Module):
             keys, values, first = self._join_earlier(keys, values, ctx)
         lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))  # [b * l]
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        outputs = []
-        for rows in queries:
+
+        def attend(rows: Rows | None) -> Tensor:
             if rows is None:
                 q, low, high, place = product(u.flatten(0, 1), self.q_proj), lo, hi, within
             else:
@@ -69,15 +80,28 @@ class Attention(nn.Module):
             q = q.unflatten(-1, (self.heads, self.head_dim))  # [n, hq, head_dim]
             q = self._rotate(q, place)
             whole = rows is None and store is None and self.place is None
-            if whole and self.ops.causal_attention is not None and takes_kernels(q):
-                o = self.ops.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
+            if whole and self.causal_attention is not None and takes_kernels(q):
+                o = self.causal_attention(q, keys, values, ctx.document_start, self.window).flatten(1)
             else:
                 o = self.ops.interval_attention(q, keys, values, low, high).flatten(1)
-            if rows is None:
-                outputs.append(product(o, self.out_proj))
-            else:
-                outputs.append(self.ops.bounded_linear(o, self.out_proj, rows))
-        return outputs
+            return product(o, self.out_proj) if rows is None else self.ops.bounded_linear(o, self.out_proj, rows)
+
+        outputs = [attend(rows) for rows in queries]
+        with torch.no_grad():
+            return outputs + [attend(rows) for rows in unlearned]
+
+    def every_query(self, u: Tensor, ctx: Context, learned: Rows) -> Tensor | None:
+        """This rank's part of W_O Attention(q, K, V) of all tokens [n, d] as one operation, with gradients from the
+        `learned` ones alone; None where it does not run as one. In `forward` that is `[learned]` and, unlearned, None.
+        """
+        if not self.fused or self.place is not None or learned.n_valid is None or not takes_kernels(u):
+            return None
+        weights = (self.q_proj, *self._key_value_weights(), self.out_proj)
+        if not all(isinstance(weight, Tensor) for weight in weights):
+            return None
+        assert self.ops.every_query is not None  # else `fused` is False
+        lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, u.shape[1], 0))  # [b * l]
+        return self.ops.every_query(u.flatten(0, 1), *weights, lo, hi, learned, self.head_dim)
 
     def step(self, u: Tensor, ctx: Context, store: KeyValueStore, chosen: Tensor | None = None) -> Tensor:
         """W_O Attention(q, K, V) of one more token a row, the cache changed in place; see Taipan.step.
@@ -101,12 +125,7 @@ class Attention(nn.Module):
 
     def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
         """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
-        k_proj, v_proj = self.k_proj, self.v_proj
-        if self.shared_kv:
-            assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # only on one rank are weights modules
-            first = self.kv_head * self.head_dim
-            k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
-        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (k_proj, v_proj))
+        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in self._key_value_weights())
         k = self._rotate(k.flatten(0, 1), within).view_as(k)
         return (k, v, 0) if store is None else store.append(k, v)
 
@@ -118,6 +137,16 @@ class Attention(nn.Module):
         earlier = self.place.before(torch.cat([keys, values], 2), reach)  # [b, reach, 2 hk, head_dim]
         k, v = earlier.split(self.kv_heads, 2)
         return torch.cat([k, keys], 1), torch.cat([v, values], 1), ctx.begin - reach
+
+    def _key_value_weights(self) -> tuple[Weight, Weight]:
+        """The matrices of the key-value heads that this rank uses."""
+        if not self.shared_kv:
+            return self.k_proj, self.v_proj
+        k_proj, v_proj = self.k_proj, self.v_proj
+        assert isinstance(k_proj, Tensor) and isinstance(v_proj, Tensor)  # only on one rank are weights modules
+        first = self.kv_head * self.head_dim
+        k_proj, v_proj = (take_rows(t, first, self.head_dim) for t in self.tp.sum_gradients(k_proj, v_proj))
+        return k_proj, v_proj
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Queries or keys [n, heads, head_dim], turned by the places [n] of their tokens where the layer has rotary

@@ -16,7 +16,6 @@ from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.layers import StreamNorm, SwiGLU
 from megatron_taipan.model.mamba2 import Mamba2
 from megatron_taipan.model.stream import Measured, Stream
-from megatron_taipan.ops.selected_rows import Rows
 
 BLOCKS: dict[str, "type[Block]"] = {}  # by letter; see Block.__init_subclass__
 
@@ -112,8 +111,11 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
 
     With gate gradient "selected" only the picked queries are computed. The cross-entropy gradient that would reach
     m_i of an unselected token is lost; with "all" every query is computed and that gradient is exact; with "sampled"
-    some steps do one, some the other. The values are the same bit for bit, since unselected queries are computed in
-    a separate call.
+    some steps do one, some the other. The values are the same bit for bit, since picked queries are computed in the
+    same call. An unselected token's o_i has a weight of 0, so nothing but m_i has a gradient by way of it: it is
+    computed without one. With "all" the second call is of all tokens, without picking any: plain products and queries
+    side by side cost less than those of the unselected rows alone. As one operation (`Attention.every_query`) there is
+    no second call, and the values differ by rounding.
     """
 
     def __init__(self, build: Build, prefix: str, layer: int):
@@ -123,7 +125,8 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         self.adds, self.weighs = gate.refinement == "add", gate.weight == "alpha"
         self.norm = StreamNorm(build, f"{prefix}.norm")
         self.gate = Gate(build, f"{prefix}.gate", layer)
-        self.attention = Attention(build, f"{prefix}.attention", window=build.config.attention.window, rope=False)
+        window = build.config.attention.window
+        self.attention = Attention(build, f"{prefix}.attention", window=window, rope=False, selects=True)
         self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
@@ -138,12 +141,9 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         chosen = selection.selected.flatten()  # [b * l]
         refine = self._weight(selection).to(h.dtype)
         every = self._every_query(ctx)
-        computed = [chosen] if every is False else [chosen, ~chosen & every]
         if every is not True:  # what is not computed has no gradient
             refine = torch.where(self.tp.shard_sequence(selection.selected) | every, refine, 0)
-        queries = [self.ops.select_rows(u, picked) for picked in computed]
-        outputs = self.attention(u, ctx, queries, state)
-        o = self._put_back(outputs, queries, u.shape)
+        o = self._attend(u, chosen, every, ctx, state)
         h = self.ops.refine(h, o, refine, zero_is_unselected=every is False, add=self.adds)
         u, h = self.mlp_norm(h)
         return Stream(h, self.mlp(u)), measured
@@ -158,6 +158,26 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
             return self.training and self.gradient == "all"
         return ctx.gate.every_query
 
+    def _attend(
+        self, u: Tensor, chosen: Tensor, every: bool | Tensor, ctx: Context, state: KeyValueStore | None
+    ) -> Tensor:
+        """The ranks' sum of W_O Attention, [b, l, d] or this rank's shard: of the chosen tokens [b * l], and of the
+        others where every query is computed, else zeros there."""
+        rows, n = self.ops.select_rows(u, chosen), len(chosen)
+        if every is True and (o := self.attention.every_query(u, ctx, rows)) is not None:
+            return self.tp.reduce_from_tensor_parallel(o.view(u.shape))
+        if every is False:
+            (o,) = self.attention(u, ctx, [rows], state)
+            if self.tp.sequence_parallel:
+                return self.tp.reduce_from_tensor_parallel(self.ops.scatter_rows(o, rows, n).view(u.shape))
+            # Only computed rows are sent where every rank gets all of them. Where kernels pick the rows, the host does
+            # not know their number and the whole buffer is sent, as large as the sequence.
+            return self.ops.scatter_rows(self.tp.reduce_from_tensor_parallel(o), rows, n).view(u.shape)
+        others = None if every is True else self.ops.select_rows(u, ~chosen & every)
+        o, unlearned = self.attention(u, ctx, [rows], state, [others])
+        unlearned = unlearned if others is None else self.ops.scatter_rows(unlearned, others, n)
+        return self.tp.reduce_from_tensor_parallel(self.ops.scatter_rows(o, rows, n, unlearned).view(u.shape))
+
     def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Stream:
         """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
         o = self.attention.step(u, ctx, state, selection.selected)
@@ -165,18 +185,6 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         h = h + weight * (o if self.adds else o - h)
         u, h = self.mlp_norm(h)
         return Stream(h, self.mlp(u))
-
-    def _put_back(self, outputs: list[Tensor], queries: list[Rows], shape: torch.Size) -> Tensor:
-        """The ranks' sum of the outputs [n, d] at their tokens, [b, l, d] or this rank's shard; zeros elsewhere."""
-        sharded = self.tp.sequence_parallel
-        placed = []
-        for rows, o in zip(queries, outputs, strict=True):
-            # Only computed rows are sent where every rank gets all of them. Where kernels pick the rows, the host does
-            # not know their number and the whole buffer is sent, as large as the sequence.
-            o = o if sharded else self.tp.reduce_from_tensor_parallel(o)
-            placed.append(self.ops.scatter_rows(o, rows, shape[0] * shape[1]))
-        whole = placed[0] if len(placed) == 1 else placed[0] + placed[1]
-        return self.tp.reduce_from_tensor_parallel(whole) if sharded else whole.view(shape)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -11,6 +11,7 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise, uniform_noise
 from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.operations import takes_kernels
 
 
 class Selection(NamedTuple):
@@ -65,6 +66,7 @@ class Gate(KeepsFp32Params):
     def __init__(self, build: Build, prefix: str, layer: int):
         super().__init__()
         self.tp, self.place, self.layer, self.seed = build.tp, build.place, layer, build.seed
+        self.scores = build.ops.gate_scores
         gated = build.config.gated_layers
         self.index, self.gates = gated.index(layer), len(gated)  # its place among the gates
         gate = build.config.gate
@@ -76,21 +78,21 @@ class Gate(KeepsFp32Params):
     def forward(self, u: Tensor, ctx: Context) -> Selection:
         """u: [b, l, d] normed hidden states (or this rank's shard [n/tp, d])."""
         weight, bias = self.tp.stream_parameters(self.weight, self.bias)
-        wide = at_least_float32(u.detach() if self.input_gradient == "none" else u)
-        weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
-        logits = F.linear(wide, weight, bias)  # [b, l, 2] or [n/tp, 2]
+        u = u.detach() if self.input_gradient == "none" else u
+        draws = self.training and self.noise == "gumbel"
+        logits, noise = self._scores(u, weight, bias, ctx, draws)  # [b, l, 2] or [n/tp, 2]
         alpha = logits.softmax(-1)[..., 1]
         margin = (logits[..., 1] - logits[..., 0]).detach()
         above = margin > self.threshold
-        counters = (self.seed, ctx.step, ctx.samples, ctx.position, self.layer)
         counted = None  # m as the budget counts it
         if self.noise == "random":
-            m = hard = self.tp.shard_sequence(uniform_noise(*counters)[..., 0] < ctx.gate.capacity).to(alpha.dtype)
+            drawn = uniform_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer)[..., 0]
+            m = hard = self.tp.shard_sequence(drawn < ctx.gate.capacity).to(alpha.dtype)
         elif self.training:
-            noise = self.tp.shard_sequence(gumbel_noise(*counters)) if self.noise == "gumbel" else None
             m, hard = self.estimator(logits, noise, ctx.gate.tau)
             if self.input_gradient == "task":
-                counted, _ = self.estimator(F.linear(wide.detach(), weight, bias), noise, ctx.gate.tau)
+                of_constant, _ = self._scores(u.detach(), weight, bias, ctx, draws=False)
+                counted, _ = self.estimator(of_constant, noise, ctx.gate.tau)
         else:
             m = hard = above.to(alpha.dtype)
         rows = self.tp.embed_shard(m if counted is None else counted).view(ctx.batch, ctx.length)
@@ -101,6 +103,20 @@ class Gate(KeepsFp32Params):
         metrics = self._metrics(hard, above, alpha, budget_loss)
         selected = self.tp.gather_sequence(hard > 0.5).view(ctx.batch, ctx.length)
         return Selection(m, alpha, selected, margin, budget_loss, metrics)
+
+    def _scores(
+        self, u: Tensor, weight: Tensor, bias: Tensor, ctx: Context, draws: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of u's tokens, and the noise of their selection where it `draws`; float32 or wider, [.., 2] each."""
+        if self.scores is not None and takes_kernels(u):
+            offset = self.tp.rank * len(u) if self.tp.sequence_parallel else 0
+            counters = {"seed": self.seed, "step": ctx.step, "samples": ctx.samples, "position": ctx.position}
+            return self.scores(u, weight, bias, **(counters if draws else {}), layer=self.layer, offset=offset)
+        wide = at_least_float32(u)
+        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))
+        if not draws:
+            return logits, None
+        return logits, self.tp.shard_sequence(gumbel_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer))
 
     def _budget_loss(self, share: Tensor, ctx: Context) -> Tensor:
         """(C - share)^2 of each row, or of the whole batch; share [b]. With budget=layers: this layer's part of it.

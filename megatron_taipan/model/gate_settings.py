@@ -51,10 +51,11 @@ def settled(gate: GateConfig, step: int | Tensor = 0) -> GateSettings:
 
 
 def computes_every_query(gate: GateConfig, step: int | Tensor) -> bool | Tensor:
-    """Whether a step computes the queries of unselected tokens too; sampled: evenly spread, by the step alone."""
+    """Whether a step computes the queries of unselected tokens too; sampled: evenly spread, by the step alone, with the
+    last value of the share (train/schedule.py has a trainer's steps)."""
     if gate.gradient != "sampled":
         return gate.gradient == "all"
-    share = gate.gradient_share
+    share = at_the_end(gate.gradient_share)
     if isinstance(step, Tensor):
         return torch.floor((step + 1).double() * share) > torch.floor(step.double() * share)
     return math.floor((step + 1) * share) > math.floor(step * share)

@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "swiglu": ("silu_mul",),
     # used all or none, since they share a form of picked rows
     "selection": ("select_rows", "gather_linear", "bounded_linear", "scatter_rows", "refine"),
+    "gate": ("gate_scores",),
 }
 
 

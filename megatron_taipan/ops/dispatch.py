@@ -6,12 +6,17 @@ import torch
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
-from megatron_taipan.ops.fast import KERNELS, load_mamba2_mix
+from megatron_taipan.ops.fast import KERNELS, SELECTED_ROWS, load_every_query, load_mamba2_mix
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
 # Kernels that only the operation's own option takes, with the reason: they have not run on a GPU yet.
-UNTRIED = {"rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it"}
+UNTRIED = {
+    "rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it",
+    "every_query": "it ran in Triton's interpreter only; ops.selection=triton takes it",
+    "gate_scores": "its kernel ran in Triton's interpreter only; ops.gate=triton takes it",
+}
 FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
+EVERY_QUERY = ("interval_attention", *SELECTED_ROWS)  # what attention of every token of which few learn does in one
 
 
 def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, run: RunFacts | None = None) -> Ops:
@@ -30,7 +35,7 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
     asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
     run = run or RunFacts()
     check_choices(asked, run)
-    own = {name: _own(name, backend, asked) for name in REFERENCES}
+    own = {name: _own(name, backend, asked) for name in (*REFERENCES, "gate_scores")}
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
     replaced = {FOREIGN[option][choice].operation for option, choice in foreign.items()}
@@ -40,19 +45,21 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
         raise UserError(
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
         )
-    chosen = {
-        name: _on_gpu(kernel, REFERENCES[name]) if kernel else REFERENCES[name] for name, (kernel, _) in own.items()
-    }
+    chosen = {name: _on_gpu(kernel, reference) if (kernel := own[name][0]) else reference
+              for name, reference in REFERENCES.items()}  # fmt: skip
     labels = {name: label for name, (_, label) in own.items()}
     for option, choice in foreign.items():
         name = FOREIGN[option][choice].operation
         kernel, labels[name] = _foreign(option, choice, run)
         chosen[name] = _on_gpu(kernel, REFERENCES[name]) if name in REFERENCES else _on_its_gpu(kernel)
-    mix = _mamba2_mix() if set(FUSED) <= ours - replaced else None
+    mix = _fused(load_mamba2_mix) if set(FUSED) <= ours - replaced else None
     labels["mamba2_mix"] = f"triton ({', '.join(FUSED)} in one)" if mix else "none (its parts one by one)"
+    every, labels["every_query"] = _every_query(ours - replaced, asked)
+    scores, _ = own["gate_scores"]
     unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
     return Ops(
-        **chosen, mamba2_mix=mix, kernels=frozenset(ours | (replaced & REFERENCES.keys())),
+        **chosen, mamba2_mix=mix, every_query=every, gate_scores=_on_its_gpu(scores) if scores else None,
+        kernels=frozenset(ours | (replaced & REFERENCES.keys())),
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),
     )  # fmt: skip
@@ -108,12 +115,21 @@ def _fast(name: str) -> tuple[Callable | None, str]:
         return None, f"reference ({error})"
 
 
-def _mamba2_mix() -> Callable | None:
-    """The fused mixer, where Triton is."""
+def _fused(load: Callable[[], Callable]) -> Callable | None:
+    """A kernel that does several operations in one, where Triton is."""
     try:
-        return _on_its_gpu(load_mamba2_mix())
+        return _on_its_gpu(load())
     except ImportError:
         return None
+
+
+def _every_query(ours: set[str], asked: Mapping[str, str]) -> tuple[Callable | None, str]:
+    """Attention of every token of which picked ones learn, as one operation, and its label."""
+    untried = UNTRIED.get("every_query")
+    if set(EVERY_QUERY) <= ours and untried and asked.get("selection") != "triton":
+        return None, f"none ({untried})"
+    kernel = _fused(load_every_query) if set(EVERY_QUERY) <= ours else None
+    return kernel, "triton" if kernel else "none (its parts one by one)"
 
 
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:

@@ -121,6 +121,18 @@ def load_mamba2_mix() -> Callable:
     return mamba2_mix
 
 
+def load_every_query() -> Callable:
+    from megatron_taipan.ops.every_query_triton import every_query
+
+    return every_query
+
+
+def load_gate_scores() -> Callable:
+    from megatron_taipan.ops.gate_scores_triton import gate_scores
+
+    return gate_scores
+
+
 SELECTED_ROWS = ("select_rows", "gather_linear", "bounded_linear", "scatter_rows")
 
 KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
@@ -135,6 +147,7 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "silu_mul": ("triton", load_silu_mul),
     **{name: ("triton", load_selected_rows(name)) for name in SELECTED_ROWS},
     "refine": ("triton", load_refine),
+    "gate_scores": ("triton", load_gate_scores),
     "decode_attention": ("triton", load_decode_attention),
     "ssd_update": ("triton", load_ssd_update),
 }

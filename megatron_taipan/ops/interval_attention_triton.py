@@ -58,7 +58,7 @@ def _tileable(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("megatron_taipan::interval_attention_forward", mutates_args=())
-def _forward_op(
+def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o [nq, hq, d], log-sum-exp in base 2 [hq, nq] float32)."""
@@ -77,13 +77,13 @@ def _forward_op(
     return o, lse
 
 
-@_forward_op.register_fake
+@attention_forward.register_fake
 def _(q, k, v, lo, hi):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("megatron_taipan::interval_attention_backward", mutates_args=())
-def _backward_op(
+def attention_backward(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
     lo: torch.Tensor, hi: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -121,7 +121,7 @@ def _backward_op(
     return dq, dk, dv
 
 
-@_backward_op.register_fake
+@attention_backward.register_fake
 def _(do, q, k, v, o, lse, lo, hi):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -132,10 +132,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, do, _dlse):
     q, k, v, o, lse, lo, hi = ctx.saved_tensors
-    return *_backward_op(do, q, k, v, o, lse, lo, hi), None, None
+    return *attention_backward(do, q, k, v, o, lse, lo, hi), None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_save)
+attention_forward.register_autograd(_backward, setup_context=_save)
 
 
 def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -157,4 +157,4 @@ def interval_attention(
     Returns:
         o [nq, hq, d], of q's dtype; softmax and sums are float32.
     """
-    return _forward_op(q, k, v, lo.contiguous(), hi.contiguous())[0]
+    return attention_forward(q, k, v, lo.contiguous(), hi.contiguous())[0]

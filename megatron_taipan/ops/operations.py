@@ -74,6 +74,11 @@ class Ops:
     """Attention from every token on the device of training, or None: the layer calls interval_attention. Arguments:
     q [b * l, hq, d]; k, v [b * l, hk, d]; document_start [b, l], the place in its row at which each token's document
     begins; window, the tokens that a query sees at most, or None. Returns [b * l, hq, d]."""
+    every_query: Callable | None = None
+    """Attention of every token, of which picked ones learn, as one operation on CUDA tensors, or None: the layer calls
+    interval_attention for the picked ones, and once more for all without gradients."""
+    gate_scores: Callable | None = None
+    """Logits and noise of a gate in one kernel on CUDA tensors, or None: the gate computes them one by one."""
     unrecordable: str = ""
     """Why no CUDA graph can hold these operations, or nothing."""
 

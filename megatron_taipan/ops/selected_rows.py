@@ -46,6 +46,10 @@ def bounded_linear_reference(x: Tensor, weight: Weight, rows: Rows) -> Tensor:
     return product(x, weight)
 
 
-def scatter_rows_reference(x: Tensor, rows: Rows, n: int) -> Tensor:
-    """The rows of a buffer [capacity, d] at their positions in [n, d], zeros elsewhere."""
-    return x.new_zeros(n, x.shape[1]).index_put((rows.at,), x)
+def scatter_rows_reference(x: Tensor, rows: Rows, n: int, onto: Tensor | None = None) -> Tensor:
+    """The rows of a buffer [capacity, d] at their positions in [n, d].
+
+    Args:
+        onto: [n, d] what the other rows are, without a gradient; it stays as it is. None: zeros.
+    """
+    return (x.new_zeros(n, x.shape[1]) if onto is None else onto).index_put((rows.at,), x)

@@ -21,9 +21,9 @@ TILE = 128  # rows of a tile; consumers read ahead by at most this many
 
 @triton.jit
 def _rows_kernel(a_ptr, b_ptr, c_ptr, index_ptr, count_ptr, capacity, n_out, n_in, a_row, b_out, b_in, c_row,
-                 GATHER: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """c[m or index[m], j] = sum_k a[m or index[m], k] * b[j, k] for the rows m below the count."""
+                 GATHER: tl.constexpr, SCATTER: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """c[m or index[m], j] = sum_k a[m or index[m], k] * b[j, k] for the rows m below the count; ADD: += instead."""
     first = tl.program_id(1) * BLOCK_M
     count = tl.load(count_ptr)
     ahead = 0 if SCATTER else BLOCK_M
@@ -47,9 +47,11 @@ def _rows_kernel(a_ptr, b_ptr, c_ptr, index_ptr, count_ptr, capacity, n_out, n_i
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * b_in
     target = place if SCATTER else rows.to(tl.int64)
-    written = real if SCATTER else rows < capacity
-    tl.store(c_ptr + target[:, None] * c_row + out[None, :], acc.to(c_ptr.dtype.element_ty),
-             mask=written[:, None] & inside[None, :])  # fmt: skip
+    written = (real if SCATTER else rows < capacity)[:, None] & inside[None, :]
+    c_ptrs = c_ptr + target[:, None] * c_row + out[None, :]
+    if ADD:
+        acc += tl.load(c_ptrs, mask=written, other=0.0).to(tl.float32)
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -107,8 +109,11 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def rows_product(a, weight, rows: Rows, out, *, transposed: bool, gather: bool, scatter: bool) -> torch.Tensor:
-    """Writes the product of the selected rows of `a` with weight^T (or weight, where transposed) into `out`."""
+def rows_product(
+    a, weight, rows: Rows, out, *, transposed: bool, gather: bool, scatter: bool, add: bool = False
+) -> torch.Tensor:
+    """Writes the product of the selected rows of `a` with weight^T (or weight, where transposed) into `out`, or adds it
+    there."""
     n_out, n_in = weight.shape[::-1] if transposed else weight.shape
     b_in, b_out = weight.stride() if transposed else weight.stride()[::-1]
     options = _options(a.dtype)
@@ -116,7 +121,7 @@ def rows_product(a, weight, rows: Rows, out, *, transposed: bool, gather: bool, 
     grid = (triton.cdiv(n_out, options["BLOCK_N"]), triton.cdiv(capacity, options["BLOCK_M"]))
     _rows_kernel[grid](
         a, weight, out, rows.at, rows.n_valid, capacity, n_out, n_in, a.stride(0), b_out, b_in, out.stride(0),
-        GATHER=gather, SCATTER=scatter, PRECISION=_precision(a.dtype), **options,
+        GATHER=gather, SCATTER=scatter, ADD=add, PRECISION=_precision(a.dtype), **options,
     )  # fmt: skip
     return out
 
@@ -175,16 +180,17 @@ class _RowsLinear(torch.autograd.Function):
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, count, n):
+    def forward(ctx, x, index, count, n, onto):
         ctx.save_for_backward(index, count)
         ctx.shape = x.shape
-        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device)
+        # a copy: what is recomputed selectively may have kept `onto`, and takes no change of it
+        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device) if onto is None else onto.clone()
         return copy_rows(_plain(x), whole, Rows(index, count), scatter=True)
 
     @staticmethod
     def backward(ctx, dwhole):
         buffer = torch.empty(ctx.shape, dtype=dwhole.dtype, device=dwhole.device)
-        return copy_rows(_plain(dwhole), buffer, Rows(*ctx.saved_tensors), scatter=False), None, None, None
+        return copy_rows(_plain(dwhole), buffer, Rows(*ctx.saved_tensors), scatter=False), None, None, None, None
 
 
 def select_rows(like: torch.Tensor, selected: torch.Tensor) -> Rows:
@@ -212,8 +218,8 @@ def bounded_linear(x: torch.Tensor, weight: torch.Tensor, rows: Rows) -> torch.T
     return _RowsLinear.apply(x, weight, *rows, False)
 
 
-def scatter_rows(x: torch.Tensor, rows: Rows, n: int) -> torch.Tensor:
+def scatter_rows(x: torch.Tensor, rows: Rows, n: int, onto: torch.Tensor | None = None) -> torch.Tensor:
     """As `scatter_rows_reference`."""
     if rows.n_valid is None:
-        return scatter_rows_reference(x, rows, n)
-    return _ScatterRows.apply(x, *rows, n)
+        return scatter_rows_reference(x, rows, n, onto)
+    return _ScatterRows.apply(x, *rows, n, onto)

@@ -5,7 +5,7 @@ With T = b l d elements of the stream, per layer, micro-batch and training step 
     M           one all-reduce of T each way, as in the Mamba-2 paper (arXiv 2405.21060, section 8.1)
     W, A        two all-reduces of T each way, attention and MLP (Megatron-LM, arXiv 1909.08053, section 3)
     S           the same, but the attention's forward all-reduce carries the n selected rows only: n d elements
-                (all of T in shards)
+                (all of T in shards, and with gate gradient "all"; with "sampled" in the steps that compute every query)
     embedding   one forward;  head: one backward, and per chunk of tokens the maxima and two sums of its rows
 
 Where the groups of M (or the key-value heads) are fewer than the ranks, one small all-reduce of parameter gradients

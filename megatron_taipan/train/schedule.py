@@ -11,7 +11,7 @@ from megatron_taipan.model.gate_settings import computes_every_query
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.stages import OPTIM, Stage, plan_stages, stage_at
 
-GATE_SCHEDULES = ("capacity", "tau", "budget_lambda")
+GATE_SCHEDULES = ("capacity", "tau", "budget_lambda", "gradient_share")
 
 
 # Shapes of a decay: the part of the way down that is left, from 1 to 0, where the fraction p of its steps is gone.
@@ -84,6 +84,37 @@ def scheduled(value: float | Schedule, step: int, run_steps: int) -> float:
     return value.start + (value.end - value.start) * gone
 
 
+def scheduled_sum(value: float | Schedule, step: int, run_steps: int) -> float:
+    """The integral of `scheduled` from step 0 to `step`, in closed form: how many steps a share has taken by then."""
+    if not isinstance(value, Schedule):
+        return step * value
+    first, last = (value.step_of(place, run_steps) for place in (value.after, value.until))
+    first = min(first, last)  # one that ends before it begins jumps at its end
+    gone = min(step, last) - first
+    whole = value.start * min(step, first) + value.end * max(0.0, step - last)
+    if gone <= 0:
+        return whole
+    length = last - first
+    risen = gone**2 / (2 * length)
+    if value.shape == "cosine":
+        risen = gone / 2 - length / (2 * math.pi) * math.sin(math.pi * gone / length)
+    return whole + value.start * gone + (value.end - value.start) * risen
+
+
+def every_query_at(gate: GateConfig, step: int, run_steps: int, stage: Stage | None = None) -> bool:
+    """Whether an optimizer step computes the queries of unselected tokens; arguments as for `gate_step`.
+
+    With a share that changes these are the steps in which its sum passes a whole number: spread as evenly as those of a
+    constant one, and a function of the step alone.
+    """
+    share = gate.gradient_share
+    if gate.gradient != "sampled" or not isinstance(share, Schedule):
+        return bool(computes_every_query(gate, step))
+    first, steps = stage.clock("gradient_share", run_steps) if stage else (0, run_steps)
+    before, after = (scheduled_sum(share, taken - first, steps) for taken in (step, step + 1))
+    return math.floor(after) > math.floor(before)
+
+
 @dataclass(frozen=True)
 class GateStep:
     """The gates' settings for one optimizer step; the same on every rank."""
@@ -111,11 +142,12 @@ def gate_step(
         gates: number of S layers.
         stage: that the step is in; its own schedules count from its first step.
     """
-    clocks = {name: stage.clock(name, run_steps) if stage else (0, run_steps) for name in GATE_SCHEDULES}
+    told = ("capacity", "tau", "budget_lambda")
+    clocks = {name: stage.clock(name, run_steps) if stage else (0, run_steps) for name in told}
     capacity, tau, weight = (
         scheduled(getattr(gate, name), step - first, steps) for name, (first, steps) in clocks.items()
     )
-    every = bool(computes_every_query(gate, step))
+    every = every_query_at(gate, step, run_steps, stage)
     return GateStep(capacity, tau, weight, every, shares or [capacity] * gates, gate.budget)
 
 

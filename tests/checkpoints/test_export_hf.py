@@ -82,6 +82,7 @@ def test_a_folder_whose_gate_has_schedules_stands_by_itself(tmp_path):
     gate = {
         "capacity": {"start": 0.9, "end": 0.3}, "tau": {"start": 2.0, "end": 0.5}, "noise": "random",
         "budget_lambda": {"start": 0.0, "end": 5.0}, "refinement": "add", "weight": "one",
+        "gradient": "sampled", "gradient_share": {"start": 1.0, "end": 0.1},
     }  # fmt: skip
     state = memory_state("M S", gate=gate)
     assert export(state, tmp_path / "hf") <= 1e-5

@@ -1,6 +1,7 @@
 """The gate: straight-through selection, its gradients, and the two gradient modes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_mode_all_has_the_exact_gradient_of_every_m_and_parameter():
     assert (expected[0][~selection.selected].abs() > 1e-6).all()
     for a, b in zip(found, expected, strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("selected", [True]), ("all", [True, False])])
+def test_only_selected_queries_have_a_backward_pass(mode, expected):
+    """Others have a weight of 0: a backward pass through them would cost more than their values, to add zeros."""
+    model = small_model("S", gate={"gradient": mode})
+    attend, learned = model.ops.interval_attention, []
+
+    def noting(q: Tensor, *rest: Tensor) -> Tensor:
+        o = attend(q, *rest)
+        learned.append(o.requires_grad)
+        return o
+
+    model.layers[0].attention.ops = replace(model.ops, interval_attention=noting)
+    model(tokens(2, 17), labels=tokens(2, 17, 1)).loss.backward()
+    assert learned == expected
 
 
 def test_mode_selected_has_that_gradient_for_selected_tokens_and_none_for_the_others():

@@ -5,6 +5,7 @@ import torch
 
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.ops.dispatch import pick_ops
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -15,10 +16,11 @@ CONFIG = {
 }  # fmt: skip
 
 
-def made(recompute: str, gradient: str, **gate) -> Taipan:
+def made(recompute: str, gradient: str, selection: str = "auto", **gate) -> Taipan:
     config = CONFIG | {"gate": {**CONFIG["gate"], "gradient": gradient, **gate}}
     with torch.device("cuda"):
-        return Taipan(ModelConfig.model_validate(config), seed=1, recompute=recompute).bfloat16()
+        ops = pick_ops("auto", {"selection": selection, "gate": selection})
+        return Taipan(ModelConfig.model_validate(config), seed=1, recompute=recompute, ops=ops).bfloat16()
 
 
 def batch(number: int) -> dict:
@@ -36,11 +38,12 @@ def outcome(model: Taipan, number: int, **more) -> list[torch.Tensor]:
     return [t.detach().clone() for t in (out.loss, out.metrics, *(p.grad for p in model.parameters()))]
 
 
-@pytest.mark.parametrize(("recompute", "gradient"), [
-    ("none", "selected"), ("none", "all"), ("selective", "selected"), ("full", "selected"),
+@pytest.mark.parametrize(("recompute", "gradient", "selection"), [
+    ("none", "selected", "auto"), ("none", "all", "auto"), ("none", "all", "triton"), ("selective", "selected", "auto"),
+    ("selective", "all", "auto"), ("selective", "all", "triton"), ("full", "selected", "auto"),
 ])  # fmt: skip
-def test_replayed_layers_equal_layers_one_by_one(recompute, gradient):
-    plain, graphed = made(recompute, gradient), made(recompute, gradient)
+def test_replayed_layers_equal_layers_one_by_one(recompute, gradient, selection):
+    plain, graphed = made(recompute, gradient, selection), made(recompute, gradient, selection)
     graphed.capture(2, 200)
     for number in (1, 2, 3):  # other tokens, documents, samples and steps each time
         if number == 3:  # an update in place is seen

@@ -4,16 +4,18 @@ from unittest import mock
 
 import torch
 
-from megatron_taipan.model import mamba2
+from megatron_taipan.model import attention, gate, mamba2
 from megatron_taipan.ops import dispatch
 
 
 def interpreted_ops() -> dispatch.Ops:
-    """The fast operations; from now on they take this process's CPU tensors, float64 ones excepted."""
+    """The fast operations, those that no default takes yet among them; from now on they take this process's CPU
+    tensors, float64 ones excepted."""
 
     def takes_kernels(x: torch.Tensor) -> bool:
         return x.dtype != torch.float64
 
-    dispatch.takes_kernels = mamba2.takes_kernels = takes_kernels
+    for module in (dispatch, attention, gate, mamba2):
+        module.takes_kernels = takes_kernels
     with mock.patch("torch.cuda.is_available", lambda: True):
-        return dispatch.pick_ops("fast")
+        return dispatch.pick_ops("fast", {"rope": "triton", "selection": "triton", "gate": "triton"})

@@ -23,9 +23,10 @@ ALL = [(option, choice) for option, known in FOREIGN.items() for choice in known
 def kernels(monkeypatch) -> dict:
     """A GPU, a kernel of ours for every operation, and every package."""
     fake_libraries.install(monkeypatch)
-    made = {name: lambda *args, **options: "ours" for name in REFERENCES}
+    made = {name: lambda *args, **options: "ours" for name in (*REFERENCES, "gate_scores")}
     monkeypatch.setattr(dispatch, "FAST", {name: ("triton", lambda f=f: f) for name, f in made.items()})
     monkeypatch.setattr(dispatch, "load_mamba2_mix", lambda: lambda *args, **options: "mixed")
+    monkeypatch.setattr(dispatch, "load_every_query", lambda: lambda *args, **options: "every")
     return made
 
 
@@ -40,7 +41,7 @@ def test_every_operation_is_under_one_option_and_every_option_in_the_configurati
     from megatron_taipan.config import OpsConfig
 
     under = [name for names in OPTIONS.values() for name in names]
-    assert sorted(under) == sorted(REFERENCES)
+    assert sorted(under) == sorted([*REFERENCES, "gate_scores"])  # the gate itself has the one of that
     assert OpsConfig().choices() == dict.fromkeys(OPTIONS, "auto")
     for option in OPTIONS:
         known = set(OpsConfig.model_fields[option].annotation.__args__)
@@ -58,7 +59,7 @@ def test_an_operations_own_option_overrides_the_backend(kernels, backend, others
 
 
 def test_without_options_everything_is_as_the_backend_says(kernels):
-    found = labels(pick_ops("auto", {"rope": "triton"}))
+    found = labels(pick_ops("auto", {"rope": "triton", "selection": "triton", "gate": "triton"}))
     assert set(found.values()) == {"triton", "triton (causal_conv1d, ssd, gated_rms_norm in one)"}
     plain = pick_ops("auto")  # a kernel that no GPU has run is taken by its own option alone
     assert "rotate" not in plain.kernels and "rotate" not in pick_ops("fast").kernels
@@ -76,6 +77,21 @@ def test_the_fused_mixer_runs_where_all_its_parts_are_ours(kernels, choices):
     assert pick_ops("auto").mamba2_mix is not None
     ops = pick_ops("auto", choices)
     assert ops.mamba2_mix is None and "mamba2_mix=none" in ops.report
+
+
+def test_attention_of_every_query_as_one_operation_waits_for_its_option(kernels):
+    plain, asked = pick_ops("auto"), pick_ops("auto", {"selection": "triton"})
+    assert plain.every_query is None and "every_query=none (it ran in Triton's interpreter only" in plain.report
+    assert asked.every_query is not None and "every_query=triton" in asked.report
+    assert pick_ops("auto", {"selection": "triton", "attention": "reference"}).every_query is None
+    assert pick_ops("reference").every_query is None
+
+
+def test_the_gates_kernel_waits_for_its_option(kernels):
+    assert pick_ops("auto").gate_scores is None and pick_ops("fast").gate_scores is None
+    assert pick_ops("reference").gate_scores is None
+    ops = pick_ops("auto", {"gate": "triton"})
+    assert ops.gate_scores is not None and "gate_scores=triton" in ops.report
 
 
 @pytest.mark.parametrize(("option", "choice"), ALL)

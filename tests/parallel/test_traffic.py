@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from benchmarks.comm import measure_traffic
+from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
 from tests.distributed.launch import launch
 
 D, BATCH, LENGTH = 32, 2, 24
 STREAM = BATCH * LENGTH * D * 4  # bytes
-PATTERNS = ["M", "S", "W", "A", "M*2 S W A"]
+PATTERNS = ["M", "S", "S all", "W", "A", "M*2 S W A"]
 
 
 def network(pattern: str, shared: bool) -> ModelConfig:
+    pattern, every = pattern.removesuffix(" all"), pattern.endswith(" all")
     return ModelConfig(
+        gate=GateConfig(gradient="all" if every else "selected"),
         pattern=pattern, vocab_size=97, d_model=D, d_ff=48,
         mamba=MambaConfig(d_state=8, headdim=8, chunk_size=8, n_groups=1 if shared else 2),
         attention=AttentionConfig(n_heads=4, n_kv_heads=1 if shared else 2, window=9),
@@ -44,7 +47,7 @@ def test_papers_numbers(counted):
     sent = {case: traffic for case, traffic, _ in counted}
     head_and_embedding = 2 * STREAM + 3 * 4 * BATCH * LENGTH
     assert sent["M", False, False].bytes["all_reduce"] == head_and_embedding + 2 * STREAM
-    for letter in "WA":
+    for letter in ("S all", "W", "A"):
         assert sent[letter, False, False].bytes["all_reduce"] == head_and_embedding + 4 * STREAM
     assert sent["S", False, False].bytes["all_reduce"] < head_and_embedding + 4 * STREAM
     # with sequence parallelism every all-reduce of the stream becomes an all-gather and a reduce-scatter

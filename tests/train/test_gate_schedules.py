@@ -12,7 +12,7 @@ from tests.train.toy import toy_tree, write_data
 GATE = {
     "capacity": {"start": 0.9, "end": 0.1, "after": 0.25, "until": 0.75},
     "tau": {"start": 2.0, "end": 1.0, "until": 4},
-    "gradient": "sampled", "gradient_share": 0.5, "budget": "batch",
+    "gradient": "sampled", "gradient_share": {"start": 0.25, "end": 1.0, "until": 0.75}, "budget": "batch",
 }  # fmt: skip
 CAPACITY = [0.9, 0.9, 0.9, 0.7, 0.5, 0.3, 0.1, 0.1]  # of 8 steps; falls from step 2 to step 6
 TAU = [2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0, 1.0]
@@ -43,7 +43,7 @@ def test_every_step_shows_where_the_schedules_stand(results):
     steps = log(directory)
     assert [r["gate/capacity"] for r in steps] == pytest.approx([*CAPACITY[:6], 0.4])
     assert [r["gate/tau"] for r in steps] == pytest.approx(TAU[:7])
-    assert [r["gate/every_query"] for r in steps] == [0, 1, 0, 1, 0, 1, 0]
+    assert [r["gate/every_query"] for r in steps] == [0, 0, 1, 1, 0, 1, 1]  # its sum is 1.3, 2, 3.75, 4.75
     assert all(r["gate/budget_lambda"] == 1.0 for r in steps)
     for r in steps[:6]:  # the batch's budget is that of the share over all micro-batches
         assert r["layers.1.budget"] == pytest.approx((r["gate/capacity"] - r["layers.1.selected"]) ** 2, rel=1e-6)
@@ -53,7 +53,10 @@ def test_every_step_shows_where_the_schedules_stand(results):
 def test_a_longer_run_keeps_the_steps_and_says_so(results):
     directory, _ = results
     first, second, third = [r["text"] for r in log(directory, "gate")]
-    assert first == ("capacity 0.9 until step 2, linear to 0.1 at step 6, tau 2 until step 0, linear to 1 at step 4")
+    assert first == (
+        "capacity 0.9 until step 2, linear to 0.1 at step 6, tau 2 until step 0, linear to 1 at step 4,"
+        " gradient_share 0.25 until step 0, linear to 1 at step 6"
+    )
     assert second == first + " (fractions of the 8 steps with which the run began)"
     assert "capacity" not in third and third.startswith("tau 2")
     assert read_metadata(directory / "step_00000006")["progress"]["run_steps"] == 8

@@ -76,7 +76,8 @@ def drawing(trees: list[dict], cut: bool) -> list:
 SCHEDULES = {
     "capacity": {"start": 0.8, "end": 0.1, "after": 0.2, "until": 0.9}, "tau": {"start": 2.0, "end": 0.5},
     "budget_lambda": {"start": 0.0, "end": 9.0, "after": 2, "until": 5, "shape": "cosine"}, "budget": "batch",
-    "gradient": "sampled", "gradient_share": 0.4, "refinement": "add", "weight": "one",
+    "gradient": "sampled", "gradient_share": {"start": 0.9, "end": 0.2, "until": 5},
+    "refinement": "add", "weight": "one",
 }  # fmt: skip
 
 

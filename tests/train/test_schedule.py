@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_taipan.gate_config import GateConfig, Schedule
 from megatron_taipan.optim_config import OptimConfig
-from megatron_taipan.train.schedule import describe_gate, gate_step, learning_rate, scheduled
+from megatron_taipan.stages import Stage
+from megatron_taipan.train.schedule import (
+    describe_gate,
+    every_query_at,
+    gate_step,
+    learning_rate,
+    scheduled,
+    scheduled_sum,
+)
 
 
 def test_equals_torchs_linear_warmup_followed_by_cosine():
@@ -143,3 +151,71 @@ def test_a_step_tells_the_gates_where_their_schedules_stand():
         "capacity 0.5 until step 60, linear to 0.15 at step 140, budget_lambda 0 until step 0, linear to 4 at step 100"
     )
     assert describe_gate(GateConfig(), 200) == ""
+
+
+def by_share(share, **more) -> GateConfig:
+    return GateConfig(gradient="sampled", gradient_share=share, **more)
+
+
+@settings(max_examples=40)
+@given(
+    start=st.floats(0, 1), end=st.floats(0, 1), after=st.floats(0, 1), width=st.floats(0, 1), run=st.integers(1, 80),
+    shape=st.sampled_from(["linear", "cosine"]),
+)  # fmt: skip
+def test_a_share_that_changes_is_taken_as_often_as_it_says(start, end, after, width, run, shape):
+    """Its sum against numpy's, by the trapezoidal rule; and the steps counted."""
+    plan = Schedule(start=start, end=end, after=after, until=max(1e-3, min(1.0, after + width)), shape=shape)
+    fine = np.arange(20 * (run + 20) + 1) / 20
+    values = np.array([scheduled(plan, place, run) for place in fine])
+    sums = np.concatenate([[0], np.cumsum((values[1:] + values[:-1]) / 40)])[::20]
+    found = [scheduled_sum(plan, step, run) for step in range(run + 21)]
+    assert found == pytest.approx(sums, abs=0.03)  # a jump between two of numpy's places costs up to 1/40
+    taken = np.cumsum([every_query_at(by_share(plan), step, run) for step in range(run + 20)])
+    assert np.abs(taken - sums[1:]).max() < 1.03
+
+
+def test_every_query_at_first_and_every_tenth_at_last():
+    plan = {"start": 1.0, "end": 0.1, "after": 0.3, "until": 0.7}
+    gate = by_share(plan)
+    taken = [gate_step(gate, step, 1000, [], 1).every_query for step in range(1000)]
+    assert all(taken[:300]) and sum(taken) == pytest.approx(300 + 400 * 0.55 + 30, abs=1)
+    last = [step for step in range(700, 1000) if taken[step]]
+    assert {later - earlier for earlier, later in zip(last, last[1:], strict=False)} == {10}
+    assert not every_query_at(GateConfig(gradient_share=plan), 0, 1000)  # gradient=selected
+    assert every_query_at(GateConfig(gradient="all", gradient_share=plan), 999, 1000)
+    none_at_last = by_share({**plan, "end": 0.0})
+    assert not any(every_query_at(none_at_last, step, 1000) for step in range(701, 1100))
+    assert "gradient_share 1 until step 300, linear to 0.1 at step 700" in describe_gate(gate, 1000)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.3, 1.0])
+def test_a_constant_share_takes_the_steps_that_it_always_took(share):
+    """Old runs go on with the same steps: floor((step + 1) share) > floor(step share), in a stage too."""
+    expected = [int((step + 1) * share) > int(step * share) for step in range(500)]
+    assert [every_query_at(by_share(share), step, 77) for step in range(500)] == expected
+    config = object()
+    own = Stage(1, "", 100, 500, config, frozenset({"gradient_share"}))
+    assert [every_query_at(by_share(share), step, 77, own) for step in range(500)] == expected
+
+
+def test_a_stages_own_share_counts_from_its_first_step():
+    plan = Schedule(start=1.0, end=0.25, after=0.25, until=0.5)
+    alone = [every_query_at(by_share(plan), step, 40) for step in range(40)]
+    own = Stage(1, "", 60, 100, object(), frozenset({"gradient_share"}))
+    assert [every_query_at(by_share(plan), 60 + step, 1000, own) for step in range(40)] == alone
+    of_the_run = Stage(1, "", 60, 100, object())
+    assert all(every_query_at(by_share(plan), 60 + step, 1000, of_the_run) for step in range(40))
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.0, "that is gradient=selected"),
+        (1.5, "1.5 is not a share"),
+        ({"start": -0.1, "end": 1.0}, "-0.1 is not a share"),
+        ({"start": 1.0, "end": 2.0}, "2 is not a share"),
+    ],
+)
+def test_shares_that_are_none_are_refused(share, message):
+    with pytest.raises(ValueError, match=message):
+        GateConfig(gradient_share=share)
