@@ -134,9 +134,7 @@ class Attention(nn.Module):
         the first; what is before the row, or of another document, is in no token's interval."""
         assert self.place is not None
         reach = self.place.reach(ctx.length, self.window)
-        earlier = self.place.before(torch.cat([keys, values], 2), reach)  # [b, reach, 2 hk, head_dim]
-        k, v = earlier.split(self.kv_heads, 2)
-        return torch.cat([k, keys], 1), torch.cat([v, values], 1), ctx.begin - reach
+        return *self.place.join_earlier(reach, keys, values), ctx.begin - reach
 
     def _key_value_weights(self) -> tuple[Weight, Weight]:
         """The matrices of the key-value heads that this rank uses."""

@@ -68,10 +68,10 @@ class Mamba2(KeepsFp32Params):
         parts = self.tp.column_parallel_linear(u, *in_proj)
         zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
-        if self.place is not None:
-            return self.tp.row_parallel_linear(self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return self.tp.row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
+        if self.place is not None:
+            return self.tp.row_parallel_linear(self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
 
         initial_tail = state.conv_tail if state else None
@@ -113,16 +113,24 @@ class Mamba2(KeepsFp32Params):
         return product(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
-        """What `forward` does between the two projections, from an empty state, as one operation."""
+        """What `forward` does between the two projections, from an empty state or that of the piece before, as one
+        operation."""
         assert self.ops.mamba2_mix is not None  # else `fused` is False
         return self.ops.mamba2_mix(
             zxbcdt, conv_weight, conv_bias, self.dt_bias, self._decay_rate(), self.D, self.norm_weight,
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
             group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
+            place=self.place, known=self._known(ctx) if self.place is not None else None,
         )  # fmt: skip
 
+    def _known(self, ctx: Context) -> Tensor:
+        """[b, d_conv - 1] whether each of the tokens just before this piece is of its first token's document."""
+        before = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=ctx.position.device)
+        return before >= ctx.document_start[:, :1]
+
     def _mix_piece(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
-        """What `forward` does between the two projections where other ranks hold the row's other pieces.
+        """What `forward` does between the two projections where other ranks hold the row's other pieces, operation by
+        operation.
 
         The piece is scanned from an empty state; what its first document's tokens read from the state that entered is
         added when that is known.
@@ -131,9 +139,7 @@ class Mamba2(KeepsFp32Params):
         states = self.groups * self.d_state
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
         start = ctx.document_start  # [b, l]
-        tail = self.place.before(xBC, self.d_conv - 1)
-        places = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=xBC.device)  # positions of the tail
-        tail = torch.where((places >= start[:, :1])[..., None], tail, 0)
+        tail = torch.where(self._known(ctx)[..., None], self.place.before(xBC, self.d_conv - 1), 0)
         xBC = self.ops.causal_conv1d(xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=tail)
         x, dt, A, B, C = self._ssm_inputs(xBC, dt)
         b, l = x.shape[:2]

@@ -76,14 +76,15 @@ def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channel
 
 
 @triton.jit
-def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, sums_ptr, length, n_channels,
-                     x_b, x_l, dy_b, dy_l, dx_b, dx_l,
+def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
+                     n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
                      WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
                      HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
     """dx of TOKENS tokens, walked four at a time with the last inputs and gradients in registers.
 
     Also this run's part of the gradients of weight and bias: sums [runs, width + 1, channels] float32. The number 0 in
-    a name is the newest token, 3 the oldest; three tokens past the run are walked for their gradients.
+    a name is the newest token, 3 the oldest; three tokens past the run are walked for their gradients. The first run
+    also meets the tail's, [b, width - 1, channels].
     """
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * TOKENS
@@ -148,6 +149,10 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
             done = token + j - 3
             tl.store(dx_ptr + row * dx_b + done.to(tl.int64) * dx_l + channels, dx.to(dx_ptr.dtype.element_ty),
                      mask=inside & (done >= begin) & (done < end))  # fmt: skip
+            if HAS_TAIL:
+                at_tail = (row * (WIDTH - 1) + WIDTH - 1 + done) * n_channels + channels
+                tl.store(dtail_ptr + at_tail, dx.to(dtail_ptr.dtype.element_ty),
+                         mask=inside & (done < 0) & (done >= 1 - WIDTH))  # fmt: skip
             x3, x2, x1 = x2, x1, x0
             d3, d2, d1 = d2, d1, d0
             if HAS_SEQ:
@@ -179,21 +184,37 @@ def conv_forward(x, weight, bias, seq_idx, tail):
 
 def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
     """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias."""
+    sums, _ = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx)
+    width, total = weight.shape[1], sums.sum(0)
+    dweight = torch.empty_like(weight)
+    dweight.copy_(total[:width].t())
+    return dweight, total[width].to(weight.dtype, copy=True)
+
+
+def conv_tail_gradient(dy, x, weight, bias, seq_idx, tail):
+    """The gradient of tail [b, width - 1, c], in its dtype; only the first width - 1 tokens are read."""
+    reach = tail.shape[1]
+    dy, x = dy[:, :reach], x[:, :reach]
+    seq_idx = seq_idx[:, :reach].contiguous() if seq_idx is not None else None
+    return _launch_backward(dy, x, weight, bias, seq_idx, tail, torch.empty(x.shape, dtype=x.dtype, device=x.device))[1]
+
+
+def _launch_backward(dy, x, weight, bias, seq_idx, tail, dx):
+    """Writes dx; (the runs' parts of the gradients of weight and bias, the gradient of tail or nothing)."""
     b, l, c = x.shape
     width = weight.shape[1]
     tokens, channels = 128, 256
     tiles = triton.cdiv(l, tokens)
     sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
+    dtail = torch.empty_like(tail) if tail is not None else None
     _backward_kernel[(triton.cdiv(c, channels), tiles, b)](
         x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
-        tail if tail is not None else weight, dy, dx, sums, l, c, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-        dx.stride(0), dx.stride(1), WIDTH=width, TOKENS=tokens, CHANNELS=channels, HAS_BIAS=bias is not None,
-        HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None, num_warps=2,
+        tail if tail is not None else weight, dy, dx, dtail if dtail is not None else weight, sums, l, c, x.stride(0),
+        x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1), WIDTH=width, TOKENS=tokens,
+        CHANNELS=channels, HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None,
+        num_warps=2,
     )  # fmt: skip
-    total = sums.sum(0)
-    dweight = torch.empty_like(weight)
-    dweight.copy_(total[:width].t())
-    return dweight, total[width].to(weight.dtype, copy=True)
+    return sums, dtail
 
 
 @torch.library.custom_op("megatron_taipan::causal_conv1d_forward", mutates_args=())

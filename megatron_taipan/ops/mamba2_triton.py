@@ -10,6 +10,7 @@ import torch
 
 from megatron_taipan.ops.causal_conv1d_triton import conv_backward, conv_forward
 from megatron_taipan.ops.gated_norm_triton import gated_backward, gated_forward
+from megatron_taipan.ops.mamba2_piece import Piece, Place
 from megatron_taipan.ops.rowwise import rows_of
 from megatron_taipan.ops.ssd_backward_triton import scan_backward
 from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, state_dtype
@@ -28,14 +29,18 @@ def _split_conv(xBC: torch.Tensor, heads: int, headdim: int, groups: int, d_stat
     return x.unflatten(-1, (heads, headdim)), B.unflatten(-1, (groups, d_state)), C.unflatten(-1, (groups, d_state))
 
 
-def _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep):
+def _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep, piece=None):
     """(xBC, dt, cum, states, y): what comes before the norm, all of it needed in the backward pass."""
     heads = A.shape[0]
     _, xBC, dt = _columns(zxbcdt, heads, *sizes)
-    xBC = conv_forward(xBC, conv_weight, conv_bias, seq_idx, None)
+    if piece is None:
+        xBC = conv_forward(xBC, conv_weight, conv_bias, seq_idx, None)
+    else:
+        xBC = piece.conv_forward(xBC, conv_weight, conv_bias, seq_idx)
     steps, cum = prepare_decay(dt, dt_bias, A)
     x, B, C = _split_conv(xBC, heads, *sizes)
-    y, states, _ = scan_forward(x, steps, cum, B, C, D, seq_idx, None, keep=keep)
+    enter = piece.enter if piece is not None else None
+    y, states, _ = scan_forward(x, steps, cum, B, C, D, seq_idx, None, keep=keep, enter=enter)
     return xBC, steps, cum, states, y
 
 
@@ -48,10 +53,12 @@ def _norm(y, zxbcdt, weight, eps, group_size, reduce_sum=None):
 
 
 def _mix_backward(
-    dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale, sizes, **spread
-):
+    dout, zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, xBC, steps, cum, states, y, scale, sizes, piece=None,
+    **spread,
+):  # fmt: skip
     """Gradients of zxbcdt, conv_weight, conv_bias, (A, D, dt_bias) [3, heads] float32, norm_weight.
 
+    piece: as the forward pass left it, where other ranks hold the rows' other pieces.
     spread: more arguments of `gated_backward`, where groups are spread over ranks.
     """
     heads = A.shape[0]
@@ -67,9 +74,13 @@ def _mix_backward(
     dxBC = torch.empty_like(xBC)
     dx, dB, dC = _split_conv(dxBC, heads, *sizes)
     sums, _ = scan_backward(
-        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True
-    )
-    dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
+        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True,
+        leave=piece.leave if piece is not None else None,
+    )  # fmt: skip
+    if piece is None:
+        dweight, dconv_bias = conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, None, draw)
+    else:
+        dweight, dconv_bias = piece.conv_backward(dxBC, raw, conv_weight, conv_bias, seq_idx, draw)
     return grads, dweight, dconv_bias, sums, dnorm
 
 
@@ -165,22 +176,34 @@ def _in_order(gradients, saved, dt_dtype):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-class _SpreadMix(torch.autograd.Function):
-    """The operation where groups of the norm are spread over ranks. Not a custom op, since it calls a Python function."""
+class _MixOverRanks(torch.autograd.Function):
+    """The operation where other ranks hold parts of the norm's groups, or the rows' other pieces.
+
+    Not a custom op, since it calls Python functions.
+    """
 
     @staticmethod
-    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, sizes, keep, eps, *group):
-        kept = _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep)
-        out, scale = _norm(kept[-1], zxbcdt, norm_weight, eps, *group)
-        ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, *kept, scale, out)
-        ctx.sizes, ctx.dt_dtype, (ctx.group_size, ctx.reduce_sum) = sizes, dt_bias.dtype, group
+    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, seq_idx, known, sizes, keep, eps,
+                group_size, reduce_sum, place):  # fmt: skip
+        piece = Piece(place, known) if place is not None else None
+        kept = _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes, keep, piece)
+        out, scale = _norm(kept[-1], zxbcdt, norm_weight, eps, group_size, reduce_sum)
+        border = (known, piece.tail, piece.later) if piece is not None else (None, None, None)
+        spread_out = out if reduce_sum is not None else None
+        ctx.save_for_backward(
+            zxbcdt, conv_weight, conv_bias, A, D, norm_weight, seq_idx, *kept, scale, spread_out, *border
+        )
+        ctx.sizes, ctx.dt_dtype, ctx.place = sizes, dt_bias.dtype, place
+        ctx.spread = {"group_size": group_size, "reduce_sum": reduce_sum} if reduce_sum is not None else {}
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        *saved, out = ctx.saved_tensors  # read once: under recomputation a second look is refused
-        spread = {"out": out.flatten(0, 1), "group_size": ctx.group_size, "reduce_sum": ctx.reduce_sum}
-        return *_in_order(_mix_backward(dout, *saved, ctx.sizes, **spread), saved, ctx.dt_dtype), *[None] * 6
+        *saved, out, known, tail, later = ctx.saved_tensors  # read once: under recomputation a second look is refused
+        piece = Piece(ctx.place, known, tail, later) if ctx.place is not None else None
+        spread = {"out": out.flatten(0, 1), **ctx.spread} if out is not None else {}
+        gradients = _mix_backward(dout, *saved, ctx.sizes, piece, **spread)
+        return *_in_order(gradients, saved, ctx.dt_dtype), *[None] * 8
 
 
 def mamba2_mix(
@@ -199,6 +222,8 @@ def mamba2_mix(
     group_size: int,
     eps: float,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    place: Place | None = None,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """gated_rms_norm(ssd(silu(conv(xBC)), softplus(dt + dt_bias)), z), from an empty state.
 
@@ -209,6 +234,9 @@ def mamba2_mix(
         seq_idx: [b, l] int32 document of each token, or None.
         group_size: channels under one norm, over all ranks.
         reduce_sum: where a group is spread over ranks, as for `gated_rms_norm`; else None.
+        place: where the rows are pieces of longer ones, this rank among those that hold the others; all call this.
+        known: [b, width - 1] bool then, which of the tokens just before the piece are of its first token's document.
+            Convolution and scan go on from these.
 
     Returns:
         [b, l, d_inner] in norm_weight's dtype, the input of the output projection.
@@ -218,6 +246,6 @@ def mamba2_mix(
     seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
     ready = (zxbcdt.contiguous(), conv_weight.contiguous(), conv_bias, dt_bias, A.float(), D, norm_weight, seq_idx)
     sizes = (headdim, groups, d_state)
-    if reduce_sum is None:
+    if reduce_sum is None and place is None:
         return _forward_op(*ready, *sizes, eps, group_size, keep)[0]
-    return _SpreadMix.apply(*ready, sizes, keep, eps, group_size, reduce_sum)
+    return _MixOverRanks.apply(*ready, known, sizes, keep, eps, group_size, reduce_sum, place)

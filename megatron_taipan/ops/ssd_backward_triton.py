@@ -268,13 +268,15 @@ def head_splits(b: int, n_chunks: int, groups: int, heads_per_group: int) -> int
     return splits
 
 
-def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, ddt, dB, dC, softplus: bool):
+def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, ddt, dB, dC, softplus: bool, leave=None):
     """The backward pass. Written in place, with any strides but a contiguous last dimension: dx [b, l, h, p], dB and dC
     [b, l, g, n]; and ddt [b, l, h], of any strides.
 
     Args:
         dfinal: gradient of the last state [b, h, p, n] float32, or None.
         softplus: ddt is the gradient of raw dt (before bias and softplus) instead of dt's.
+        leave: where the row's later tokens are elsewhere: gives dfinal from the initial state's gradient as far as it
+            comes from dy.
 
     Returns:
         The gradients of A, D and dt's bias [3, h] and of the initial state [b, h, p, n], all float32.
@@ -301,7 +303,7 @@ def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, dd
         return initial
 
     leaving = dfinal[:, None] if dfinal is not None else None
-    if count > 1:
+    if count > 1 or leave is not None:
         added = launch(None, keep=False)
         left = segment_decay(cum, seq_idx, l, count, per_segment)
         grad = dfinal.float() if dfinal is not None else torch.zeros_like(added[:, 0])
@@ -309,6 +311,11 @@ def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, dd
         for i in reversed(range(count)):
             leaving[:, i] = grad
             grad = left[:, i] * grad + added[:, i]
+        if leave is not None:
+            shares = left.flip(1).cumprod(1).flip(1)  # of the gradient after the last segment, before each segment
+            after = leave(grad)[:, None]
+            leaving[:, -1:] += after
+            leaving[:, :-1].addcmul_(shares[:, 1:], after)
     dinitial = launch(leaving.contiguous() if leaving is not None else None, keep=True)[:, 0].contiguous()
 
     splits = head_splits(b, n_chunks, g, h // g)

@@ -170,11 +170,13 @@ def segment_decay(cum: torch.Tensor, seq_idx: torch.Tensor | None, length: int, 
     return left[..., None, None]
 
 
-def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool):
+def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool, enter=None):
     """The forward pass on prepared decays.
 
     Args:
         x: [b, l, h, p], B, C: [b, l, g, n], last dimension contiguous; dt, cum: from `prepare_decay`.
+        enter: where the row's earlier tokens are elsewhere: gives the initial state [b, h, p, n] float32 from what is
+            left after the last token, of an empty one and as a share [b, h] of any other.
 
     Returns:
         y [b, l, h, p] contiguous; states [b, chunks, h, p, n] that enter the chunks (empty unless keep); the state
@@ -200,7 +202,7 @@ def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool):
         return final
 
     entering = initial_state[:, None] if initial_state is not None else None
-    if count > 1:
+    if count > 1 or enter is not None:
         added = launch(None, output=False)
         left = segment_decay(cum, seq_idx, l, count, per_segment)
         state = initial_state.float() if initial_state is not None else torch.zeros_like(added[:, 0])
@@ -208,5 +210,10 @@ def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool):
         for i in range(count):
             entering[:, i] = state
             state = left[:, i] * state + added[:, i]
+        if enter is not None:
+            shares = left.cumprod(1)
+            before = enter(state, shares[:, -1, :, 0, 0])[:, None]
+            entering[:, :1] += before
+            entering[:, 1:].addcmul_(shares[:, :-1], before)
     final = launch(entering.contiguous() if entering is not None else None, output=True)
     return y, states, final[:, -1].contiguous()

@@ -2,16 +2,20 @@
 
 Rank r of n holds tokens r l to (r + 1) l - 1 of rows of n l tokens. A layer needs little of what is before its piece:
 
-    M   the state that enters the piece (`EnteringState`) and the last inputs of the convolution (`Halo`)
-    S W keys and values of one window (`Halo`)
-    A   all earlier keys and values (`Halo`, as long as they are)
+    M   the state that enters the piece (`EnteringState`) and the last inputs of the convolution (`Before`)
+    S W keys and values of one window (`Joined`)
+    A   all earlier keys and values (`Joined`, as long as they are)
     the gate's budget: how many tokens the other pieces selected (`SumPieces`)
 
 The run's loss is the sum of what all pieces contribute, so every operation here is the exact adjoint of itself: a
 gradient that another piece causes comes back to the tokens that it saw. ZeRO averages parameters' gradients over data
 and context ranks together, and train/step.py scales the loss by their number.
+
+The autograd functions are made of plain calls, which the fused mixer (ops/mamba2_piece.py) makes itself. A call
+`start_...` sends, and returns a function that waits for what is to come: what is done between the two takes no extra time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -34,7 +38,12 @@ class ContextParallel:
 
     def before(self, x: Tensor, reach: int) -> Tensor:
         """The `reach` tokens before this piece, zeros where the row has not begun: x [b, l, ...] -> [b, reach, ...]."""
-        return Halo.apply(x, self, reach)
+        return Before.apply(x, self, reach)
+
+    def join_earlier(self, reach: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The `reach` tokens before this piece in front of each tensor: [b, l, ...] -> [b, reach + l, ...]; zeros where
+        the row has not begun."""
+        return Joined.apply(self, reach, *tensors)
 
     def reach(self, length: int, window: int | None) -> int:
         """How many tokens before its piece of `length` any token of any rank can see."""
@@ -58,6 +67,72 @@ class ContextParallel:
         """The sum over the pieces, known to all of them."""
         return SumPieces.apply(x, self)
 
+    # --- outside of autograd ---
+
+    def start_before(self, reach: int, *tensors: Tensor) -> Callable[[], list[Tensor]]:
+        """Asks for what `before` gives, of several tensors [b, l, ...] of one dtype."""
+        length = tensors[0].shape[1]
+        to = [self.overlap(self.rank, q, length, reach) for q in range(self.size)]
+        of = [self.overlap(q, self.rank, length, reach) for q in range(self.size)]
+        sent = [[x[:, length - n :] for x in tensors] for n in to]
+        finish = self.start_exchange(sent, [[(len(x), n, *x.shape[2:]) for x in tensors] for n in of])
+        blank = reach - sum(of)
+
+        def wait() -> list[Tensor]:
+            found = zip(*finish(), strict=True)  # by tensor, the owners in order
+            return [
+                torch.cat([x.new_zeros(len(x), blank, *x.shape[2:]), *parts], 1)
+                for x, parts in zip(tensors, found, strict=True)
+            ]
+
+        return wait
+
+    def start_before_gradients(self, length: int, *grads: Tensor) -> Callable[[list[Tensor]], None]:
+        """The adjoint of `start_before`, of gradients [b, reach, ...].
+
+        Returns:
+            A function that adds to this piece's own gradients [b, length, ...], in place, what the pieces after it have
+            found.
+        """
+        reach = grads[0].shape[1]
+        to = [self.overlap(q, self.rank, length, reach) for q in range(self.size)]
+        of = [self.overlap(self.rank, q, length, reach) for q in range(self.size)]
+        parts = [grad.split([reach - sum(to), *to], 1)[1:] for grad in grads]
+        sent = [list(of_rank) for of_rank in zip(*parts, strict=True)]
+        finish = self.start_exchange(sent, [[(len(g), n, *g.shape[2:]) for g in grads] for n in of])
+
+        def add(totals: list[Tensor]) -> None:
+            for n, found in zip(of, finish(), strict=True):
+                for total, part in zip(totals, found, strict=True):
+                    if n:
+                        total[:, length - n :] += part
+
+        return add
+
+    def scan_states(self, final: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """What `entering_state` gives; and carried of the later pieces [later, b, h], for `scan_state_gradients`."""
+        b, h, p, n = final.shape
+        own = torch.cat([final.flatten(2), carried[..., None].to(final.dtype)], -1)  # [b, h, p n + 1]
+        everyone = self.gather(own)
+        states, shares = everyone[..., :-1].unflatten(-1, (p, n)), everyone[..., -1]
+        state = torch.zeros_like(final)
+        for rank in range(self.rank):
+            state = states[rank] + shares[rank, ..., None, None] * state
+        return state, shares[self.rank + 1 :].clone()
+
+    def scan_state_gradients(self, grad: Tensor, later: Tensor) -> Tensor:
+        """From the gradient of the state that enters each piece, as far as its own tokens read it, to that of the state
+        that leaves this one.
+
+        Args:
+            grad: [b, h, p, n] of this piece; later: as from `scan_states`.
+        """
+        entering = self.gather(grad)
+        leaving = torch.zeros_like(grad)
+        for rank in range(self.size - 1, self.rank, -1):
+            leaving = entering[rank] + later[rank - self.rank - 1, ..., None, None] * leaving
+        return leaving
+
     # --- collectives ---
 
     def gather(self, x: Tensor) -> Tensor:
@@ -67,14 +142,25 @@ class ContextParallel:
         dist.all_gather_into_tensor(everyone, x.contiguous()[None], group=self.group)
         return everyone
 
-    def exchange(self, sent: list[Tensor], received: list[tuple[int, ...]]) -> list[Tensor]:
+    def start_exchange(
+        self, sent: list[list[Tensor]], received: list[list[tuple[int, ...]]]
+    ) -> Callable[[], list[list[Tensor]]]:
         """Tensors to each rank, and tensors of these shapes from each, all of one dtype; any of them may be empty."""
-        flat = torch.cat([t.reshape(-1) for t in sent])
-        sizes = [prod(shape) for shape in received]
+        flat = torch.cat([t.reshape(-1) for part in sent for t in part])
+        sizes = [sum(map(prod, shapes)) for shapes in received]
         found = flat.new_empty(sum(sizes))
         self.counter.add("all_to_all", flat.numel() * flat.element_size())
-        dist.all_to_all_single(found, flat, sizes, [t.numel() for t in sent], group=self.group)
-        return [part.view(shape) for part, shape in zip(found.split(sizes), received, strict=True)]
+        counts = [sum(t.numel() for t in part) for part in sent]
+        work = dist.all_to_all_single(found, flat, sizes, counts, group=self.group, async_op=True)
+
+        def wait() -> list[list[Tensor]]:
+            work.wait()
+            return [
+                [t.view(shape) for t, shape in zip(part.split([prod(s) for s in shapes]), shapes, strict=True)]
+                for part, shapes in zip(found.split(sizes), received, strict=True)
+            ]
+
+        return wait
 
     def overlap(self, owner: int, reader: int, length: int, reach: int) -> int:
         """How many tokens of the owner's piece, its last ones, are among the `reach` before the reader's."""
@@ -83,29 +169,42 @@ class ContextParallel:
         return max(0, min(length, reach - (reader - owner - 1) * length))
 
 
-class Halo(torch.autograd.Function):
+class Before(torch.autograd.Function):
     """See `ContextParallel.before`. The gradient of every copy comes back to the piece that owns the token."""
 
     @staticmethod
     def forward(ctx, x, place, reach):
-        ctx.place, ctx.reach, ctx.shape = place, reach, x.shape
-        b, length, *rest = x.shape
-        to = [place.overlap(place.rank, q, length, reach) for q in range(place.size)]
-        of = [place.overlap(q, place.rank, length, reach) for q in range(place.size)]
-        found = place.exchange([x[:, length - n :] for n in to], [(b, n, *rest) for n in of])
-        return torch.cat([x.new_zeros(b, reach - sum(of), *rest), *found], 1)
+        ctx.place, ctx.shape = place, x.shape
+        return place.start_before(reach, x)()[0]
 
     @staticmethod
     def backward(ctx, grad):
-        place, (b, length, *rest) = ctx.place, ctx.shape
-        to = [place.overlap(q, place.rank, length, ctx.reach) for q in range(place.size)]
-        of = [place.overlap(place.rank, q, length, ctx.reach) for q in range(place.size)]
-        parts = grad.split([ctx.reach - sum(to), *to], 1)[1:]
-        found = place.exchange(list(parts), [(b, n, *rest) for n in of])
+        add = ctx.place.start_before_gradients(ctx.shape[1], grad)
         total = grad.new_zeros(ctx.shape)
-        for n, part in zip(of, found, strict=True):
-            total[:, length - n :] += part
+        add([total])
         return total, None, None
+
+
+class Joined(torch.autograd.Function):
+    """See `ContextParallel.join_earlier`. Own tokens are copied to their place while the others are on their way."""
+
+    @staticmethod
+    def forward(ctx, place, reach, *tensors):
+        ctx.place, ctx.reach, ctx.length = place, reach, tensors[0].shape[1]
+        wait = place.start_before(reach, *tensors)
+        joined = tuple(x.new_empty(len(x), reach + ctx.length, *x.shape[2:]) for x in tensors)
+        for whole, x in zip(joined, tensors, strict=True):
+            whole[:, reach:] = x
+        for whole, earlier in zip(joined, wait(), strict=True):
+            whole[:, :reach] = earlier
+        return joined
+
+    @staticmethod
+    def backward(ctx, *grads):
+        add = ctx.place.start_before_gradients(ctx.length, *(grad[:, : ctx.reach] for grad in grads))
+        totals = [grad[:, ctx.reach :].clone(memory_format=torch.contiguous_format) for grad in grads]
+        add(totals)
+        return None, None, *totals
 
 
 class EnteringState(torch.autograd.Function):
@@ -117,25 +216,15 @@ class EnteringState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, final, carried, place):
-        b, h, p, n = final.shape
-        own = torch.cat([final.flatten(2), carried[..., None].to(final.dtype)], -1)  # [b, h, p n + 1]
-        everyone = place.gather(own)
-        states, shares = everyone[..., :-1].unflatten(-1, (p, n)), everyone[..., -1, None, None]
-        state = torch.zeros_like(final)
-        for rank in range(place.rank):
-            state = states[rank] + shares[rank] * state
+        state, later = place.scan_states(final, carried)
         ctx.place, ctx.carried_dtype = place, carried.dtype
-        ctx.save_for_backward(state, shares[place.rank + 1 :].clone())
+        ctx.save_for_backward(state, later)
         return state
 
     @staticmethod
     def backward(ctx, grad):
-        state, shares = ctx.saved_tensors
-        place = ctx.place
-        entering = place.gather(grad)
-        leaving = torch.zeros_like(grad)
-        for rank in range(place.size - 1, place.rank, -1):
-            leaving = entering[rank] + shares[rank - place.rank - 1] * leaving
+        state, later = ctx.saved_tensors
+        leaving = ctx.place.scan_state_gradients(grad, later)
         return leaving, (leaving * state).sum((-2, -1)).to(ctx.carried_dtype), None
 
 

@@ -1,0 +1,44 @@
+"""The fused Mamba-2 layer over pieces of its rows, on CPUs, in Triton's interpreter.
+
+Run and skipped as tests/ops/test_mamba2_interpreted.py.
+"""
+
+import os
+import sys
+
+import pytest
+
+from tests.distributed.launch import ROOT, launch
+from tests.model.piece_mixer import compare_pieces
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+]
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "tensor", "length", "cases", "segmented", "recompute"),
+    [
+        (2, 1, 67, [0, 1, 2, 3, 4], False, "none"),
+        (3, 1, 64, [0, 4], False, "none"),  # a piece ends where a chunk does
+        (2, 1, 133, [3], True, "none"),
+        (2, 2, 67, [3], False, "none"),  # the norm's group is on two tensor ranks
+        (2, 1, 67, [3], False, "selective"),
+        (2, 1, 67, [3], False, "full"),
+    ],
+)
+def test_pieces_are_the_whole_layer(pieces, tensor, length, cases, segmented, recompute):
+    """Outputs and all gradients; sent is what the layer sends op by op."""
+    path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
+    arguments = (tensor, length, cases, segmented, recompute)
+    for results in launch(
+        pieces * tensor, compare_pieces, *arguments, timeout=900, env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ):
+        assert len(results) == len(cases)
+        for fused, plain, alone, sent, sent_plain in results:
+            assert len(fused) == 18
+            for errors in (fused, plain, alone):
+                assert all(e < 4e-5 for e in errors.values()), errors
+            assert sent == sent_plain or recompute == "full"
