@@ -134,7 +134,8 @@ class Attention(nn.Module):
         the first; what is before the row, or of another document, is in no token's interval."""
         assert self.place is not None
         reach = self.place.reach(ctx.length, self.window)
-        return *self.place.join_earlier(reach, keys, values), ctx.begin - reach
+        keys, values = self.place.join_earlier(reach, keys, values)
+        return keys, values, ctx.begin - reach
 
     def _key_value_weights(self) -> tuple[Weight, Weight]:
         """The matrices of the key-value heads that this rank uses."""

@@ -79,12 +79,12 @@ def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channel
 def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
                      n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
                      WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
+                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr, TAIL_GRADIENT: tl.constexpr):  # fmt: skip
     """dx of TOKENS tokens, walked four at a time with the last inputs and gradients in registers.
 
     Also this run's part of the gradients of weight and bias: sums [runs, width + 1, channels] float32. The number 0 in
     a name is the newest token, 3 the oldest; three tokens past the run are walked for their gradients. The first run
-    also meets the tail's, [b, width - 1, channels].
+    also walks over the tail's (TAIL_GRADIENT: written to dtail [b, width - 1, channels]).
     """
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * TOKENS
@@ -112,13 +112,13 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
     for i in tl.range(0, TOKENS + 4, 4):  # four tokens at once, so that eight loads are under way before the first use
         token = begin + i
         xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+                      False, HAS_SEQ)  # fmt: skip
         xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+                      False, HAS_SEQ)  # fmt: skip
         xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+                      False, HAS_SEQ)  # fmt: skip
         xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      HAS_TAIL, HAS_SEQ)  # fmt: skip
+                      False, HAS_SEQ)  # fmt: skip
         at = dy_ptr + row * dy_b + token.to(tl.int64) * dy_l + channels
         dy_a = tl.load(at + 0 * dy_l, mask=inside & (token + 0 < stop), other=0.0)
         dy_b_ = tl.load(at + 1 * dy_l, mask=inside & (token + 1 < stop), other=0.0)
@@ -149,7 +149,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
             done = token + j - 3
             tl.store(dx_ptr + row * dx_b + done.to(tl.int64) * dx_l + channels, dx.to(dx_ptr.dtype.element_ty),
                      mask=inside & (done >= begin) & (done < end))  # fmt: skip
-            if HAS_TAIL:
+            if TAIL_GRADIENT:
                 at_tail = (row * (WIDTH - 1) + WIDTH - 1 + done) * n_channels + channels
                 tl.store(dtail_ptr + at_tail, dx.to(dtail_ptr.dtype.element_ty),
                          mask=inside & (done < 0) & (done >= 1 - WIDTH))  # fmt: skip
@@ -184,8 +184,8 @@ def conv_forward(x, weight, bias, seq_idx, tail):
 
 def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
     """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias."""
-    sums, _ = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx)
-    width, total = weight.shape[1], sums.sum(0)
+    width = weight.shape[1]
+    total = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, None).sum(0)
     dweight = torch.empty_like(weight)
     dweight.copy_(total[:width].t())
     return dweight, total[width].to(weight.dtype, copy=True)
@@ -196,25 +196,27 @@ def conv_tail_gradient(dy, x, weight, bias, seq_idx, tail):
     reach = tail.shape[1]
     dy, x = dy[:, :reach], x[:, :reach]
     seq_idx = seq_idx[:, :reach].contiguous() if seq_idx is not None else None
-    return _launch_backward(dy, x, weight, bias, seq_idx, tail, torch.empty(x.shape, dtype=x.dtype, device=x.device))[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # of too few tokens to be right
+    dtail = torch.empty_like(tail)
+    _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, dtail)
+    return dtail
 
 
-def _launch_backward(dy, x, weight, bias, seq_idx, tail, dx):
-    """Writes dx; (the runs' parts of the gradients of weight and bias, the gradient of tail or nothing)."""
+def _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, dtail):
+    """Writes dx, and dtail where it is given; the runs' parts of the gradients of weight and bias."""
     b, l, c = x.shape
     width = weight.shape[1]
     tokens, channels = 128, 256
     tiles = triton.cdiv(l, tokens)
     sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
-    dtail = torch.empty_like(tail) if tail is not None else None
     _backward_kernel[(triton.cdiv(c, channels), tiles, b)](
         x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
         tail if tail is not None else weight, dy, dx, dtail if dtail is not None else weight, sums, l, c, x.stride(0),
         x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1), WIDTH=width, TOKENS=tokens,
         CHANNELS=channels, HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None,
-        num_warps=2,
+        TAIL_GRADIENT=dtail is not None, num_warps=2,
     )  # fmt: skip
-    return sums, dtail
+    return sums
 
 
 @torch.library.custom_op("megatron_taipan::causal_conv1d_forward", mutates_args=())

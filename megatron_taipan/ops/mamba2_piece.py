@@ -1,8 +1,8 @@
 """What the fused mixer exchanges where other ranks hold its rows' other pieces.
 
-The last inputs of the convolution in the piece before are on their way while a kernel runs that does not need them, the
-state that enters is found between two passes of the scan, and the gradients go the same way back. Nothing asks the host,
-so CUDA graphs can hold it.
+The last inputs of the convolution in the piece before are on their way while a kernel runs that does not need them,
+the state that enters is found between two passes of the scan, and the gradients go the same way back. Nothing asks the
+host, so CUDA graphs can hold it.
 
     forward    ask for the tail | convolution without it | the first tokens again, with it
                first pass of the scan | scan over the ranks | second pass, from the right state

@@ -12,7 +12,7 @@ gradient that another piece causes comes back to the tokens that it saw. ZeRO av
 and context ranks together, and train/step.py scales the loss by their number.
 
 The autograd functions are made of plain calls, which the fused mixer (ops/mamba2_piece.py) makes itself. A call
-`start_...` sends, and returns a function that waits for what is to come: what is done between the two takes no extra time.
+`start_...` sends, and returns a function that waits for what comes: work between the two hides the way.
 """
 
 from collections.abc import Callable

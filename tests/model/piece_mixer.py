@@ -46,8 +46,8 @@ def two_segments(b: int, heads: int, n_chunks: int) -> tuple[int, int]:
 def compare_pieces(
     tensor: int, length: int, cases: list[int], segmented: bool, recompute: str = "none", dtype=torch.float32
 ) -> list[Any]:
-    """For each case: errors by name of the fused layer, of the layer op by op, and of the fused layer on one process, all
-    against float64 on one process; and calls and bytes of the first two.
+    """For each case: errors by name of the fused layer, of the layer op by op, and of the fused layer on one process,
+    all against float64 on one process; and calls and bytes of the first two.
 
     Args:
         tensor: ranks that split the heads; the others hold pieces.
@@ -75,7 +75,7 @@ def compare_pieces(
     alone = layer(TensorParallel(), None, load_mamba2_mix())
     fused, plain = layer(own_tensor, place, load_mamba2_mix()), layer(own_tensor, other, None)
     torch.manual_seed(0)
-    for name, parameter in whole.named_parameters():
+    for parameter in whole.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1  # the norm's weight and D are no longer ones
     whole.dt_bias.data = torch.rand_like(whole.dt_bias) * 3 - 6  # steps so small that states reach over several pieces
     for name, parameter in whole.named_parameters():

@@ -41,4 +41,4 @@ def test_pieces_are_the_whole_layer(pieces, tensor, length, cases, segmented, re
             assert len(fused) == 18
             for errors in (fused, plain, alone):
                 assert all(e < 4e-5 for e in errors.values()), errors
-            assert sent == sent_plain or recompute == "full"
+            assert sent == sent_plain or recompute != "none"
