@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -23,7 +23,21 @@ from megatron_taipan.parameters import parameter_table, take_shard
 from tests.model.small import small_config, told
 from tests.ops.kernel_checks import error
 
-BATCH, WIDTH = 2, 32
+BATCH = 2
+
+
+class Setting(NamedTuple):
+    """What is compared: the cases of `cuts_of`, on pieces of `length` tokens."""
+
+    tensor: int  # ranks that split the heads; the others hold pieces
+    length: int
+    cases: list[int]
+    segmented: bool = False  # the scan cuts each piece in two
+    recompute: str = "none"
+    dtype: torch.dtype = torch.float32
+    width: int = 32
+    headdim: int = 16
+    d_state: int = 16
 
 
 def cuts_of(length: int, pieces: int) -> list[list[list[int]] | None]:
@@ -43,23 +57,16 @@ def two_segments(b: int, heads: int, n_chunks: int) -> tuple[int, int]:
     return -(-n_chunks // per_segment), per_segment
 
 
-def compare_pieces(
-    tensor: int, length: int, cases: list[int], segmented: bool, recompute: str = "none", dtype=torch.float32
-) -> list[Any]:
+def compare_pieces(setting: Setting) -> list[Any]:
     """For each case: errors by name of the fused layer, of the layer op by op, and of the fused layer on one process,
-    all against float64 on one process; and calls and bytes of the first two.
-
-    Args:
-        tensor: ranks that split the heads; the others hold pieces.
-        length: of a piece.
-        cases: places in `cuts_of`.
-        segmented: the scan cuts each piece in two.
-    """
+    all against float64 on one process; and calls and bytes of the first two."""
+    tensor, length, dtype = setting.tensor, setting.length, setting.dtype
     pieces = dist.get_world_size() // tensor
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     groups = build_groups(Mesh(tensor=tensor, context=pieces))
     place, own_tensor = groups.context, groups.tensor
-    config = small_config("M", d_model=WIDTH, mamba={"d_state": 16, "headdim": 16, "n_groups": 1, "chunk_size": 64})
+    mamba = {"d_state": setting.d_state, "headdim": setting.headdim, "n_groups": 1, "chunk_size": 64}
+    config = small_config("M", d_model=setting.width, mamba=mamba)
     table = parameter_table(config, tensor)
 
     def layer(tp: TensorParallel, mine, mix) -> mamba2.Mamba2:
@@ -82,7 +89,7 @@ def compare_pieces(
         alone.get_parameter(name).data.copy_(parameter.data)
         for part in (fused, plain):
             part.get_parameter(name).data.copy_(shard(name, parameter.data))
-    u, upstream = torch.randn(2, BATCH, length * pieces, WIDTH)
+    u, upstream = torch.randn(2, BATCH, length * pieces, setting.width)
     layers = [whole] + [m.to(device) if dtype == torch.float32 else m.to(device, dtype) for m in (alone, fused, plain)]
     mine = slice(place.rank * length, (place.rank + 1) * length)
 
@@ -90,7 +97,7 @@ def compare_pieces(
         at, kind = ("cpu", torch.float64) if module is whole else (device, dtype)
         x = u[:, rows].to(at, kind, copy=True).requires_grad_()
         module.zero_grad()
-        again = recompute_of(recompute, 1, own_tensor) if module is fused else None
+        again = recompute_of(setting.recompute, 1, own_tensor) if module is fused else None
         out = module(x, ctx) if again is None else again.run(module, x, ctx)
         out.backward(upstream[:, rows].to(at, kind))
         grads = {name: p.grad for name, p in module.named_parameters()}
@@ -101,7 +108,7 @@ def compare_pieces(
 
     segmenting = ["megatron_taipan.ops.ssd_forward_triton", "megatron_taipan.ops.ssd_backward_triton"]
     found = []
-    for cuts in (cuts_of(length, pieces)[case] for case in cases):
+    for cuts in (cuts_of(length, pieces)[case] for case in setting.cases):
         seq_idx = None
         if cuts is not None:
             seq_idx = torch.zeros(BATCH, length * pieces, dtype=torch.int32)
@@ -117,7 +124,7 @@ def compare_pieces(
                 u[:, rows, 0].to(at), None if seq_idx is None else seq_idx[:, rows].to(at), None, 0, told(),
                 place=mesh_place, document_start=None if mesh_place is None else start.to(at),
             )  # fmt: skip
-            patches = [mock.patch(f"{path}.segments", two_segments) for path in segmenting] if segmented else []
+            patches = [mock.patch(f"{path}.segments", two_segments) for path in segmenting] if setting.segmented else []
             with patches[0] if patches else nullcontext(), patches[1] if patches else nullcontext():
                 result.append(outcome(module, ctx, rows))
         exact, one, *parted = result
@@ -126,3 +133,37 @@ def compare_pieces(
         errors.append({name: error(one[name], exact[name]) for name in exact})
         found.append((*errors, (place.counter.calls, place.counter.bytes), (other.counter.calls, other.counter.bytes)))
     return found
+
+
+def compare_replays(recompute: str) -> list[bool]:
+    """On GPUs: whether a network over pieces gives the same bits replayed as CUDA graphs as one by one, micro-batch by
+    micro-batch with other documents in each: the loss, then every gradient."""
+    from megatron_taipan.model.taipan import Taipan
+    from megatron_taipan.model_config import ModelConfig
+    from tests.model.test_graphs_gpu import CONFIG, batch
+
+    place = build_groups(Mesh(context=dist.get_world_size())).context
+    length = 200 // place.size
+    mine = slice(place.rank * length, (place.rank + 1) * length)
+
+    def made() -> Taipan:
+        with torch.device("cuda"):
+            network = Taipan(ModelConfig.model_validate(CONFIG), seed=1, context_parallel=place, recompute=recompute)
+        return network.bfloat16()
+
+    def outcome(model: Taipan, number: int) -> list[Tensor]:
+        model.zero_grad()
+        whole = batch(number)
+        ctx = make_context(whole["tokens"], whole["seq_idx"], None, 0, told())
+        piece = {n: t[:, mine] if n in ("tokens", "labels", "seq_idx") else t for n, t in whole.items()}
+        loss = model(**piece, document_start=ctx.document_start[:, mine.start], ce_scale=1e-3).loss
+        loss.backward()
+        return [t.detach().clone() for t in (loss, *(p.grad for p in model.parameters()))]
+
+    plain, graphed = made(), made()
+    graphed.capture(2, length)
+    same = []
+    for number in (1, 2, 3):
+        same += [torch.equal(a, b) for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True)]
+    graphed.release_graphs()
+    return same

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.distributed.launch import ROOT, launch
-from tests.model.piece_mixer import compare_pieces
+from tests.model.piece_mixer import Setting, compare_pieces
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,26 +19,24 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(
-    ("pieces", "tensor", "length", "cases", "segmented", "recompute"),
+    ("pieces", "setting"),
     [
-        (2, 1, 67, [0, 1, 2, 3, 4], False, "none"),
-        (3, 1, 64, [0, 4], False, "none"),  # a piece ends where a chunk does
-        (2, 1, 133, [3], True, "none"),
-        (2, 2, 67, [3], False, "none"),  # the norm's group is on two tensor ranks
-        (2, 1, 67, [3], False, "selective"),
-        (2, 1, 67, [3], False, "full"),
+        (2, Setting(1, 67, [0, 1, 2, 3, 4])),
+        (3, Setting(1, 64, [0, 4])),  # a piece ends where a chunk does
+        (2, Setting(1, 133, [3], segmented=True)),
+        (2, Setting(2, 67, [3])),  # the norm's group is on two tensor ranks
+        (2, Setting(1, 67, [3], recompute="selective")),
+        (2, Setting(1, 67, [3], recompute="full")),
     ],
 )
-def test_pieces_are_the_whole_layer(pieces, tensor, length, cases, segmented, recompute):
+def test_pieces_are_the_whole_layer(pieces, setting):
     """Outputs and all gradients; sent is what the layer sends op by op."""
     path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
-    arguments = (tensor, length, cases, segmented, recompute)
-    for results in launch(
-        pieces * tensor, compare_pieces, *arguments, timeout=900, env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ):
-        assert len(results) == len(cases)
+    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    for results in launch(pieces * setting.tensor, compare_pieces, setting, timeout=900, env=env):
+        assert len(results) == len(setting.cases)
         for fused, plain, alone, sent, sent_plain in results:
             assert len(fused) == 18
             for errors in (fused, plain, alone):
                 assert all(e < 4e-5 for e in errors.values()), errors
-            assert sent == sent_plain or recompute != "none"
+            assert sent == sent_plain or setting.recompute != "none"
