@@ -10,6 +10,7 @@ from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
 from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison, with_gradients
 from tests.ops.mamba2_reference import mix_reference
+from tests.ops.pieces import mix_in_pieces
 from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,36 @@ def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
     sizes = {"seq_idx": seq_idx, "headdim": headdim, "groups": groups, "d_state": d_state}
     assert_close(
         lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5),
+        lambda *t: mix_reference(*t, **sizes), [t.cuda() for t in inputs], 2 * TOLERANCE[dtype],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "dtype, b, headdim, d_state, ends, packed",
+    [
+        (torch.bfloat16, 2, 64, 128, [300, 517], True),
+        (torch.bfloat16, 1, 64, 128, [1100, 2200, 3300], False),  # segments in every piece
+        (torch.float32, 2, 16, 16, [64, 67, 131], True),
+    ],
+)
+def test_fused_mixer_in_pieces(dtype, b, headdim, d_state, ends, packed):
+    """The pieces of a row one after the other on this GPU against the whole in float64."""
+    heads, l = 11, ends[-1]
+    channels = heads * headdim + 2 * d_state
+    seq_idx = documents(b, l) if packed else None
+    if packed:  # documents that begin on, and just before, a border
+        seq_idx = (
+            seq_idx + (torch.arange(l, device="cuda") >= ends[0]) + (torch.arange(l, device="cuda") >= ends[-2] - 1)
+        )
+        seq_idx = seq_idx.int()
+    inputs = [
+        torch.randn(b, l, heads * headdim + channels + heads).to(dtype), (torch.randn(channels, 4) * 0.4).to(dtype),
+        (torch.randn(channels) * 0.1).to(dtype), torch.randn(heads) - 5, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * headdim).to(dtype),
+    ]  # fmt: skip
+    sizes = {"seq_idx": seq_idx, "headdim": headdim, "groups": 1, "d_state": d_state}
+    assert_close(
+        lambda *t: mix_in_pieces(t, sizes, ends, group_size=heads * headdim, eps=1e-5),
         lambda *t: mix_reference(*t, **sizes), [t.cuda() for t in inputs], 2 * TOLERANCE[dtype],
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from tests.ops.kernel_checks import error, with_gradients
 from tests.ops.mamba2_reference import mix_reference
+from tests.ops.pieces import mix_in_pieces
 from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
 pytestmark = [
@@ -58,6 +59,30 @@ def test_fused_mixer_whose_norm_spans_two_ranks():
     inputs, sizes = random_case(1, 67, 4, 16, 1, True)
     expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
     errors = [error(a, b) for a, b in zip(mix_over_ranks(inputs, sizes, 2), expected, strict=True)]
+    assert all(e < 4e-5 for e in errors), errors
+
+
+@pytest.mark.parametrize(
+    "ends, starts",
+    [
+        ([67, 133], None),  # one document
+        ([64, 128], [[64], [66]]),  # documents that begin on and after a border; pieces of whole chunks
+        ([40, 43, 83], [[39], [10, 42]]),  # before one; a piece as short as the convolution's tail, passed through
+        ([40, 70, 110], [[71], []]),
+    ],
+)
+def test_fused_mixer_in_pieces(ends, starts):
+    """Output and every gradient against whole rows; steps so small that states reach over several pieces."""
+    inputs, sizes = random_case(2, ends[-1], 3, 16, 1, False)
+    inputs[3] -= 3
+    if starts is not None:
+        seq_idx = torch.zeros(2, ends[-1], dtype=torch.int32)
+        for row, begins in enumerate(starts):
+            seq_idx[row, begins] = 1
+        sizes["seq_idx"] = seq_idx.cumsum(1).int()
+    expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
+    got = with_gradients(lambda *t: mix_in_pieces(t, sizes, ends, group_size=48, eps=1e-5), inputs)
+    errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
     assert all(e < 4e-5 for e in errors), errors
 
 
