@@ -27,13 +27,14 @@ def parameter_table(config: ModelConfig, tensor: int = 1) -> dict[str, ParamSpec
     """
     check_tensor_size(config, tensor)
     d = config.d_model
-    table = {"embedding.weight": ParamSpec((config.vocab_size, d), "normal", split=0, padded=True)}
+    tokens = ParamSpec((config.vocab_size, d), "normal", split=0, padded=True, elementwise=True)
+    table = {"embedding.weight": tokens}
     for index, letter in enumerate(config.letters):
         layer = kind_of(letter).parameters(config, tensor)
         table |= {f"layers.{index}.{name}": spec for name, spec in layer.items()}
     table["final_norm.weight"] = norm(d)
     if not config.tie_embeddings:
-        table["head.weight"] = ParamSpec((config.vocab_size, d), "normal", split=0, padded=True)
+        table["head.weight"] = tokens
     return table
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_taipan.config import Config
 from megatron_taipan.engine.mpu import ModelParallelUnit
+from megatron_taipan.engine.muon import bring_matrices
 from megatron_taipan.engine.operations import check_operations
 from megatron_taipan.engine.optimizer import make_optimizer
 from megatron_taipan.engine.protocol import Engine
@@ -59,6 +60,8 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
         from megatron_taipan.engine.pipeline_engine import patch_pipeline
 
         patch_pipeline(engine)
+    if config.optim.name == "muon":
+        bring_matrices(engine, config, groups, table)
     return engine
 
 
@@ -111,23 +114,28 @@ def cast(model: nn.Module, precision: str, device: torch.device) -> None:
 
 
 def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Config) -> list[dict[str, Any]]:
-    """The optimizer's groups: by weight decay and factor of the learning rate, and never two types in one group.
+    """The optimizer's groups: by weight decay, factor of the learning rate and whether Muon steps them, and never two
+    types in one group.
 
     The first group's type is what DeepSpeed takes for *the* type. At stage 1 it has to be the low one, so that
     gradients are summed over micro-batches in float32; at stage 2 under bf16 it has to be float32, so that the float32
     parameters' gradients are not rounded when they are sent. At stage 3 either works.
     """
-    groups: dict[tuple[torch.dtype, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[torch.dtype, float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        treated = treatment(name, _row(table, name).decay, config.optim)
-        groups.setdefault((parameter.dtype, *treated), []).append(parameter)
+        spec = _row(table, name)
+        muon = config.optim.name == "muon" and spec.is_matrix
+        groups.setdefault((parameter.dtype, *treatment(name, spec.decay, config.optim), muon), []).append(parameter)
     float32_first = config.parallel.zero_stage == 2 and config.train.precision == "bf16"
 
-    def order(key: tuple[torch.dtype, float, float]) -> tuple[bool, float, float]:
-        dtype, decay, factor = key
-        return ((dtype == torch.float32) != float32_first, -decay, -factor)
+    def order(key: tuple[torch.dtype, float, float, bool]) -> tuple[bool, float, float, bool]:
+        dtype, decay, factor, muon = key
+        return ((dtype == torch.float32) != float32_first, -decay, -factor, muon)
 
-    return [{"params": groups[key], "weight_decay": key[1], "lr_factor": key[2]} for key in sorted(groups, key=order)]
+    return [
+        {"params": groups[key], "weight_decay": key[1], "lr_factor": key[2], "muon": key[3]}
+        for key in sorted(groups, key=order)
+    ]
 
 
 def treatment(name: str, decays: bool, optim: OptimConfig) -> tuple[float, float]:

@@ -38,6 +38,7 @@ from megatron_taipan.engine.build import (
     set_learning_rate,
 )
 from megatron_taipan.engine.ema import begin_ema, update_ema
+from megatron_taipan.engine.muon import describe_muon
 from megatron_taipan.engine.operations import choose_operations
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
 from megatron_taipan.engine.state_shards import held_shards
@@ -87,7 +88,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         settle_numerics(config)
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, plan[0].config.data.seq_len)
-        treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
+        table = run_on_all_ranks(lambda: parameter_table(config.model))
+        treated = run_on_all_ranks(lambda: describe_muon(config.optim, table) + describe_groups(config.optim, table))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
         done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
