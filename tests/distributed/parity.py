@@ -179,7 +179,6 @@ CHOICES: dict[str, list[Any]] = {
     "n_kv_heads": [1, 4],
     "micro_batch": [1, 2, 4],
     "gate": list(GATES),
-    "optimizer": ["adamw", "muon"],
 }
 
 
@@ -259,12 +258,27 @@ CI_CASES = [
     Case("jamba", tensor=2, zero=0, n_groups=2, n_kv_heads=4, optimizer="muon"),
 ]
 
+# Muon elsewhere, besides those of CI; the optimizer does not care about the other choices.
+OF_MUON = [
+    Case("taipan", data=2, zero=1, optimizer="muon"),
+    Case("taipan", data=2, zero=0, optimizer="muon"),
+    Case("taipan", pipeline=2, zero=1, optimizer="muon"),
+    Case("taipan", tensor=2, pipeline=2, zero=1, optimizer="muon"),
+    Case("taipan", pipeline=2, data=2, zero=1, micro_batch=2, gate="anneal", optimizer="muon"),
+    Case("taipan", tensor=4, zero=2, n_groups=2, optimizer="muon"),
+    Case("taipan", tensor=2, data=2, zero=0, n_groups=4, optimizer="muon"),
+    Case("transformerpp", data=4, zero=1, n_kv_heads=4, optimizer="muon"),
+    Case("samba", tensor=2, data=2, zero=2, recompute="selective", optimizer="muon"),
+    Case("mamba2", tensor=2, sequence=True, zero=1, optimizer="muon"),
+]
+
 # More processes than the others are drawn for.
 OF_EIGHT = [
     Case("taipan", tensor=2, sequence=True, pipeline=2, data=2, zero=1),
     Case("taipan", tensor=4, sequence=True, data=2, zero=1, n_groups=2),
     Case("taipan", tensor=2, sequence=True, data=4, zero=3, recompute="selective"),
     Case("jamba", tensor=4, sequence=True, data=2, zero=2, n_groups=4, n_kv_heads=4),
+    Case("taipan", tensor=2, sequence=True, pipeline=2, data=2, zero=1, optimizer="muon"),
 ]
 
 
