@@ -62,7 +62,8 @@ class MuonAdamW(torch.optim.AdamW):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
         def unless_skipped(value: float, otherwise: float) -> Any:
-            return value if found_inf is None else torch.where(found_inf > 0, otherwise, value)
+            # not torch.where, which would bring the two numbers to the device, and wait
+            return value if found_inf is None else value * (1 - found_inf) + otherwise * found_inf
 
         updates = {}
         for p in params:

@@ -2,7 +2,9 @@
 
 All three read and write each element once, which is what an AdamW step costs. The rest of the step is made for
 torch's: it applies the factor of clipping and loss scaling as well (engine/zero.py). apex has fused norms too; those of
-ops/rms_norm_triton.py also return the residual stream, which saves a pass that apex's would add. Muon, with AdamW for the rest, is in muon.py.
+ops/rms_norm_triton.py also return the residual stream, which saves a pass that apex's would add.
+
+Muon, with AdamW for the rest, is in muon.py.
 """
 
 from collections.abc import Callable

@@ -122,7 +122,9 @@ def main() -> int:
     parser.add_argument("--more", type=int, default=0, help="this many cases besides, drawn from all possible ones")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
     args = parser.parse_args()
-    cases = CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + OF_MUON + OF_EIGHT + all_cases()[: args.more]))
+    cases = (
+        CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + OF_MUON + OF_EIGHT + all_cases()[: args.more]))
+    )
     on_gpus = args.gpus is not None
     by_setting = run_on_gpus(cases, args.gpus or list(GPU_SETTINGS)) if on_gpus else {CPU: run_all(cases)}
     failures = 0

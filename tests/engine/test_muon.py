@@ -27,11 +27,13 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made_optimizer(dtype: torch.dtype, optim: OptimConfig = OPTIM) -> tuple[dict[str, Tensor], MuonAdamW]:
+def made_optimizer(
+    dtype: torch.dtype, optim: OptimConfig = OPTIM, device: str = "cpu"
+) -> tuple[dict[str, Tensor], MuonAdamW]:
     """Muon over the matrices of SHAPES, end to end in one tensor as ZeRO has them, padded; AdamW over a vector."""
-    values = {name: draw(shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
-    flat = torch.nn.Parameter(torch.cat([*(v.flatten() for v in values.values()), torch.zeros(3)]))
-    vector = torch.nn.Parameter(draw((7,), 9))
+    values = {name: draw(shape, seed).to(device) for seed, (name, shape) in enumerate(SHAPES.items())}
+    flat = torch.nn.Parameter(torch.cat([*(v.flatten() for v in values.values()), torch.zeros(3, device=device)]))
+    vector = torch.nn.Parameter(draw((7,), 9).to(device))
     groups: list[dict[str, Any]] = [
         {"params": [flat], "weight_decay": optim.weight_decay, "muon": True},
         {"params": [vector], "weight_decay": 0.0, "muon": False},
@@ -47,7 +49,7 @@ def made_optimizer(dtype: torch.dtype, optim: OptimConfig = OPTIM) -> tuple[dict
     assert shards[0].kinds == ("master", "exp_avg") and of_vector.kinds == ("master", "exp_avg", "exp_avg_sq")
     optimizer.param_groups[0]["exchange"] = MatrixExchange(
         shards, {name: ParamSpec(shape, "normal") for name, shape in SHAPES.items()}, optim, tensor_rank=0,
-        tensor_size=1, group=None, dtype=dtype, device=torch.device("cpu"),
+        tensor_size=1, group=None, dtype=dtype, device=torch.device(device),
     )  # fmt: skip
     return views | {"vector": vector.detach(), "flat": flat}, optimizer
 
@@ -55,7 +57,7 @@ def made_optimizer(dtype: torch.dtype, optim: OptimConfig = OPTIM) -> tuple[dict
 def give_gradients(optimizer: MuonAdamW, step: int, factor: float = 1.0) -> None:
     for number, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            p.grad = draw(p.shape, 100 + 10 * step + number) * factor
+            p.grad = draw(p.shape, 100 + 10 * step + number).to(p.device) * factor
     optimizer.param_groups[0]["params"][0].grad[-3:] = 0  # padding
 
 
