@@ -391,6 +391,11 @@ class Config(Section):
 
     def _check_muon(self) -> None:
         p = self.parallel
+        if self.model.mup_base_width is not None:
+            raise ValueError(
+                f"optim.name=muon with model.mup_base_width={self.model.mup_base_width}, whose learning rates are for"
+                " AdamW; leave one of them out"
+            )
         if p.zero_stage == 3:
             raise ValueError(
                 "optim.name=muon with parallel.zero_stage=3, which steps slices of one parameter after another, and"

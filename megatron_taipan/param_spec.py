@@ -15,6 +15,9 @@ class ParamSpec:
     float32: bool = False  # stays float32 under bf16 and fp16
     summed: bool = False  # replicated, but each rank's gradient covers only its own heads' use of it
     elementwise: bool = False  # has two dimensions and is no projection: optim.name=muon leaves it to AdamW
+    wide: bool = (
+        False  # not is_matrix, and yet model.mup_base_width slows it: it sums over the width, or scales such sums
+    )
     on_stream: bool = False  # replicated; where tokens are sharded, each rank's gradient covers its own tokens only
 
     @property

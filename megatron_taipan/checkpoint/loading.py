@@ -145,4 +145,8 @@ def load_weights(
     before, now = (network_settings(network) for network in (weights.network, config))
     unlike = [name for name, value in before.items() if now.get(name) != value and name != "model.pattern"]
     # what decided about initial values decides no more
-    return [f"{name}: {before[name]}, this run {now.get(name)}" for name in unlike if "init" not in name]
+    return [
+        f"{name}: {before[name]}, this run {now.get(name)}"
+        for name in unlike
+        if "init" not in name and name != "model.mup_base_width"
+    ]

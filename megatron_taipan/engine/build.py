@@ -22,6 +22,7 @@ from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.mesh import fit_mesh
@@ -125,7 +126,10 @@ def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Conf
     for name, parameter in model.named_parameters():
         spec = _row(table, name)
         muon = config.optim.name == "muon" and spec.is_matrix
-        groups.setdefault((parameter.dtype, *treatment(name, spec.decay, config.optim), muon), []).append(parameter)
+        decay, factor = treatment(name, spec.decay, config.optim)
+        if spec.is_matrix or spec.wide:  # muP; the product of rate and decay stays
+            decay, factor = decay * config.model.times_as_wide, factor / config.model.times_as_wide
+        groups.setdefault((parameter.dtype, decay, factor, muon), []).append(parameter)
     float32_first = config.parallel.zero_stage == 2 and config.train.precision == "bf16"
 
     def order(key: tuple[torch.dtype, float, float, bool]) -> tuple[bool, float, float, bool]:
@@ -149,6 +153,17 @@ def treatment(name: str, decays: bool, optim: OptimConfig) -> tuple[float, float
     if group is None:
         return decay, 1.0
     return decay if group.weight_decay is None else group.weight_decay, group.lr
+
+
+def describe_width(config: ModelConfig) -> list[str]:
+    """What model.mup_base_width does, for the log; nothing without it."""
+    if config.mup_base_width is None:
+        return []
+    rate = 1 / config.times_as_wide
+    return [
+        f"muP: {config.times_as_wide:g} times the width {config.mup_base_width}: learning rate x {rate:g}, weight decay"
+        f" x {config.times_as_wide:g} for matrices, gates and the final norm"
+    ]
 
 
 def describe_groups(optim: OptimConfig, names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.engine.build import accumulation, count_parameters, describe_groups
+from megatron_taipan.engine.build import accumulation, count_parameters, describe_groups, describe_width
 from megatron_taipan.engine.muon import describe_muon
 from megatron_taipan.engine.operations import describe_operations
 from megatron_taipan.engine.state_shards import kinds_of
@@ -72,7 +72,11 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
     table = parameter_table(config.model)
-    for line in (*describe_muon(config.optim, table), *describe_groups(config.optim, table)):
+    for line in (
+        *describe_muon(config.optim, table),
+        *describe_width(config.model),
+        *describe_groups(config.optim, table),
+    ):
         yield f"optimizer  {line}"
     for stage in plan:
         where = f"{stage.title()} " if config.stages else ""

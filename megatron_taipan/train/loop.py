@@ -35,6 +35,7 @@ from megatron_taipan.engine.build import (
     capture_graphs,
     change_stage,
     describe_groups,
+    describe_width,
     set_learning_rate,
 )
 from megatron_taipan.engine.ema import begin_ema, update_ema
@@ -89,7 +90,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         seed_all(t.seed + place.rank)
         groups, travel = connect(p, device, plan[0].config.data.seq_len)
         table = run_on_all_ranks(lambda: parameter_table(config.model))
-        treated = run_on_all_ranks(lambda: describe_muon(config.optim, table) + describe_groups(config.optim, table))
+        treated = describe_muon(config.optim, table) + describe_width(config.model)
+        treated += run_on_all_ranks(lambda: describe_groups(config.optim, table))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
         done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
