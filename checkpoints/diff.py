@@ -75,7 +75,8 @@ def tensors_of(opened: ExportedWeights | CheckpointWeights, *, with_moments: boo
     tensors: dict[str, Callable[[], Tensor]] = {name: partial(opened.load, name) for name in opened.names()}
     if with_moments and isinstance(opened, CheckpointWeights):
         for kind in opened.moments:
-            tensors |= {f"{name} ({kind})": partial(opened.load_moment, name, kind) for name in opened.reader.table}
+            names = [name for name in opened.reader.table if kind in opened.moments_of(name)]
+            tensors |= {f"{name} ({kind})": partial(opened.load_moment, name, kind) for name in names}
     return tensors
 
 

@@ -72,7 +72,10 @@ def tensor_lines(opened: ExportedWeights | CheckpointWeights, every: bool) -> li
     fp32_params = f"{sum(spec.float32 for spec in table.values())} of them float32 parameters"
     lines = [f"network     {opened.network.pattern}: {total:,} parameters in {len(table)} tensors, {fp32_params}"]
     if isinstance(opened, CheckpointWeights):
-        lines.append(f"held        float32 masters{''.join(f', {kind}' for kind in opened.moments)} of each parameter")
+        less = sum(opened.moments_of(name) != opened.moments for name in table)
+        muon = f", without {opened.moments[-1]} of the {less} matrices that Muon steps" if less else ""
+        kinds = "".join(f", {kind}" for kind in opened.moments)
+        lines.append(f"held        float32 masters{kinds} of each parameter{muon}")
     if every:
         return lines + [f"    {name:<44} {columns(*tensor)}" for name, tensor in stored.items()]
     return lines + tree_lines(stored)

@@ -29,7 +29,7 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
-from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER
+from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER, MOMENTS, kinds_of
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.mesh import ZERO, Coordinates, Mesh, fit_mesh
@@ -180,7 +180,7 @@ def write_checkpoint(
     """Writes a checkpoint for a layout: complete at once, or nothing.
 
     Args:
-        kinds: what of each parameter, MASTER and the moments.
+        kinds: what of each parameter, MASTER and the moments, as far as its optimizer has them.
         calibrated: a checkpoint whose calibrated thresholds, if it has any, are the new one's too.
     """
     index, entries = plan(reader, target, kinds)
@@ -208,7 +208,9 @@ def plan(reader: Reader, target: Target, kinds: tuple[str, ...]) -> tuple[dict[s
     for name, spec in target.table.items():
         n_ranks, size = tensor if spec.split is not None else 1, torch.Size(spec.local_shape(tensor)).numel()
         width = -(-size // target.sharers)  # as ZeRO 3 cuts it
-        for kind, rank, sharer in itertools.product(kinds, range(n_ranks), range(target.sharers)):
+        kept = kinds_of(spec, target.config.optim)
+        held = [kind for kind in kinds if kind in kept or kind not in MOMENTS]
+        for kind, rank, sharer in itertools.product(held, range(n_ranks), range(target.sharers)):
             start, count = sharer * width, min(max(size - sharer * width, 0), width)
             if not count:
                 continue

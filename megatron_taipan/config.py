@@ -386,6 +386,8 @@ class Config(Section):
                 f"parallel.pipeline={p.pipeline} with zero_stage=0: DeepSpeed's pipeline engine would ignore"
                 " optim.grad_clip; use zero_stage 1"
             )
+        if self.optim.name == "muon":
+            self._check_muon()
         self._check_tasks()
         return self
 
@@ -393,6 +395,24 @@ class Config(Section):
     def _stages_fit(self) -> "Config":
         plan_stages(self)
         return self
+
+    def _check_muon(self) -> None:
+        p = self.parallel
+        if self.model.mup_base_width is not None:
+            raise ValueError(
+                f"optim.name=muon with model.mup_base_width={self.model.mup_base_width}, whose learning rates are for"
+                " AdamW; leave one of them out"
+            )
+        if p.zero_stage == 3:
+            raise ValueError(
+                "optim.name=muon with parallel.zero_stage=3, which steps slices of one parameter after another, and"
+                " Muon needs whole matrices; use zero_stage 0, 1 or 2"
+            )
+        if p.offload_optimizer != "none":
+            raise ValueError(
+                f"optim.name=muon with parallel.offload_optimizer={p.offload_optimizer}: its matrix products would run"
+                " on the CPU, where the optimizer's state is; use offload_optimizer=none"
+            )
 
     def _check_tasks(self) -> None:
         """Their names differ, and there is a checkpoint at each turn; saves by the clock come at any step."""

@@ -52,6 +52,12 @@ class ModelConfig(Section):
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", gt=0)
     residual_fp32: bool = option(True, "keep the residual stream in float32 under bf16 or fp16")
     init_std: float = option(0.02, "standard deviation of embedding and attention weights at initialisation", gt=0)
+    mup_base_width: int | None = option(
+        None,
+        "width that init_std and optim.lr are meant for; at another d_model initial values and learning rates of"
+        " matrices follow the width, as in muP (see docs/optimizer.md); null: they do not",
+        ge=1,
+    )
     mamba: MambaConfig = option(MambaConfig(), "Mamba-2 blocks")
     attention: AttentionConfig = option(AttentionConfig(), "attention layers")
     gate: GateConfig = option(GateConfig(), "the gate of selective attention")
@@ -86,6 +92,11 @@ class ModelConfig(Section):
     @property
     def n_layers(self) -> int:
         return len(self.letters)
+
+    @property
+    def times_as_wide(self) -> float:
+        """d_model by mup_base_width; 1 without one."""
+        return self.d_model / (self.mup_base_width or self.d_model)
 
     @property
     def d_inner(self) -> int:

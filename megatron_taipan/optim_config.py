@@ -18,11 +18,16 @@ class ParameterGroup(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: a linear warm-up to the peak, then one of the shapes of train/schedule.py.
+    """The optimizer and its schedule: a linear warm-up to the peak, then one of the shapes of train/schedule.py.
 
     Lengths are steps, or tokens such as "2B tokens", which become steps when the configuration is read.
     """
 
+    name: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon: Muon for the projections in the layers, AdamW for everything else (embedding, head, norms, convolutions,"
+        " gates, vectors); zero_stage 0 to 2, no offload",
+    )
     lr: float = option(5e-4, "peak learning rate", gt=0)
     min_lr: float = option(1e-5, "learning rate at the end of the decay", ge=0)
     warmup_steps: int = option(2000, "steps of linear warm-up from 0", ge=0)
@@ -45,6 +50,13 @@ class OptimConfig(Section):
     eps: float = option(1e-8, "Adam's epsilon", gt=0)
     kernel: Literal["auto", "torch", "apex", "deepspeed"] = option(
         "auto", "whose AdamW kernel runs; auto: NVIDIA's apex where it is installed, else torch's fused one"
+    )
+    muon_momentum: float = option(0.95, "with name=muon: momentum of the matrices' gradients, Nesterov's", ge=0, lt=1)
+    muon_steps: int = option(5, "with name=muon: Newton-Schulz iterations", ge=1, le=20)
+    muon_scale: Literal["rms", "shape"] = option(
+        "rms",
+        "with name=muon, factor of the learning rate for a matrix: rms: 0.2 sqrt(larger side), so that lr and"
+        " weight_decay are AdamW's; shape: sqrt(max(1, rows / columns)), with lr near 0.02 and groups for the others",
     )
     ema_decay: float | None = option(
         None,
@@ -73,5 +85,10 @@ class OptimConfig(Section):
         if self.schedule != "wsd" and self.wsd_decay_steps is not None:
             raise ValueError(
                 f"wsd_decay_steps={self.wsd_decay_steps} with schedule={self.schedule}; it belongs to schedule=wsd"
+            )
+        if self.name == "muon" and self.kernel not in ("auto", "torch"):
+            raise ValueError(
+                f"kernel={self.kernel} with name=muon: what steps AdamW's part beside Muon is torch's kernel; use"
+                " kernel=auto"
             )
         return self

@@ -5,6 +5,8 @@ it. A parameter that the table does not know is an error, never a default. What 
 (layer_kinds/).
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,13 +29,14 @@ def parameter_table(config: ModelConfig, tensor: int = 1) -> dict[str, ParamSpec
     """
     check_tensor_size(config, tensor)
     d = config.d_model
-    table = {"embedding.weight": ParamSpec((config.vocab_size, d), "normal", split=0, padded=True)}
+    tokens = ParamSpec((config.vocab_size, d), "normal", split=0, padded=True, elementwise=True)
+    table = {"embedding.weight": tokens}
     for index, letter in enumerate(config.letters):
         layer = kind_of(letter).parameters(config, tensor)
         table |= {f"layers.{index}.{name}": spec for name, spec in layer.items()}
-    table["final_norm.weight"] = norm(d)
+    table["final_norm.weight"] = replace(norm(d), init="to_head", wide=True)
     if not config.tie_embeddings:
-        table["head.weight"] = ParamSpec((config.vocab_size, d), "normal", split=0, padded=True)
+        table["head.weight"] = tokens
     return table
 
 

@@ -62,6 +62,12 @@ def load_training_state(
     refuse_other_run(str(path), metadata["identity"], identity)
     saved = load_config(path / CONFIG)
     refuse_edited_stages(str(path), saved, config, metadata["progress"]["step"])
+    if saved.optim.name == "muon" and config.optim.name != "muon":
+        raise UserError(
+            f"{path} was trained with optim.name=muon, which keeps no second moment of matrices, and"
+            f" {config.optim.name} needs one; go on with optim.name=muon, or begin a run with the weights alone:"
+            f" checkpoint.init={path}"
+        )
     reader = StateReader(path, saved.model)
     table = parameter_table(config.model, config.parallel.tensor)
     shards = held_shards(engine, groups.zero_rank)
@@ -69,6 +75,8 @@ def load_training_state(
 
     def load(kind: str) -> None:
         for shard in shards:
+            if kind not in shard.kinds:
+                continue
             spec = table[shard.name]
             values = reader.elements(shard.name, kind, spec, tp.size, tp.rank, shard.start, shard.count)
             shard.tensor(kind).copy_(values)
@@ -137,4 +145,8 @@ def load_weights(
     before, now = (network_settings(network) for network in (weights.network, config))
     unlike = [name for name, value in before.items() if now.get(name) != value and name != "model.pattern"]
     # what decided about initial values decides no more
-    return [f"{name}: {before[name]}, this run {now.get(name)}" for name in unlike if "init" not in name]
+    return [
+        f"{name}: {before[name]}, this run {now.get(name)}"
+        for name in unlike
+        if "init" not in name and name != "model.mup_base_width"
+    ]

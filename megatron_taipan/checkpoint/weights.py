@@ -23,7 +23,7 @@ from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.config import Config, load_config
-from megatron_taipan.engine.state_shards import EMA, MASTER, MOMENTS
+from megatron_taipan.engine.state_shards import EMA, MASTER, MOMENTS, kinds_of
 from megatron_taipan.errors import UserError
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
@@ -86,7 +86,7 @@ class CheckpointWeights:
     step: int  # optimizer steps taken
     tokens: int  # that were trained on in them
     reader: StateReader
-    moments: tuple[str, ...] = ()  # of the optimizer; none in a weights-only checkpoint
+    moments: tuple[str, ...] = ()  # of the optimizer, see `moments_of`; none in a weights-only checkpoint
     kind: str = MASTER  # what is given as the weights: they, or their average EMA
 
     @property
@@ -109,7 +109,12 @@ class CheckpointWeights:
             value = self.reader.buffer(name)
             return Stored(tuple(value.shape), "F32", value.numel() * value.element_size())
         shape = self.reader.table[name].shape
-        return Stored(shape, "F32", 4 * math.prod(shape) * (1 + len(self.moments)))
+        return Stored(shape, "F32", 4 * math.prod(shape) * (1 + len(self.moments_of(name))))
+
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """The moments of a parameter: of one that Muon steps only the first."""
+        kept = kinds_of(self.reader.table[name], self.config.optim)
+        return tuple(kind for kind in self.moments if kind in kept)
 
     def load_moment(self, name: str, kind: str) -> Tensor:
         """One of the optimizer's moments of a parameter, full float32."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_taipan.config import Config
 from megatron_taipan.engine.mpu import ModelParallelUnit
+from megatron_taipan.engine.muon import bring_matrices
 from megatron_taipan.engine.operations import check_operations
 from megatron_taipan.engine.optimizer import make_optimizer
 from megatron_taipan.engine.protocol import Engine
@@ -22,6 +23,7 @@ from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.registry import kinds_of
+from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.mesh import fit_mesh
@@ -60,6 +62,8 @@ def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch
         from megatron_taipan.engine.pipeline_engine import patch_pipeline
 
         patch_pipeline(engine)
+    if config.optim.name == "muon":
+        bring_matrices(engine, config, groups, table)
     return engine
 
 
@@ -112,23 +116,31 @@ def cast(model: nn.Module, precision: str, device: torch.device) -> None:
 
 
 def parameter_groups(model: nn.Module, table: dict[str, ParamSpec], config: Config) -> list[dict[str, Any]]:
-    """The optimizer's groups: by weight decay and factor of the learning rate, and never two types in one group.
+    """The optimizer's groups: by weight decay, factor of the learning rate and whether Muon steps them, and never two
+    types in one group.
 
     The first group's type is what DeepSpeed takes for *the* type. At stage 1 it has to be the low one, so that
     gradients are summed over micro-batches in float32; at stage 2 under bf16 it has to be float32, so that the float32
     parameters' gradients are not rounded when they are sent. At stage 3 either works.
     """
-    groups: dict[tuple[torch.dtype, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[torch.dtype, float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        treated = treatment(name, _row(table, name).decay, config.optim)
-        groups.setdefault((parameter.dtype, *treated), []).append(parameter)
+        spec = _row(table, name)
+        muon = config.optim.name == "muon" and spec.is_matrix
+        decay, factor = treatment(name, spec.decay, config.optim)
+        if spec.is_matrix or spec.wide:  # muP; the product of rate and decay stays
+            decay, factor = decay * config.model.times_as_wide, factor / config.model.times_as_wide
+        groups.setdefault((parameter.dtype, decay, factor, muon), []).append(parameter)
     float32_first = config.parallel.zero_stage == 2 and config.train.precision == "bf16"
 
-    def order(key: tuple[torch.dtype, float, float]) -> tuple[bool, float, float]:
-        dtype, decay, factor = key
-        return ((dtype == torch.float32) != float32_first, -decay, -factor)
+    def order(key: tuple[torch.dtype, float, float, bool]) -> tuple[bool, float, float, bool]:
+        dtype, decay, factor, muon = key
+        return ((dtype == torch.float32) != float32_first, -decay, -factor, muon)
 
-    return [{"params": groups[key], "weight_decay": key[1], "lr_factor": key[2]} for key in sorted(groups, key=order)]
+    return [
+        {"params": groups[key], "weight_decay": key[1], "lr_factor": key[2], "muon": key[3]}
+        for key in sorted(groups, key=order)
+    ]
 
 
 def treatment(name: str, decays: bool, optim: OptimConfig) -> tuple[float, float]:
@@ -142,6 +154,17 @@ def treatment(name: str, decays: bool, optim: OptimConfig) -> tuple[float, float
     if group is None:
         return decay, 1.0
     return decay if group.weight_decay is None else group.weight_decay, group.lr
+
+
+def describe_width(config: ModelConfig) -> list[str]:
+    """What model.mup_base_width does, for the log; nothing without it."""
+    if config.mup_base_width is None:
+        return []
+    rate = 1 / config.times_as_wide
+    return [
+        f"muP: {config.times_as_wide:g} times the width {config.mup_base_width}: learning rate x {rate:g}, weight decay"
+        f" x {config.times_as_wide:g} for matrices, gates and the final norm"
+    ]
 
 
 def describe_groups(optim: OptimConfig, names: Iterable[str]) -> list[str]:

@@ -82,6 +82,7 @@ READ = (
     Internal(PIPELINE_MODULE, "_layer_specs _set_bounds", "which of all layers a stage builds"),
     Internal(ENGINE, "basic_optimizer zero_optimization_stage", "the optimizer that ZeRO wraps"),
     Internal("torch:", "_foreach_norm", "norms of many gradients in float32 in one launch (zero.py)"),
+    Internal("torch:", "_foreach_mul_", "the scales of many matrices in one launch (matrices.py)"),
     Internal("torch:", "_foreach_lerp_", "the moving average of many weights in one launch (ema.py)"),
     Internal("torch.distributed.distributed_c10d:", "_world _set_pg_timeout", "all groups' timeouts (timeouts.py)"),
 )  # fmt: skip

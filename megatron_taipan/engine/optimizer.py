@@ -3,6 +3,8 @@
 All three read and write each element once, which is what an AdamW step costs. The rest of the step is made for
 torch's: it applies the factor of clipping and loss scaling as well (engine/zero.py). apex has fused norms too; those of
 ops/rms_norm_triton.py also return the residual stream, which saves a pass that apex's would add.
+
+Muon, with AdamW for the rest, is in muon.py.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_taipan.engine.muon import MuonAdamW
 from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.errors import UserError
 from megatron_taipan.optim_config import OptimConfig
@@ -19,7 +22,7 @@ Kernel = Callable[[list[list[torch.Tensor]], float, float, float, float, int, fl
 
 
 def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_gpu: bool = False) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, each with its weight_decay.
+    """AdamW over parameter groups, each with its weight_decay, or MuonAdamW where each says whether `muon` steps it.
 
     Args:
         on_gpu: whether the optimizer's state is on a GPU, where apex's and DeepSpeed's kernels run.
@@ -27,6 +30,8 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_gpu: 
     Raises:
         UserError: optim.kernel names one that cannot run here.
     """
+    if optim.name == "muon":
+        return MuonAdamW(groups, optim)
     options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     kernel = _load(optim.kernel, on_gpu)
     if kernel is None:
@@ -41,7 +46,9 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Whose kernel runs AdamW, for the log."""
+    """Which optimizer, and whose kernel runs AdamW, for the log."""
+    if isinstance(optimizer, MuonAdamW):
+        return "Muon for matrices, AdamW: torch's fused kernel"
     return f"AdamW: {optimizer.name}" if isinstance(optimizer, KernelAdamW) else "AdamW: torch's fused kernel"
 
 

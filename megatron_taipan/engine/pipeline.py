@@ -15,7 +15,7 @@ The labels are sent along, because head and loss are one operation that never ho
 bytes a token beside the 4 d of the stream.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -138,6 +138,20 @@ class TaipanPipeline(PipelineModule):
             for owner in self.recorders():
                 owner.gate = None
 
+    @contextmanager
+    def scored_by(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Cross entropies of one micro-batch by part of its tokens (see Taipan.forward): float64 [number of parts],
+        which its forward pass fills in on the last stage; 0 on the others."""
+        sums = torch.zeros(len(parts), dtype=torch.float64, device=self.records_on)
+        heads = [owner for owner in self.recorders() if isinstance(owner, PipelineHead)]
+        for head in heads:
+            head.parts, head.sums = parts, sums
+        try:
+            yield sums
+        finally:
+            for head in heads:
+                head.parts = head.sums = None
+
     def use_gate(self, gate: GateConfig) -> None:
         """Other schedules of the gate, as Taipan.use_gate."""
         for owner in self.recorders():
@@ -189,19 +203,23 @@ def run_pipeline(
 
 
 @torch.no_grad()
-def score_pipeline(engine: StagedEngine, batch: dict[str, Tensor], loss_mask: Tensor) -> Tensor:
-    """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]."""
+def score_pipeline(
+    engine: StagedEngine, batch: dict[str, Tensor], loss_mask: Tensor, parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One micro-batch in evaluation mode: this stage's records, the cross entropy summed over loss_mask [b, l]; and
+    that cross entropy by part."""
     engine.module.take_records()
     one = torch.ones((), device=loss_mask.device)
     whole = len(loss_mask) == engine.train_micro_batch_size_per_gpu()
     if not whole:  # the stages have buffers of a whole micro-batch
         engine.reset_activation_shape()
-    engine.eval_batch(
-        packed([batch | {"loss_mask": loss_mask}], step=0, ce_scale=one), num_micro_batches=1, bcast_loss=False
-    )
+    with engine.module.scored_by(parts) as sums:
+        engine.eval_batch(
+            packed([batch | {"loss_mask": loss_mask}], step=0, ce_scale=one), num_micro_batches=1, bcast_loss=False
+        )
     if not whole:
         engine.reset_activation_shape()
-    return engine.module.take_records()
+    return engine.module.take_records(), sums
 
 
 @torch.no_grad()
@@ -313,11 +331,16 @@ class PipelineHead(Head):
         self.gate_config = config.model.gate
         self.gate: Tensor | None = None  # set by `gates_set_to`
         self.records: list[Tensor] = []  # [loss, ce, budget] of each micro-batch
+        self.parts: Sequence[Tensor] | None = None  # set by `scored_by`, and where their sums go
+        self.sums: Tensor | None = None
 
     def forward(self, payload: Payload, embedding: Tensor | None = None) -> Tensor:
         h, budget, batch_meta = payload
         weights = batch_meta[..., 3].int().view(torch.float32)
-        ce_loss = super().forward(h, embedding, batch_meta[..., 2], weights)
+        ce_loss = super().forward(h, embedding, batch_meta[..., 2], weights, self.parts)
+        if self.sums is not None:
+            self.sums.copy_(ce_loss)
+            ce_loss = ce_loss.sum()
         loss = training_loss(ce_loss, budget[0], settings_of(self.gate_config, self.gate).budget_lambda)
         self.records.append(torch.stack([t.detach().double() for t in (loss, ce_loss, budget[0])]))
         return loss

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_taipan.engine.protocol import Engine
+from megatron_taipan.optim_config import OptimConfig
+from megatron_taipan.param_spec import ParamSpec
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
+OF_MUON = (MASTER, "exp_avg")  # of the matrices that it steps
 EMA = "ema"  # the average of the weights, where one is kept (ema.py)
 
 
@@ -39,7 +42,7 @@ class StateShard:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What is kept of it."""
-        return (*KINDS, EMA) if EMA in self.optimizer.state[self.flat] else KINDS
+        return (MASTER, *(kind for kind in (*MOMENTS, EMA) if kind in self.optimizer.state[self.flat]))
 
     def part(self, number: int, parts: int) -> "StateShard":
         """The shard's share `number` when it is cut in `parts`, nearly equal ones."""
@@ -79,14 +82,22 @@ def held_shards(engine: Engine, zero_rank: int) -> list[StateShard]:
     return shards
 
 
+def kinds_of(spec: ParamSpec, optim: OptimConfig) -> tuple[str, ...]:
+    """What the training state has of a parameter, but for an average."""
+    return OF_MUON if optim.name == "muon" and spec.is_matrix else KINDS
+
+
 def fill_in_moments(shards: list[StateShard]) -> None:
-    """Gives every stepped tensor the state that Adam makes at its first step; before that there is nothing to view."""
+    """Gives every stepped tensor the state that Adam or Muon has; before a first step there is nothing to view."""
+    muon = {
+        id(p) for s in shards[:1] for group in s.optimizer.param_groups if group.get("muon") for p in group["params"]
+    }
     for shard in shards:
         state = shard.optimizer.state[shard.flat]
         if not state:
             # a float32 counter beside the parameters is what the fused implementation keeps
             state["step"] = torch.zeros((), dtype=torch.float32, device=shard.flat.device)
-            for kind in MOMENTS:
+            for kind in OF_MUON[1:] if id(shard.flat) in muon else MOMENTS:
                 state[kind] = torch.zeros_like(shard.flat, memory_format=torch.preserve_format).detach()
 
 

@@ -27,9 +27,9 @@ def _mamba2_parameters(config: "ModelConfig", tensor: int) -> dict[str, ParamSpe
         "in_proj_B": ParamSpec((states, d), "linear", **whole),
         "in_proj_C": ParamSpec((states, d), "linear", **whole),
         "in_proj_dt": ParamSpec((heads, d), "linear", split=0),
-        "conv_x_weight": ParamSpec((inner, m.d_conv), "linear", split=0),
-        "conv_B_weight": ParamSpec((states, m.d_conv), "linear", **whole),
-        "conv_C_weight": ParamSpec((states, m.d_conv), "linear", **whole),
+        "conv_x_weight": ParamSpec((inner, m.d_conv), "linear", split=0, elementwise=True),
+        "conv_B_weight": ParamSpec((states, m.d_conv), "linear", elementwise=True, **whole),
+        "conv_C_weight": ParamSpec((states, m.d_conv), "linear", elementwise=True, **whole),
     }
     if m.conv_bias:
         table |= {

@@ -28,7 +28,7 @@ def _selective_parameters(config: "ModelConfig", tensor: int) -> dict[str, Param
     d = config.d_model
     return {
         "norm.weight": norm(d),
-        "gate.weight": ParamSpec((2, d), "normal", float32=True, on_stream=True),
+        "gate.weight": ParamSpec((2, d), "normal", float32=True, on_stream=True, elementwise=True, wide=True),
         "gate.bias": ParamSpec((2,), "gate_bias", decay=False, float32=True, on_stream=True),
         **attention_parameters(config, tensor),
     }

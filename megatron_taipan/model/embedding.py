@@ -1,5 +1,7 @@
 """Embedding and head, the vocabulary split over tensor ranks (arXiv 1909.08053, section 3)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,23 +47,41 @@ class Head(nn.Module):
         build.parameters(self, prefix)
 
     def forward(
-        self, h: Tensor, embedding: Tensor | None, labels: Tensor | None, token_weights: Tensor | None
+        self,
+        h: Tensor,
+        embedding: Tensor | None,
+        labels: Tensor | None,
+        token_weights: Tensor | None,
+        parts: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """With labels [b, l] and h the normed stream, [b, l, d] or a shard: sum of token_weights * cross entropy, a
-        scalar. Without, h [b, l, d] on every rank: logits [b, l, vocab] in float32."""
+        scalar. Without, h [b, l, d] on every rank: logits [b, l, vocab] in float32.
+
+        Args:
+            parts: of the b * l tokens, flattened, [n_i] indices each, the same on every tensor rank; given: the sum of
+                each part, [number of parts], in place of the sum of all tokens.
+        """
         weight = self.weight if hasattr(self, "weight") else embedding
         assert weight is not None  # a tied head is given the embedding's
         if labels is None:
             return self._logits(h, weight)
         assert token_weights is not None
-        h = self.tp.copy_to_tensor_parallel(h)
+        h = self.tp.copy_to_tensor_parallel(h).flatten(0, -2)
+        labels, token_weights = labels.flatten(), token_weights.flatten()
+        if parts is None:
+            return self._cross_entropy(h, weight, labels, token_weights)
+        return torch.stack([self._cross_entropy(h[part], weight, labels[part], token_weights[part]) for part in parts])
+
+    def _cross_entropy(self, h: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+        if len(labels) == 0:  # a part of a short row; kernels are not launched on nothing
+            return at_least_float32(h.new_zeros(()))
         rows = weight.shape[0]
         start = self.tp.rank * rows
         return self.cross_entropy(
-            h.flatten(0, -2),
+            h,
             weight,
-            labels.flatten(),
-            token_weights.flatten(),
+            labels,
+            token_weights,
             vocab_start=start,
             n_valid=min(max(self.vocab_size - start, 0), rows),
             reduce_sum=self.tp.all_reduce_sum if self.tp.size > 1 else None,

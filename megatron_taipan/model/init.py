@@ -28,6 +28,8 @@ def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) ->
 
     # Every projection back into the residual stream is scaled down by the square root of their number.
     residual = 1.0 / math.sqrt(sum(kind_of(letter).residuals for letter in config.letters))
+    # muP (arXiv 2203.03466, table 8): what sums over the width, by the root of the width; "linear" is so anyway.
+    narrowed = 1.0 / math.sqrt(config.times_as_wide) if spec.is_matrix or spec.wide else 1.0
     match spec.init:
         case "zeros":
             return torch.zeros(spec.shape)
@@ -35,10 +37,12 @@ def initial_value(name: str, spec: ParamSpec, config: ModelConfig, seed: int) ->
             return torch.tensor([0.0, config.gate.init_bias])
         case "ones":
             return torch.ones(spec.shape)
+        case "to_head":  # the sums of the head grow with the width
+            return torch.full(spec.shape, 1.0 / config.times_as_wide)
         case "normal":
-            return normal(config.init_std)
+            return normal(config.init_std * narrowed)
         case "normal_residual":
-            return normal(config.init_std * residual)
+            return normal(config.init_std * residual * narrowed)
         case "linear":  # torch's default of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
             return uniform(-1.0, 1.0) / math.sqrt(spec.shape[1])
         case "linear_residual":

@@ -1,6 +1,7 @@
 """Taipan (arXiv 2410.18572): embedding, a pattern of layers, final norm, head."""
 
 import gc
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class TaipanOutput(NamedTuple):
     ce_loss: Tensor | None = None  # sum of masked cross entropies times ce_scale
     budget_loss: Tensor | None = None  # sum over S layers of (capacity - selected fraction)^2, see GateConfig.budget
     metrics: Tensor | None = None  # [n] float32, detached: of all layers, see Taipan.named_metrics
+    ce_parts: Tensor | None = None  # [number of parts]: ce_loss of each part of the tokens, where they were given
 
 
 class Taipan(nn.Module):
@@ -92,6 +94,7 @@ class Taipan(nn.Module):
         gate: Tensor | None = None,
         cache: Cache | None = None,
         all_logits: bool = True,
+        parts: Sequence[Tensor] | None = None,
     ) -> TaipanOutput:
         """One pass over b rows of l tokens.
 
@@ -110,6 +113,8 @@ class Taipan(nn.Module):
                 last values of the configuration's schedules.
             cache: state of earlier tokens, extended in place.
             all_logits: False: logits of the last position only, [b, 1, vocab].
+            parts: indices of tokens, of all b * l flattened; every token in one of them. With labels: cross entropies
+                by part.
         """
         settings = settings_of(self.config.gate, gate, step)
         ctx = make_context(tokens, seq_idx, samples, step, settings, cache, self.place, document_start)
@@ -123,10 +128,13 @@ class Taipan(nn.Module):
         h = self.final_norm(h)
         mask = torch.ones_like(tokens, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = 1.0 / mask.sum() if ce_scale is None else ce_scale
-        ce_loss = self.head(h, self.embedding.weight, labels, mask * scale)
+        ce_loss = self.head(h, self.embedding.weight, labels, mask * scale, parts)
+        ce_parts = None
+        if parts is not None:
+            ce_parts, ce_loss = ce_loss, ce_loss.sum()
         budget_loss = total_budget(found, ce_loss.device)
         loss = training_loss(ce_loss, budget_loss, settings.budget_lambda)
-        return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, metrics=metrics)
+        return TaipanOutput(loss=loss, ce_loss=ce_loss, budget_loss=budget_loss, metrics=metrics, ce_parts=ce_parts)
 
     def named_metrics(self, output: TaipanOutput) -> dict[str, Tensor]:
         """What the layers measured in a pass, 0-dim tensors by names such as `layers.5.selected`."""

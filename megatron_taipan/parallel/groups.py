@@ -51,6 +51,17 @@ class Groups:
         return self.mesh.index(self.rank, "pipeline")
 
 
+def group_of_stage(groups: Groups) -> Any:
+    """The ranks of this rank's pipeline stage; None: all of the run. Collective over the run, as `build_groups`."""
+    mesh, axes = groups.mesh, (*ZERO, "tensor")
+    if mesh.pipeline == 1:
+        return None
+    if mesh.tensor == 1 or mesh.size(*ZERO) == 1:
+        return groups.zero_group if mesh.tensor == 1 else groups.tensor.group
+    made = {tuple(ranks): dist.new_group(ranks) for ranks in mesh.groups(*axes)}
+    return next(group for ranks, group in made.items() if groups.rank in ranks)
+
+
 def build_groups(mesh: Mesh, *, sequence_parallel: bool = False, timeout_s: float = 1800.0) -> Groups:
     """Makes every group; collective: all ranks call it in the same order.
 

@@ -11,8 +11,10 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.engine.build import accumulation, count_parameters, describe_groups
+from megatron_taipan.engine.build import accumulation, count_parameters, describe_groups, describe_width
+from megatron_taipan.engine.muon import describe_muon
 from megatron_taipan.engine.operations import describe_operations
+from megatron_taipan.engine.state_shards import kinds_of
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.context_traffic import describe_pieces
@@ -76,7 +78,12 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         progress = read_metadata(found.path)["progress"]
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps
         yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
-    for line in describe_groups(config.optim, parameter_table(config.model)):
+    table = parameter_table(config.model)
+    for line in (
+        *describe_muon(config.optim, table),
+        *describe_width(config.model),
+        *describe_groups(config.optim, table),
+    ):
         yield f"optimizer  {line}"
     for stage in plan:
         where = f"{stage.title()} " if config.stages else ""
@@ -131,10 +138,13 @@ def state_bytes(parameters: int, sharers: int, config: Config) -> float:
     """Bytes that one rank keeps through a step for `parameters` parameters, which ZeRO shards over `sharers` ranks.
 
     Parameters and gradients in the compute precision and in float32 respectively; the optimizer holds a float32 master
-    and two moments.
+    and two moments, of what Muon steps one (its share of the whole network is taken for that of the rank).
     """
     stage, low = config.parallel.zero_stage, 4 if config.train.precision == "fp32" else 2
     weights = low / sharers if stage == 3 else low
     gradients = 4 / sharers if stage >= 2 else 4
-    moments = 8 if stage == 0 else 12 / sharers
-    return parameters * (weights + gradients + moments)
+    table = parameter_table(config.model)
+    sizes = {name: torch.Size(spec.shape).numel() for name, spec in table.items()}
+    kept = sum(len(kinds_of(table[name], config.optim)) * size for name, size in sizes.items()) / sum(sizes.values())
+    state = 4 * (kept - 1) if stage == 0 else 4 * kept / sharers  # at stage 0 the weights are the master
+    return parameters * (weights + gradients + state)

@@ -1,8 +1,8 @@
 """Loss on held-out text during training."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from megatron_taipan.data.loader import SampleDataset, make_loader
 from megatron_taipan.engine.protocol import Engine, layer_metrics
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.parallel.groups import Groups
+from megatron_taipan.train.positions import part_names, positions, split_by_position
 from megatron_taipan.train.step import Batch, collect, with_batch_budget
 
 
@@ -23,6 +24,8 @@ class Evaluation:
     perplexity: float
     tokens: int  # unmasked tokens it is the mean of
     layer_metrics: dict[str, float]  # means over tokens, by names such as "layers.5.selected"
+    # mean cross entropy and count of the unmasked tokens by position, such as "32-63" (positions.py)
+    positions: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def mean_evaluation(parts: list[Evaluation]) -> Evaluation:
@@ -36,7 +39,12 @@ def mean_evaluation(parts: list[Evaluation]) -> Evaluation:
         name: math.fsum(share * part.layer_metrics[name] for share, part in zip(shares, parts, strict=True))
         for name in parts[0].layer_metrics
     }
-    return Evaluation(ce, math.exp(min(ce, 700.0)), tokens, measured)
+    positions = {}
+    for name in dict.fromkeys(name for part in parts for name in part.positions):
+        found = [part.positions[name] for part in parts if name in part.positions]
+        count = sum(n for _, n in found)
+        positions[name] = (math.fsum(loss * n for loss, n in found) / count, count)
+    return Evaluation(ce, math.exp(min(ce, 700.0)), tokens, measured, positions)
 
 
 @torch.no_grad()
@@ -59,6 +67,7 @@ def evaluate(
         dataset, start=0, global_batch=together, micro_batch=micro_batch, dp_rank=groups.data_rank,
         dp_size=groups.data_size,
     )  # fmt: skip
+    begin = 0 if groups.context is None else groups.context.rank * (dataset.seq_len // groups.context.size)
     engine.eval()
     sums = None
     for _ in range(-(-samples // together)):
@@ -66,18 +75,25 @@ def evaluate(
         rows = int((batch["sample"] < samples).sum())  # samples rise along a micro-batch
         batch = {name: value[: max(rows, 1)].to(device) for name, value in batch.items()}
         mask = batch["loss_mask"] * (rows > 0)
-        scored = _score(engine, batch, mask, groups)
-        count = torch.full((), rows, dtype=torch.float64, device=device)
-        values = torch.cat([torch.stack([scored[1], mask.sum().double(), count]), scored[3:] * rows])
+        at = positions(batch["seq_idx"], begin, batch.get("document_start"))
+        parts = split_by_position(at, dataset.seq_len)
+        scored, by_part = _score(engine, batch, mask, parts, groups)
+        counts = torch.stack([mask.sum(), *(mask.flatten()[part].sum() for part in parts)]).double()
+        count = torch.full((1,), rows, dtype=torch.float64, device=device)
+        values = torch.cat([counts, count, scored[1:2], by_part, scored[3:] * rows])
         sums = values if sums is None else sums + values
         beat()
     engine.train()
     assert sums is not None  # a dataset has a sample
     dist.all_reduce(sums, group=groups.zero_group)
+    n = len(parts)
     if groups.pipeline_size > 1:
-        sums = _join_stages(sums, groups)
-    ce_sum, tokens, counted, *totals = sums.tolist()
+        sums = _join_stages(sums, n + 2, groups)
+    (tokens, *part_tokens, counted), (ce_sum, *part_sums), totals = (
+        part.tolist() for part in sums.split([n + 2, n + 1, len(sums) - 2 * n - 3])
+    )
     ce = ce_sum / max(tokens, 1)
+    by_position = zip(part_names(dataset.seq_len), part_sums, part_tokens, strict=False)
     names = layer_metrics(engine)
     measured = names.named([total / max(counted, 1) for total in totals])
     if gate.budget != "row":
@@ -87,27 +103,31 @@ def evaluate(
         perplexity=math.exp(min(ce, 700.0)),
         tokens=int(tokens),
         layer_metrics=measured,
+        positions={name: (total / some, int(some)) for name, total, some in by_position if some},
     )
 
 
-def _score(engine: Engine, batch: Batch, mask: Tensor, groups: Groups) -> Tensor:
-    """[loss, ce, budget, layers' metrics] of one micro-batch; entries of other stages are 0."""
+def _score(
+    engine: Engine, batch: Batch, mask: Tensor, parts: Sequence[Tensor], groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Of one micro-batch [loss, ce, budget, layers' metrics], and the cross entropies of the parts of its tokens;
+    entries of other stages are 0."""
     if groups.pipeline_size > 1:
         from megatron_taipan.engine.pipeline import score_pipeline, staged
 
-        return score_pipeline(staged(engine), batch, mask)
-    return collect(
-        engine(
-            batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"],
-            samples=batch["sample"], document_start=batch.get("document_start"), ce_scale=1.0,
-        )
+        return score_pipeline(staged(engine), batch, mask, parts)
+    out = engine(
+        batch["tokens"], labels=batch["labels"], loss_mask=mask, seq_idx=batch["seq_idx"], samples=batch["sample"],
+        document_start=batch.get("document_start"), ce_scale=1.0, parts=parts,
     )  # fmt: skip
+    return collect(out), out.ce_parts.double()
 
 
-def _join_stages(sums: Tensor, groups: Groups) -> Tensor:
-    """Adds up the stages' parts of [ce, tokens, rows, layers' metrics ...]; all of them counted tokens and rows."""
+def _join_stages(sums: Tensor, counts: int, groups: Groups) -> Tensor:
+    """Adds up the stages' parts of [counts, cross entropies, layers' metrics ...]; all of them counted tokens and
+    rows."""
     joined = sums.clone()
     dist.all_reduce(joined)
     joined /= groups.mesh.size("data", "context", "tensor")
-    joined[1:3] = sums[1:3]
+    joined[:counts] = sums[:counts]
     return joined

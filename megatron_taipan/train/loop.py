@@ -36,9 +36,11 @@ from megatron_taipan.engine.build import (
     capture_graphs,
     change_stage,
     describe_groups,
+    describe_width,
     set_learning_rate,
 )
 from megatron_taipan.engine.ema import begin_ema, update_ema
+from megatron_taipan.engine.muon import describe_muon
 from megatron_taipan.engine.operations import choose_operations
 from megatron_taipan.engine.optimizer import base_optimizer, describe_optimizer, loss_scale
 from megatron_taipan.engine.state_shards import held_shards
@@ -95,7 +97,9 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
             place = groups_by_context[of.parallel.context].context
             return open_data(of, RowPiece(place.rank, place.size) if place else RowPiece())
 
-        treated = run_on_all_ranks(lambda: describe_groups(config.optim, parameter_table(config.model)))
+        table = run_on_all_ranks(lambda: parameter_table(config.model))
+        treated = describe_muon(config.optim, table) + describe_width(config.model)
+        treated += run_on_all_ranks(lambda: describe_groups(config.optim, table))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
         done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0

@@ -156,10 +156,14 @@ class Metrics:
         sets = {name: _of_set(evaluation) for name, evaluation in evaluations.items() if name is not None}
         values = {"ce": whole.ce, "perplexity": whole.perplexity, "tokens": whole.tokens, "s": seconds}
         values |= whole.layer_metrics
-        self._write({"event": "valid", "step": step, **values, **({"sets": sets} if sets else {})})
-        for name, of_set in sets.items():
-            values |= {f"{name}/{key}": value for key, value in of_set.items()}
-        self._chart("valid/", values, step)
+        by_position = {"positions": _by_position(whole)} if whole.positions else {}
+        self._write({"event": "valid", "step": step, **values, **by_position, **({"sets": sets} if sets else {})})
+        charted = dict(values)
+        for prefix, of_set in (("", by_position), *((f"{name}/", of_set) for name, of_set in sets.items())):
+            losses = of_set.get("positions", {})
+            charted |= {prefix + key: value for key, value in of_set.items() if key != "positions"}
+            charted |= {f"{prefix}position/{key}": value for key, value in losses.items()}
+        self._chart("valid/", charted, step)
         of_sets = "".join(f"  {name} {of_set['ce']:.4f}" for name, of_set in sets.items())
         self._line(f"step {step}  validation loss {whole.ce:.4f}  perplexity {whole.perplexity:.2f}{of_sets}")
 
@@ -246,5 +250,10 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
-def _of_set(evaluation: Evaluation) -> dict[str, float]:
-    return {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+def _of_set(evaluation: Evaluation) -> dict[str, Any]:
+    values: dict[str, Any] = {"ce": evaluation.ce, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+    return values | ({"positions": _by_position(evaluation)} if evaluation.positions else {})
+
+
+def _by_position(evaluation: Evaluation) -> dict[str, float]:
+    return {name: loss for name, (loss, _) in evaluation.positions.items()}

@@ -1,6 +1,6 @@
 """Does every parallel layout compute the same thing? Prints the matrix, failures first.
 
-    python -m tests.distributed.matrix              every pair of choices, and some layouts of eight processes
+    python -m tests.distributed.matrix              every pair of choices, Muon, and some layouts of eight processes
     python -m tests.distributed.matrix --ci         the smaller set that the test suite runs
     python -m tests.distributed.matrix --more 100   and a hundred more, drawn from all possible cases
     python -m tests.distributed.matrix --write docs/parity.md
@@ -27,6 +27,7 @@ from tests.distributed.parity import (
     GPU_LIMITS,
     LIMITS,
     OF_EIGHT,
+    OF_MUON,
     Case,
     Setting,
     all_cases,
@@ -121,7 +122,9 @@ def main() -> int:
     parser.add_argument("--more", type=int, default=0, help="this many cases besides, drawn from all possible ones")
     parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
     args = parser.parse_args()
-    cases = CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + OF_EIGHT + all_cases()[: args.more]))
+    cases = (
+        CI_CASES if args.ci else list(dict.fromkeys(covering_cases() + OF_MUON + OF_EIGHT + all_cases()[: args.more]))
+    )
     on_gpus = args.gpus is not None
     by_setting = run_on_gpus(cases, args.gpus or list(GPU_SETTINGS)) if on_gpus else {CPU: run_all(cases)}
     failures = 0

@@ -1,6 +1,7 @@
 """One layout against one process: trains a few steps through the real engine and compares everything.
 
-The reference is the unsplit network in one process, float32, torch's AdamW, no DeepSpeed. Compared are: the loss of
+The reference is the unsplit network in one process, float32, torch's AdamW, no DeepSpeed; with Muon its orthogonal
+matrices come from a float64 singular value decomposition (tests/engine/exact_muon.py). Compared are: the loss of
 every step, the gradient norm before clipping, every parameter's gradient at step 1 and value after step 5 (the shards
 merged by the layout table), and which tokens every gate selected at every step, which must be identical.
 
@@ -27,6 +28,7 @@ from megatron_taipan.ops.dispatch import Ops, pick_ops
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import merge_shards, parameter_table
+from tests.engine.exact_muon import ExactMuon, is_projection
 from tests.ops.interpreted import interpreted_ops
 
 VOCAB = 97  # odd on purpose: no tensor size divides it
@@ -140,6 +142,7 @@ class Case:
     n_kv_heads: int = 1
     micro_batch: int = 1
     gate: str = "paper"  # which of GATES
+    optimizer: str = "adamw"
 
     @property
     def processes(self) -> int:
@@ -153,14 +156,15 @@ class Case:
     def alone(self) -> "Case":
         """The same network on one process."""
         return Case(
-            self.pattern, packed=self.packed, n_groups=self.n_groups, n_kv_heads=self.n_kv_heads, gate=self.gate
-        )
+            self.pattern, packed=self.packed, n_groups=self.n_groups, n_kv_heads=self.n_kv_heads, gate=self.gate,
+            optimizer=self.optimizer,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return (
             f"{self.pattern:13s} TP{self.tensor}{'+SP' if self.sequence else '   '} PP{self.pipeline} DP{self.data}"
             f" CP{self.context} ZeRO{self.zero} {self.recompute:9s} {'packed' if self.packed else 'plain '}"
-            f" groups={self.n_groups} kv={self.n_kv_heads} micro={self.micro_batch} {self.gate}"
+            f" groups={self.n_groups} kv={self.n_kv_heads} micro={self.micro_batch} {self.gate} {self.optimizer}"
         )
 
 
@@ -191,6 +195,8 @@ def possible(case: Case) -> bool:
     if case.micro_batch * case.data > 4:  # of 4 rows
         return False
     if case.gate != "paper" and case.pattern != "taipan":
+        return False
+    if case.optimizer == "muon" and case.zero == 3:
         return False
     if case.gate == "batch-all" and (case.pipeline != 2 or not case.packed or case.tensor > 1):
         return False  # its gates' gradients cancel to what float32 rounds away, on one process too
@@ -262,6 +268,24 @@ CI_CASES = [
     Case("taipan", tensor=2, sequence=True, context=2, zero=1, recompute="selective"),
     Case("taipan", data=2, context=2, zero=2, gate="anneal"),
     Case("jamba", context=4, zero=3, n_groups=2),
+    # matrices cut by data ranks, by rows and columns, and held by all tensor ranks (B, C, k and v)
+    Case("taipan", data=2, zero=2, optimizer="muon"),
+    Case("taipan", tensor=2, data=2, zero=1, sequence=True, optimizer="muon"),
+    Case("jamba", tensor=2, zero=0, n_groups=2, n_kv_heads=4, optimizer="muon"),
+]
+
+# Muon elsewhere, besides those of CI; the optimizer does not care about the other choices.
+OF_MUON = [
+    Case("taipan", data=2, zero=1, optimizer="muon"),
+    Case("taipan", data=2, zero=0, optimizer="muon"),
+    Case("taipan", pipeline=2, zero=1, optimizer="muon"),
+    Case("taipan", tensor=2, pipeline=2, zero=1, optimizer="muon"),
+    Case("taipan", pipeline=2, data=2, zero=1, micro_batch=2, gate="anneal", optimizer="muon"),
+    Case("taipan", tensor=4, zero=2, n_groups=2, optimizer="muon"),
+    Case("taipan", tensor=2, data=2, zero=0, n_groups=4, optimizer="muon"),
+    Case("transformerpp", data=4, zero=1, n_kv_heads=4, optimizer="muon"),
+    Case("samba", tensor=2, data=2, zero=2, recompute="selective", optimizer="muon"),
+    Case("mamba2", tensor=2, sequence=True, zero=1, optimizer="muon"),
 ]
 
 # More processes than the others are drawn for.
@@ -271,6 +295,7 @@ OF_EIGHT = [
     Case("taipan", tensor=2, sequence=True, data=4, zero=3, recompute="selective"),
     Case("jamba", tensor=4, sequence=True, data=2, zero=2, n_groups=4, n_kv_heads=4),
     Case("taipan", tensor=2, sequence=True, data=2, context=2, zero=3, recompute="selective"),
+    Case("taipan", tensor=2, sequence=True, pipeline=2, data=2, zero=1, optimizer="muon"),
 ]
 
 
@@ -289,8 +314,12 @@ def configure(case: Case, setting: Setting) -> Config:
                 "zero_stage": case.zero, "recompute": case.recompute, "timeout_s": 120,
             },
             "data": {"train": "unused", "seq_len": setting.length, "mask_documents": case.packed},
-            # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small
-            "optim": {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.5, "weight_decay": 0.1},
+            # Adam's eps is large so that a weight's update is a smooth function of its gradient, however small. Muon's
+            # is steep where a matrix has nearly none (3.4445^5 = 485), so its steps are small.
+            "optim": {
+                "name": case.optimizer, "lr": 1e-2 if case.optimizer == "adamw" else 1e-3, "eps": 1e-3,
+                "grad_clip": 0.5, "weight_decay": 0.1,
+            },
             "train": {
                 "steps": setting.steps, "global_batch": setting.batch, "micro_batch": case.micro_batch, "seed": 3,
                 "precision": setting.precision, "cuda_graphs": setting.graphs,
@@ -361,11 +390,13 @@ def reference(case: Case, setting: Setting) -> Trace:
     packed, config = case.packed, configure(case, setting)
     model = Taipan(config.model, seed=config.train.seed, ops=pick_ops("reference")).to(setting.device)
     table = parameter_table(config.model)
-    decayed = [p for n, p in model.named_parameters() if table[n].decay]
-    others = [p for n, p in model.named_parameters() if not table[n].decay]
-    o = config.optim
+    o, muon = config.optim, [p for n, p in model.named_parameters() if case.optimizer == "muon" and is_projection(n)]
+    by_adamw = [(n, p) for n, p in model.named_parameters() if not any(p is m for m in muon)]
+    decayed = [p for n, p in by_adamw if table[n].decay]
+    others = [p for n, p in by_adamw if not table[n].decay]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    matrices = ExactMuon(muon, lr=o.lr, weight_decay=o.weight_decay)
     trace, now = Trace([], [], {}, {}, {}), {"step": 0}
     watch_gates(model, trace.selections, now)
     budget = config.model.gate.budget
@@ -392,12 +423,13 @@ def reference(case: Case, setting: Setting) -> Trace:
             loss = out.ce_loss + weight * sum(2 * (b - capacity) * m for b, m in zip(before, now_selected, strict=True))
             shares = [m.item() for m in now_selected] * (len(now["m"]) if budget == "layers" else 1)
             shown = out.ce_loss.item() + weight * sum((capacity - m.item()) ** 2 for m in now_selected)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         if step == 0:
             trace.grads = {n: p.grad.cpu().clone() for n, p in model.named_parameters()}
         optimizer.step()
+        matrices.step()
         trace.losses.append(shown)
         trace.norms.append(norm.item())
     trace.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
@@ -451,7 +483,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
         if step == 0:
-            # Adam's first moment after one step is (1 - beta1) times the gradient, at every ZeRO stage
+            # the first moment after one step is (1 - beta1) times the gradient, at every ZeRO stage
             trace.grads = collect(engine, model, groups, config, moment=True)
     trace.weights = collect(engine, model, groups, config, moment=False)
     graphs.close()
@@ -479,7 +511,7 @@ def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: 
     """Every parameter's gradient of step 1 or value, full: parts joined by DeepSpeed, tensor shards by the table."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    scale = 1.0 / (1.0 - config.optim.betas[0]) if moment else 1.0
+    o = config.optim
     if engine.zero_optimization_stage() in (1, 2):
         # DeepSpeed 0.19 links the moments once the first parameter group has them; again, now that all have
         engine.optimizer._hp_optimizer_states_linked = False
@@ -492,7 +524,8 @@ def collect(engine: Any, model: Any, groups: Groups, config: Config, *, moment: 
             value = safe_get_full_optimizer_state(parameter, "exp_avg")
         else:
             value = safe_get_full_fp32_param(parameter)
-        ours[name] = value.detach().cpu().clone().float() * scale
+        beta = 0.0 if not moment else o.muon_momentum if o.name == "muon" and is_projection(name) else o.betas[0]
+        ours[name] = value.detach().cpu().clone().float() / (1 - beta)
     mine = (groups.tensor.rank, ours) if groups.zero_rank == 0 else None
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -44,6 +44,8 @@ def test_pieces_of_rows_train_as_whole_rows_and_resume_in_other_numbers(tmp_path
         for step, record in whole.items():
             ours = [pieces[step][name] for name in names]
             assert ours == pytest.approx([record[name] for name in names], rel=2e-5), (event, step)
+            if event == "valid":
+                assert pieces[step]["positions"] == pytest.approx(record["positions"], rel=2e-5), step
 
 
 @pytest.mark.timeout(1800)
