@@ -9,8 +9,8 @@ from megatron_taipan.ops import dispatch
 
 
 def interpreted_ops() -> dispatch.Ops:
-    """The fast operations, those that no default takes yet among them; from now on they take this process's CPU
-    tensors, float64 ones excepted."""
+    """The fast operations, also those that no default takes yet; from now on they take this process's CPU tensors,
+    float64 ones excepted."""
 
     def takes_kernels(x: torch.Tensor) -> bool:
         return x.dtype != torch.float64
