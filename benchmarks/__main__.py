@@ -29,6 +29,7 @@ BENCHMARKS = {
     "ops": Benchmark("each operation by each implementation that can be chosen for it"),
     "decode": Benchmark("prefill in chunks and tokens per second by context"),
     "memory": Benchmark("a training step's memory, and the largest micro batch by kind of recomputation"),
+    "kept": Benchmark("what each layer keeps for its backward pass, tensor by tensor"),
     "coldstart": Benchmark("the first step with an empty and with a filled cache of compiled kernels"),
     "sync": Benchmark("where in a training step the host waits for the GPU"),
     "layouts": Benchmark("the same training step on several GPUs, by tensor, data and ZeRO layout"),

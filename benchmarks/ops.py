@@ -6,6 +6,7 @@ that says so. `mixer` is all of an M layer between its projections: ours fused, 
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -149,6 +150,7 @@ def mixer_work(starts: torch.Tensor) -> Work:
     from megatron_taipan.gate_config import GateConfig
     from megatron_taipan.model.context import make_context
     from megatron_taipan.model.gate_settings import settled
+    from megatron_taipan.model.stream import Stream
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.model_config import ModelConfig
 
@@ -159,8 +161,10 @@ def mixer_work(starts: torch.Tensor) -> Work:
     def compute(ops: Ops, x) -> torch.Tensor:
         if id(ops) not in made:
             with torch.device(DEVICE):
-                made[id(ops)] = Taipan(config, ops=ops).bfloat16().layers[0].mixer
-        return made[id(ops)](x, make_context(seq_idx, seq_idx, None, 0, settled(GateConfig())))
+                alone = replace(ops, add_norm_linear=None)  # without the norm that may be fused with it
+                made[id(ops)] = Taipan(config, ops=alone).bfloat16().layers[0].mixer
+        ctx = make_context(seq_idx, seq_idx, None, 0, settled(GateConfig()))
+        return made[id(ops)](Stream(x), lambda h, *_: (h, h), ctx).branch
 
     return [tensor(*starts.shape, D_MODEL)], compute
 

@@ -39,9 +39,10 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops.cross_entropy", "ops.operations",
     ),
     "taipan_parameters": (
-        "parameters", "parallel.one_rank", "model.init", "model.build", "model.fused_params", "model.layers",
+        "parameters", "parallel.one_rank", "model.init", "model.build", "model.fused_params", "model.stream",
+        "model.layers",
     ),
-    "taipan_context": ("model.stream", "model.gate_settings", "model.cache", "model.context"),
+    "taipan_context": ("model.gate_settings", "model.cache", "model.context"),
     "taipan_mamba2": ("model.mamba2",),
     "taipan_attention": ("model.attention", "model.noise", "model.gate"),
     "taipan_stack": ("model.blocks", "model.stack"),

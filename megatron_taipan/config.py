@@ -54,6 +54,11 @@ class ParallelConfig(Section):
         "activation checkpointing: selective recomputes norms, conv, scan and attention; full recomputes whole layers",
     )
     recompute_every: int = option(1, "with recompute=full: layers per checkpointed segment", ge=1)
+    recompute_mixer: list[Literal["conv", "states"]] = option(
+        ["states"],
+        "with recompute=none: what Mamba-2 layers compute again inside their fused backward pass: [states], most of the"
+        " scan's states; [states, conv] also the convolution's output, for less memory still; []: nothing, the fastest",
+    )
     timeout_s: float = option(1800.0, "seconds after which a collective that does not finish ends the job", gt=0)
 
     def piece(self, seq_len: int) -> int:

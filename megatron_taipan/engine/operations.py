@@ -47,7 +47,9 @@ def choose_operations(config: Config) -> Ops:
     Raises:
         UserError: what was chosen cannot serve the run or is not here.
     """
-    return pick_ops(config.ops.backend, config.ops.choices(), run_facts(config))
+    p = config.parallel
+    again = p.recompute_mixer if p.recompute == "none" else ()  # else a layer's tensors live only while it runs
+    return pick_ops(config.ops.backend, config.ops.choices(), run_facts(config), again)
 
 
 def describe_operations(config: Config) -> str:

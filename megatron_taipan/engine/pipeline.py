@@ -294,7 +294,7 @@ class PipelineLayer(nn.Module):
 
     def forward(self, payload: Payload) -> Payload:
         h, budget, batch_meta, *branch = payload
-        stream = Stream(h, *branch)
+        stream = Stream(h, branch[0] if branch else None)
         step = batch_meta[0, 0, 5]
         settings = settings_of(self.gate_config, self.gate, step)
         ctx = make_context(

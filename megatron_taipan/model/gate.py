@@ -3,15 +3,15 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_taipan.layer_kinds.selective import GATE_METRICS
 from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.noise import gumbel_noise, uniform_noise
-from megatron_taipan.ops.numerics import at_least_float32
+from megatron_taipan.ops.numerics import wide_dtype
 from megatron_taipan.ops.operations import takes_kernels
+from megatron_taipan.ops.product import wide_product
 
 
 class Selection(NamedTuple):
@@ -112,8 +112,8 @@ class Gate(KeepsFp32Params):
             offset = self.tp.rank * len(u) if self.tp.sequence_parallel else 0
             counters = {"seed": self.seed, "step": ctx.step, "samples": ctx.samples, "position": ctx.position}
             return self.scores(u, weight, bias, **(counters if draws else {}), layer=self.layer, offset=offset)
-        wide = at_least_float32(u)
-        logits = F.linear(wide, weight.to(wide.dtype), bias.to(wide.dtype))
+        weight, bias = (t.to(wide_dtype(u.dtype)) for t in (weight, bias))
+        logits = wide_product(u, weight, bias)
         if not draws:
             return logits, None
         return logits, self.tp.shard_sequence(gumbel_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer))

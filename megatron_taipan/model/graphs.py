@@ -26,7 +26,12 @@ LONGEST = 7  # layers of a group; shorter groups let gradients leave for other r
 
 
 class LayerGroup(nn.Module):
-    """Consecutive layers as a function of tensors alone, their parameters among them."""
+    """Consecutive layers as a function of tensors alone, their parameters among them.
+
+
+    Args:
+        into: memory for the stream that leaves, where the next group reads it: nothing is copied between their graphs.
+    """
 
     def __init__(
         self,
@@ -34,9 +39,10 @@ class LayerGroup(nn.Module):
         recompute: Recompute | None,
         tp: TensorParallel,
         place: ContextParallel | None = None,
+        into: Tensor | None = None,
     ):
         super().__init__()
-        self.place = place
+        self.place, self.into = place, into
         self.layers, self.recompute, self.tp = nn.ModuleList(layers), recompute, tp
         self.names, self.own = zip(*self.named_parameters(), strict=True)
 
@@ -60,7 +66,7 @@ class LayerGroup(nn.Module):
         ctx = make_context(
             seq_idx, seq_idx, samples, step, GateSettings.unpack(gate), place=self.place, document_start=start
         )
-        h, found = run_layers(self.layers, h, ctx, self.recompute)
+        h, found = run_layers(self.layers, h, ctx, self.recompute, self.into)
         return h, *(t for t in Measured.join(found) or () if t is not None)
 
 
@@ -88,7 +94,12 @@ class GraphedLayers:
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.places = self._places()
         tp = tensor_parallel or TensorParallel()
-        groups = [LayerGroup(part, recompute, tp, context_parallel) for part in split_where_graphs_end(list(layers))]
+        parts = split_where_graphs_end(list(layers))
+        entering = [stream.clone() for _ in parts]
+        leaving = [*entering[1:], None]
+        groups = [
+            LayerGroup(part, recompute, tp, context_parallel, into) for part, into in zip(parts, leaving, strict=True)
+        ]
         b, l = shape
         device = stream.device
         gates = [module for module in layers.modules() if isinstance(module, Gate)]
@@ -107,10 +118,10 @@ class GraphedLayers:
         example = tuple(
             (
                 *(p.detach().requires_grad_() for p in group.own),
-                stream.clone().requires_grad_(),
+                enters.detach().requires_grad_(),
                 *(t.clone() for t in batch_meta),
             )
-            for group in groups
+            for group, enters in zip(groups, entering, strict=True)
         )
         recorded = torch.cuda.make_graphed_callables(tuple(group.with_parameters for group in groups), example)
         torch.cuda.empty_cache()  # what the warm-up held: the graphs have their own memory

@@ -10,6 +10,8 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import join_rows, take_rows
+from megatron_taipan.model.layers import StreamNorm, fuses_products
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
 from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, bare, product
@@ -58,22 +60,36 @@ class Mamba2(KeepsFp32Params):
         self.fused = build.ops.mamba2_mix is not None and fits
         build.parameters(self, prefix)
 
-    def forward(self, u: Tensor, ctx: Context, state: MambaState | None = None) -> Tensor:
-        """u: [b, l, d] (or this rank's shard [n/tp, d]); returns the same shape. `state` is read and updated."""
+    def forward(self, stream: Stream, norm: StreamNorm, ctx: Context, state: MambaState | None = None) -> Stream:
+        """h + Mamba2(u) of (u, h) = norm(*stream), [b, l, d] or this rank's shard of it; `state` is read and updated.
+
+        The norm is called here since one operation can norm and project.
+        """
         if ctx.single:
             assert state is not None
-            return self._step(u, state)
+            u, h = norm(*stream)
+            return stream.normed(h, self._step(u, state))
         in_proj, conv_weight, conv_bias = self._joined_weights()
-        states = self.groups * self.d_state
-        parts = self.tp.column_parallel_linear(u, *in_proj)
-        zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if len(in_proj) == 1 and fuses_products(self.tp, self.ops.add_norm_linear, stream.h, in_proj):
+            zxbcdt, h = norm(*stream, self.ops.add_norm_linear, *in_proj)
+        else:
+            u, h = norm(*stream)
+            parts = self.tp.column_parallel_linear(u, *in_proj)
+            zxbcdt = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
-            return self.tp.row_parallel_linear(self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
+            return stream.normed(h, self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx))
         if self.place is not None:
-            return self.tp.row_parallel_linear(self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx), self.out_proj)
-        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
+            mixed = self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx)
+            return stream.normed(h, self.tp.row_parallel_linear(mixed, self.out_proj))
+        return stream.normed(h, self._mix(zxbcdt, conv_weight, conv_bias, ctx, state))
 
+    def _mix(
+        self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context, state: MambaState | None
+    ) -> Tensor:
+        """What follows the first projection [b, l, z x B C dt], part by part."""
+        states = self.groups * self.d_state
+        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
         initial_tail = state.conv_tail if state else None
         xBC = self.ops.causal_conv1d(
             xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=initial_tail, return_tail=state is not None
@@ -113,15 +129,19 @@ class Mamba2(KeepsFp32Params):
         return product(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
-        """What `forward` does between the two projections, from an empty state or that of the piece before, as one
-        operation."""
+        """As `_mix` from an empty state, or that of the piece before, as one operation; it projects too where this rank
+        is alone."""
         assert self.ops.mamba2_mix is not None  # else `fused` is False
-        return self.ops.mamba2_mix(
+        out_proj = bare(self.out_proj)
+        projects = self.place is None and fuses_products(self.tp, self.ops.mamba2_mix, zxbcdt, (out_proj,))
+        mixed = self.ops.mamba2_mix(
             zxbcdt, conv_weight, conv_bias, self.dt_bias, self._decay_rate(), self.D, self.norm_weight,
             seq_idx=ctx.seq_idx, headdim=self.headdim, groups=self.groups, d_state=self.d_state,
             group_size=self.group_size, eps=self.eps, reduce_sum=self._reduce_sum,
             place=self.place, known=self._known(ctx) if self.place is not None else None,
+            out_weight=out_proj if projects else None,
         )  # fmt: skip
+        return mixed if projects else self.tp.row_parallel_linear(mixed, self.out_proj)
 
     def _known(self, ctx: Context) -> Tensor:
         """[b, d_conv - 1] whether each of the tokens just before this piece is of its first token's document."""
@@ -129,8 +149,7 @@ class Mamba2(KeepsFp32Params):
         return before >= ctx.document_start[:, :1]
 
     def _mix_piece(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
-        """What `forward` does between the two projections where other ranks hold the row's other pieces, operation by
-        operation.
+        """What is between the projections where other ranks hold the row's other pieces, operation by operation.
 
         The piece is scanned from an empty state; what its first document's tokens read from the state that entered is
         added when that is known.

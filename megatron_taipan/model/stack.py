@@ -34,15 +34,20 @@ def residual_stream(embedded: Tensor, *, fp32: bool) -> Tensor:
 
 
 def run_layers(
-    layers: nn.ModuleList, h: Tensor, ctx: Context, recompute: Recompute | None = None
+    layers: nn.ModuleList,
+    h: Tensor,
+    ctx: Context,
+    recompute: Recompute | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, list[Measured]]:
     """The residual stream [b, l, d] through the layers, and what they measured.
 
     Args:
         recompute: activation checkpointing, while gradients are needed; None: everything is kept.
+        into: memory for the result; not used with recompute.
     """
     if recompute is None or not torch.is_grad_enabled() or ctx.cache is not None:
-        return run_segment(layers, h, ctx, 0, len(layers))
+        return run_segment(layers, h, ctx, 0, len(layers), into)
     found = []
     for first in range(0, len(layers), recompute.every):
         last = min(first + recompute.every, len(layers))
@@ -51,7 +56,9 @@ def run_layers(
     return h, found
 
 
-def run_segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int) -> tuple[Tensor, list[Measured]]:
+def run_segment(
+    layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last: int, into: Tensor | None = None
+) -> tuple[Tensor, list[Measured]]:
     """Layers first to last - 1, which run together: additions to h are pending between them, not after the last."""
     stream, found = Stream(h), []
     for index in range(first, last):
@@ -61,7 +68,7 @@ def run_segment(layers: nn.ModuleList, h: Tensor, ctx: Context, first: int, last
         Measured.check(measured, f"layers.{layer.layer}", layer.kind.metrics)
         if measured is not None:
             found.append(measured)
-    return stream.total(), found
+    return stream.total(into), found
 
 
 def total_budget(found: Sequence[Measured], device: torch.device) -> Tensor:

@@ -1,9 +1,11 @@
 """What layers hand on: the residual stream between two of them, and what one measured."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_taipan.ops.norms import keeps_summands
 
 
 class Stream(NamedTuple):
@@ -17,10 +19,35 @@ class Stream(NamedTuple):
 
     h: Tensor  # [b, l, d] or this rank's shard of its tokens, [b l / tp, d]
     branch: Tensor | None = None  # shaped as h, in the type that layers compute in
+    kept: bool = False  # whether the norm before keeps h for its backward pass
 
-    def total(self) -> Tensor:
-        """The stream's value, in h's type."""
+    def total(self, into: Tensor | None = None) -> Tensor:
+        """The stream's value, in h's type; written `into` a tensor of its shape and type where one is given."""
+        if into is not None:
+            value: Tensor = _Into.apply(self.h, self.branch, into)
+            return value
         return self.h if self.branch is None else self.h + self.branch  # h's type is the wider one
+
+    def normed(self, h: Tensor, branch: Tensor) -> "Stream":
+        """The stream after a layer whose norm took this one, gave its value h, and led to the layer's output."""
+        return Stream(h, branch, not keeps_summands(self.h, self.branch, self.kept))
+
+
+class _Into(torch.autograd.Function):
+    """h + branch in the memory of a given tensor, which autograd does not take for a change of that tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, branch: Tensor | None, into: Tensor) -> Tensor:
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        if branch is None:
+            into.copy_(h)
+        else:
+            torch.add(h, branch, out=into)
+        return into.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        return grad, None if ctx.branch_dtype is None else grad.to(ctx.branch_dtype), None
 
 
 class Measured(NamedTuple):

@@ -68,8 +68,9 @@ def scale_gradients(
         return grad_hidden, grad_weight
     if grad_hidden is not None:
         grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
-    if grad_weight is not None:
-        grad_weight = (grad_weight * upstream).to(weight_dtype)
+    if grad_weight is not None:  # rounded as it is multiplied: it is the largest gradient, and float32
+        into = torch.empty_like(grad_weight, dtype=weight_dtype)
+        grad_weight = torch.mul(grad_weight, upstream, out=into)
     return grad_hidden, grad_weight
 
 

@@ -104,12 +104,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b in float32, the sum over chunks never rounded to 16 bits."""
+    """total + a @ b in float32, the sum over chunks never rounded to 16 bits; added up in place, since torch otherwise
+    copies the whole of it first."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def linear_cross_entropy(

@@ -1,12 +1,13 @@
 """Picks which implementation of an operation runs, and says why; nothing else does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
-from megatron_taipan.ops.fast import KERNELS, SELECTED_ROWS, load_every_query, load_mamba2_mix
+from megatron_taipan.ops.fast import FUSIONS, KERNELS, SELECTED_ROWS, load_every_query
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
 # Kernels that only the operation's own option takes, with the reason: they have not run on a GPU yet.
@@ -15,11 +16,15 @@ UNTRIED = {
     "every_query": "it ran in Triton's interpreter only; ops.selection=triton takes it",
     "gate_scores": "its kernel ran in Triton's interpreter only; ops.gate=triton takes it",
 }
-FUSED = ("causal_conv1d", "ssd", "gated_rms_norm")  # what the fused mixer does in one
 EVERY_QUERY = ("interval_attention", *SELECTED_ROWS)  # what attention of every token of which few learn does in one
 
 
-def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, run: RunFacts | None = None) -> Ops:
+def pick_ops(
+    backend: str = "auto",
+    choices: Mapping[str, str] | None = None,
+    run: RunFacts | None = None,
+    recompute_mixer: Collection[str] = (),
+) -> Ops:
     """Chooses the implementations once, at start-up.
 
     Args:
@@ -28,6 +33,7 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
         choices: what overrides it, by option of choices.py: "triton", "reference" or another project's kernel; an
             option that is "auto" or not there follows the backend.
         run: what the operations must be able to do; None: no more than all of them can.
+        recompute_mixer: what the fused mixer computes again in its backward pass, see `mamba2_mix`.
 
     Raises:
         UserError: what was asked for cannot serve the run, or cannot run here.
@@ -52,13 +58,20 @@ def pick_ops(backend: str = "auto", choices: Mapping[str, str] | None = None, ru
         name = FOREIGN[option][choice].operation
         kernel, labels[name] = _foreign(option, choice, run)
         chosen[name] = _on_gpu(kernel, REFERENCES[name]) if name in REFERENCES else _on_its_gpu(kernel)
-    mix = _fused(load_mamba2_mix) if set(FUSED) <= ours - replaced else None
-    labels["mamba2_mix"] = f"triton ({', '.join(FUSED)} in one)" if mix else "none (its parts one by one)"
+    fused = {name: _fused(load) if set(parts) <= ours - replaced else None for name, (load, parts) in FUSIONS.items()}
+    for name, operation in fused.items():
+        parts = ", ".join(FUSIONS[name][1])
+        labels[name] = "none (its parts one by one)" if operation is None else f"triton ({parts} in one)"
+    mix = fused.pop("mamba2_mix")
+    if mix is not None and recompute_mixer:
+        mix = partial(mix, recompute=tuple(recompute_mixer))
+        labels["mamba2_mix"] += f" (again in backward: {', '.join(recompute_mixer)})"
     every, labels["every_query"] = _every_query(ours - replaced, asked)
     scores, _ = own["gate_scores"]
     unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
     return Ops(
-        **chosen, mamba2_mix=mix, every_query=every, gate_scores=_on_its_gpu(scores) if scores else None,
+        **chosen, mamba2_mix=mix, add_norm_linear=fused["add_norm_linear"], add_norm_swiglu=fused["add_norm_swiglu"],
+        every_query=every, gate_scores=_on_its_gpu(scores) if scores else None,
         kernels=frozenset(ours | (replaced & REFERENCES.keys())),
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),

@@ -133,6 +133,18 @@ def load_gate_scores() -> Callable:
     return gate_scores
 
 
+def load_add_norm_linear() -> Callable:
+    from megatron_taipan.ops.norm_linear_triton import add_norm_linear
+
+    return add_norm_linear
+
+
+def load_add_norm_swiglu() -> Callable:
+    from megatron_taipan.ops.norm_linear_triton import add_norm_swiglu
+
+    return add_norm_swiglu
+
+
 SELECTED_ROWS = ("select_rows", "gather_linear", "bounded_linear", "scatter_rows")
 
 KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
@@ -150,4 +162,11 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "gate_scores": ("triton", load_gate_scores),
     "decode_attention": ("triton", load_decode_attention),
     "ssd_update": ("triton", load_ssd_update),
+}
+
+# Several operations as one, by name: (loader, the operations that it takes the place of where all of them are ours).
+FUSIONS: dict[str, tuple[Callable[[], Callable], tuple[str, ...]]] = {
+    "mamba2_mix": (load_mamba2_mix, ("causal_conv1d", "ssd", "gated_rms_norm")),
+    "add_norm_linear": (load_add_norm_linear, ("add_rms_norm",)),  # and a product
+    "add_norm_swiglu": (load_add_norm_swiglu, ("add_rms_norm", "silu_mul")),  # and three products
 }

@@ -64,10 +64,13 @@ def _gated_forward_kernel(y_ptr, z_ptr, weight_ptr, total_ptr, out_ptr, scale_pt
 
 
 @triton.jit
-def _gated_backward_kernel(dout_ptr, y_ptr, z_ptr, weight_ptr, scale_ptr, total_ptr, dy_ptr, dz_ptr, sums_ptr, rows,
-                           group, group_size, dout_row, y_row, z_row, dy_row, dz_row, SPREAD: tl.constexpr,
-                           BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """SPREAD: `total` [rows, groups] holds the sums of dout out over the group's group_size channels on all ranks."""
+def _gated_backward_kernel(dout_ptr, y_ptr, z_ptr, weight_ptr, scale_ptr, total_ptr, dy_ptr, dz_ptr, out_ptr, sums_ptr,
+                           rows, group, group_size, dout_row, y_row, z_row, dy_row, dz_row, SPREAD: tl.constexpr,
+                           AGAIN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """SPREAD: `total` [rows, groups] holds the sums of dout out over the group's group_size channels on all ranks.
+
+    AGAIN: the norm's output is written once more, as the forward kernel computes it.
+    """
     g, groups = tl.program_id(1), tl.num_programs(1)
     offs = tl.arange(0, BLOCK)
     inside = offs < group
@@ -94,6 +97,9 @@ def _gated_backward_kernel(dout_ptr, y_ptr, z_ptr, weight_ptr, scale_ptr, total_
         tl.store(dy_ptr + row * dy_row + at, (dgated * gate).to(dy_ptr.dtype.element_ty), mask=inside)
         dz = dgated * y * s * (1 + z * (1 - s))
         tl.store(dz_ptr + row * dz_row + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if AGAIN:
+            out = (y * z / (1 + tl.exp(-z))) * scale * weight
+            tl.store(out_ptr + row * group * groups + at, out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(sums_ptr + (tl.program_id(0) * groups + g) * group + offs, dweight, mask=inside)
 
 
@@ -128,8 +134,9 @@ def gated_forward(y, z, weight, eps, group_size, reduce_sum=None):
     return out, scale
 
 
-def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None, reduce_sum=None):
-    """Writes dy and dz [rows, d] in place; returns the gradient of weight.
+def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None, reduce_sum=None, again=None):
+    """Writes dy and dz [rows, d] in place, and where `again` [rows, d] is given the norm's output once more into it;
+    returns the gradient of weight.
 
     Where groups are spread over ranks, the last three are what went into and came out of `gated_forward`. A row's sum
     of dout w normed is found as that of dout out, two reads instead of three: it weighs 1 / sqrt(group_size) in dy, so
@@ -150,9 +157,9 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
     programs = min(rows, programs)
     sums = torch.empty((programs, d), dtype=torch.float32, device=y.device)
     _gated_backward_kernel[(programs, groups)](
-        dout, y, z, weight, scale, total, dy, dz, sums, rows, group, group_size or group, dout.stride(0), y.stride(0),
-        z.stride(0), dy.stride(0), dz.stride(0), SPREAD=reduce_sum is not None, BLOCK=block, STAGES=stages,
-        num_warps=warps,
+        dout, y, z, weight, scale, total, dy, dz, again if again is not None else dy, sums, rows, group,
+        group_size or group, dout.stride(0), y.stride(0), z.stride(0), dy.stride(0), dz.stride(0),
+        SPREAD=reduce_sum is not None, AGAIN=again is not None, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return sums.sum(0).to(weight.dtype)
 

@@ -52,9 +52,20 @@ class Piece:
         wait = self.place.start_before(reach, x)
         y = conv_forward(x, weight, bias, seq_idx, None)
         self.tail = torch.where(self.known[..., None], wait()[0], 0)
+        self._correct(y, x, weight, bias, seq_idx)
+        return y
+
+    def conv_again(self, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        """What `conv_forward` gave, from the tail that it left; nothing is sent."""
+        y = conv_forward(x, weight, bias, seq_idx, None)
+        self._correct(y, x, weight, bias, seq_idx)
+        return y
+
+    def _correct(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> None:
+        """The first tokens of y once more, with the tail."""
+        reach = self.known.shape[1]
         seq_idx = seq_idx[:, :reach].contiguous() if seq_idx is not None else None
         y[:, :reach] = conv_forward(x[:, :reach], weight, bias, seq_idx, self.tail)
-        return y
 
     def conv_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dx: Tensor

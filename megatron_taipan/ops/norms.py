@@ -19,17 +19,26 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (xf * scale * weight).to(weight.dtype)
 
 
-def add_rms_norm_reference(h: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    h: Tensor, branch: Tensor | None, weight: Tensor, eps: float, kept: bool = False
+) -> tuple[Tensor, Tensor]:
     """The residual stream's sum and its norm in one: a layer's input, and the stream that goes around the layer.
 
     Args:
         h: [..., d] the stream; branch: [..., d] the output of the layer before, in h's type or a narrower one, or None.
+        kept: whether h is kept for the backward pass anyway, by the norm before, see `keeps_summands`.
 
     Returns:
         u: [..., d] rms_norm(h + branch) in weight's dtype; h + branch: [..., d] in h's dtype.
     """
     total = h if branch is None else (h + branch).to(h.dtype)
     return rms_norm_reference(total, weight, eps), total
+
+
+def keeps_summands(h: Tensor, branch: Tensor | None, kept: bool) -> bool:
+    """Whether a fast `add_rms_norm` keeps h and branch for its backward pass, which adds them once more, and not their
+    sum: where h is kept anyway and the branch is narrower. So of two norms one keeps half as much."""
+    return branch is not None and kept and branch.element_size() < h.element_size()
 
 
 def gated_rms_norm_reference(

@@ -66,6 +66,10 @@ class Ops:
     ssd_update: Callable
     mamba2_mix: Callable | None
     """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""
+    add_norm_linear: Callable | None
+    """A norm of the stream and the product that reads it as one operation on CUDA tensors, or None: one by one."""
+    add_norm_swiglu: Callable | None
+    """A norm of the stream and the SwiGLU that reads it as one operation on CUDA tensors, or None: one by one."""
     kernels: frozenset[str]
     """Names of the operations that CUDA tensors take a fast kernel for."""
     report: str
@@ -88,6 +92,8 @@ def reference_ops() -> Ops:
     return Ops(
         **REFERENCES,
         mamba2_mix=None,
+        add_norm_linear=None,
+        add_norm_swiglu=None,
         kernels=frozenset(),
         report="ops: all reference (no kernels here)",
         unrecordable="",

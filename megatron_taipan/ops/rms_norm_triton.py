@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.norms import keeps_summands
 from megatron_taipan.ops.rowwise import row_warps, rows_of
 
 PROGRAMS = 528  # four a multiprocessor of an H100
@@ -33,12 +34,14 @@ def _norm_forward_kernel(x_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, scale_pt
 
 
 @triton.jit
-def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, dbranch_ptr, sums_ptr, rows, width,
-                          x_row, dy_row, residual_row, HAS_RESIDUAL: tl.constexpr, TWICE: tl.constexpr,
+def _norm_backward_kernel(dy_ptr, x_ptr, branch_ptr, weight_ptr, scale_ptr, residual_ptr, dx_ptr, dbranch_ptr, y_ptr,
+                          sums_ptr, rows, width, x_row, branch_row, dy_row, residual_row, HAS_BRANCH: tl.constexpr,
+                          HAS_RESIDUAL: tl.constexpr, TWICE: tl.constexpr, AGAIN: tl.constexpr,
                           BLOCK: tl.constexpr):  # fmt: skip
     """dx = residual + scale * (dy w - x scale^2 mean(dy w x)); sums [programs, width]: parts of the weight's gradient.
 
-    TWICE: dx is also written to dbranch, in its type.
+    HAS_BRANCH: of x + branch, rounded to x's type, in place of x. TWICE: dx is also written to dbranch, in its type. AGAIN: the norm y is written once more, as the forward kernel
+    computes it.
     """
     offs = tl.arange(0, BLOCK)
     inside = offs < width
@@ -48,6 +51,9 @@ def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx
     for i in range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
         row = mine + i * tl.num_programs(0)
         x = tl.load(x_ptr + row * x_row + offs, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            x += tl.load(branch_ptr + row * branch_row + offs, mask=inside, other=0.0).to(tl.float32)
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_row + offs, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + row)
         normed = x * scale
@@ -59,6 +65,8 @@ def _norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, residual_ptr, dx
         tl.store(dx_ptr + row * width + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if TWICE:
             tl.store(dbranch_ptr + row * width + offs, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(y_ptr + row * width + offs, (normed * weight).to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(sums_ptr + tl.program_id(0) * width + offs, dweight, mask=inside)
 
 
@@ -103,39 +111,42 @@ def _(h, branch, weight, eps):
 
 
 @torch.library.custom_op("megatron_taipan::rms_norm_backward", mutates_args=())
-def _norm_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None,
-    second: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dx, the weight's gradient, dx once more in the type `second`, or empty)."""
+def norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor,
+    residual: torch.Tensor | None, second: torch.dtype | None, again: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Of the norm of x + branch, or of x: (dx, the weight's gradient, dx once more in the type `second`, the norm
+    `again`), the last two or empty."""
     flat, dflat = rows_of(x), rows_of(dy)
     rows, d = flat.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    again = torch.empty(x.shape if second is not None else 0, dtype=second, device=x.device)
+    dbranch = torch.empty(x.shape if second is not None else 0, dtype=second, device=x.device)
+    y = torch.empty(x.shape if again else 0, dtype=weight.dtype, device=x.device)
     programs = max(1, min(rows, PROGRAMS))
     sums = torch.empty((programs, d), dtype=torch.float32, device=x.device)
-    other = rows_of(residual) if residual is not None else dflat
+    other, narrow = (rows_of(t) if t is not None else dflat for t in (residual, branch))
     block = triton.next_power_of_2(d)
     _norm_backward_kernel[(programs,)](
-        dflat, flat, weight, scale, other, dx, again if second is not None else dx, sums, rows, d, flat.stride(0),
-        dflat.stride(0), other.stride(0), HAS_RESIDUAL=residual is not None, TWICE=second is not None, BLOCK=block,
+        dflat, flat, narrow, weight, scale, other, dx, dbranch if second is not None else dx, y if again else dx, sums,
+        rows, d, flat.stride(0), narrow.stride(0), dflat.stride(0), other.stride(0), HAS_BRANCH=branch is not None,
+        HAS_RESIDUAL=residual is not None, TWICE=second is not None, AGAIN=again, BLOCK=block,
         num_warps=row_warps(block),
     )  # fmt: skip
-    return dx, sums.sum(0).to(weight.dtype), again
+    return dx, sums.sum(0).to(weight.dtype), dbranch, y
 
 
-@_norm_backward_op.register_fake
-def _(dy, x, weight, scale, residual, second):
-    again = x.new_empty(x.shape if second is not None else 0, dtype=second)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), again
+@norm_backward.register_fake
+def _(dy, x, branch, weight, scale, residual, second, again):
+    dbranch = x.new_empty(x.shape if second is not None else 0, dtype=second)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbranch, weight.new_empty(x.shape if again else 0)
 
 
 def _save_norm(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.save_for_backward(inputs[0], None, inputs[1], output[1])
 
 
 def _norm_backward(ctx, dy, _dscale):
-    dx, dweight, _ = _norm_backward_op(dy, *ctx.saved_tensors, None, None)
+    dx, dweight, *_ = norm_backward(dy, *ctx.saved_tensors, None, None, False)
     return dx, dweight, None
 
 
@@ -147,29 +158,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _norm_forward_op(x, weight, eps)[0]
 
 
+def sum_and_norm(h, branch, weight, eps, kept):
+    """(norm of h + branch, h + branch, what `norm_backward` needs for the sum: x, branch, weight, scale)."""
+    if branch is None:
+        u, scale = _norm_forward_op(h, weight, eps)
+        return u, h.view_as(h), (h, None, weight, scale)
+    u, scale, total = _add_norm_forward_op(h, branch, weight, eps)
+    return u, total, (*((h, branch) if keeps_summands(h, branch, kept) else (total, None)), weight, scale)
+
+
+def gradients_of_both(dh, dbranch, branch_dtype):
+    """What `norm_backward` gives as gradients of h and branch: of one type they are one tensor, as of torch's sum."""
+    return dh, (dh if branch_dtype == dh.dtype else dbranch) if branch_dtype is not None else None
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, branch, weight, eps):
-        if branch is None:
-            u, scale = _norm_forward_op(h, weight, eps)
-            total = h.view_as(h)
-        else:
-            u, scale, total = _add_norm_forward_op(h, branch, weight, eps)
-        ctx.save_for_backward(h if branch is None else total, weight, scale)
+    def forward(ctx, h, branch, weight, eps, kept):
+        u, total, needed = sum_and_norm(h, branch, weight, eps, kept)
+        ctx.save_for_backward(*needed)
         ctx.branch_dtype = branch.dtype if branch is not None else None
         return u, total
 
     @staticmethod
     def backward(ctx, du, dtotal):
-        total, weight, scale = ctx.saved_tensors
-        second = ctx.branch_dtype if ctx.branch_dtype != total.dtype else None
-        dh, dweight, again = _norm_backward_op(du, total, weight, scale, dtotal, second)
-        dbranch = again if second is not None else dh  # of one type they are one tensor, as of torch's sum
-        return dh, dbranch if ctx.branch_dtype is not None else None, dweight, None
+        x, *needed = ctx.saved_tensors
+        second = ctx.branch_dtype if ctx.branch_dtype != x.dtype else None
+        dh, dweight, dbranch, _ = norm_backward(du, x, *needed, dtotal, second, False)
+        return *gradients_of_both(dh, dbranch, ctx.branch_dtype), dweight, None, None
 
 
 def add_rms_norm(
-    h: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float
+    h: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, eps: float, kept: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `add_rms_norm_reference`.
 
@@ -177,4 +197,4 @@ def add_rms_norm(
     norm's and writes the sum in both types, h's and the branch's; autograd would read and write the whole stream once
     more for each.
     """
-    return _AddNorm.apply(h, branch, weight, eps)
+    return _AddNorm.apply(h, branch, weight, eps, kept)

@@ -53,9 +53,13 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
                  length, padded, n_chunks, per_segment, n_segments, n_heads, heads_per_group,
                  x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, y_b, y_l, y_h,
                  CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr,
-                 HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """Scans one segment of one head. OUTPUT: write y; KEEP: write the state that enters each chunk."""
+                 HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr,
+                 STATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scans one segment of one head. OUTPUT: write y; FINAL: write the state that leaves.
+
+    KEEP: 1 writes the state that enters each chunk, as y reads it; k > 1 every k-th one in float32, from which the others
+    come out again bit for bit; 0 none.
+    """
     head = tl.program_id(0)
     row = (tl.program_id(1) // n_segments).to(tl.int64)
     segment = tl.program_id(1) % n_segments
@@ -90,9 +94,14 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
             carry = tl.where(before == last, carry, 0.0)
         if OUTPUT:
             C = tl.load(C_base + tokens[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
+        if KEEP == 1:
+            tl.store(states_ptr + ((row * n_chunks + c) * n_heads + head) * P * N + tile, state.to(STATE))
+        elif KEEP > 1:
+            if c % KEEP == 0:
+                slot_c = (row * tl.cdiv(n_chunks, KEEP) + c // KEEP) * n_heads + head
+                tl.store(states_ptr + slot_c * P * N + tile, state)
+        if OUTPUT:
             entering = state.to(STATE)
-            if KEEP:
-                tl.store(states_ptr + ((row * n_chunks + c) * n_heads + head) * P * N + tile, entering)
             scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [t, s]
             visible = offs_q[:, None] >= offs_q[None, :]
             reads = tl.exp2(cum)
@@ -107,7 +116,8 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
             tl.store(y_base + tokens[:, None] * y_l + offs_p[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
         fed = (x.to(tl.float32) * feed[:, None]).to(x.dtype)
         state = tl.dot(tl.trans(fed), B, state * carry, input_precision=PRECISION)
-    tl.store(final_ptr + slot + tile, state)
+    if FINAL:
+        tl.store(final_ptr + slot + tile, state)
 
 
 def launch_options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
@@ -116,6 +126,7 @@ def launch_options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
         return {"num_warps": 8, "num_stages": 1}
     return {
         "scan": {"num_warps": 4, "num_stages": 1},
+        "states": {"num_warps": 4, "num_stages": 1},  # not measured
         "reverse": {"num_warps": 4, "num_stages": 3},
         "reverse turned": {"num_warps": 8, "num_stages": 3},
         "token": {"num_warps": 4, "num_stages": 3},
@@ -170,34 +181,34 @@ def segment_decay(cum: torch.Tensor, seq_idx: torch.Tensor | None, length: int, 
     return left[..., None, None]
 
 
-def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool, enter=None):
+def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: int, enter=None):
     """The forward pass on prepared decays.
 
     Args:
         x: [b, l, h, p], B, C: [b, l, g, n], last dimension contiguous; dt, cum: from `prepare_decay`.
+        keep: 1 keeps the state that enters each chunk; k > 1 every k-th one, for `scan_states`; 0 none.
         enter: where the row's earlier tokens are elsewhere: gives the initial state [b, h, p, n] float32 from what is
             left after the last token, of an empty one and as a share [b, h] of any other.
 
     Returns:
-        y [b, l, h, p] contiguous; states [b, chunks, h, p, n] that enter the chunks (empty unless keep); the state
-        after the last token [b, h, p, n] float32.
+        y [b, l, h, p] contiguous; states [b, chunks or chunks / k, h, p, n] that enter chunks, in float32 for k > 1
+        (empty for 0); the state after the last token [b, h, p, n] float32.
     """
     b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    n = B.shape[-1]
     n_chunks = cum.shape[-1] // CHUNK
     count, per_segment = segments(b, h, n_chunks)
     y = torch.empty((b, l, h, p), dtype=x.dtype, device=x.device)
-    wide = state_dtype(x.dtype)
-    states = torch.empty((b, n_chunks, h, p, n) if keep else (0,), dtype=wide, device=x.device)
+    states = torch.empty(
+        (b, triton.cdiv(n_chunks, keep), h, p, n) if keep else (0,),
+        dtype=torch.float32 if keep > 1 else state_dtype(x.dtype), device=x.device,
+    )  # fmt: skip
 
     def launch(init: torch.Tensor | None, output: bool) -> torch.Tensor:
         final = torch.empty((b, count, h, p, n), dtype=torch.float32, device=x.device)
-        _scan_kernel[(h, b * count)](
-            x, dt, cum, B, C, D if D is not None else dt, seq_idx if seq_idx is not None else dt,
-            init if init is not None else dt, y, states, final, l, cum.shape[-1], n_chunks, per_segment, count, h,
-            h // g, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], CHUNK=CHUNK, P=p, N=n,
-            HAS_D=D is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None, OUTPUT=output,
-            KEEP=keep and output, STATE=_tl(wide), PRECISION=precision_of(x.dtype), **launch_options("scan", x.dtype),
+        _launch_scan(
+            x, dt, cum, B, C, D, seq_idx, init, y, states, final, count, per_segment, output=output,
+            keep=keep if output else 0,
         )  # fmt: skip
         return final
 
@@ -217,3 +228,35 @@ def scan_forward(x, dt, cum, B, C, D, seq_idx, initial_state, *, keep: bool, ent
             entering[:, 1:].addcmul_(shares[:, :-1], before)
     final = launch(entering.contiguous() if entering is not None else None, output=True)
     return y, states, final[:, -1].contiguous()
+
+
+def scan_states(x, dt, cum, B, seq_idx, kept, every: int):
+    """The state that enters each chunk [b, chunks, h, p, n], bit for bit as `scan_forward` has it with keep=1.
+
+    Args:
+        kept: what `scan_forward` kept with keep=every. From each of them a program goes on, so that there are enough
+            programs for the GPU where the forward pass, which starts from the beginning, is serial.
+    """
+    b, _, h, p = x.shape
+    n_chunks = cum.shape[-1] // CHUNK
+    states = torch.empty((b, n_chunks, h, p, B.shape[-1]), dtype=state_dtype(x.dtype), device=x.device)
+    _launch_scan(
+        x, dt, cum, B, B, None, seq_idx, kept, x, states, None, kept.shape[1], every, output=False, keep=1
+    )  # fmt: skip
+    return states
+
+
+def _launch_scan(
+    x, dt, cum, B, C, D, seq_idx, init, y, states, final, count: int, per_segment: int, *, output: bool, keep: int
+) -> None:
+    """`_scan_kernel` over `count` segments of each head; what is None is not read or written."""
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    _scan_kernel[(h, b * count)](
+        x, dt, cum, B, C, D if D is not None else dt, seq_idx if seq_idx is not None else dt,
+        init if init is not None else dt, y, states, final if final is not None else dt, l, cum.shape[-1],
+        cum.shape[-1] // CHUNK, per_segment, count, h, h // g, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        *y.stride()[:3], CHUNK=CHUNK, P=p, N=n, HAS_D=D is not None, HAS_SEQ=seq_idx is not None,
+        HAS_INIT=init is not None, OUTPUT=output, KEEP=keep, FINAL=final is not None, STATE=_tl(state_dtype(x.dtype)),
+        PRECISION=precision_of(x.dtype), **launch_options("scan" if final is not None else "states", x.dtype),
+    )  # fmt: skip

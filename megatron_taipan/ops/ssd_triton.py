@@ -29,7 +29,7 @@ def _forward_op(
     seq_idx: torch.Tensor | None, initial_state: torch.Tensor | None, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y, final state, states that enter the chunks)."""
-    y, states, final = scan_forward(x, *prepare_decay(dt, None, A), B, C, D, seq_idx, initial_state, keep=keep)
+    y, states, final = scan_forward(x, *prepare_decay(dt, None, A), B, C, D, seq_idx, initial_state, keep=int(keep))
     return y, final, states
 
 

@@ -4,22 +4,31 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import common
 from benchmarks import ops as benchmark
 from benchmarks.__main__ import main
-from megatron_taipan.model import attention, mamba2
+from megatron_taipan.model import attention, layers, mamba2
 from megatron_taipan.ops import dispatch
+from megatron_taipan.ops.fast import FUSIONS
 from megatron_taipan.ops.operations import REFERENCES
 from tests.ops import fake_libraries
+
+
+def no_triton():
+    raise ImportError("No module named 'triton'")
 
 
 @pytest.fixture
 def small(monkeypatch):
     fake_libraries.install(monkeypatch)
     monkeypatch.setattr(dispatch, "FAST", {name: ("triton", lambda f=f: f) for name, f in REFERENCES.items()})
-    monkeypatch.setattr(dispatch, "load_mamba2_mix", lambda: lambda zxbcdt, *a, **k: zxbcdt[..., : 2 * 32] * 1)
-    for module in (dispatch, attention, mamba2):
+    mix = lambda zxbcdt, *a, out_weight, **k: F.linear(zxbcdt[..., : 2 * 32], out_weight)  # noqa: E731
+    for name, (_, parts) in FUSIONS.items():
+        monkeypatch.setitem(FUSIONS, name, (no_triton, parts))
+    monkeypatch.setitem(FUSIONS, "mamba2_mix", (lambda: mix, FUSIONS["mamba2_mix"][1]))
+    for module in (dispatch, attention, layers, mamba2):
         monkeypatch.setattr(module, "takes_kernels", lambda x: True)
     sizes = {"HEADS": 2, "HEADDIM": 16, "D_STATE": 16, "ATTENTION_HEADS": 2, "HEAD_DIM": 16, "WINDOW": 5, "D_MODEL": 32}
     for name, value in (sizes | {"VOCAB": 40, "DEVICE": "cpu", "median_ms": lambda run: run() is None or 1.0}).items():

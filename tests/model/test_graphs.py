@@ -40,3 +40,17 @@ def test_groups_give_what_their_layers_give(monkeypatch):
     again, remeasured, regrads = outcome(grouped)
     assert torch.equal(loss, again) and torch.equal(metrics, remeasured) and metrics.shape == (10,)
     assert all(torch.equal(a, b) for a, b in zip(grads, regrads, strict=True))
+
+
+def test_a_group_leaves_the_stream_where_the_next_one_reads_it(monkeypatch):
+    """So that a replay finds its input in place and copies nothing."""
+    shared = []
+
+    def compare(functions: tuple, examples: tuple) -> tuple:
+        for run, given, after in zip(functions[:-1], examples[:-1], examples[1:], strict=True):
+            shared.append(run(*given)[0].data_ptr() in {t.data_ptr() for t in after})
+        return functions
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", compare)
+    Taipan(small_config("M S M*9 S W"), seed=1).capture(2, 20)
+    assert shared == [True] * 3

@@ -16,10 +16,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def made(recompute: str, gradient: str, selection: str = "auto", **gate) -> Taipan:
+def made(recompute: str, gradient: str, selection: str = "auto", again: tuple[str, ...] = (), **gate) -> Taipan:
     config = CONFIG | {"gate": {**CONFIG["gate"], "gradient": gradient, **gate}}
     with torch.device("cuda"):
-        ops = pick_ops("auto", {"selection": selection, "gate": selection})
+        ops = pick_ops("auto", {"selection": selection, "gate": selection}, recompute_mixer=again)
         return Taipan(ModelConfig.model_validate(config), seed=1, recompute=recompute, ops=ops).bfloat16()
 
 
@@ -54,6 +54,14 @@ def test_replayed_layers_equal_layers_one_by_one(recompute, gradient, selection)
         for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True):
             assert torch.equal(a, b)
     assert len({float(outcome(graphed, n)[0]) for n in (1, 2)}) == 2  # or replays would not see their inputs
+
+
+def test_what_mixers_compute_again_changes_no_bit():
+    plain, graphed = made("none", "selected"), made("none", "selected", again=("states", "conv"))
+    graphed.capture(2, 200)
+    for number in (1, 2):
+        for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_replays_follow_schedules():

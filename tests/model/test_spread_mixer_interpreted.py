@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_taipan.model import mamba2
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.context import make_context
+from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.ops.fast import load_mamba2_mix
 from megatron_taipan.parallel.counter import CommCounter
@@ -67,7 +68,7 @@ def compare_with_the_whole(n_groups: int) -> tuple[dict[str, float], list[bool],
     results = []
     for part in (whole, fused, plain):
         mine = u.to(part.D.dtype, copy=True).requires_grad_()
-        out = part(mine, ctx)
+        out = part(Stream(mine), lambda h, *_: (h, h), ctx).branch
         out.backward(upstream.to(out.dtype))
         results.append({"out": out, "u": mine.grad} | {name: p.grad for name, p in part.named_parameters()})
     expected = {name: t if name in ("out", "u") else shard(name, t) for name, t in results[0].items()}

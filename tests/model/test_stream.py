@@ -49,9 +49,9 @@ def test_outstanding_additions_change_no_bit(dtype, wide):
 def test_norms_take_the_additions_between_layers_that_run_together(mode, every, first):
     given = []  # for every norm that takes the stream, in order: whether there was something to add
 
-    def watch(h, branch, weight, eps):
+    def watch(h, branch, *more):
         given.append(branch is not None)
-        return ops.add_rms_norm(h, branch, weight, eps)
+        return ops.add_rms_norm(h, branch, *more)
 
     ops = pick_ops("reference")
     model = Taipan(small_config(PATTERN), ops=replace(ops, add_rms_norm=watch), recompute=mode, recompute_every=every)

@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from megatron_taipan.model import attention, gate, mamba2
+from megatron_taipan.model import attention, gate, layers, mamba2
 from megatron_taipan.ops import dispatch
 
 
@@ -15,7 +15,7 @@ def interpreted_ops() -> dispatch.Ops:
     def takes_kernels(x: torch.Tensor) -> bool:
         return x.dtype != torch.float64
 
-    for module in (dispatch, attention, gate, mamba2):
+    for module in (dispatch, attention, gate, layers, mamba2):
         module.takes_kernels = takes_kernels
     with mock.patch("torch.cuda.is_available", lambda: True):
         return dispatch.pick_ops("fast", {"rope": "triton", "selection": "triton", "gate": "triton"})

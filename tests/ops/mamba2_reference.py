@@ -19,3 +19,19 @@ def mix_reference(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *,
         C.view(b, l, groups, d_state), chunk_size=64, D=D, seq_idx=seq_idx,
     )  # fmt: skip
     return gated_rms_norm_reference(y.flatten(2), z, norm_weight, eps=1e-5, group_size=inner // groups)
+
+
+def kept_and_projected(*inputs, **options):
+    """The fused mixer that keeps everything, then by torch the output projection, the last input."""
+    from megatron_taipan.ops.mamba2_triton import mamba2_mix
+
+    *inputs, out_weight = inputs
+    return F.linear(mamba2_mix(*inputs, **options), out_weight)
+
+
+def mixed_again(*inputs, recompute, **options):
+    """The same as one operation, which computes again what `recompute` says."""
+    from megatron_taipan.ops.mamba2_triton import mamba2_mix
+
+    *inputs, out_weight = inputs
+    return mamba2_mix(*inputs, out_weight=out_weight, recompute=recompute, **options)

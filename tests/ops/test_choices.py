@@ -12,6 +12,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.ops import dispatch
 from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
 from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.ops.fast import FUSIONS
 from megatron_taipan.ops.libraries import LIBRARIES
 from megatron_taipan.ops.operations import REFERENCES
 from tests.ops import fake_libraries
@@ -25,7 +26,8 @@ def kernels(monkeypatch) -> dict:
     fake_libraries.install(monkeypatch)
     made = {name: lambda *args, **options: "ours" for name in (*REFERENCES, "gate_scores")}
     monkeypatch.setattr(dispatch, "FAST", {name: ("triton", lambda f=f: f) for name, f in made.items()})
-    monkeypatch.setattr(dispatch, "load_mamba2_mix", lambda: lambda *args, **options: "mixed")
+    for name, (_, parts) in FUSIONS.items():
+        monkeypatch.setitem(FUSIONS, name, (lambda: lambda *args, **options: "in one", parts))
     monkeypatch.setattr(dispatch, "load_every_query", lambda: lambda *args, **options: "every")
     return made
 
@@ -60,7 +62,9 @@ def test_an_operations_own_option_overrides_the_backend(kernels, backend, others
 
 def test_without_options_everything_is_as_the_backend_says(kernels):
     found = labels(pick_ops("auto", {"rope": "triton", "selection": "triton", "gate": "triton"}))
-    assert set(found.values()) == {"triton", "triton (causal_conv1d, ssd, gated_rms_norm in one)"}
+    fused = {found.pop(name) for name in FUSIONS}
+    assert set(found.values()) == {"triton"} and "triton (causal_conv1d, ssd, gated_rms_norm in one)" in fused
+    assert all(label.startswith("triton (") for label in fused)
     plain = pick_ops("auto")  # a kernel that no GPU has run is taken by its own option alone
     assert "rotate" not in plain.kernels and "rotate" not in pick_ops("fast").kernels
     assert plain.kernels == pick_ops("auto", {"rope": "triton"}).kernels - {"rotate"}
@@ -69,14 +73,19 @@ def test_without_options_everything_is_as_the_backend_says(kernels):
 
 
 @pytest.mark.parametrize(
-    "choices",
-    [{"ssd": "mamba_ssm"}, {"conv": "causal_conv1d"}, {"conv": "reference"}, {"gated_norm": "reference"}],
+    ("choices", "names"),
+    [
+        ({"ssd": "mamba_ssm"}, {"mamba2_mix"}), ({"conv": "causal_conv1d"}, {"mamba2_mix"}),
+        ({"conv": "reference"}, {"mamba2_mix"}), ({"gated_norm": "reference"}, {"mamba2_mix"}),
+        ({"norm": "reference"}, {"add_norm_linear", "add_norm_swiglu"}), ({"swiglu": "reference"}, {"add_norm_swiglu"}),
+    ],
     ids=str,
-)
-def test_the_fused_mixer_runs_where_all_its_parts_are_ours(kernels, choices):
-    assert pick_ops("auto").mamba2_mix is not None
+)  # fmt: skip
+def test_fused_operations_run_where_all_their_parts_are_ours(kernels, choices, names):
+    assert all(getattr(pick_ops("auto"), name) is not None for name in FUSIONS)
     ops = pick_ops("auto", choices)
-    assert ops.mamba2_mix is None and "mamba2_mix=none" in ops.report
+    assert names == {name for name in FUSIONS if getattr(ops, name) is None}
+    assert all(f"{name}=none" in ops.report for name in names)
 
 
 def test_attention_of_every_query_as_one_operation_waits_for_its_option(kernels):

@@ -9,7 +9,7 @@ from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
 from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison, with_gradients
-from tests.ops.mamba2_reference import mix_reference
+from tests.ops.mamba2_reference import kept_and_projected, mix_reference, mixed_again
 from tests.ops.pieces import mix_in_pieces
 from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
@@ -79,6 +79,24 @@ def test_fused_mixer_in_pieces(dtype, b, headdim, d_state, ends, packed):
     )  # fmt: skip
 
 
+def test_pieces_that_compute_again_give_the_same_bits():
+    b, heads, headdim, d_state, ends = 1, 4, 64, 64, [1100, 2300]
+    channels = heads * headdim + 2 * d_state
+    inputs = [
+        torch.randn(b, ends[-1], heads * headdim + channels + heads).bfloat16(), torch.randn(channels, 4).bfloat16(),
+        torch.randn(channels).bfloat16(), torch.randn(heads) - 5, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(heads * headdim).bfloat16(),
+    ]  # fmt: skip
+    inputs = [t.cuda() for t in inputs]
+    sizes = {"seq_idx": documents(b, ends[-1]), "headdim": headdim, "groups": 1, "d_state": d_state}
+    results = []
+    for recompute in ((), ("states", "conv")):
+        options = {"group_size": heads * headdim, "eps": 1e-5, "recompute": recompute}
+        results.append(with_gradients(lambda *t, o=options: mix_in_pieces(t, sizes, ends, **o), inputs))
+        poison()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fused_mixer_whose_norm_spans_two_ranks(dtype):
     """Two ranks of three heads each, one after the other on this GPU, against the whole in float64."""
@@ -129,6 +147,34 @@ def test_the_fused_mixer_gives_the_same_bits_twice():
     first = with_gradients(run, inputs)
     poison()
     assert all(torch.equal(a, b) for a, b in zip(first, with_gradients(run, inputs), strict=True))
+
+
+@pytest.mark.parametrize("recompute", [["states"], ["conv"], ["conv", "states"]], ids="-".join)
+@pytest.mark.parametrize(
+    "dtype, b, l, heads, headdim, groups, d_state",
+    [
+        (torch.bfloat16, 2, 2500, 8, 64, 1, 128),  # the taipan presets' heads, three kept states a row
+        (torch.bfloat16, 1, 2051, 4, 64, 2, 64),  # the forward pass starts in the middle too
+        (torch.float32, 1, 1100, 2, 16, 1, 16),
+    ],
+)
+def test_what_is_computed_again_changes_no_bit(dtype, b, l, heads, headdim, groups, d_state, recompute):
+    """Nor does the projection in the same operation."""
+    inner = heads * headdim
+    channels = inner + 2 * groups * d_state
+    inputs = [
+        torch.randn(b, l, inner + channels + heads).to(dtype), (torch.randn(channels, 4) * 0.4).to(dtype),
+        (torch.randn(channels) * 0.1).to(dtype), torch.randn(heads) - 2, -torch.rand(heads) * 8 - 1, torch.randn(heads),
+        torch.randn(inner).to(dtype), torch.randn(96, inner).to(dtype),
+    ]  # fmt: skip
+    inputs = [t.cuda() for t in inputs]
+    sizes = {"seq_idx": documents(b, l), "headdim": headdim, "groups": groups, "d_state": d_state, "eps": 1e-5}
+    expected = with_gradients(lambda *t: kept_and_projected(*t, group_size=inner // groups, **sizes), inputs)
+    poison()
+    got = with_gradients(
+        lambda *t: mixed_again(*t, group_size=inner // groups, recompute=recompute, **sizes), inputs
+    )  # fmt: skip
+    assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * 9
 
 
 def test_scan_in_pieces_is_the_scan_of_the_whole():

@@ -12,7 +12,7 @@ import torch
 
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from tests.ops.kernel_checks import error, with_gradients
-from tests.ops.mamba2_reference import mix_reference
+from tests.ops.mamba2_reference import kept_and_projected, mix_reference, mixed_again
 from tests.ops.pieces import mix_in_pieces
 from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
@@ -52,6 +52,19 @@ def test_fused_mixer(b, l, heads, groups, packed):
     got = with_gradients(lambda *t: mamba2_mix(*t, **sizes, group_size=heads * headdim // groups, eps=1e-5), inputs)
     errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
     assert all(e < 4e-5 for e in errors), errors
+
+
+def test_what_is_computed_again_changes_no_bit(monkeypatch):
+    """Three kept states a row, the last chunk short; and the projection in the same operation."""
+    from megatron_taipan.ops import mamba2_triton
+
+    monkeypatch.setattr(mamba2_triton, "STATES_EVERY", 2)
+    inputs, sizes = random_case(1, 4 * 64 + 7, 2, 16, 1, True)
+    inputs, options = [*inputs, torch.randn(24, 32)], {**sizes, "group_size": 32, "eps": 1e-5}
+    expected = with_gradients(lambda *t: kept_and_projected(*t, **options), inputs)
+    for recompute in ((), ("states", "conv")):
+        got = with_gradients(partial(mixed_again, recompute=recompute, **options), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), recompute
 
 
 def test_fused_mixer_whose_norm_spans_two_ranks():
