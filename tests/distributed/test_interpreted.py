@@ -23,7 +23,7 @@ pytest.importorskip("triton")
     [
         Case("taipan", tensor=2),
         Case("taipan", tensor=2, sequence=True, gate="batch-all"),
-        Case("taipan", context=2, gate="batch-all"),
+        Case("taipan", context=2),  # with batch-all the gates' gradients cancel to rounding, see `possible`
     ],
     ids=str,
 )
