@@ -492,7 +492,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     dist.all_gather_object(everyone, trace.selections)
     if dist.get_rank():
         return {}
-    limits = GPU_LIMITS if setting.on_gpu else LIMITS
+    limits = GPU_LIMITS if setting.on_gpu or setting.interpreted else LIMITS  # the same sizes
     if setting.precision == "bf16":
         limits = {name: max(least, 3 * floor[name]) if floor else float("inf") for name, least in LEAST.items()}
     return compare(trace, everyone, reference(case.alone(), setting), limits)
