@@ -63,7 +63,7 @@ def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
                 "pattern": "M S M", "vocab_size": VOCAB, "d_model": 16, "d_ff": 16,
                 # few queries: the reference of attention, which CPUs run, is slow where keys are many
                 "gate": {"capacity": 0.02, "init_bias": -4.0},
-                "mamba": {"d_state": 8, "headdim": 16, "chunk_size": 16},
+                "mamba": {"d_state": 8, "headdim": 16, "chunk_size": 64},
                 "attention": {"n_heads": 2, "n_kv_heads": 1, "window": 16},
             },
             data={"seq_len": length, "one_document": True, "valid_fraction": 0.0},
