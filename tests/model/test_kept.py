@@ -52,8 +52,9 @@ def test_mamba_layers_keep_no_input_of_a_product_and_every_second_one_half_a_str
     assert others == [first, second, first, second]
 
 
-def test_selective_layers_keep_neither_swiglus_product_nor_the_gates_wide_input():
-    assert kept("model.gate={}")[-1] == sorted(SELECTED)
+@pytest.mark.parametrize("overrides", [["model.gate={}"], []], ids=["the paper's gate", "the presets'"])
+def test_selective_layers_keep_neither_swiglus_product_nor_the_gates_wide_input(overrides):
+    assert kept(*overrides)[-1] == sorted(SELECTED)
 
 
 @pytest.mark.gpu
