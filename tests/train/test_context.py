@@ -67,7 +67,7 @@ def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
                 "attention": {"n_heads": 2, "n_kv_heads": 1, "window": 16},
             },
             data={"seq_len": length, "one_document": True, "valid_fraction": 0.0},
-            train={"steps": 2, "global_batch": 1, "micro_batch": 1},
+            train={"steps": 1, "global_batch": 1, "micro_batch": 1}, optim={"warmup_steps": 0},
         )  # fmt: skip
 
     launch_series([Job(1, runs, [tree("whole")]), Job(4, runs, [tree("pieces", context=4)])], timeout=850)
@@ -75,6 +75,4 @@ def test_one_document_of_a_million_tokens_in_a_step(tmp_path):
         [[record[name] for name in ("loss", "grad_norm", "layers.1.selected")] for record in log(tmp_path / run)]
         for run in ("whole", "pieces")
     )
-    assert len(whole) == len(pieces) == 2
-    for ours, one_process in zip(pieces, whole, strict=True):
-        assert ours == pytest.approx(one_process, rel=1e-5)
+    assert len(whole) == 1 and pieces[0] == pytest.approx(whole[0], rel=1e-5)
