@@ -56,12 +56,12 @@ def run(options: argparse.Namespace) -> None:
     table.ratios(config.name, "tokens/s")
 
 
-def our_step(config: Config, profiled: bool) -> dict:
+def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3) -> dict:
     """Our trainer's own engine and step."""
     began = time.perf_counter()
     training = our_training(config)
     built = time.perf_counter() - began
-    numbers = timed(training, config, profiled) | {"build s": round(built, 1)}
+    numbers = timed(training, config, profiled, repeats, warm) | {"build s": round(built, 1)}
     losses = [result.loss for result in training.results]
     shares = training.engine.module.layer_metrics.of_gates(training.results[-1].layer_metrics, "selected")
     numbers["loss"] = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
@@ -82,7 +82,11 @@ def our_training(config: Config) -> Training:
     select_capacity(model, config)
     engine = build_engine(model, config, groups, device)
     graphs = ExitStack()
-    print(capture_graphs(model, config, device, graphs), flush=True)
+    try:
+        print(capture_graphs(model, config, device, graphs), flush=True)
+    except BaseException:
+        Training(engine, lambda: None, [], graphs).end()  # frees the memory of what was recorded
+        raise
     torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens, of a context group one row's
     batches = [random_batch(config, device, groups.context)] * accumulation(config, groups.data_size)
     results: list[StepResult] = []
@@ -143,7 +147,7 @@ def peer_training(build: Callable, config: Config, compile_it: Callable[[Any], A
     """A peer through DeepSpeed with the same settings as ours, including our faster reductions."""
     import deepspeed
 
-    from megatron_taipan.engine.build import count_parameters, deepspeed_config
+    from megatron_taipan.engine.build import accumulation, count_parameters, deepspeed_config
     from megatron_taipan.engine.mpu import ModelParallelUnit
     from megatron_taipan.engine.optimizer import make_optimizer
     from megatron_taipan.engine.zero import patch_zero12
@@ -160,21 +164,24 @@ def peer_training(build: Callable, config: Config, compile_it: Callable[[Any], A
     batch = random_batch(config, device)
 
     def step() -> None:
-        engine.backward(engine(batch["tokens"], batch["labels"]))
-        engine.step()
+        for _ in range(accumulation(config, groups.data_size)):
+            engine.backward(engine(batch["tokens"], batch["labels"]))
+            engine.step()  # updates after the last
 
     return Training(engine, step, [])
 
 
-def timed(training: Training, config: Config, profiled: bool) -> dict:
-    """First step, median, tokens per second and peak memory; the engine is destroyed afterwards."""
-    began = time.perf_counter()
-    training.step()
-    torch.cuda.synchronize()
-    numbers = step_numbers(training.step, config, time.perf_counter() - began)
-    if profiled:
-        print_profile(training.step)
-    training.end()
+def timed(training: Training, config: Config, profiled: bool, repeats: int = 7, warm: int = 3) -> dict:
+    """First step, median, tokens per second and peak memory; the engine is destroyed afterwards, whatever happens."""
+    try:
+        began = time.perf_counter()
+        training.step()
+        torch.cuda.synchronize()
+        numbers = step_numbers(training.step, config, time.perf_counter() - began, repeats, warm)
+        if profiled:
+            print_profile(training.step)
+    finally:
+        training.end()
     return numbers
 
 
@@ -189,14 +196,23 @@ def print_profile(step: Callable[[], None], top: int = 45, host: bool = True) ->
     pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
-def step_numbers(step: Callable[[], None], config: Config, first: float) -> dict:
+def step_numbers(step: Callable[[], None], config: Config, first: float, repeats: int = 7, warm: int = 3) -> dict:
     torch.cuda.reset_peak_memory_stats()
-    ms = median_step_ms(step)
-    tokens = config.train.micro_batch * config.data.seq_len
+    retries = allocation_retries()
+    ms = median_step_ms(step, repeats, warm)
+    tokens = config.train.global_batch * config.data.seq_len
     peak = torch.cuda.max_memory_reserved() / 2**30  # recorded graphs are in no count of live tensors
-    return {
+    numbers = {
         "ms": round(ms, 1),
         "tokens/s": round(tokens / ms * 1e3),
         "GiB": round(peak, 1),
         "first step s": round(first, 1),
     }
+    if retries := allocation_retries() - retries:
+        numbers["allocations retried"] = retries
+    return numbers
+
+
+def allocation_retries() -> int:
+    """How often torch found no memory and gave its free blocks back first: such a step waits for the GPU."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.common import hardware
 from benchmarks.corpus import build_corpus
-from experiments.in_parts import make_runs, read_results
+from benchmarks.in_parts import make_runs, read_results
 from experiments.real_text_report import draw_results, read_log, results_table
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import hardware
+from benchmarks.in_parts import make_runs, read_results
 from experiments.gate_vectors import GateVectors, log_of
-from experiments.in_parts import make_runs, read_results
 from experiments.recall_report import make_report
 from experiments.recall_task import SMALL, Settings, make_batch, make_rows
 from experiments.recipes import RECIPES, gate_options

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from experiments import in_parts
+from benchmarks import in_parts
 from megatron_taipan.errors import UserError
 
 
