@@ -252,6 +252,11 @@ def check_layout(config: Config, processes: int) -> None:
         raise UserError(f"parallel.offload_param={p.offload_param} needs zero_stage=3, not {p.zero_stage}")
     if p.offload_optimizer != "none" and p.zero_stage == 0:
         raise UserError(f"parallel.offload_optimizer={p.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
+    if p.offload_optimizer == "nvme" and p.zero_stage != 3:
+        raise UserError(
+            f"parallel.offload_optimizer=nvme needs zero_stage=3: at stage {p.zero_stage} DeepSpeed would keep the"
+            " optimizer's state in the host's memory without a word; use offload_optimizer=cpu, or zero_stage=3"
+        )
 
 
 def check_pieces(config: Config) -> None:
@@ -408,6 +413,7 @@ def _allow_fp32_params(config: Config) -> Iterator[None]:
     """
     import deepspeed.runtime.engine as engine
     import deepspeed.runtime.zero.stage3 as stage3
+    from deepspeed.accelerator import get_accelerator
 
     whole_stage3 = stage3.DeepSpeedZeroOptimizer_Stage3
 
@@ -426,6 +432,15 @@ def _allow_fp32_params(config: Config) -> Iterator[None]:
                 else:
                     flat = stage3.defragment([p.ds_tensor for p in group])
                 self.fp16_partitioned_groups_flat.append(flat)
+
+        def _create_param_groups_fp16_flat_cpu_memory(self):
+            """With offload_param each group has a flat buffer, which rounded every group to the main type."""
+            super()._create_param_groups_fp16_flat_cpu_memory()
+            buffers = self.param_groups_fp16_flat_cpu_memory
+            for at, group in enumerate(self.trainable_param_groups):
+                dtype = group["params"][0].ds_tensor.dtype
+                if buffers[at].dtype != dtype:
+                    buffers[at] = get_accelerator().pin_memory(torch.empty(buffers[at].shape, dtype=dtype))
 
     cast_all = engine.DeepSpeedEngine._cast_module_mixed_precision
     stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3WithFp32Params

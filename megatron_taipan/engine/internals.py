@@ -50,7 +50,8 @@ REPLACED = (
     Internal(ENGINE, "_cast_module_mixed_precision", "some parameters stay float32 under bf16 and fp16 (build.py)"),
     Internal(
         ZERO_3,
-        "_get_parameter_partitions _set_fp16_partitioned_groups_flat",
+        "_get_parameter_partitions _set_fp16_partitioned_groups_flat _create_param_groups_fp16_flat_cpu_memory"
+        " param_groups_fp16_flat_cpu_memory trainable_param_groups",
         "parameters of more than one type (build.py)",
     ),
 )  # fmt: skip

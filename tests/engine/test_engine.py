@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_taipan.engine.build import deepspeed_config, parameter_groups
+from megatron_taipan.config import Config
+from megatron_taipan.engine.build import check_layout, deepspeed_config, parameter_groups
 from megatron_taipan.engine.protocol import Engine
+from megatron_taipan.errors import UserError
 from megatron_taipan.parameters import parameter_table
 from tests.distributed.launch import launch
 from tests.engine.test_protocol import unfulfilled
@@ -18,7 +20,6 @@ STEPS = 4
 
 def trained(prefix: str, parallel: dict, train: dict) -> dict:
     """Trains a few steps in this process group; gives losses, norms, parameter types, and the float32 masters."""
-    import deepspeed.utils
     import torch.distributed as dist
 
     from megatron_taipan.data.loader import build_dataset, make_loader
@@ -35,6 +36,7 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = build_engine(model, config, groups, torch.device("cpu"))
     assert isinstance(engine, Engine) and not unfulfilled(engine, Engine), unfulfilled(engine, Engine)
+    at_start = masters(model, config)
     data = build_dataset(config.data, "train", config.model.vocab_size)
     valid = build_dataset(config.data, "valid", config.model.vocab_size)
     loader = make_loader(
@@ -53,10 +55,6 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         batches = [next(loader) for _ in range(accumulation(config, groups.data_size))]
         results.append(train_step(engine, batches, step=step, groups=groups, grad_clip=config.optim.grad_clip))
     evaluated = evaluation()
-    masters = {
-        name: (deepspeed.utils.safe_get_full_fp32_param(p) if config.parallel.zero_stage else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
     return {
         "ce": [r.ce for r in results],
         "norm": [r.grad_norm for r in results],
@@ -64,8 +62,19 @@ def trained(prefix: str, parallel: dict, train: dict) -> dict:
         "valid": (evaluated.ce, evaluated.tokens),
         "metrics of the untrained": untrained,
         "dtypes": {name: p.dtype for name, p in model.named_parameters()},
-        "masters": masters,
+        "masters": masters(model, config),
         "before": before,
+        "at start": at_start,
+    }
+
+
+def masters(model: torch.nn.Module, config: Config) -> dict[str, torch.Tensor]:
+    """The whole float32 parameters that the optimizer updates."""
+    import deepspeed.utils
+
+    return {
+        name: (deepspeed.utils.safe_get_full_fp32_param(p) if config.parallel.zero_stage else p).detach().clone()
+        for name, p in model.named_parameters()
     }
 
 
@@ -75,19 +84,22 @@ def all_cases(prefix: str, cases: dict[str, tuple[dict, dict]]) -> dict[str, dic
 
 def test_islands_stay_float32_and_are_trained_as_in_float32(tmp_path):
     cases = {"fp32": ({"zero_stage": 1}, {"precision": "fp32"})}
-    cases |= {f"bf16 stage {s}": ({"zero_stage": s}, {"precision": "bf16"}) for s in (1, 2, 3)}
+    bf16 = {f"stage {s}": {"zero_stage": s} for s in (1, 2, 3)}
+    bf16["stage 3, parameters offloaded"] = {"zero_stage": 3, "offload_param": "cpu"}
+    cases |= {f"bf16 {name}": (parallel, {"precision": "bf16"}) for name, parallel in bf16.items()}
     results = launch(2, all_cases, write_data(tmp_path / "data"), cases)[0]
     config = toy_config("unused")
     fp32_params = {name for name, spec in parameter_table(config.model).items() if spec.float32}
     assert {name.rpartition(".")[2] for name in fp32_params} >= {"A_log", "dt_bias", "D"}
     assert any(".gate." in name for name in fp32_params)
     truth = results["fp32"]
-    for stage in (1, 2, 3):
-        result = results[f"bf16 stage {stage}"]
+    for stage in bf16:
+        result = results[f"bf16 {stage}"]
         for name, dtype in result["dtypes"].items():
             assert dtype == (torch.float32 if name in fp32_params else torch.bfloat16), (stage, name)
         for name in fp32_params:
             start = truth["before"][name]
+            assert torch.equal(result["at start"][name], start), (stage, name)
             wanted, moved = truth["masters"][name] - start, result["masters"][name] - start
             assert wanted.abs().max() > 1e-3, name  # it was trained at all
             # Adam's first steps follow the sign of the gradient, which bf16 noise turns here and there
@@ -137,6 +149,14 @@ def test_biases_norms_and_decay_rates_take_no_weight_decay_and_types_are_never_m
     for stage, first in ((1, torch.bfloat16), (2, torch.float32)):
         config = toy_config("unused", train={"precision": "bf16"}, parallel={"zero_stage": stage})
         assert parameter_groups(model, table, config)[0]["params"][0].dtype == first
+
+
+def test_what_deepspeed_would_keep_elsewhere_is_refused():
+    offload = {"offload_optimizer": "nvme", "nvme_path": "disk"}
+    for stage in (1, 2):
+        with pytest.raises(UserError, match=f"nvme needs zero_stage=3: at stage {stage} .*host's memory"):
+            check_layout(toy_config("unused", parallel={"zero_stage": stage, **offload}), 1)
+    check_layout(toy_config("unused", parallel={"zero_stage": 3, **offload}), 1)
 
 
 def test_a_parameter_that_the_table_does_not_know_is_an_error():
