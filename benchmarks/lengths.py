@@ -30,7 +30,7 @@ LENGTHS = ["4K", "8K", "16K", "32K", "64K", "128K"]
 PEER, SIZES_OF_PEER = "Transformer++, compiled", "transformerpp_1.3b"
 RECOMPUTE = ["none", "selective", "full"]  # from the fastest to what needs least memory
 STEPS = {"warm": 1, "repeats": 3}  # after the first one; a step takes 2 to 20 seconds
-FREE = 2**30  # bytes that may stay in use after a measurement: libraries' workspaces
+FREE = 2 << 30  # bytes that may stay in use after a measurement: workspaces of libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
