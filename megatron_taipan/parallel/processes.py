@@ -223,6 +223,13 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def finish(status: int) -> NoReturn:
+    """Ends a program that may have joined others: as `leave` if it has, else as any program ends."""
+    if dist.is_initialized():
+        leave(status)
+    sys.exit(status)
+
+
 def report(error: UserError) -> int:
     """Prints the error once for the whole run, and gives the exit status.
 
