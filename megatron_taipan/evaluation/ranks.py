@@ -74,8 +74,8 @@ def joined_ranks(place: RankInfo, device: str) -> Iterator[Ranks]:
         join_processes(place, own, TIMEOUT_S)
     ranks = Ranks(own, ContextParallel(place.world_size, place.rank, dist.group.WORLD))
     with nullcontext() if ranks.first else redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        if not ranks.first:
-            warnings.simplefilter("ignore")
+        # of the first rank only what a user can act on: torch says of collectives that it will rename them
+        warnings.simplefilter("ignore", FutureWarning if ranks.first else Warning)
         yield ranks
 
 
