@@ -25,7 +25,8 @@ from megatron_taipan.checkpoint.run_log import LOG, read_records
 from megatron_taipan.config import Config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
-from megatron_taipan.train.distributed import RankInfo, device_of_process, find_place, start_processes, stop_processes
+from megatron_taipan.parallel.processes import RankInfo, device_of_process, find_place, stop_processes
+from megatron_taipan.train.distributed import start_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,9 @@ from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.parallel.context_traffic import expected_piece_traffic
 from megatron_taipan.parallel.groups import build_groups
 from megatron_taipan.parallel.mesh import Mesh
+from megatron_taipan.parallel.processes import device_of_process, find_place, stop_processes
 from megatron_taipan.parallel.traffic import Traffic, expected_traffic
-from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
+from megatron_taipan.train.distributed import start_processes
 
 
 def measure_traffic(

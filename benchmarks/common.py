@@ -190,7 +190,8 @@ def join_processes(config: Config) -> tuple[torch.device, Any]:
     import torch.distributed as dist
 
     from megatron_taipan.parallel.connect import connect
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place
+    from megatron_taipan.train.distributed import start_processes
 
     place = find_place(os.environ)
     device = device_of_process(place)

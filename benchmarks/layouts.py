@@ -105,7 +105,7 @@ def measure_layout(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from benchmarks.step import our_training, print_profile
-    from megatron_taipan.train.distributed import stop_processes
+    from megatron_taipan.parallel.processes import stop_processes
 
     faulthandler.dump_traceback_later(max(1, options.timeout - 15))  # where a row hangs
     config = preset(options)

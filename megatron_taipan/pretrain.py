@@ -33,7 +33,8 @@ try:
     from megatron_taipan.config import describe_options, load_config, presets
     from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place, leave, report, stop_processes
+    from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.dry_run import dry_run
     from megatron_taipan.train.signals import StopSignals
 except ImportError as error:
@@ -100,21 +101,6 @@ def options_text() -> str:
     return "\n".join(lines)
 
 
-def report(error: UserError) -> int:
-    """Prints the error once for the whole run, and gives the exit status.
-
-    What every rank finds wrong, rank 0 says. Another rank cannot know whether it is alone with its error, as with data
-    that it alone has read; it waits for rank 0 to end the run, and speaks only if that does not happen.
-    """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    return error.exit_status
-
-
 def program() -> NoReturn:
     """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
@@ -124,12 +110,7 @@ def program() -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is written and closed. Leaving the interpreter the ordinary way races with threads of torch's process
-    # groups, which want Python's lock while it is taken down: about one run in 15 on gloo ended in an abort, and its
-    # status 134 would have hidden ours.
-    os._exit(status)
+    leave(status)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ ROOMS: dict[str, set[str]] = {
         *KINDS,
         "engine",
     },
-    "megatron_taipan.pretrain": {"config", "engine", "train"},
+    "megatron_taipan.pretrain": {"config", "engine", "parallel", "train"},
     "launch": {"pretrain", "config", "checkpoint"},
     "benchmarks": PROGRAMS,
     "experiments": PROGRAMS,

@@ -22,11 +22,11 @@ from megatron_taipan.engine.protocol import Engine
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.zero import patch_zero12
 from megatron_taipan.errors import UserError
-from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.optim_config import OptimConfig
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parallel.mesh import fit_mesh
+from megatron_taipan.parallel.pieces import refuse_unfit_pieces
 from megatron_taipan.parallel.stages import stage_bounds
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import check_tensor_size, parameter_table
@@ -268,19 +268,7 @@ def check_pieces(config: Config) -> None:
     p, length = config.parallel, config.data.seq_len
     if p.context == 1:
         return
-    if length % p.context:
-        raise UserError(
-            f"data.seq_len={length} is not a multiple of parallel.context={p.context} (remainder {length % p.context});"
-            f" take {length // p.context * p.context} or another number of pieces"
-        )
-    if whole := [kind.name for kind in kinds_of(config.model.letters) if kind.pieces is None]:
-        raise UserError(f"parallel.context={p.context}: {', '.join(whole)}s need whole rows; take parallel.context=1")
-    tail = config.model.mamba.d_conv - 1
-    if "M" in config.model.letters and p.piece(length) < tail:
-        raise UserError(
-            f"a piece of data.seq_len={length} / parallel.context={p.context} = {p.piece(length)} tokens is shorter"
-            f" than the {tail} inputs that the convolution of a Mamba-2 layer keeps; take longer rows or fewer pieces"
-        )
+    refuse_unfit_pieces(config.model, length, p.context, rows="data.seq_len", ranks="parallel.context")
     if p.pipeline > 1:
         raise UserError(
             f"parallel.context={p.context} needs parallel.pipeline=1, not {p.pipeline}: DeepSpeed's pipeline engine"

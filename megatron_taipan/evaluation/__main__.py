@@ -5,6 +5,7 @@
 
 A task is a module beside this one with `main(arguments)`, and runs by its own name too (`python -m` and the module).
 Tasks that measure take several models, print a table, and with `--out FOLDER` write it as Markdown, JSON and a picture.
+perplexity shares long contexts out over the processes that torchrun or srun start; the others run as one process.
 """
 
 import sys
@@ -42,4 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    done = main()
+    from megatron_taipan.parallel.processes import finish  # imported late: the list of tasks needs no torch
+
+    finish(done)

@@ -23,6 +23,7 @@ from megatron_taipan.evaluation.perplexity import choose_data
 from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.processes import on_one_process
 
 MAX_MARGINS = 10_000_000  # values kept for a quantile; 40 MB
 
@@ -84,6 +85,7 @@ def _quantile(margins: Tensor, fraction: float) -> Tensor:
     return (ordered[above - 1] + ordered[above]) / 2
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

@@ -1,9 +1,11 @@
-"""The loss of every token of long rows, read in chunks through the decoding cache.
+"""The losses of long rows, in memory that does not grow with all of their tokens.
 
-Memory is that of one chunk and of the cache, whose size does not depend on the length but in layers of full attention.
+One process reads a row in chunks through the decoding cache: memory is that of one chunk and of the cache, whose size
+does not depend on the length but in layers of full attention. Ranks that hold a piece of the row each read it in one
+pass without a cache: memory is that of one layer over the piece, since nothing is kept for gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,31 @@ def losses_in_chunks(model: Taipan, rows: Batch, chunk: int = CHUNK) -> Iterator
             yield first, losses
     finally:
         model.train(was_training)
+
+
+@torch.inference_mode()
+def losses_of_piece(model: Taipan, rows: Batch, parts: Sequence[Tensor]) -> Tensor:
+    """Summed cross entropies of parts of this rank's pieces of a batch, in evaluation mode: float64 [parts] on the CPU.
+    Collective over the ranks with the other pieces.
+
+    Args:
+        rows: with document_start, as `SampleDataset.batch` gives pieces; loss_mask weighs the tokens.
+        parts: indices of tokens, [n_i] of all b * l flattened. The logits of one part are the most that are made at
+            once, and its sum is of float32, so parts of a few thousand tokens lose nothing.
+    """
+    device = next(model.parameters()).device
+    given = {name: value.to(device) for name, value in rows.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        out = model(
+            given["tokens"], labels=given["labels"], loss_mask=given["loss_mask"], seq_idx=given["seq_idx"],
+            samples=given["sample"], document_start=given["document_start"], ce_scale=1.0,
+            parts=[part.to(device) for part in parts],
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
+    return out.ce_parts.double().cpu()
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

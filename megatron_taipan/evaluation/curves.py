@@ -15,12 +15,14 @@ from megatron_taipan.errors import exits_cleanly
 from megatron_taipan.evaluation.figures import Curve, write_curves
 from megatron_taipan.evaluation.results import Row, markdown_table, write_results
 from megatron_taipan.layer_kinds.metrics import logged
+from megatron_taipan.parallel.processes import on_one_process
 
 LAST = 50  # steps at the end of a run whose mean the table gives
 SET_MARKERS = "s^vDP*"  # matplotlib's, of validation sets by name
 POINTS = 200  # of a curve; each is the mean over as many steps as that takes
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

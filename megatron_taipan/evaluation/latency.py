@@ -43,6 +43,7 @@ from megatron_taipan.inference.stepping import Stepper
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
+from megatron_taipan.parallel.processes import on_one_process
 
 MOST_WARM = 1024  # steps before the timed ones; buffers that grow are given room for them
 OTHER_STEPS = 256  # and for those that set the gates and count what they select
@@ -52,6 +53,7 @@ COLUMNS = (  # after the model and the context; None where nothing was measured
 )  # fmt: skip
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

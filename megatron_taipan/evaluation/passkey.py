@@ -17,6 +17,7 @@ from megatron_taipan.evaluation.text_models import find_model
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.processes import on_one_process
 from megatron_taipan.tokenizer.base import Tokenizer
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -51,6 +52,7 @@ def spread_depths(count: int) -> list[float]:
     return [i / max(1, count - 1) for i in range(count)]
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

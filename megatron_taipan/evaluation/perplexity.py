@@ -2,26 +2,38 @@
 
 All models see the same samples. `--untrained` adds the first model's network with its initial weights, to show what
 training changed. `--lengths 1K,4K,...,1M` scores contexts of these lengths, read in chunks through the decoding cache.
+
+Started as several processes (torchrun, srun), each holds a consecutive piece of every context, for those that are too
+long for one; the scores are the same.
 """
 
 import argparse
+import itertools
 import math
-import sys
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
 from megatron_taipan.config import Config, DataConfig, DataSource
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.made_with import refuse_mixed
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation.lengths import parse_lengths
+from megatron_taipan.evaluation.ranks import Ranks, joined_ranks
 from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.all_ranks import run_on_all_ranks
+from megatron_taipan.parallel.pieces import refuse_unfit_pieces
+from megatron_taipan.parallel.processes import exits_cleanly_on_ranks, find_place, finish
 
 INPUTS = ("tokens", "labels", "loss_mask", "seq_idx")  # of a batch, [b, l] each
 
@@ -40,7 +52,8 @@ class Score:
 
 @torch.inference_mode()
 def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1) -> Score:
-    """Cross entropy of the first `samples` samples (at most one epoch), in evaluation mode.
+    """Cross entropy of the first `samples` samples (at most one epoch), in evaluation mode; of all pieces of the rows
+    where ranks hold one each (collective).
 
     Args:
         batch: rows per forward pass; changes speed, not results.
@@ -52,18 +65,29 @@ def score(model: Taipan, dataset: SampleDataset, *, samples: int, batch: int = 1
     for rows in read_batches(dataset, samples, batch):
         tokens, labels, mask, seq_idx = (rows[name].to(device) for name in INPUTS)  # [b, l] each
         which = rows["sample"].to(device)  # [b], what a random gate draws by, not by a row's position in its batch
-        out = model(tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, samples=which, ce_scale=1.0)
+        out = model(
+            tokens, labels=labels, loss_mask=mask, seq_idx=seq_idx, samples=which,
+            document_start=rows.get("document_start"), ce_scale=1.0,
+        )  # fmt: skip
         total += float(out.ce_loss)
         count += int(mask.sum())
     model.train(was_training)
-    return mean_score(total, count)
+    if model.place is not None:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        total, count = model.place.sum_pieces(sums).tolist()
+    return mean_score(total, int(count))
 
 
 def read_batches(dataset: SampleDataset, samples: int, batch: int) -> Iterator[Batch]:
-    """The first `samples` samples (at most one epoch), up to `batch` of them at a time."""
+    """The first `samples` samples (at most one epoch), up to `batch` of them at a time.
+
+    Raises:
+        UserError: the data is damaged; on all ranks, if only one of them has read that.
+    """
     samples = min(samples, len(dataset))
     for first in range(0, samples, batch):
-        yield dataset.batch(list(range(first, min(first + batch, samples))))
+        read = partial(dataset.batch, list(range(first, min(first + batch, samples))))
+        yield read() if dataset.piece.size == 1 else run_on_all_ranks(read)
 
 
 def mean_score(total: float, count: int) -> Score:
@@ -77,7 +101,7 @@ def mean_score(total: float, count: int) -> Score:
     return Score(total / count, count)
 
 
-@exits_cleanly
+@exits_cleanly_on_ranks
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
     from megatron_taipan.evaluation import perplexity_by_length as by_length  # it scores as this module does
@@ -87,14 +111,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for perplexity.json and .md, with --lengths .svg as well")
     by_length.add_arguments(parser)
     options = parse_options(parser, arguments)
-    make_folder(options.out)
-    if options.lengths is not None:
-        by_length.run(options)
-        return 0
+    started = find_place(os.environ)
+    if started.world_size > 1:
+        refuse_unfit(options, started.world_size)
+    with joined_ranks(started, options.device) as ranks:
+        ranks.on_first(lambda: make_folder(options.out))
+        if options.lengths is not None:
+            by_length.run(options, ranks)
+        else:
+            run(options, ranks)
+    return 0
 
+
+def refuse_unfit(options: argparse.Namespace, processes: int) -> None:
+    """Whether the contexts can be cut into a piece for each process; reads no weights.
+
+    Raises:
+        UserError: they cannot, with the numbers.
+    """
+    opened = [open_weights(path, ema=options.ema) for path in options.models]
+    if options.lengths is not None:
+        name, lengths = "--lengths", parse_lengths(options.lengths)
+    else:
+        config = None if isinstance(opened[0], ExportedWeights) else opened[0].config
+        name, lengths = "--seq-len", [choose_data(config, options.data, options.seq_len, options.models[0]).seq_len]
+    for length, weights in itertools.product(lengths, opened):
+        refuse_unfit_pieces(weights.network, length, processes, rows=name, ranks="processes")
+
+
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Scores every model on the same samples; prints, and writes what --out asks for."""
     print(f"{'model':<48} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}")
     rows: list[Row] = []
-    for label, model, dataset in read_models(options, options.untrained):
+    for label, model, dataset in read_models(options, options.untrained, ranks):
         result = score(model, dataset, samples=options.samples, batch=options.batch)
         print(f"{label:<48} {result.perplexity:>12.2f} {result.ce:>14.4f} {result.tokens:>10,}", flush=True)
         rows.append(
@@ -107,8 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             "dtype": options.dtype,
             "device": options.device,
         }
-        write_results(options.out, "perplexity", rows, about=about, title="Perplexity")
-    return 0
+        ranks.on_first(lambda: write_results(options.out, "perplexity", rows, about=about, title="Perplexity"))
 
 
 def scoring_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -139,36 +187,43 @@ def parse_options(parser: argparse.ArgumentParser, arguments: list[str] | None) 
     return options
 
 
-def read_models(options: argparse.Namespace, untrained: bool = False) -> Iterator[tuple[str, Taipan, SampleDataset]]:
+def read_models(
+    options: argparse.Namespace, untrained: bool = False, ranks: Ranks | None = None
+) -> Iterator[tuple[str, Taipan, SampleDataset]]:
     """Each model named, on its device, with its label and the one dataset that all are scored on.
 
     Args:
         untrained: begin with the first model's network as it is before training.
+        ranks: those that the rows are shared out over; None: this process is alone.
     """
+    ranks = ranks or Ranks(parse_device(options.device))
+    split: Literal["train", "valid"] = "train" if options.data or options.split == "train" else "valid"
     dataset: SampleDataset | None = None
-    for label, model, config, path in each_model(options, untrained):
+    for label, model, config, path in each_model(options, untrained, ranks):
         if dataset is None:
             data = choose_data(config, options.data, options.seq_len, path)
-            dataset = build_dataset(data, "train" if options.data else options.split, model.config.vocab_size)
+            build = partial(build_dataset, data, split, model.config.vocab_size, ranks.piece)
+            dataset = ranks.on_all(build)
         dataset.vocab_size = model.config.vocab_size  # the first model's may be larger
         yield label, model, dataset
 
 
 def each_model(
-    options: argparse.Namespace, untrained: bool = False
+    options: argparse.Namespace, untrained: bool, ranks: Ranks
 ) -> Iterator[tuple[str, Taipan, Config | None, Path]]:
-    """Each model named, on its device: its label, the network, the run's configuration if it is a checkpoint, the path.
-    When the next one is asked for, it is said where the gates selected far from what they were trained for.
+    """Each model named, on its rank's device: its label, the network, the run's configuration if it is a checkpoint,
+    the path. When the next one is asked for, it is said where the gates selected far from what they were trained for.
 
     Args:
         untrained: begin with the first model's network as it is before training.
     """
-    device, dtype = parse_device(options.device), DTYPES[options.dtype]
+    device, dtype = ranks.device, DTYPES[options.dtype]
     for path in options.models:
-        model, _, config = load_model(path, dtype, ema=options.ema)
+        load = partial(load_model, path, dtype, ema=options.ema, place=ranks.place)
+        model, _, config = ranks.on_all(load)
         if untrained and path is options.models[0]:
             seed = config.train.seed if config else 0
-            yield "untrained", Taipan(model.config, seed=seed).to(device), config, path
+            yield "untrained", Taipan(model.config, seed=seed, context_parallel=ranks.place).to(device), config, path
         label = f"{path} (EMA)" if options.ema else str(path)
         with watched_selection(model, label):
             yield label, model.to(device), config, path
@@ -199,4 +254,4 @@ def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main())

@@ -2,25 +2,32 @@
 
 A sample is the beginning or middle of one document where the data has one that is longer than the context; else
 documents in a row, which see each other and count as one context. Rows are read in chunks through the decoding cache,
-so that memory does not grow with the length where the layers' states do not.
+so that memory does not grow with the length where the layers' states do not. Several ranks read a consecutive piece of
+each row instead, in one pass without a cache.
 """
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_taipan.config import DataConfig
+from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation.chunked import losses_in_chunks
+from megatron_taipan.evaluation.chunked import losses_in_chunks, losses_of_piece
 from megatron_taipan.evaluation.fits import lacks_memory
 from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.perplexity import Score, choose_data, each_model, mean_score, name_data, read_batches
+from megatron_taipan.evaluation.ranks import Ranks
 from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.model.taipan import Taipan
 
@@ -53,12 +60,13 @@ def score_contexts(
     model: Taipan, contexts: SampleDataset, *, samples: int, first: int, batch: int = 1, chunk: int = 2048,
     progress: tqdm | None = None,
 ) -> LengthScore:  # fmt: skip
-    """Scores the first `samples` contexts (at most one epoch).
+    """Scores the first `samples` contexts (at most one epoch), all pieces of them where ranks hold one each.
 
     Args:
         first: positions of the first part of the result; each later part doubles the length.
-        batch: rows at a time, and chunk: tokens of each a pass; they change speed and memory, not results.
-        progress: told of every token.
+        batch: rows at a time, and chunk: tokens of each a pass, of pieces those whose logits are made together; they
+            change speed and memory, not results.
+        progress: told of every token of the whole contexts.
 
     Raises:
         UserError: no token is scored.
@@ -68,26 +76,59 @@ def score_contexts(
     nats = torch.zeros(len(bounds), dtype=torch.float64)
     counts = torch.zeros(len(bounds), dtype=torch.float64)
     for rows in read_batches(contexts, samples, batch):
-        for start, losses in losses_in_chunks(model, rows, chunk):
-            stop = start + losses.shape[1]
-            part = torch.bucketize(torch.arange(start, stop), bounds, right=True)  # [n]
-            weight = rows["loss_mask"][:, start:stop].double()  # [b, n]
-            nats += torch.bincount(part, (losses.double().cpu() * weight).sum(0), minlength=len(bounds))
-            counts += torch.bincount(part, weight.sum(0), minlength=len(bounds))
+        if model.place is None:
+            scored = sums_in_chunks(model, rows, bounds, chunk)
+        else:
+            scored = sums_of_piece(model, rows, bounds, chunk)
+        for of_parts, tokens, read in scored:
+            nats += of_parts
+            counts += tokens
             if progress is not None:
-                progress.update(losses.numel())
+                progress.update(read)
+    if model.place is not None:
+        device = next(model.parameters()).device
+        nats, counts = model.place.sum_pieces(torch.stack([nats, counts]).to(device)).cpu()
     mean_score(float(nats.sum()), int(counts.sum()))  # refuses a dataset without tokens to score
     return LengthScore(edges, tuple(nats.tolist()), tuple(int(n) for n in counts.tolist()))
 
 
+Sums = Iterator[tuple[Tensor, Tensor, int]]  # nats and tokens scored, float64 [parts]; tokens of the contexts read
+
+
+def sums_in_chunks(model: Taipan, rows: Batch, bounds: Tensor, chunk: int) -> Sums:
+    """Of whole rows: of each chunk its sums by part of the positions, `bounds` [parts] being where these end."""
+    for start, losses in losses_in_chunks(model, rows, chunk):
+        stop = start + losses.shape[1]
+        part = torch.bucketize(torch.arange(start, stop), bounds, right=True)  # [n]
+        weight = rows["loss_mask"][:, start:stop].double()  # [b, n]
+        nats = torch.bincount(part, (losses.double().cpu() * weight).sum(0), minlength=len(bounds))
+        yield nats, torch.bincount(part, weight.sum(0), minlength=len(bounds)), losses.numel()
+
+
+def sums_of_piece(model: Taipan, rows: Batch, bounds: Tensor, chunk: int) -> Sums:
+    """The same of this rank's piece of each row, in one; no piece's losses are known before all pieces are read."""
+    assert model.place is not None
+    b, l = rows["tokens"].shape
+    at = torch.arange(model.place.rank * l, (model.place.rank + 1) * l)  # positions in the row
+    part = torch.bucketize(at, bounds, right=True)  # [l]
+    columns = [some for k in range(len(bounds)) for some in (part == k).nonzero()[:, 0].split(chunk) if len(some)]
+    starts = l * torch.arange(b)[:, None]
+    sums = losses_of_piece(model, rows, [(starts + some).flatten() for some in columns])
+    nats = torch.zeros(len(bounds), dtype=torch.float64)
+    nats.index_add_(0, part[[int(some[0]) for some in columns]], sums)
+    tokens = torch.bincount(part, rows["loss_mask"].double().sum(0), minlength=len(bounds))
+    yield nats, tokens, b * l * model.place.size
+
+
 def build_contexts(
-    data: DataConfig, split: Split, length: int, kind: str, vocab_size: int
+    data: DataConfig, split: Split, length: int, kind: str, vocab_size: int, piece: RowPiece = RowPiece()
 ) -> tuple[SampleDataset, str]:
     """Samples of `length` tokens, and which they are in words.
 
     Args:
         kind: "one": each inside one document that is longer; "row": documents one after the other, which see each
             other; "auto": the first where the data has such documents.
+        piece: which part of each context to read.
 
     Raises:
         UserError: the data has no such samples.
@@ -96,12 +137,12 @@ def build_contexts(
         # the same samples whatever the run's order of samples was
         one = data.model_copy(update={"seq_len": length, "one_document": True, "seed": 0})
         try:
-            return build_dataset(one, split, vocab_size), "one"
+            return build_dataset(one, split, vocab_size, piece), "one"
         except UserError:
             if kind == "one":
                 raise
     row = data.model_copy(update={"seq_len": length, "one_document": False, "mask_documents": False, "seed": 0})
-    return build_dataset(row, split, vocab_size), "in a row"
+    return build_dataset(row, split, vocab_size, piece), "in a row"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,11 +154,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents", choices=KINDS, default="auto",
         help="a context is inside one document, documents in a row that see each other, or one where there are such",
     )  # fmt: skip
-    group.add_argument("--chunk", default="2K", help="tokens of a context in each pass; bounds the memory")
+    group.add_argument("--chunk", default="2K", help="tokens in each pass of one process; bounds its memory")
     group.add_argument("--training-length", help="tokens of a sample in training; default: as the checkpoint says")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Scores every model at every length; prints, and writes what --out asks for.
 
     Raises:
@@ -126,11 +167,15 @@ def run(options: argparse.Namespace) -> None:
     lengths, budget, chunk = parse_lengths(options.lengths), parse_length(options.tokens), parse_length(options.chunk)
     given = parse_length(options.training_length) if options.training_length else None
     split: Split = "train" if options.data or options.split == "train" else "valid"
+    about = {
+        "data": name_data(options), "tokens at each length": budget,
+        "chunk": chunk, "dtype": options.dtype, "device": options.device,
+    }  # fmt: skip
     rows: list[Row] = []
     parts: list[Row] = []
     data: DataConfig | None = None
     print(f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents")
-    for label, model, config, path in each_model(options, options.untrained):
+    for label, model, config, path in each_model(options, options.untrained, ranks):
         if data is None:
             data = choose_data(config, options.data, options.seq_len or lengths[0], path)
         longest: LengthScore | None = None
@@ -141,7 +186,9 @@ def run(options: argparse.Namespace) -> None:
                 "training length": given or (config.data.seq_len if config else None), "note": None,
             }  # fmt: skip
             try:
-                contexts, kind = build_contexts(data, split, length, options.documents, model.config.vocab_size)
+                vocabulary, piece = model.config.vocab_size, ranks.piece
+                build = partial(build_contexts, data, split, length, options.documents, vocabulary, piece)
+                contexts, kind = ranks.on_all(build)
             except UserError as error:
                 if length == lengths[0]:  # at a longer one it may be that the data has no context of this length
                     raise
@@ -154,21 +201,26 @@ def run(options: argparse.Namespace) -> None:
                 longest = score or longest
             rows.append(row)
             _print_row(row)
+            if options.out is not None and ranks.size > 1:  # one of them may end all, at the next length
+                ranks.on_first(partial(_write, options.out, rows, parts + _by_position(label, longest), about))
         parts += _by_position(label, longest)
     if options.out is not None:
-        about = {
-            "data": name_data(options), "tokens at each length": budget,
-            "chunk": chunk, "dtype": options.dtype, "device": options.device,
-        }  # fmt: skip
-        _write(options.out, rows, parts, about)
+        ranks.on_first(lambda: _write(options.out, rows, parts, about))
 
 
 def _score_if_it_fits(
     model: Taipan, contexts: SampleDataset, count: int, first: int, batch: int, chunk: int
 ) -> LengthScore | None:
-    """The scores, or None where memory does not suffice; with a progress bar."""
-    length = contexts.seq_len
-    bar = tqdm(total=count * length, desc=length_name(length), unit="tok", unit_scale=True, leave=False)
+    """The scores, or None where memory does not suffice; with a progress bar.
+
+    Raises:
+        UserError: memory does not suffice on this rank; the others wait for it in a layer, and cannot go on.
+    """
+    length, place = contexts.seq_len, model.place
+    bar = tqdm(
+        total=count * length, desc=length_name(length), unit="tok", unit_scale=True, leave=False,
+        disable=place is not None and place.rank > 0,
+    )  # fmt: skip
     try:
         with bar:
             return score_contexts(
@@ -177,6 +229,12 @@ def _score_if_it_fits(
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
+        if place is not None:
+            raise UserError(
+                f"rank {place.rank} lacks memory for {batch} x {length // place.size} tokens, its pieces of contexts of"
+                f" {length_name(length)}; start more than {place.size} processes, or give --batch 1, --dtype bf16 or"
+                " shorter --lengths"
+            ) from error
         return None
 
 

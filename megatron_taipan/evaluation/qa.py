@@ -26,6 +26,7 @@ from megatron_taipan.evaluation.results import Row, describe_options, make_folde
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.processes import on_one_process
 
 
 class Asked(NamedTuple):
@@ -37,6 +38,7 @@ class Asked(NamedTuple):
     cut: bool  # whether the prompt lacks some of the text
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

@@ -37,6 +37,7 @@ from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.parallel.processes import on_one_process
 
 EDGES = (64, 512, 2048, 4096)
 
@@ -123,6 +124,7 @@ def score_by_distance(
     return RecallScores(edges, tuple(nats.tolist()), tuple(counts.tolist()))
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

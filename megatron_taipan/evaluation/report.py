@@ -28,6 +28,7 @@ from megatron_taipan.layer_kinds.registry import kind_of
 from megatron_taipan.model.flops import head_flops, layer_flops, layer_params, model_flops, model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.parallel.processes import on_one_process
 from megatron_taipan.untrusted import parse_json
 
 PAGE = "report.html"
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     texts: list[Path]  # .md of which there is no .json
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

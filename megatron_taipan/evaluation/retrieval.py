@@ -32,6 +32,7 @@ from megatron_taipan.evaluation.retrieval_prompts import DEPTH_KINDS, Filler, ma
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.parallel.processes import on_one_process
 
 RECALL = "recall"
 KINDS = (*DEPTH_KINDS, RECALL)
@@ -51,6 +52,7 @@ class Cell(NamedTuple):
         return random.Random(f"{seed} {self.kind} {self.length} {self.depth} {self.pairs} {sample}")
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

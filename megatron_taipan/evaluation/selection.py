@@ -22,6 +22,7 @@ from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.selection_watch import watched_selection
+from megatron_taipan.parallel.processes import on_one_process
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
@@ -36,6 +37,7 @@ class TokenGroup(NamedTuple):
     shares: list[float | None]  # [s] share that each layer selects
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

@@ -27,12 +27,14 @@ from megatron_taipan.evaluation.results import Row, describe_options, make_folde
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.evaluation.zero_shot_tasks import TASKS
 from megatron_taipan.inference.loading import parse_device
+from megatron_taipan.parallel.processes import on_one_process
 
 SHORTEST_CONTEXT = 2048  # tokens; lm-eval cuts the beginning of what is longer. A model trained on more takes more
 SPLIT_KEYS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as lm-eval names them
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

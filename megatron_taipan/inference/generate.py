@@ -13,8 +13,10 @@ from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.sampling import Sampling
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.inference.text import model_tokenizer
+from megatron_taipan.parallel.processes import on_one_process
 
 
+@on_one_process
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""

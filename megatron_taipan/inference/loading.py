@@ -11,6 +11,7 @@ from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.parallel.context import ContextParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,16 +36,20 @@ def parse_device(name: str) -> torch.device:
 
 
 def build_with_weights(
-    config: ModelConfig, load: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    load: Callable[[str], Tensor],
+    dtype: torch.dtype = torch.float32,
+    place: ContextParallel | None = None,
 ) -> Taipan:
     """A whole Taipan in evaluation mode with the given weights.
 
     Args:
         load: gives the full float32 tensor of a parameter or buffer by name.
         dtype: of the computation; float32 parameters stay float32.
+        place: which piece of its rows this rank holds; None: whole rows.
     """
     with torch.device("meta"):
-        model = Taipan(config)
+        model = Taipan(config, context_parallel=place)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -56,12 +61,13 @@ def build_with_weights(
 
 
 def load_model(
-    path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False
+    path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False, place: ContextParallel | None = None
 ) -> tuple[Taipan, Path | None, Config | None]:
     """The model in a training checkpoint or an exported folder.
 
     Args:
         ema: with the moving average of the weights that the run kept.
+        place: as in `build_with_weights`.
 
     Returns:
         the model on the CPU, its tokenizer file if known, and the run's configuration if it is a checkpoint.
@@ -70,7 +76,7 @@ def load_model(
         UserError: the path holds neither.
     """
     opened = open_weights(path, ema=ema)
-    model = build_with_weights(opened.network, opened.load, dtype)
+    model = build_with_weights(opened.network, opened.load, dtype, place)
     return model, find_tokenizer(opened), None if isinstance(opened, ExportedWeights) else opened.config
 
 

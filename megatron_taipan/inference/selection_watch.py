@@ -28,9 +28,12 @@ def gated_blocks(model: Taipan) -> list[SelectiveAttentionBlock]:
 
 
 class SelectionWatch:
-    """Counts, on the device, what each gate of a network selects from now on. Replayed CUDA graphs are not seen."""
+    """Counts, on the device, what each gate of a network selects from now on. Replayed CUDA graphs are not seen.
+
+    Where ranks hold pieces of the rows, each counts its own."""
 
     def __init__(self, model: Taipan):
+        self.place = model.place
         blocks = gated_blocks(model)
         self.seen: dict[str, list[Tensor]] = {f"layers.{block.layer}": [] for block in blocks}  # [2] selected, tokens
         self.hooks = [
@@ -39,8 +42,10 @@ class SelectionWatch:
         ]
 
     def shares(self) -> dict[str, float]:
-        """Layer to the share of its tokens that it selected; empty where fewer than FEWEST were seen."""
-        counts = {layer: kept[0].tolist() for layer, kept in self.seen.items() if kept}
+        """Layer to the share of its tokens that it selected, of all pieces (collective); empty where fewer than FEWEST
+        were seen."""
+        whole = self.place.sum_pieces if self.place else Tensor.clone
+        counts = {layer: whole(kept[0]).tolist() for layer, kept in self.seen.items() if kept}
         return {layer: selected / tokens for layer, (selected, tokens) in counts.items() if tokens >= FEWEST}
 
     def stop(self) -> None:
@@ -72,11 +77,13 @@ def far_from_training(config: ModelConfig, shares: dict[str, float]) -> str | No
 
 @contextmanager
 def watched_selection(model: Taipan, name: str) -> Iterator[SelectionWatch]:
-    """Warns on stderr at the end, if what ran inside selected a share far from the one trained for."""
+    """Warns on stderr at the end, once for all ranks, if what ran inside selected a share far from the one trained
+    for."""
     watch = SelectionWatch(model)
     try:
         yield watch
     finally:
         watch.stop()
-    if sentence := far_from_training(model.config, watch.shares()):
+    sentence = far_from_training(model.config, watch.shares())
+    if sentence and (model.place is None or model.place.rank == 0):
         print(f"warning: {name}: {sentence}", file=sys.stderr, flush=True)

@@ -51,10 +51,11 @@ from megatron_taipan.ops.operations import Ops
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups, with_context
+from megatron_taipan.parallel.processes import RankInfo
 from megatron_taipan.parameters import parameter_table
 from megatron_taipan.stages import Stage, describe_stage, plan_stages
 from megatron_taipan.train.diagnose import first_not_finite
-from megatron_taipan.train.distributed import RankInfo, any_rank
+from megatron_taipan.train.distributed import any_rank
 from megatron_taipan.train.evaluate import evaluate
 from megatron_taipan.train.metadata import git_commit, layout, versions
 from megatron_taipan.train.metrics import Metrics

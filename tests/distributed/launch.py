@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_taipan.train.distributed import free_port
+from megatron_taipan.parallel.processes import free_port
 from tests.distributed.forks import the_forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,8 @@ def main(folder: Path) -> None:
 
     import torch
 
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes, stop_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place, stop_processes
+    from megatron_taipan.train.distributed import start_processes
 
     module, name, arguments, join, timeout = pickle.loads((folder / "task").read_bytes())
     faulthandler.dump_traceback_later(timeout, exit=True)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_taipan.train.distributed import free_port
+from megatron_taipan.parallel.processes import free_port
 from tests.distributed.launch import ROOT
 from tests.train.runs import steps_so_far
 from tests.train.toy import toy_tree, write_data

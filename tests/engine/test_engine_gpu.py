@@ -26,7 +26,8 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     from megatron_taipan.engine.optimizer import loss_scale
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.parallel.mesh import Mesh
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place
+    from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.loop import settle_numerics, to_device
     from megatron_taipan.train.step import train_step
 
@@ -111,7 +112,8 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from megatron_taipan.engine.build import build_engine, capture_graphs, set_learning_rate
     from megatron_taipan.parallel.groups import build_groups
     from megatron_taipan.parallel.mesh import Mesh
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place
+    from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
 

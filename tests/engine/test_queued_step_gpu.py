@@ -36,7 +36,8 @@ def no_waiting() -> Iterator[None]:
 
 
 def both_ways_on_gpu() -> dict[str, tuple[dict, dict]]:
-    from megatron_taipan.train.distributed import device_of_process, find_place, start_processes
+    from megatron_taipan.parallel.processes import device_of_process, find_place
+    from megatron_taipan.train.distributed import start_processes
 
     place = find_place(os.environ)
     start_processes(place, device_of_process(place), 120)

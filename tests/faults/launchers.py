@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_taipan.train.distributed import free_port
+from megatron_taipan.parallel.processes import free_port
 from tests.distributed.launch import ROOT
 from tests.faults.bench import Bench, CaseRun
 from tests.faults.zygote import alive

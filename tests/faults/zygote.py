@@ -201,7 +201,7 @@ def reap_children(statuses: dict[int, int]) -> None:
 
 def as_launcher(task: dict[str, Any]) -> None:
     """Forks the ranks, watches them, and never returns."""
-    from megatron_taipan.train.distributed import free_port
+    from megatron_taipan.parallel.processes import free_port
     from tests.faults.rank import run_rank
 
     os.setsid()

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_taipan.train import distributed, waiting
+from megatron_taipan.errors import UserError
+from megatron_taipan.parallel import waiting
+from megatron_taipan.parallel.processes import device_of_process, find_place
+from megatron_taipan.train.distributed import start_processes
 
 
 def meet() -> None:
     """Joins the run as the trainer does, and stays in it for a while."""
-    distributed.start_processes(distributed.find_place(os.environ), torch.device("cpu"), 30)
+    start_processes(find_place(os.environ), torch.device("cpu"), 30)
     print("met", flush=True)
     # until the other step of the test has met too: only then did both ports exist at once
     Path(f"met{os.environ['SLURM_STEP_ID']}").touch()
@@ -23,7 +26,7 @@ def meet() -> None:
 
 def wait() -> None:
     waiting.SAY_EVERY_S = 1.0
-    distributed.start_processes(distributed.find_place(os.environ), torch.device("cpu"), 3)
+    start_processes(find_place(os.environ), torch.device("cpu"), 3)
 
 
 def gpu() -> None:
@@ -31,7 +34,7 @@ def gpu() -> None:
     visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: len(visible)
-    device = distributed.device_of_process(distributed.find_place(os.environ))
+    device = device_of_process(find_place(os.environ))
     print(f"rank {os.environ['SLURM_PROCID']} takes {visible[device.index]}", flush=True)
 
 
@@ -39,7 +42,7 @@ if __name__ == "__main__":
     status = 0
     try:
         {"meet": meet, "wait": wait, "gpu": gpu}[sys.argv[1]]()
-    except distributed.UserError as error:
+    except UserError as error:
         print(f"error: {error}", flush=True)
         status = error.exit_status
     os._exit(status)

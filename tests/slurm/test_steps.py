@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_taipan.train.distributed import first_host
+from megatron_taipan.parallel.processes import first_host
 from tests.slurm.cluster import SEARCH, Cluster
 from tests.slurm.conftest import Checkout
 

@@ -15,7 +15,7 @@ TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s", "memory_gb", "checkpo
 
 def runs(trees: list[dict]) -> list:
     """Trains each configuration after the other in this process group; gives exit statuses or error messages."""
-    from megatron_taipan.train.distributed import find_place
+    from megatron_taipan.parallel.processes import find_place
     from megatron_taipan.train.loop import train
 
     results = []

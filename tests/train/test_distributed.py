@@ -10,13 +10,8 @@ import torch
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
-from megatron_taipan.train.distributed import (
-    Unreachable,
-    device_of_process,
-    find_place,
-    first_host,
-    start_processes,
-)
+from megatron_taipan.parallel.processes import Unreachable, device_of_process, find_place, first_host
+from megatron_taipan.train.distributed import start_processes
 from tests.distributed.launch import launch
 from tests.train.runs import runs
 from tests.train.toy import toy_tree, write_data
@@ -87,7 +82,7 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
 
 
 def meet_where_nobody_is(address: str, port: int) -> tuple[str, str, int]:
-    from megatron_taipan.train import waiting
+    from megatron_taipan.parallel import waiting
 
     waiting.SAY_EVERY_S = 0.2
     place = find_place({"RANK": "0" if address == "127.0.0.1" else "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0",

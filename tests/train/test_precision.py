@@ -11,7 +11,8 @@ import torch
 
 from megatron_taipan.config import dump_config, load_config
 from megatron_taipan.data.indexed import IndexedWriter
-from megatron_taipan.train.distributed import find_place, free_port, start_processes, stop_processes
+from megatron_taipan.parallel.processes import find_place, free_port, stop_processes
+from megatron_taipan.train.distributed import start_processes
 from tests.distributed.launch import ROOT, launch, process_env
 from tests.train.runs import log, runs
 

@@ -15,7 +15,7 @@ import yaml
 from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, UserError
-from megatron_taipan.train.distributed import free_port
+from megatron_taipan.parallel.processes import free_port
 from megatron_taipan.train.watchdog import Watchdog
 from tests.distributed.launch import ROOT, launch, process_env, wait
 from tests.train.runs import log, numbers, runs, steps_so_far, with_options

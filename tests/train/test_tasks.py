@@ -126,7 +126,7 @@ def test_tensorboard_has_them_at_their_step(place):
 
 def run_until_a_task_runs(tree: dict, pid: str, number: int) -> int:
     """Trains; sends this process the signal as soon as the file `pid` is there."""
-    from megatron_taipan.train.distributed import find_place
+    from megatron_taipan.parallel.processes import find_place
     from megatron_taipan.train.loop import train
 
     def watch() -> None:

@@ -13,11 +13,14 @@ class Waiting:
 
     Args:
         address, port: where rank 0 listens.
-        timeout_s: seconds after which the process stops waiting.
+        timeout_s: seconds after which the process stops waiting, and option: where the user sets them ("": nowhere).
     """
 
-    def __init__(self, *, rank: int, local_rank: int, world_size: int, address: str, port: int, timeout_s: float):
+    def __init__(
+        self, *, rank: int, local_rank: int, world_size: int, address: str, port: int, timeout_s: float, option: str
+    ):
         self.rank, self.world_size, self.address, self.port, self.timeout_s = rank, world_size, address, port, timeout_s
+        self.option = option
         self.speaks = local_rank == 0 and world_size > 1
         self.over = threading.Event()
 
@@ -44,7 +47,7 @@ class Waiting:
             what = f"rank 0 at {self.address}:{self.port} ({found(self.address)})"
         return (
             f"rank {self.rank} has waited {time.monotonic() - self.began:.0f} s for {what}; it gives up after"
-            f" {self.timeout_s:g} s (parallel.timeout_s)"
+            f" {self.timeout_s:g} s" + (f" ({self.option})" if self.option else "")
         )
 
 
