@@ -64,9 +64,9 @@ def layout(config: Config, groups: Groups) -> dict[str, Any]:
     """How the state is spread over processes."""
     return {
         "tensor": groups.mesh.tensor,
-        "context": groups.mesh.context,
         "pipeline": groups.mesh.pipeline,
         "data": groups.mesh.data,
+        "context": groups.mesh.context,
         "zero_stage": config.parallel.zero_stage,
         "processes": groups.mesh.size(),
     }
