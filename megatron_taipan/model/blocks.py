@@ -66,7 +66,7 @@ class MambaBlock(Block, kinds=(MAMBA2,)):
         self.mixer = Mamba2(build, f"{prefix}.mixer")
 
     def forward(self, stream: Stream, ctx: Context, state: MambaState | None = None) -> tuple[Stream, None]:
-        return self.mixer(stream, self.norm, ctx, state), None
+        return self.mixer(stream, self.norm.__call__, ctx, state), None
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         return self.mixer.new_state(batch, device, dtype)
@@ -86,7 +86,7 @@ class AttentionBlock(Block, kinds=(WINDOW_ATTENTION, FULL_ATTENTION)):
 
     def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, None]:
         u, h = self.norm(*stream)
-        return self.mlp(stream.normed(h, self._attend(u, ctx, state)), self.mlp_norm), None
+        return self.mlp(stream.normed(h, self._attend(u, ctx, state)), self.mlp_norm.__call__), None
 
     def _attend(self, u: Tensor, ctx: Context, state: KeyValueStore | None) -> Tensor:
         """What attention adds to the stream, shaped as u."""
@@ -143,7 +143,7 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
             refine = torch.where(self.tp.shard_sequence(selection.selected) | every, refine, 0)
         o = self._attend(u, chosen, every, ctx, state)
         h = self.ops.refine(h, o, refine, zero_is_unselected=every is False, add=self.adds)
-        return self.mlp(Stream(h), self.mlp_norm), measured
+        return self.mlp(Stream(h), self.mlp_norm.__call__), measured
 
     def _weight(self, selection: Selection) -> Tensor:
         """What a token takes of its attention output, 0 where it is not selected; shaped as m."""
@@ -180,7 +180,7 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         o = self.attention.step(u, ctx, state, selection.selected)
         weight = self._weight(selection).to(h.dtype)[..., None]
         h = h + weight * (o if self.adds else o - h)
-        return self.mlp(Stream(h), self.mlp_norm)
+        return self.mlp(Stream(h), self.mlp_norm.__call__)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:
         return self.attention.new_state(batch, device, dtype)

@@ -55,6 +55,11 @@ class StreamNorm(nn.Module):
         return (fused or self.add_norm)(h, branch, weight, *weights, self.eps, kept)
 
 
+# A StreamNorm's call. Not the module: accelerate's hooks move every argument that has a `to`, and where weights are
+# elsewhere until they are used a norm would have none to move.
+CallNorm = Callable[..., tuple[Tensor, Tensor]]
+
+
 def fuses_products(tp: OneRank, fused: Callable | None, x: Tensor, weights: Sequence[Weight]) -> bool:
     """Whether an operation that includes products takes x and these weights: on one rank, where they are matrices."""
     matrices = all(isinstance(weight, Tensor) for weight in weights)
@@ -73,7 +78,7 @@ class SwiGLU(nn.Module):
         self.tp, self.silu_mul, self.add_norm_swiglu = build.tp, build.ops.silu_mul, build.ops.add_norm_swiglu
         build.parameters(self, prefix)
 
-    def forward(self, stream: Stream, norm: StreamNorm) -> Stream:
+    def forward(self, stream: Stream, norm: CallNorm) -> Stream:
         """Of (u, h) = norm(*stream), which is called here since one operation can do all of it."""
         weights = [bare(weight) for weight in (self.gate_proj, self.up_proj, self.down_proj)]
         if fuses_products(self.tp, self.add_norm_swiglu, stream.h, weights):

@@ -10,7 +10,7 @@ from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
 from megatron_taipan.model.fused_params import join_rows, take_rows
-from megatron_taipan.model.layers import StreamNorm, fuses_products
+from megatron_taipan.model.layers import CallNorm, fuses_products
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
 from megatron_taipan.ops.operations import takes_kernels
@@ -60,7 +60,7 @@ class Mamba2(KeepsFp32Params):
         self.fused = build.ops.mamba2_mix is not None and fits
         build.parameters(self, prefix)
 
-    def forward(self, stream: Stream, norm: StreamNorm, ctx: Context, state: MambaState | None = None) -> Stream:
+    def forward(self, stream: Stream, norm: CallNorm, ctx: Context, state: MambaState | None = None) -> Stream:
         """h + Mamba2(u) of (u, h) = norm(*stream), [b, l, d] or this rank's shard of it; `state` is read and updated.
 
         The norm is called here since one operation can norm and project.
