@@ -112,6 +112,11 @@ def test_killed_run_continues_from_its_last_save_and_leftovers_vanish(tmp_path, 
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+def infinite(stream):
+    """A stream with what the layer adds made infinite."""
+    return stream._replace(branch=stream.branch * float("inf"))
+
+
 def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
     """Runs like `runs`, but with an infinite activation in layer 2 of rank 1 at the given steps."""
     import torch.distributed as dist
@@ -125,7 +130,7 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
         if not (int(payload[2][0, 0, 5]) in bad_steps and self.index == 2 and self.training):
             return staged(self, payload)
         mixer = self.layer.mixer
-        mixer.forward = lambda *arguments: type(mixer).forward(mixer, *arguments) * float("inf")
+        mixer.forward = lambda *arguments: infinite(type(mixer).forward(mixer, *arguments))
         try:
             return staged(self, payload)
         finally:
@@ -137,7 +142,7 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
         if not (step in bad_steps and dist.get_rank() == 1 and self.training):
             return forward(self, tokens, step=step, **kwargs)
         mixer = self.layers[2].mixer
-        mixer.forward = lambda *arguments: type(mixer).forward(mixer, *arguments) * float("inf")
+        mixer.forward = lambda *arguments: infinite(type(mixer).forward(mixer, *arguments))
         try:
             return forward(self, tokens, step=step, **kwargs)
         finally:
