@@ -87,9 +87,10 @@ def ssd_reference(
     before = torch.cat([seq[:, :1, 0], last[:, :-1, 0]], 1)  # [b, c]: the document that the incoming state belongs to
     carried = cum[:, :, -1].exp() * (before == last[..., 0])[..., None, None]  # [b, c, g, k]
     incoming = []
-    for i in range(c):
+    # unbound at once: the backward pass of a slice for each chunk would fill zeros as large as all chunks
+    for carry, addition in zip(carried[..., None, None].unbind(1), added.unbind(1), strict=True):
         incoming.append(state)
-        state = carried[:, i, :, :, None, None] * state + added[:, i]
+        state = carry * state + addition
 
     # 4. What tokens read from the state that entered their chunk.
     reads = cum.exp() * (seq == before[:, :, None])[..., None, None]
