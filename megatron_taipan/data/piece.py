@@ -1,8 +1,19 @@
 """Which tokens of every row a rank reads."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_taipan.errors import UserError
+
+
+class Place(Protocol):
+    """A rank among those that hold the pieces of the same rows (`megatron_taipan.parallel.context.ContextParallel`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,11 @@ class RowPiece:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"a row has no piece {self.rank} of {self.size}")
+
+    @classmethod
+    def held_at(cls, place: Place | None) -> "RowPiece":
+        """What the rank at that place reads; None: it has whole rows."""
+        return cls() if place is None else cls(place.rank, place.size)
 
     def positions(self, seq_len: int) -> range:
         """The positions of a row of `seq_len` tokens that belong to the piece.

@@ -41,7 +41,7 @@ class Ranks:
     @property
     def piece(self) -> RowPiece:
         """What the dataset is asked for."""
-        return RowPiece(self.place.rank, self.place.size) if self.place else RowPiece()
+        return RowPiece.held_at(self.place)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' float64 numbers, [...] -> [...] on the CPU."""

@@ -67,7 +67,7 @@ def evaluate(
         dataset, start=0, global_batch=together, micro_batch=micro_batch, dp_rank=groups.data_rank,
         dp_size=groups.data_size,
     )  # fmt: skip
-    begin = 0 if groups.context is None else groups.context.rank * (dataset.seq_len // groups.context.size)
+    begin = dataset.piece.positions(dataset.seq_len).start
     engine.eval()
     sums = None
     for _ in range(-(-samples // together)):

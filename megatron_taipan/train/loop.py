@@ -95,8 +95,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         groups_by_context = {n: with_context(groups, n, timeout_s=p.timeout_s) for n in pieces}
 
         def open_stage_data(of: Config) -> tuple[SampleDataset, dict[str | None, SampleDataset]]:
-            place = groups_by_context[of.parallel.context].context
-            return open_data(of, RowPiece(place.rank, place.size) if place else RowPiece())
+            return open_data(of, RowPiece.held_at(groups_by_context[of.parallel.context].context))
 
         table = run_on_all_ranks(lambda: parameter_table(config.model))
         treated = describe_muon(config.optim, table) + describe_width(config.model)
