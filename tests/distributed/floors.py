@@ -7,7 +7,6 @@ gate decides otherwise. Where Triton is there, TRITON_INTERPRET=1 adds the kerne
 """
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from megatron_taipan.model.gate import Gate, Selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch, same_packages
 from tests.distributed.matrix import run_bf16, table
 from tests.distributed.parity import Case, Setting, configure, make_batch, run_cases
 
@@ -96,7 +95,7 @@ def main() -> None:
     print(f"one token that a gate decides otherwise: the loss by up to {changes[-1]:.1e}, median {median:.1e}")
     print(table(run_bf16(SPREAD, GpuSizes(precision="bf16"))))
     if os.environ.get("TRITON_INTERPRET") == "1":
-        env = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # Triton may lie beside the environment
+        env = same_packages()
         for case in INTERPRETED:
             result = launch(4, run_cases, [case], Setting(interpreted=True), [None], timeout=900, env=env)[0][0]
             print(f"kernels interpreted, {case}: gradients {result['grad']:.1e}")

@@ -25,6 +25,11 @@ from tests.distributed.forks import the_forks
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def same_packages() -> dict[str, str]:
+    """The `env` of processes that find what this one finds, also where Triton lies beside the environment."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
 def launch(
     processes: int,
     function: Callable[..., Any],

@@ -4,11 +4,10 @@ Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
 
 import os
-import sys
 
 import pytest
 
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch, same_packages
 from tests.distributed.parity import Case, Setting, run_cases
 
 pytestmark = [
@@ -28,7 +27,6 @@ pytest.importorskip("triton")
     ids=str,
 )
 def test_kernels_over_two_ranks_give_what_the_references_give_on_one(case):
-    path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
-    setting, env = Setting(interpreted=True), {"PYTHONPATH": path}
+    setting, env = Setting(interpreted=True), same_packages()
     (result,) = launch(2, run_cases, [case], setting, [None], timeout=900, env=env)[0]
     assert not result["failed"], result

@@ -4,11 +4,10 @@ Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
 
 import os
-import sys
 
 import pytest
 
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch, same_packages
 from tests.model.piece_mixer import Setting, compare_pieces
 
 pytestmark = [
@@ -31,8 +30,7 @@ pytest.importorskip("triton")
 )
 def test_pieces_are_the_whole_layer(pieces, setting):
     """Outputs and all gradients; sent is what the layer sends op by op."""
-    path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
-    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = same_packages() | {"OMP_NUM_THREADS": "1"}
     for results in launch(pieces * setting.tensor, compare_pieces, setting, timeout=900, env=env):
         assert len(results) == len(setting.cases)
         for fused, plain, alone, sent, sent_plain in results:

@@ -4,7 +4,6 @@ Run and skipped as tests/ops/test_mamba2_interpreted.py. Each rank compares with
 """
 
 import os
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,7 @@ from megatron_taipan.parallel.groups import build_groups
 from megatron_taipan.parallel.mesh import Mesh
 from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import launch, same_packages
 from tests.model.small import small_config, told
 from tests.ops.kernel_checks import error
 
@@ -84,8 +83,7 @@ def compare_with_the_whole(n_groups: int) -> tuple[dict[str, float], list[bool],
     ],
 )
 def test_split_layer_is_the_whole_one(ranks, n_groups):
-    path = os.pathsep.join([str(ROOT), *sys.path])  # Triton may lie beside the environment
-    for errors, calls, fused, plain in launch(ranks, compare_with_the_whole, n_groups, env={"PYTHONPATH": path}):
+    for errors, calls, fused, plain in launch(ranks, compare_with_the_whole, n_groups, env=same_packages()):
         assert calls == [True]
         assert len(errors) == 18 and all(e < 4e-5 for e in errors.values()), errors
         assert (fused.calls, fused.bytes) == (plain.calls, plain.bytes)
