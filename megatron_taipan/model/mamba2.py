@@ -79,9 +79,6 @@ class Mamba2(KeepsFp32Params):
         zxbcdt = zxbcdt.view(ctx.batch, ctx.length, -1)
         if state is None and self.fused and takes_kernels(zxbcdt):
             return stream.normed(h, self._fused_mix(zxbcdt, conv_weight, conv_bias, ctx))
-        if self.place is not None:
-            mixed = self._mix_piece(zxbcdt, conv_weight, conv_bias, ctx)
-            return stream.normed(h, self.tp.row_parallel_linear(mixed, self.out_proj))
         return stream.normed(h, self._mix(zxbcdt, conv_weight, conv_bias, ctx, state))
 
     def _mix(
@@ -91,6 +88,8 @@ class Mamba2(KeepsFp32Params):
         states = self.groups * self.d_state
         z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
         initial_tail = state.conv_tail if state else None
+        if self.place is not None:
+            initial_tail = torch.where(self._known(ctx)[..., None], self.place.before(xBC, self.d_conv - 1), 0)
         xBC = self.ops.causal_conv1d(
             xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=initial_tail, return_tail=state is not None
         )
@@ -99,7 +98,10 @@ class Mamba2(KeepsFp32Params):
         x, dt, A, B, C = self._ssm_inputs(xBC, dt)
         b, l = x.shape[:2]
 
-        if state is None:
+        if self.place is not None:
+            options = {"chunk_size": self.chunk_size, "D": self.D, "seq_idx": ctx.seq_idx}
+            y = self.place.scan(self.ops.ssd, x, dt, A, B, C, ctx.document_start < ctx.position[0], **options)
+        elif state is None:
             y = self.ops.ssd(x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx)
         elif l == 1:
             y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
@@ -147,29 +149,6 @@ class Mamba2(KeepsFp32Params):
         """[b, d_conv - 1] whether each of the tokens just before this piece is of its first token's document."""
         before = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=ctx.position.device)
         return before >= ctx.document_start[:, :1]
-
-    def _mix_piece(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
-        """What is between the projections where other ranks hold the row's other pieces, operation by operation.
-
-        The piece is scanned from an empty state; what its first document's tokens read from the state that entered is
-        added when that is known.
-        """
-        assert self.place is not None
-        states = self.groups * self.d_state
-        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
-        start = ctx.document_start  # [b, l]
-        tail = torch.where(self._known(ctx)[..., None], self.place.before(xBC, self.d_conv - 1), 0)
-        xBC = self.ops.causal_conv1d(xBC, conv_weight, conv_bias, seq_idx=ctx.seq_idx, initial_tail=tail)
-        x, dt, A, B, C = self._ssm_inputs(xBC, dt)
-        b, l = x.shape[:2]
-        y, final = self.ops.ssd(
-            x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx, return_state=True
-        )
-        goes_on = start < ctx.position[0]  # [b, l] tokens of the document that began before this piece
-        decay = (dt * A).cumsum(1).masked_fill(~goes_on[..., None], float("-inf")).exp()  # [b, l, h] since its start
-        entered = self.place.entering_state(final, decay[:, -1])
-        y = y + entered_output(C, entered, decay).to(y.dtype)
-        return self._gated_norm(y.reshape(b, l, self.inner), z)
 
     def _ssm_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the state space model reads, from the convolution's output [..., channels] and dt [..., h] as projected:
@@ -231,18 +210,3 @@ class Mamba2(KeepsFp32Params):
             torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
             torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide_dtype(dtype)),
         )
-
-
-def entered_output(C: Tensor, entered: Tensor, decay: Tensor) -> Tensor:
-    """What tokens read from a state that entered before the first of them.
-
-    Args:
-        C: [b, l, g, n]; entered: [b, h, p, n]; decay: [b, l, h], of the state until each token, 0 where it is not read.
-
-    Returns:
-        [b, l, h, p] in the dtype of the state.
-    """
-    b, h, p, n = entered.shape
-    state = entered.view(b, C.shape[2], -1, p, n)  # heads as [group, head in group]
-    read = torch.einsum("blgn,bgkpn->blgkp", C.to(entered.dtype), state).flatten(2, 3)
-    return read * decay[..., None]

@@ -63,6 +63,27 @@ class ContextParallel:
         """
         return EnteringState.apply(final, carried, self)
 
+    def scan(
+        self, ssd: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, goes_on: Tensor,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """The state space scan (ops/ssd.py) of rows of which these tokens are a piece.
+
+        The piece is scanned from an empty state; what its first document's tokens read from the state that entered is
+        added when that is known.
+
+        Args:
+            x, dt, A, B, C, options: what `ssd` takes, of this piece.
+            goes_on: [b, l] bool, tokens of the document that began before this piece.
+
+        Returns:
+            y [b, l, h, p].
+        """
+        y, final = ssd(x, dt, A, B, C, return_state=True, **options)
+        decay = (dt * A).cumsum(1).masked_fill(~goes_on[..., None], float("-inf")).exp()  # [b, l, h] since its start
+        entered = self.entering_state(final, decay[:, -1])
+        return y + entered_output(C, entered, decay).to(y.dtype)
+
     def sum_pieces(self, x: Tensor) -> Tensor:
         """The sum over the pieces, known to all of them."""
         return SumPieces.apply(x, self)
@@ -167,6 +188,21 @@ class ContextParallel:
         if owner >= reader:
             return 0
         return max(0, min(length, reach - (reader - owner - 1) * length))
+
+
+def entered_output(C: Tensor, entered: Tensor, decay: Tensor) -> Tensor:
+    """What tokens read from a state that entered before the first of them.
+
+    Args:
+        C: [b, l, g, n]; entered: [b, h, p, n]; decay: [b, l, h], of the state until each token, 0 where it is not read.
+
+    Returns:
+        [b, l, h, p] in the dtype of the state.
+    """
+    b, h, p, n = entered.shape
+    state = entered.view(b, C.shape[2], -1, p, n)  # heads as [group, head in group]
+    read = torch.einsum("blgn,bgkpn->blgkp", C.to(entered.dtype), state).flatten(2, 3)
+    return read * decay[..., None]
 
 
 class Before(torch.autograd.Function):
