@@ -18,6 +18,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 TO_FOLLOW_S = 10.0  # how long the other processes of a launch have to end when one has failed
+STACKS_S = 1.0  # how long they have, when they did not, to write where they are
 
 
 class Forks:
@@ -124,13 +125,22 @@ def wait_for(children: list[int], timeout: float) -> list[int | None]:
             if status:
                 end = min(end, time.monotonic() + TO_FOLLOW_S)
         elif time.monotonic() > end:
-            for child in [c for c in children if c not in codes]:
-                os.killpg(child, signal.SIGKILL)
+            left = [c for c in children if c not in codes]
+            kill_with_stacks(left)
+            for child in left:
                 os.waitpid(child, 0)
                 codes[child] = None
         else:
             time.sleep(0.01)
     return [codes[child] for child in children]
+
+
+def kill_with_stacks(leaders: list[int]) -> None:
+    """Kills process groups, workers of the data included, after all threads of theirs have written their stacks."""
+    for name, pause in ((signal.SIGQUIT, STACKS_S), (signal.SIGKILL, 0)):  # launch.py:main has the first one's handler
+        for leader in leaders:
+            os.killpg(leader, name)
+        time.sleep(pause if leaders else 0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taipan.parallel.processes import free_port
-from tests.distributed.forks import the_forks
+from tests.distributed.forks import kill_with_stacks, the_forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,10 +141,9 @@ def wait(running: list[subprocess.Popen], timeout: float) -> list[int | None]:
             end = min(end, time.monotonic() + 10)
         time.sleep(0.05)
     codes = [p.poll() for p in running]
+    kill_with_stacks([p.pid for p, code in zip(running, codes, strict=True) if code is None])
     for p in running:
-        if p.poll() is None:
-            os.killpg(p.pid, signal.SIGKILL)
-            p.wait()
+        p.wait()
     return codes
 
 
@@ -152,7 +151,7 @@ def explain(name: str, codes: list[int | None], folder: Path) -> str:
     """Why a launch failed, the end of every rank's output included."""
     text = [f"{name} on {len(codes)} processes: exit codes {codes} (None: killed, the time was up)"]
     for rank in range(len(codes)):
-        text.append(f"--- rank {rank} ---\n" + (folder / f"stderr{rank}").read_text(errors="replace")[-3000:])
+        text.append(f"--- rank {rank} ---\n" + (folder / f"stderr{rank}").read_text(errors="replace")[-6000:])
     return "\n".join(text)
 
 
@@ -168,6 +167,7 @@ def main(folder: Path) -> None:
 
     module, name, arguments, join, timeout = pickle.loads((folder / "task").read_bytes())
     faulthandler.dump_traceback_later(timeout, exit=True)
+    faulthandler.register(signal.SIGQUIT)  # all threads; see forks.py:kill_with_stacks
     torch.set_num_threads(1)
     place = find_place(os.environ)
     if join:
