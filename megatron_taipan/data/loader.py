@@ -6,18 +6,15 @@ once.
 """
 
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import count
 from math import ceil
-from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.batch import Batch, BatchReader, BatchStorage, check_ids
@@ -33,6 +30,7 @@ from megatron_taipan.data.sample_locator import SampleLocator
 from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
 from megatron_taipan.data.sources import find_pairs, open_reader
 from megatron_taipan.data.split import split_documents
+from megatron_taipan.data.workers import start_workers
 from megatron_taipan.errors import UserError
 
 
@@ -225,7 +223,7 @@ def make_loader(
     of rank r is samples k * dp_size * micro_batch + r * micro_batch + [0, micro_batch) of these.
 
     Raises:
-        UserError: the global batch is not a whole number of micro-batches of all ranks.
+        UserError: the global batch is not a whole number of micro-batches of all ranks; or workers do not start.
     """
     together = dp_size * micro_batch
     if global_batch % together:
@@ -234,26 +232,13 @@ def make_loader(
             f" * {micro_batch} = {together} (remainder {global_batch % together})"
         )
     first = start + dp_rank * micro_batch
-    batches = (list(range(at, at + micro_batch)) for at in count(first, together))
+
+    def batches() -> Iterator[list[int]]:
+        return (list(range(at, at + micro_batch)) for at in count(first, together))
+
     if not workers:
-        return map(dataset.batch, batches)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_keep_batch,
-        worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if "fork" in torch.multiprocessing.get_all_start_methods() else None,
-    )
-    # workers start with these signals blocked, so that a worker cannot receive one before it ignores them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINER_SIGNALS)
-    try:
-        return _raise_errors(iter(loader))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+        return map(dataset.batch, batches())
+    return _raise_errors(start_workers(dataset, batches, workers))
 
 
 def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
@@ -261,30 +246,6 @@ def _raise_errors(batches: Iterator[Any]) -> Iterator[Batch]:
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-def _keep_batch(batch: Any) -> Any:
-    return batch
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole process group; only the trainer may act on them.
-
-    A worker ends when its trainer does: DataLoader's workers watch for that. SIGTERM stays blocked, since a thread
-    waits for the trainer's: DataLoader and multiprocessing end a worker with it, and then wait for it without limit.
-    """
-    del worker
-    others = set(TRAINER_SIGNALS) - {signal.SIGTERM}
-    for name in others:
-        signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)
-    Thread(target=_exit_on_trainers_sigterm, daemon=True).start()
-
-
-def _exit_on_trainers_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class NothingHeldOut(UserError):

@@ -146,13 +146,13 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         graphs = run_on_all_ranks(lambda: capture_graphs(model, at, device, stack))
 
         def open_loader(first: int) -> Iterator[Batch]:
-            return make_loader(
+            return run_on_all_ranks(lambda: make_loader(
                 train_data, start=first, global_batch=at.train.global_batch, micro_batch=at.train.micro_batch,
                 dp_rank=groups.data_rank, dp_size=groups.data_size, workers=config.data.workers,
-            )  # fmt: skip
+            ))  # fmt: skip
 
         loader = open_loader(progress.samples)
-        run_on_all_ranks(lambda: set_random_states(loaded.random))  # after the loader, which draws from one of them
+        run_on_all_ranks(lambda: set_random_states(loaded.random))
         metrics = stack.enter_context(run_on_all_ranks(lambda: Metrics(
             config, progress, flops_per_token=model.num_flops_per_token(at.data.seq_len), devices=place.world_size,
             writes=writer, rank=place.rank,

@@ -421,6 +421,32 @@ def test_an_error_in_a_worker_is_the_same_error(tmp_path):
     assert len(said) == 2 and said[0] == said[1] and "\n" not in said[0]
 
 
+NOT_BEGUN = "the 1 loader processes did not begin within 0.3 s in 3 tries; data.workers=0 loads in the training process"
+
+
+@pytest.mark.parametrize("hangs, workers, begin_s, printed", [(1, 2, 3, "[0, 1, 2]"), (3, 1, 0.3, NOT_BEGUN)])
+def test_workers_that_hang_as_they_are_forked_are_forked_again(tmp_path, hangs, workers, begin_s, printed):
+    """A lock that another thread held stops a child before any of its own code: here the first ones sleep there."""
+    code = f"""
+import itertools, os, time
+from megatron_taipan.config import DataConfig
+from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data.workers import start_workers
+from megatron_taipan.errors import UserError
+data = build_dataset(DataConfig(train={corpus(tmp_path / "x", [50])!r}, seq_len=8, valid_fraction=0), "train", 99)
+forks = itertools.count()
+os.register_at_fork(before=lambda: next(forks), after_in_child=lambda: time.sleep(99 * (next(forks) <= {hangs})))
+try:
+    results = start_workers(data, lambda: ([i] for i in range(3)), {workers}, begin_s={begin_s})
+    print([int(batch["sample"]) for batch in results])
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, printed) and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("started again") == hangs
+
+
 def test_a_program_with_workers_ends(tmp_path):
     """Though its loader lives to the end, or is collected with a traceback when its queues are gone already."""
     code = f"""
