@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks.common import hardware
 from megatron_taipan.checkpoint.run_log import LOG, read_records
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.parallel.rank_environment import without_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data_prep" / "sample" / "state_of_the_union.jsonl.gz"
@@ -61,7 +62,7 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: floa
         str(Path(__file__).with_suffix(".yaml")),
     ]
     command += [f"data.train={prefix}", f"checkpoint.dir={directory}", *PRECISIONS[name], *overrides]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment = without_rank(os.environ)
     began = time.perf_counter()
     with (directory / "stderr.txt").open("w") as said:
         try:

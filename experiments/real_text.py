@@ -31,6 +31,7 @@ from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.parallel.rank_environment import without_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, VOCABULARY = 220, 8192
@@ -92,7 +93,7 @@ def call(program: list[str], said: Path, gpu: str | None) -> None:
     Raises:
         RuntimeError: it failed; with its last lines of output.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment = without_rank(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with said.open("a") as file:

@@ -1,4 +1,4 @@
-"""Pictures of results, drawn by matplotlib as SVG: curves over an axis, and heat maps."""
+"""Pictures of results, drawn by matplotlib as SVG: curves over an axis, bars in groups, and heat maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +90,40 @@ def curves_of(rows: list[Row], x: str, y: str, line: str = "model") -> list[Curv
         if row[y] is not None:
             points.setdefault(str(row[line]), []).append((row[x], row[y]))
     return [Curve(name, [a for a, _ in some], [b for _, b in some], "o-") for name, some in points.items()]
+
+
+def write_bars(
+    path: Path, rows: list[Row], *, group: str, value: str, x: str, y: str, bar: str = "model",
+    y_range: tuple[float, float] | None = None,
+) -> None:  # fmt: skip
+    """A group of bars for each value of column `group`, in the order of the rows, with one for each value of `bar`.
+
+    Args:
+        value: the column of the heights; None: no bar.
+        x, y: the axes' names, with units.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    groups, bars = (list(dict.fromkeys(str(row[column]) for row in rows)) for column in (group, bar))
+    heights = {(str(row[group]), str(row[bar])): row[value] for row in rows if row[value] is not None}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(7.0, 1.5 + 0.3 * len(groups) * (len(bars) + 1)), 4), layout="constrained")
+        axes = figure.add_subplot()
+        width = 0.8 / len(bars)
+        for number, name in enumerate(bars):
+            at = {i: heights[one, name] for i, one in enumerate(groups) if (one, name) in heights}
+            offset = (number - (len(bars) - 1) / 2) * width
+            axes.bar(
+                [i + offset for i in at], list(at.values()), width, label=name,
+                color=distinct_colour(number) if len(bars) > MANY else None,
+            )  # fmt: skip
+        axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0)
+        if y_range:
+            axes.set_ylim(*y_range)
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        save(figure, path)
 
 
 def write_heat_map(

@@ -62,7 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
         write_results(options.out, "qa", rows, about=about, title="Answers taken from the context")
         with writing(options.out / "qa.jsonl"):
             write_text(options.out / "qa.jsonl", "".join(map(to_line, told)))
+        draw_figures(options.out, rows)
     return 0
+
+
+def draw_figures(folder: Path, rows: list[Row]) -> None:
+    """The papers' measure by data and model."""
+    from megatron_taipan.evaluation.figures import write_bars
+
+    files = {row["data"] for row in rows}
+    if len({Path(file).name for file in files}) == len(files):  # short enough to stand below the bars
+        rows = [row | {"data": Path(row["data"]).name} for row in rows]
+    write_bars(
+        folder / "qa.svg", rows, group="data", value="contains", x="data", y="answers that contain a right one, share",
+        y_range=(0.0, 1.0),
+    )  # fmt: skip
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,7 +100,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of an answer, which ends with its line")
     parser.add_argument("--batch", type=int, default=8, help="prompts per pass")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of --shots")
-    parser.add_argument("--out", type=Path, help="folder for qa.json, qa.md, and qa.jsonl with every answer")
+    parser.add_argument("--out", type=Path, help="folder for qa.json, qa.md, qa.svg, and qa.jsonl with every answer")
     options = parser.parse_args(arguments)
     for name, least in (("samples", 1), ("shots", 0), ("max_new_tokens", 1), ("batch", 1)):
         if (value := getattr(options, name)) is not None and value < least:

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         help=f"largest distance of each class; default: {', '.join(map(str, EDGES))} and the models' windows",
     )
-    parser.add_argument("--out", type=Path, help="folder for recall_tokens.json and .md")
+    parser.add_argument("--out", type=Path, help="folder for recall_tokens.json, .md and .svg")
     options = parse_options(parser, arguments)
     make_folder(options.out)
     edges = options.edges or default_edges([open_weights(path).network for path in options.models])
@@ -154,7 +154,18 @@ def main(arguments: list[str] | None = None) -> int:
         about = {"data": name_data(options), "samples": options.samples, "dtype": options.dtype}
         title = "Loss of tokens that the context has shown before, by distance"
         write_results(options.out, "recall_tokens", rows, about=about, title=title)
+        draw_figures(options.out, rows)
     return 0
+
+
+def draw_figures(folder: Path, rows: list[Row]) -> None:
+    """Loss by distance and model."""
+    from megatron_taipan.evaluation.figures import write_bars
+
+    write_bars(
+        folder / "recall_tokens.svg", rows, group="distance", value="cross entropy",
+        x="tokens since the text has shown it before", y="cross entropy, nats a token",
+    )  # fmt: skip
 
 
 def default_edges(networks: list[ModelConfig]) -> list[int]:

@@ -53,7 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown_table(rows))
     if options.out is not None:
         write_results(options.out, "zero-shot", rows, about=about, title="Zero-shot tasks")
+        draw_figures(options.out, rows)
     return 0
+
+
+def draw_figures(folder: Path, rows: list[Row]) -> None:
+    """The score of each task, and their mean, by model."""
+    from megatron_taipan.evaluation.figures import write_bars
+
+    write_bars(folder / "zero-shot.svg", rows, group="task", value="score", x="task", y="score", y_range=(0.0, 1.0))
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,7 +79,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", default=",".join(TASKS), help="lm-eval's names; default: all nine")
     parser.add_argument("--limit", type=int, help="only the first questions of each task, to try it out")
     parser.add_argument("--batch", type=int, default=8, help="rows per forward pass")
-    parser.add_argument("--out", type=Path, help="folder for zero-shot.json and zero-shot.md")
+    parser.add_argument("--out", type=Path, help="folder for zero-shot.json, .md and .svg")
     options = parser.parse_args(arguments)
     options.tasks = [word.strip() for word in options.tasks.split(",")]
     unknown = [task for task in options.tasks if task not in TASKS]

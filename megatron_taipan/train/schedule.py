@@ -110,7 +110,7 @@ def every_query_at(gate: GateConfig, step: int, run_steps: int, stage: Stage | N
     share = gate.gradient_share
     if gate.gradient != "sampled" or not isinstance(share, Schedule):
         return bool(computes_every_query(gate, step))
-    first, steps = stage.clock("gradient_share", run_steps) if stage else (0, run_steps)
+    first, steps = _clock("gradient_share", run_steps, stage)
     before, after = (scheduled_sum(share, taken - first, steps) for taken in (step, step + 1))
     return math.floor(after) > math.floor(before)
 
@@ -143,7 +143,7 @@ def gate_step(
         stage: that the step is in; its own schedules count from its first step.
     """
     told = ("capacity", "tau", "budget_lambda")
-    clocks = {name: stage.clock(name, run_steps) if stage else (0, run_steps) for name in told}
+    clocks = {name: _clock(name, run_steps, stage) for name in told}
     capacity, tau, weight = (
         scheduled(getattr(gate, name), step - first, steps) for name, (first, steps) in clocks.items()
     )
@@ -161,7 +161,7 @@ def describe_gate(gate: GateConfig, run_steps: int, stage: Stage | None = None) 
     for name in GATE_SCHEDULES:
         value = getattr(gate, name)
         if isinstance(value, Schedule):
-            begin, steps = stage.clock(name, run_steps) if stage else (0, run_steps)
+            begin, steps = _clock(name, run_steps, stage)
             first, last = (begin + value.step_of(place, steps) for place in (value.after, value.until))
             if last < first:
                 raise UserError(
@@ -172,6 +172,11 @@ def describe_gate(gate: GateConfig, run_steps: int, stage: Stage | None = None) 
                 f"{name} {value.start:g} until step {first:.0f}, {value.shape} to {value.end:g} at step {last:.0f}"
             )
     return ", ".join(parts)
+
+
+def _clock(name: str, run_steps: int, stage: Stage | None) -> tuple[int, int]:
+    """The step from which a gate's schedule counts, and the steps that its fractions refer to; None: of a whole run."""
+    return stage.clock(name, run_steps) if stage else (0, run_steps)
 
 
 def jumps(before: Config, now: Config, step: int, run_steps: int) -> list[str]:

@@ -27,6 +27,7 @@ from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, checkpoints, folder_name, incomplete, step_of
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel.rank_environment import without_rank
 from megatron_taipan.task_config import TaskConfig
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.task_process import GRACE_S, TIMED_OUT
@@ -34,13 +35,6 @@ from megatron_taipan.train.task_results import curves, read_results
 from megatron_taipan.untrusted import parse_json
 
 FOLDER, TURN, RESULT, STDOUT, STDERR, OUT = "tasks", "turn.json", "result.json", "stdout.txt", "stderr.txt", "out"
-# what launchers tell a rank, which a task is not
-OF_RANKS = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
-    "CROSS_RANK", "CROSS_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID",
-    "SLURM_NTASKS",
-)  # fmt: skip
-OF_RANKS_PREFIXES = ("MASTER_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "SLURM_STEP_")
 POLL_S = 0.1  # while a finished run waits
 
 
@@ -304,7 +298,7 @@ def fill_in(text: str, values: dict[str, str]) -> str:
 
 def environment(task: TaskConfig) -> dict[str, str]:
     """This process's, without what makes it a rank; with this package, the task's threads and its device."""
-    kept = {k: v for k, v in os.environ.items() if k not in OF_RANKS and not k.startswith(OF_RANKS_PREFIXES)}
+    kept = without_rank(os.environ)
     root = Path(megatron_taipan.__file__).resolve().parents[1]
     if root.name not in ("site-packages", "dist-packages"):  # a checkout; launch/pretrain.py put it on the path
         kept["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [kept.get("PYTHONPATH")])])

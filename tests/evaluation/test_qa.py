@@ -177,6 +177,7 @@ def test_results_of_a_model_that_reads_and_one_that_does_not(tmp_path, codec, mo
     assert [one["id"] for one in told] == [asked.id for asked in read_questions(SAMPLE)]
     assert told[0]["prediction"] == "It is FOUR." and told[0]["f1"] == pytest.approx(0.5)
     assert "state_of_the_union_qa" in capsys.readouterr().out
+    assert SAMPLE.name in (tmp_path / "out/qa.svg").read_text()
 
     monkeypatch.undo()
     assert main([*arguments, "--samples", "3", "--max-new-tokens", "4", "--context", "150", "--batch", "2"]) == 0

@@ -141,7 +141,8 @@ def test_the_program_prints_a_line_a_model_with_the_window_among_the_edges(tmp_p
         assert cells[0] == f"{everything.ce:.4f} {everything.tokens:,}"
         assert cells[2] == f"{expected.nats[1] / expected.tokens[1]:.4f} {expected.tokens[1]:,}"
         assert cells[-1] == "- 0"
-    assert main([*arguments, "--edges", "3", "9"]) == 0
+    assert main([*arguments, "--edges", "3", "9", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.split()[:6] == ["model", "all", "new", "1-3", "4-9", ">9"]
+    assert all(f">{word}<" in (tmp_path / "out/recall_tokens.svg").read_text() for word in ("new", "1-3", "4-9"))
     assert main([*arguments, "--edges", "9", "3"]) == 2
     assert "9, 3" in capsys.readouterr().err

@@ -102,6 +102,7 @@ def test_results_are_lm_evals_and_their_mean(data, export, tmp_path, monkeypatch
     assert (wino["task"], wino["version"], wino["score"], wino["questions"]) == ("winogrande", 1.0, 1.0, 2)
     assert (hella["metric"], hella["score"], hella["acc"], hella["questions"]) == ("acc_norm", 0.5, 0.25, 4)
     assert (mean["task"], mean["score"]) == ("mean of 2", 0.75)
+    assert all(f">{row['task']}<" in (tmp_path / "out/zero-shot.svg").read_text() for row in record["rows"])
     assert "| mean of 2 |" in capsys.readouterr().out
     assert main([str(export), "--data", str(data), "--tasks", "winogrand"]) == 2
     assert "'winogrand' is none of winogrande, piqa" in capsys.readouterr().err

@@ -311,12 +311,14 @@ def test_good_settings_are_shown_and_kept(tmp_path):
 
 
 def test_a_task_on_a_gpu_sees_that_one_and_is_no_rank(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
+    told |= {f"{mpi}_{what}" for mpi in ("OMPI_COMM_WORLD", "PMI", "MV2_COMM_WORLD") for what in ("RANK", "SIZE")}
+    for name in told:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("LOCAL_DATA", "stays")
     found = environment(TaskConfig(name="a", command="{checkpoint}", device="cuda:3", threads=2))
     assert found["CUDA_VISIBLE_DEVICES"] == "3" and found["OMP_NUM_THREADS"] == "2" and found["LOCAL_DATA"] == "stays"
-    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & found.keys()
+    assert not told & found.keys()
 
 
 def test_evaluations_to_choose_are_known_to_the_evaluation_program_and_to_help():
