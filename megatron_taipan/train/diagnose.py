@@ -63,7 +63,7 @@ def _pass_again(engine: Engine, batch: Batch, step: int, gate: Tensor | None) ->
         return repeat_forward(staged(engine), batch, step=step, gate=gate)[0]
     return engine(
         batch["tokens"], labels=batch["labels"], loss_mask=batch["loss_mask"], seq_idx=batch["seq_idx"],
-        samples=batch["sample"], step=step, ce_scale=1.0, gate=gate,
+        samples=batch["sample"], document_start=batch.get("document_start"), step=step, ce_scale=1.0, gate=gate,
     ).loss  # fmt: skip
 
 

@@ -161,6 +161,7 @@ def poisoned(trees: list[dict], bad_steps: list[int]) -> list:
         ("fp32", {"zero_stage": 0}),
         *(("bf16", {"zero_stage": stage}) for stage in (1, 2, 3)),
         *(("bf16", {"zero_stage": stage, "offload_optimizer": "cpu"}) for stage in (1, 2, 3)),
+        ("fp32", {"zero_stage": 1, "context": 2}),
         ("fp32", {"zero_stage": 1, "pipeline": 2}),  # of two stages rank 1 holds the layers from 2 on
     ],
 )
