@@ -116,6 +116,11 @@ def test_layouts_in_which_stages_cannot_follow_each_other_are_refused():
     with pytest.raises(UserError, match=r"stage 3: data.seq_len=33 cannot be shared out over parallel.tensor=2 ranks"):
         check_stages(make_config(staged(rows, parallel={"tensor": 2})), 2)
     check_stages(make_config(staged(rows, parallel={"tensor": 2, "sequence": False})), 2)
+    with pytest.raises(UserError, match=r"stage 1: data.seq_len=33 cannot .* and stage 2: data.seq_len=48 can"):
+        check_stages(make_config(staged([rows[2], rows[1]], parallel={"tensor": 2})), 2)
+    pieces = [{"steps": 3, "data": {"seq_len": 34}}, {"steps": 3, "data": {"seq_len": 34}, "parallel": {"context": 2}}]
+    with pytest.raises(UserError, match=r"stage 2: data.seq_len=34 / parallel.context=2 = 17 cannot .*remainder 1"):
+        check_stages(make_config(staged(pieces, parallel={"tensor": 2})), 4)
     with pytest.raises(UserError, match="stage 2: train.global_batch=6 is not a multiple of train.micro_batch=2 x 2"):
         check_stages(make_config(staged([{"steps": 1}, {"steps": 1, "train": {"global_batch": 6}}])), 2)
     with pytest.raises(UserError, match=r"stage 2 changes data.seq_len, and with parallel.pipeline=2"):

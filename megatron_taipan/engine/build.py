@@ -240,10 +240,9 @@ def check_layout(config: Config, processes: int) -> None:
     check_pieces(config)
     piece = p.piece(config.data.seq_len)
     if p.shards_tokens(config.data.seq_len) and piece % p.tensor:
-        what = "data.seq_len" if p.context == 1 else "data.seq_len / parallel.context"
         raise UserError(
-            f"parallel.sequence needs {what} = {piece} to be a multiple of parallel.tensor={p.tensor} (remainder"
-            f" {piece % p.tensor})"
+            f"parallel.sequence needs {_tokens_of_a_piece(config)} to be a multiple of parallel.tensor={p.tensor}"
+            f" (remainder {piece % p.tensor})"
         )
     for name, where in (("offload_optimizer", p.offload_optimizer), ("offload_param", p.offload_param)):
         if where == "nvme" and not p.nvme_path:
@@ -309,16 +308,27 @@ def check_stages(config: Config, processes: int) -> None:
     for stage in others:
         p, sharded = config.parallel, [s.config.parallel.shards_tokens(s.config.data.seq_len) for s in (first, stage)]
         if sharded[0] != sharded[1]:
+            unfit, fit = (stage, first) if sharded[0] else (first, stage)
             raise UserError(
-                f"{stage.title()}: data.seq_len={stage.config.data.seq_len} cannot be shared out over"
-                f" parallel.tensor={p.tensor} ranks and that of another stage can, and groups of ranks are made once;"
-                " take a multiple, or set parallel.sequence=false"
+                f"{unfit.title()}: {_tokens_of_a_piece(unfit.config)} cannot be shared out over"
+                f" parallel.tensor={p.tensor} ranks (remainder"
+                f" {unfit.config.parallel.piece(unfit.config.data.seq_len) % p.tensor}) and {fit.title()}:"
+                f" {_tokens_of_a_piece(fit.config)} can, and groups of ranks are made once; take a multiple, or set"
+                " parallel.sequence=false"
             )
         if p.pipeline > 1 and (changed := _fixed_in_a_pipeline(first, stage)):
             raise UserError(
                 f"{stage.title()} changes {', '.join(changed)}, and with parallel.pipeline={p.pipeline} the stages of"
                 " the pipeline are cut, and have buffers, for one shape; keep it, or use parallel.pipeline=1"
             )
+
+
+def _tokens_of_a_piece(config: Config) -> str:
+    """Tokens of a row that a rank's pieces have, for messages: `data.seq_len=34`, or with the division."""
+    p, length = config.parallel, config.data.seq_len
+    if p.context == 1:
+        return f"data.seq_len={length}"
+    return f"data.seq_len={length} / parallel.context={p.context} = {p.piece(length)}"
 
 
 def _fixed_in_a_pipeline(first: Stage, stage: Stage) -> list[str]:

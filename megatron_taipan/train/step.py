@@ -132,8 +132,11 @@ def _share(means: Tensor, flags: Tensor) -> Readback:
 def with_batch_budget(
     names: LayerMetrics, measured: dict[str, float], capacity: float, budget: str
 ) -> dict[str, float]:
-    """The metrics with the budget loss of the batch that `selected` was measured on, or the layers' shares of it."""
+    """The metrics with the budget loss of the batch that `selected` was measured on, or the layers' shares of it; as
+    they are where no layer has a gate."""
     shares = names.of_gates(measured, "selected")
+    if not shares:
+        return measured
     if budget == "batch":
         losses = [(capacity - share) ** 2 for share in shares]
     else:

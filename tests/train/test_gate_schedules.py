@@ -134,3 +134,15 @@ def test_a_network_without_gates_says_nothing_of_their_schedules_and_one_with_re
     status, message = launch(1, runs, [gateless, disorder])[0]
     assert status == 0 and log(tmp_path / "run", "gate") == []
     assert "model.gate.tau: until=0.5 is step 2 of a run of 4 steps, before after=3, step 3" in message
+
+
+@pytest.mark.parametrize("budget", ["batch", "layers"])
+def test_a_network_without_gates_trains_with_any_budget(tmp_path, budget):
+    """A baseline is the same configuration with another pattern."""
+    model = {"pattern": "M W", "gate": {"budget": budget}}
+    train = {"steps": 1, "global_batch": 2, "eval_samples": 2}
+    tree = toy_tree(write_data(tmp_path / "data"), tmp_path / "run", model=model, train=train)
+    assert launch(1, runs, [tree])[0] == [0]
+    (step,) = log(tmp_path / "run")
+    assert step["loss"] == step["ce"] and step["budget"] == 0
+    assert log(tmp_path / "run", "valid")

@@ -176,6 +176,17 @@ def test_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, prefix,
     assert log(tmp_path / "run", "end")[0]["skipped"] == 1
 
 
+def test_a_piece_that_is_not_finite_is_named_and_not_the_gate_that_counts_over_all_pieces(tmp_path, prefix):
+    """Rank 0 has the row's first piece, which sees nothing of the second but its share of selected tokens."""
+    train = SHORT | {"steps": 4, "precision": "fp32"}
+    model = {"pattern": "M S M S"}
+    tree = toy_tree(prefix, tmp_path / "run", parallel={"context": 2}, model=model, train=train)
+    assert launch(2, poisoned, [tree], [2])[0] == [0]
+    assert [record["skipped"] for record in log(tmp_path / "run")] == [0, 0, 1, 0]
+    (note,) = log(tmp_path / "run", "skipped")
+    assert "layers.2.mixer" in note["text"] and "rank 1" in note["text"]
+
+
 @pytest.mark.parametrize("cadence", [{"save_every": 0}, {"save_every": 1, "keep_last": 1}], ids=["none", "every step"])
 def test_too_many_in_a_row_end_the_run_with_a_checkpoint_of_before(tmp_path, prefix, cadence):
     """Checkpoints that the cadence wrote during the skipped steps are none to continue from."""
