@@ -54,13 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
     config, before = load_config(source / folder.CONFIG), read_metadata(source).get("layout", {})
     wanted = {name: getattr(options, name) for name in ("tensor", "pipeline", "context", "zero_stage")}
     new = with_layout(config, {name: value for name, value in wanted.items() if value is not None})
-    processes = options.processes
+    p, processes = new.parallel, options.processes
+    together = p.tensor * p.context * p.pipeline
     if processes is None:
-        p = new.parallel
-        processes = before.get("processes") or p.tensor * p.context * p.pipeline
+        processes = before.get("processes") or together
+        if processes % together:
+            raise UserError(
+                f"{source} is of {processes} processes, which tensor {p.tensor} x context {p.context} x pipeline"
+                f" {p.pipeline} = {together} does not divide; give --processes, a multiple of {together}"
+            )
     with writing(options.out):
         path = reshard(source, options.out, Target(new, processes))
-    p = new.parallel
     print(
         f"wrote {path}: {processes} processes, tensor {p.tensor}, pipeline {p.pipeline}, context {p.context},"
         f" zero_stage {p.zero_stage}"

@@ -51,7 +51,9 @@ def program() -> None:
 
 
 def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
-    parser = argparse.ArgumentParser(prog="data_prep", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep", description="Text to .bin/.idx, and what is done with such pairs."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = {given[0]: COMMANDS[given[0]]} if given and given[0] in COMMANDS else COMMANDS  # imports just that
     for name, summary in chosen.items():

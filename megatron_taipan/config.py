@@ -520,10 +520,13 @@ def _apply_override(tree: dict, override: str) -> None:
         raise ConfigError(f"override {override!r} must have the form section.key=value, as in train.steps=100")
     *parents, last = key.split(".")
     node = tree
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+            option = ".".join(parents[:depth])
+            raise ConfigError(
+                f"override {override!r}: {option} is a value, not a section; give all of it: {option}=..."
+            )
     try:
         node[last] = _number(parse_yaml(text))
     except ValueError as error:

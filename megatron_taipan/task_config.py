@@ -57,7 +57,10 @@ class TaskConfig(Section):
         if self.command is not None and self.args:
             raise ValueError(f"task {self.name}: args belong to an evaluation; write them into the command")
         if self.command is not None and "{checkpoint}" not in self.command:
-            raise ValueError(f"task {self.name}: its command has no {{checkpoint}}, so it would read none")
+            raise ValueError(
+                f"task {self.name}: its command has no {{checkpoint}}, so it would read none; put {{checkpoint}} where"
+                " the path belongs"
+            )
         if any(arg == "--out" or arg.startswith("--out=") for arg in self.args):
             raise ValueError(f"task {self.name}: the run gives --out, where it reads the results; leave it out")
         for text in (*self.args, self.command or ""):

@@ -84,7 +84,7 @@ def test_overrides_are_yaml_and_win_over_the_file(path):
     [
         ("train.steps", ["train.steps", "section.key=value"]),
         ("=3", ["section.key=value"]),
-        ("train.steps.x=3", ["steps"]),
+        ("train.steps.x=3", ["train.steps is a value", "train.steps=..."]),
         ("train.steps=[1", ["YAML"]),
         ("train.stepz=3", ["train.stepz", "did you mean train.steps?"]),
         ("model.gate.capasity=0.1", ["model.gate.capasity", "did you mean model.gate.capacity?"]),

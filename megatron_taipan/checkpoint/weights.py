@@ -48,6 +48,7 @@ class ExportedWeights:
     path: Path
     network: ModelConfig
     _where: dict[str, Any]  # tensor name to the opened file that holds it
+    training_length: int | None = None  # tokens of a sample in training; None: config.json does not say
 
     def names(self) -> list[str]:
         """Names of parameters and buffers, without the prefix."""
@@ -93,6 +94,11 @@ class CheckpointWeights:
     def network(self) -> ModelConfig:
         """The network that the weights belong to."""
         return self.config.model
+
+    @property
+    def training_length(self) -> int:
+        """Tokens of a sample in training."""
+        return self.config.data.seq_len
 
     @cached_property
     def thresholds(self) -> dict[str, float]:
@@ -179,7 +185,8 @@ def open_export(path: Path) -> ExportedWeights:
     missing = [name for name in parameter_table(network) if PREFIX + name not in where]
     if missing:  # a shard that was never copied: its layers must not start from new initial values
         raise UserError(f"{path} lacks {len(missing)} tensors of its network: {', '.join(missing[:5])}")
-    return ExportedWeights(path, network, where)
+    length = described.get("tokens_per_sample")
+    return ExportedWeights(path, network, where, length if isinstance(length, int) else None)
 
 
 def open_checkpoint(place: Path | str, *, ema: bool = False) -> CheckpointWeights:

@@ -4,7 +4,8 @@
     python -m megatron_taipan.evaluation TASK --help      what one of them takes
 
 A task is a module beside this one with `main(arguments)`, and runs by its own name too (`python -m` and the module).
-Tasks that measure take several models, print a table, and with `--out FOLDER` write it as Markdown, JSON and a picture.
+Tasks that measure take several models, print a table, and with `--out FOLDER` write it as Markdown, JSON and a picture
+(passkey takes one and only prints: retrieval --kinds passkey does the rest).
 perplexity shares long contexts out over the processes that torchrun or srun start; the others run as one process.
 """
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     task, *rest = given
     if task not in TASKS:
-        print(f"error: {task!r} is no task; they are {', '.join(TASKS)}", file=sys.stderr)
+        print(f"error: {task!r} is not a task; the tasks are {', '.join(TASKS)}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     return import_module(f"megatron_taipan.evaluation.{task.replace('-', '_')}").main(rest)
 

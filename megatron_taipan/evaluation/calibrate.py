@@ -100,6 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.samples < 1 or options.batch < 1:
         raise UserError(f"--samples={options.samples} and --batch={options.batch} must be at least 1")
 
+    if (options.checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{options.checkpoint} is an exported folder, and thresholds are stored beside a checkpoint; calibrate the"
+            " checkpoint that it was exported from, and export it again"
+        )
     path, device = locate(str(options.checkpoint)), parse_device(options.device)
     model, _, config = load_model(path)
     model.to(device)

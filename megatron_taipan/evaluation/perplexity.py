@@ -242,7 +242,9 @@ def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, 
     """
     if prefix is None:
         if config is None:
-            raise UserError(f"{path} is an exported folder and names no data: pass --data PREFIX and --seq-len")
+            raise UserError(
+                f"{path} is an exported folder and names no data: pass --data PREFIX, and --lengths or --seq-len"
+            )
         return config.data.model_copy(update={"seq_len": seq_len or config.data.seq_len})
     length = seq_len or (config.data.seq_len if config else None)
     if length is None:

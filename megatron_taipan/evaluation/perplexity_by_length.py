@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.config import DataConfig
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
@@ -155,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a context is inside one document, documents in a row that see each other, or one where there are such",
     )  # fmt: skip
     group.add_argument("--chunk", default="2K", help="tokens in each pass of one process; bounds its memory")
-    group.add_argument("--training-length", help="tokens of a sample in training; default: as the checkpoint says")
+    group.add_argument("--training-length", help="tokens of a sample in training; default: as the model says")
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -179,11 +180,12 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         if data is None:
             data = choose_data(config, options.data, options.seq_len or lengths[0], path)
         longest: LengthScore | None = None
+        trained_on = given or (config.data.seq_len if config else open_weights(path).training_length)
         for length in lengths:
             row: Row = {
                 "model": label, "length": length, "perplexity": None, "cross entropy": None, "tokens": None,
                 "contexts": None, "documents": None,
-                "training length": given or (config.data.seq_len if config else None), "note": None,
+                "training length": trained_on, "note": None,
             }  # fmt: skip
             try:
                 vocabulary, piece = model.config.vocab_size, ranks.piece

@@ -87,9 +87,8 @@ def model_section(path: Path, context: int | None) -> str:
     opened = open_weights(path)
     trained = [f"pattern {opened.network.pattern}, d_model {opened.network.d_model}"]
     if isinstance(opened, CheckpointWeights):
-        context = context or opened.config.data.seq_len
         trained.append(f"step {opened.step:,}, {opened.tokens:,} tokens, samples of {opened.config.data.seq_len:,}")
-    context = context or 4096
+    context = context or opened.training_length or 4096
     rows = parts_of(opened.network, context)
     words = f"{'; '.join(trained)}. Operations are of a forward pass of {context:,} tokens, the state is of as many."
     return f"<h2>{escape(str(path))}</h2>\n<p>{escape(words)}</p>\n{html_table(rows)}"

@@ -11,7 +11,6 @@ from megatron_taipan.inference.loading import DTYPES, find_tokenizer, load_model
 from megatron_taipan.inference.text import model_tokenizer
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.base import Tokenizer
-from megatron_taipan.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,5 @@ def find_model(path: Path, tokenizer: Path | None, *, ema: bool = False) -> Text
     if named is None:
         raise UserError(f"{path} names no tokenizer; pass --tokenizer FILE")
     if isinstance(opened, ExportedWeights):
-        told = parse_json((opened.path / "config.json").read_text(encoding="utf-8")).get("tokens_per_sample")
-        return TextModel(path, model_tokenizer(named), told if isinstance(told, int) else None)
-    return TextModel(path, model_tokenizer(named, opened.config.data), opened.config.data.seq_len, ema)
+        return TextModel(path, model_tokenizer(named), opened.training_length)
+    return TextModel(path, model_tokenizer(named, opened.config.data), opened.training_length, ema)

@@ -117,7 +117,7 @@ def batch(config: Config, ranks: int) -> str:
     t, length = config.train, config.data.seq_len
     return (
         f"{t.global_batch} samples x {length} tokens = {t.global_batch * length:,} tokens a step:"
-        f" {accumulation(config, ranks)} micro-batches of {t.micro_batch} on each of {ranks} ranks"
+        f" {accumulation(config, ranks)} micro-batches of {t.micro_batch} on each of {ranks} data-parallel ranks"
     )
 
 

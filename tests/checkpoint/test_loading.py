@@ -151,6 +151,7 @@ def test_a_layout_that_does_not_fit_or_a_damaged_source_is_refused(tmp_path, pre
     for options, words in (
         (["--tensor", "3", "--processes", "3"], "parallel.tensor=3 does not divide"),
         (["--tensor", "2", "--processes", "3"], "3 processes cannot hold"),
+        (["--tensor", "2"], "give --processes, a multiple of 2"),
         (["--pipeline", "2", "--processes", "2", "--zero-stage", "3"], "pipeline"),
         (["--pipeline", "9", "--processes", "9"], "needs at least 9 layers"),
     ):

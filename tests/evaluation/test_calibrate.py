@@ -103,6 +103,14 @@ def test_batches_of_no_sample_are_refused(tmp_path, capsys):
     assert "--batch=0" in capsys.readouterr().err
 
 
+def test_an_export_is_sent_back_to_its_checkpoint(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "is an exported folder" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == [
+        "config.json"
+    ]
+
+
 def test_a_gate_that_draws_at_random_has_nothing_to_calibrate():
     config = make_model("M S").config.model_copy(deep=True)
     config.gate.noise = "random"

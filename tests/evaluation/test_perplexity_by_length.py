@@ -103,6 +103,11 @@ def test_the_program_compares_models_by_length(tmp_path, prefix, capsys):
     assert [part["below position"] for part in parts] == [16, 32, 64, 128] * 2
     for name in ("perplexity.svg", "perplexity_by_position.svg"):
         assert "training length 64" in (tmp_path / "out" / name).read_text()
+    told = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "one/config.json").write_text(json.dumps(told | {"tokens_per_sample": 32}))  # as exports have it
+    assert main([*arguments[:1], *arguments[2:], "--tokens", "200", "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out/perplexity.json").read_text())["rows"]
+    assert {row["training length"] for row in rows} == {32}
 
 
 def test_a_lack_of_memory_is_a_row_not_the_end(tmp_path, prefix, capsys, monkeypatch):

@@ -70,7 +70,7 @@ def test_dry_run_says_parameters_layout_and_steps(config):
     assert finished.returncode == 0, finished.stderr
     assert "4 data x 1 tensor x 1 pipeline" in finished.stdout
     assert "6 steps = 1,536 tokens" in finished.stdout
-    assert "1 micro-batches of 2 on each of 4 ranks" in finished.stdout
+    assert "1 micro-batches of 2 on each of 4 data-parallel ranks" in finished.stdout
     assert f"sources    {Path(config).parent / 'data'}, 0." in finished.stdout
     unchecked = program("--config", config, "--dry-run", "data.verify=true")
     assert unchecked.returncode == 2 and "has no checksum" in unchecked.stderr
@@ -159,7 +159,7 @@ def test_the_dry_run_says_what_pieces_of_rows_send(config, capsys):
     assert pretrain.main(["--config", config, "--dry-run", *options]) == 0
     lines = capsys.readouterr().out
     assert "8 processes = 2 data x 4 context x 1 tensor x 1 pipeline" in lines
-    assert "4 micro-batches of 1 on each of 2 ranks" in lines
+    assert "4 micro-batches of 1 on each of 2 data-parallel ranks" in lines
     assert "pieces     rows of 32 tokens in 4 pieces of 8; a rank sends at most" in lines
 
 
