@@ -99,7 +99,7 @@ def write_bars(
     """A group of bars for each value of column `group`, in the order of the rows, with one for each value of `bar`.
 
     Args:
-        value: the column of the heights; None: no bar.
+        value: the column of the heights. A word stands where there is no bar to see: "0", or "–" without a value.
         x, y: the axes' names, with units.
 
     Raises:
@@ -118,6 +118,10 @@ def write_bars(
                 [i + offset for i in at], list(at.values()), width, label=name,
                 color=distinct_colour(number) if len(bars) > MANY else None,
             )  # fmt: skip
+            for i, one in enumerate(groups):
+                if not heights.get((one, name)):
+                    word = "0" if (one, name) in heights else "–"
+                    axes.annotate(word, (i + offset, 0), (0, 2), textcoords="offset points", ha="center", fontsize=7)
         axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0)
         if y_range:
             axes.set_ylim(*y_range)

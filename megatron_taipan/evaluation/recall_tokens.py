@@ -164,7 +164,7 @@ def draw_figures(folder: Path, rows: list[Row]) -> None:
 
     write_bars(
         folder / "recall_tokens.svg", rows, group="distance", value="cross entropy",
-        x="tokens since the text has shown it before", y="cross entropy, nats a token",
+        x="all tokens, new ones, and by tokens since the text has shown it before", y="cross entropy, nats a token",
     )  # fmt: skip
 
 

@@ -34,18 +34,19 @@ def test_many_curves_have_a_colour_each_and_words_beside_their_points(tmp_path):
 
 def test_bars_are_as_high_as_the_values_in_groups_by_model(tmp_path):
     values = {("boolq", "a"): 0.5, ("boolq", "b"): 1.0, ("race", "a"): 0.25, ("race", "b"): None}
+    values |= {("piqa", "a"): 0.0}
     rows = [{"task": task, "model": model, "score": value} for (task, model), value in values.items()]
     path = tmp_path / "new" / "b.svg"
     write_bars(path, rows, group="task", value="score", x="task", y="score", y_range=(0.0, 1.0))
-    assert {"boolq", "race", "a", "b", "task", "score"} <= words_of(path)
+    assert {"boolq", "race", "a", "b", "task", "score", "0", "–"} <= words_of(path)
     bars = [e.get("d").split() for e in ElementTree.parse(path).iter() if e.get("clip-path") and e.get("d")]
     corners = [
         [(float(x), float(y)) for x, y in zip(d[1::3], d[2::3], strict=False)] for d in bars if d.count("L") == 3
     ]
-    height = [max(y for _, y in c) - min(y for _, y in c) for c in corners]  # a's two, then b's only one
+    height = [max(y for _, y in c) - min(y for _, y in c) for c in corners]  # a's three, then b's only one
     left = [min(x for x, _ in c) for c in corners]
-    assert [h / height[2] for h in height] == pytest.approx([0.5, 0.25, 1.0], abs=1e-3)
-    assert left[0] < left[2] < left[1]  # side by side in the first group
+    assert [h / height[3] for h in height] == pytest.approx([0.5, 0.25, 0.0, 1.0], abs=1e-3)
+    assert left[0] < left[3] < left[1]  # side by side in the first group
 
 
 def test_a_heat_map_shows_its_values(tmp_path):
