@@ -40,8 +40,10 @@ def lengths_in_steps(tree: Any, *, default_seq_len: Any) -> Any:
                 what, tokens = f"{section}.{name}={text!r}", _tokens(match)
                 crossed = _crossed(changed["stages"] if stages else [], tree, default_seq_len, what)
                 if name == "wsd_decay_steps" and len({per_step for _, per_step in crossed}) > 1:
-                    raise ValueError(f"{what} is in tokens, counted back from the decay's end, and stages differ in"
-                                     " the tokens of a step; give it in steps, or in the stage that decays")  # fmt: skip
+                    raise ValueError(
+                        f"{what} is in tokens, counted back from the end of the decay, and stages differ in the tokens"
+                        " of a step; give it in steps, or in the stage that decays"
+                    )
                 changed[section] = {**changed[section], name: _steps(tokens, crossed)}
     return changed
 

@@ -16,7 +16,10 @@ class TaskConfig(Section):
     """One task: what runs, on which of the run's checkpoints, with what."""
 
     name: str = option(
-        ..., "letters, digits, . _ and -; checkpoint.dir/tasks/NAME is its folder", pattern=r"^[A-Za-z0-9][\w.-]*$"
+        ...,
+        "letters, digits, . _ and -, at most 100; checkpoint.dir/tasks/NAME is its folder",
+        pattern=r"^[A-Za-z0-9][\w.-]*$",
+        max_length=100,  # a file system takes 255 bytes
     )
     every: int | None = option(
         None,
@@ -49,6 +52,15 @@ class TaskConfig(Section):
         if isinstance(value, str):
             return shlex.split(value)
         return [str(v) if isinstance(v, int | float) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("name", "command", "args")
+    @classmethod
+    def _can_be_passed_on(cls, value: Any) -> Any:
+        """What no program can be given would fail at every turn."""
+        for text in [value] if isinstance(value, str) else value or []:
+            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{text[:100]!r} has a zero byte or half a surrogate pair, which no command can have")
+        return value
 
     @model_validator(mode="after")
     def _one_program(self) -> "TaskConfig":

@@ -12,6 +12,7 @@ at the end of a run that has finished, and nothing here ends a run: what goes wr
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -290,10 +291,8 @@ def command_of(turn: Turn) -> list[str]:
 
 
 def fill_in(text: str, values: dict[str, str]) -> str:
-    """The text with each {name} replaced; other braces are the shell's."""
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text
+    """The text with each {name} replaced, in one pass: a path may have braces too. Other braces are the shell's."""
+    return re.sub("|".join(f"{{{name}}}" for name in values), lambda match: values[match[0][1:-1]], text)
 
 
 def environment(task: TaskConfig) -> dict[str, str]:
