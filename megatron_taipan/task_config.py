@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from megatron_taipan.section import Section, option
 
 PLACEHOLDERS = ("checkpoint", "step", "out")  # of commands and arguments, in braces
+PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")  # a shell has ${NAME} of its own
 
 
 class TaskConfig(Section):
@@ -68,12 +69,12 @@ class TaskConfig(Section):
             raise ValueError(f"task {self.name} needs either `evaluation` or `command`, and has {self._has()}")
         if self.command is not None and self.args:
             raise ValueError(f"task {self.name}: args belong to an evaluation; write them into the command")
-        if self.command is not None and "{checkpoint}" not in self.command:
+        if self.command is not None and "checkpoint" not in PLACEHOLDER.findall(self.command):
             raise ValueError(f"task {self.name}: its command has no {{checkpoint}}, so it would read none")
         if any(arg == "--out" or arg.startswith("--out=") for arg in self.args):
             raise ValueError(f"task {self.name}: the run gives --out, where it reads the results; leave it out")
         for text in (*self.args, self.command or ""):
-            for word in re.findall(r"(?<!\$)\{(\w+)\}", text):  # a shell has ${NAME} of its own
+            for word in PLACEHOLDER.findall(text):
                 if word not in PLACEHOLDERS and (near := difflib.get_close_matches(word.lower(), PLACEHOLDERS)):
                     raise ValueError(f"task {self.name}: {{{word}}} is not a placeholder; did you mean {{{near[0]}}}?")
         return self

@@ -276,8 +276,8 @@ def test_numbers_that_no_board_can_draw_are_an_alarm(tmp_path, printed, fault):
 
 def test_a_path_with_a_placeholder_in_it_stays_itself(tmp_path):
     checkpoint = tmp_path / "{step} {out}" / "step_00000004"
-    turn = Turn(TaskConfig(**GOOD | {"command": "ls {checkpoint} {step} {{x}}"}), 4, checkpoint, tmp_path)
-    assert command_of(turn)[-1] == f"ls '{checkpoint}' 4 {{{{x}}}}"
+    turn = Turn(TaskConfig(**GOOD | {"command": "ls {checkpoint} {step} ${step} {{x}}"}), 4, checkpoint, tmp_path)
+    assert command_of(turn)[-1] == f"ls '{checkpoint}' 4 ${{step}} {{{{x}}}}"
 
 
 def test_wandb_gets_results_at_their_step_though_the_run_is_further(tmp_path, monkeypatch):
@@ -303,6 +303,7 @@ GOOD = {"name": "a", "every": 4, "command": "true {checkpoint}"}
         ([GOOD | {"command": "true \0 {checkpoint}"}], "tasks.0.command: .* has a zero byte"),
         ([{"name": "a", "evaluation": "qa", "args": ["\ud800"]}], "tasks.0.args: .* half a surrogate pair"),
         ([GOOD | {"command": "true"}], "has no {checkpoint}"),
+        ([GOOD | {"command": "true ${checkpoint}"}], "has no {checkpoint}"),
         ([GOOD | {"command": "true {checkpoint} {ouT}"}], "{ouT} is not a placeholder; did you mean {out}"),
         ([GOOD | {"command": None}], "either `evaluation` or `command`, and has neither"),
         ([GOOD | {"evaluation": "qa"}], "and has both"),
