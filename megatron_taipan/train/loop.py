@@ -294,8 +294,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                     remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
-                    f" {progress.step - streak + 1} on; {where_to_go_on(directory, before_streak.step)}. Lower optim.lr, or"
-                    " look at the data of these steps"
+                    f" {progress.step - streak + 1} on; {where_to_go_on(directory, before_streak.step)}. Lower"
+                    " optim.lr, or look at the data of these steps"
                 )
 
             if spike is not None:
