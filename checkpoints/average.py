@@ -63,8 +63,9 @@ def shares_of(weights: list[float] | None, count: int) -> list[float]:
     for weight in weights:
         if not 0 < weight < math.inf:  # nan too
             raise UserError(f"--weights: {weight:g} is not a number above 0")
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+    largest = max(weights)  # the sum of large ones would overflow
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]
 
 
 @dataclass
@@ -106,8 +107,8 @@ def average(sources: list[Path], shares: list[float], out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    if folder.step_of(out) is not None:
-        raise UserError(f"{out} has the name of a checkpoint to resume from, which a mean is not; choose another name")
+    if any(folder.step_of(out, kind) is not None for kind in (folder.FULL, folder.WEIGHTS)):
+        raise UserError(f"{out} has the name of a run's own checkpoint, which a mean is not; choose another name")
     configs = [load_config(source / folder.CONFIG) for source in sources]
     for source, config in zip(sources, configs, strict=True):
         refuse_other_network(sources[-1], configs[-1].model, source, config.model)

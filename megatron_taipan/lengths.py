@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 # Options that may be given in tokens, by section. They hold steps from then on, in checkpoints too.
@@ -12,32 +13,38 @@ WRITTEN = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*tokens?\s*", re.IG
 
 
 def lengths_in_steps(tree: Any, *, default_seq_len: Any) -> Any:
-    """The configuration's tree with every length of tokens as steps, rounded up; in a stage by the stage's own batch.
+    """The configuration's tree with every length of tokens as steps, rounded up; in a stage by the stage's own batch,
+    and of a run in stages by the batches of the stages that it crosses.
 
     Args:
         tree: as read, not validated: anything else than the texts that `WRITTEN` matches is left as it is.
         default_seq_len: data.seq_len where the tree does not give it.
 
     Raises:
-        ValueError: a length is in tokens, and train.global_batch or data.seq_len is not a number of at least 1.
+        ValueError: a length is in tokens, and train.global_batch or data.seq_len is not a number of at least 1; or
+            stages differ in the tokens of a step, and it is not said in which of them it lies.
     """
     if not isinstance(tree, dict):
         return tree
     changed = dict(tree)
-    for section, names in IN_TOKENS.items():
-        options = tree.get(section)
-        if not isinstance(options, dict):
-            continue
-        for name in names:
-            if isinstance(text := options.get(name), str) and (match := WRITTEN.fullmatch(text)):
-                tokens = float(re.sub("[_,]", "", match[1])) * UNITS[match[2].upper()]
-                per_step = _tokens_per_step(tree, default_seq_len, f"{section}.{name}={text!r}")
-                changed[section] = {**changed[section], name: math.ceil(tokens / per_step)}
-    if isinstance(stages := tree.get("stages"), list) and stages:
-        if isinstance(steps := (tree.get("train") or {}).get("steps"), str):
+    stages = tree["stages"] if isinstance(tree.get("stages"), list) else []
+    if stages:
+        if isinstance(steps := _section(tree, "train").get("steps"), str):
             raise ValueError(f"train.steps={steps!r} is in tokens, and stages may differ in the tokens of a step; give"
                              " the stages' lengths in tokens, and leave train.steps out")  # fmt: skip
         changed["stages"] = [_stage_in_steps(stage, tree, default_seq_len) for stage in stages]
+    for section, names in IN_TOKENS.items():
+        for name in names:
+            text = _section(tree, section).get(name)
+            if isinstance(text, str) and (match := WRITTEN.fullmatch(text)):
+                what, tokens = f"{section}.{name}={text!r}", _tokens(match)
+                crossed = _crossed(changed["stages"] if stages else [], tree, default_seq_len, what)
+                if name == "wsd_decay_steps" and len({per_step for _, per_step in crossed}) > 1:
+                    raise ValueError(
+                        f"{what} is in tokens, counted back from the end of the decay, and stages differ in the tokens"
+                        " of a step; give it in steps, or in the stage that decays"
+                    )
+                changed[section] = {**changed[section], name: _steps(tokens, crossed)}
     return changed
 
 
@@ -45,17 +52,53 @@ def _stage_in_steps(stage: Any, tree: dict, default_seq_len: Any) -> Any:
     """One stage of the tree, its own length among those that become steps."""
     if not isinstance(stage, dict):
         return stage
-    both = {name: [part for part in (tree.get(name), stage.get(name)) if isinstance(part, dict)] for name in SIZES}
-    sizes: dict[str, Any] = {name: {k: v for part in parts for k, v in part.items()} for name, parts in both.items()}
+    sizes = _sizes(stage, tree)
     sizes["train"]["steps"] = stage.get("steps")
     converted = lengths_in_steps(sizes | {"optim": stage.get("optim")}, default_seq_len=default_seq_len)
     lengths = {"steps": converted["train"]["steps"], "optim": converted["optim"]}
     return stage | {name: value for name, value in lengths.items() if name in stage}
 
 
+def _sizes(stage: dict, tree: dict) -> dict[str, dict]:
+    """SIZES as they hold in a stage; what it gives as null is as in the rest of the tree."""
+    return {
+        name: _section(tree, name) | {k: v for k, v in _section(stage, name).items() if v is not None} for name in SIZES
+    }
+
+
+def _section(tree: dict, name: str) -> dict:
+    """A section of the tree; empty where it is something else, which validation refuses."""
+    section = tree.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _crossed(stages: list, tree: dict, default_seq_len: Any, what: str) -> list[tuple[Any, int]]:
+    """Steps and tokens a step of each stage; without stages of the run, whose steps do not matter."""
+    each = [stage for stage in stages if isinstance(stage, dict)] or [{}]
+    return [(stage.get("steps"), _tokens_per_step(_sizes(stage, tree), default_seq_len, what)) for stage in each]
+
+
+def _tokens(match: re.Match) -> Fraction:
+    return Fraction(re.sub("[_,]", "", match[1])) * UNITS[match[2].upper()]
+
+
+def _steps(tokens: Fraction, crossed: list[tuple[Any, int]]) -> int:
+    """Steps that take so many tokens from the run's start on.
+
+    Args:
+        crossed: of each stage its steps and the tokens of one of them; the last one goes on without end.
+    """
+    taken = 0
+    for steps, per_step in crossed[:-1]:
+        if not isinstance(steps, int) or tokens <= steps * per_step:
+            return taken + math.ceil(tokens / per_step)
+        taken, tokens = taken + steps, tokens - steps * per_step
+    return taken + math.ceil(tokens / crossed[-1][1])
+
+
 def _tokens_per_step(tree: dict, default_seq_len: Any, what: str) -> int:
     sizes: dict[str, Any] = {
-        f"{section}.{name}": (tree.get(section) or {}).get(name, default)
+        f"{section}.{name}": _section(tree, section).get(name, default)
         for section, name, default in (("train", "global_batch", None), ("data", "seq_len", default_seq_len))
     }
     for name, size in sizes.items():

@@ -18,6 +18,10 @@ def option(default: Any, help: str, **bounds: Any) -> Any:
 
 def faults(error: ValidationError) -> str:
     """What does not fit, in one line: `progress.step: input should be a valid integer`."""
-    found = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()[:3]]
+    found = []
+    for fault in error.errors()[:3]:
+        where = ".".join(map(str, fault["loc"]))  # empty where options do not fit together
+        text = fault["msg"].removeprefix("Value error, ")
+        found.append(f"{where + ': ' if where else ''}{text[:1].lower()}{text[1:]}")
     more = len(error.errors()) - len(found)
     return "; ".join(found) + (f" and {more} more" if more else "")

@@ -10,13 +10,17 @@ from pydantic import field_validator, model_validator
 from megatron_taipan.section import Section, option
 
 PLACEHOLDERS = ("checkpoint", "step", "out")  # of commands and arguments, in braces
+PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")  # a shell has ${NAME} of its own
 
 
 class TaskConfig(Section):
     """One task: what runs, on which of the run's checkpoints, with what."""
 
     name: str = option(
-        ..., "letters, digits, . _ and -; checkpoint.dir/tasks/NAME is its folder", pattern=r"^[A-Za-z0-9][\w.-]*$"
+        ...,
+        "letters, digits, . _ and -, at most 100; checkpoint.dir/tasks/NAME is its folder",
+        pattern=r"^[A-Za-z0-9][\w.-]*$",
+        max_length=100,  # a file system takes 255 bytes
     )
     every: int | None = option(
         None,
@@ -50,13 +54,22 @@ class TaskConfig(Section):
             return shlex.split(value)
         return [str(v) if isinstance(v, int | float) else v for v in value] if isinstance(value, list) else value
 
+    @field_validator("name", "command", "args")
+    @classmethod
+    def _can_be_passed_on(cls, value: Any) -> Any:
+        """What no program can be given would fail at every turn."""
+        for text in [value] if isinstance(value, str) else value or []:
+            if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{text[:100]!r} has a zero byte or half a surrogate pair, which no command can have")
+        return value
+
     @model_validator(mode="after")
     def _one_program(self) -> "TaskConfig":
         if (self.evaluation is None) == (self.command is None):
             raise ValueError(f"task {self.name} needs either `evaluation` or `command`, and has {self._has()}")
         if self.command is not None and self.args:
             raise ValueError(f"task {self.name}: args belong to an evaluation; write them into the command")
-        if self.command is not None and "{checkpoint}" not in self.command:
+        if self.command is not None and "checkpoint" not in PLACEHOLDER.findall(self.command):
             raise ValueError(
                 f"task {self.name}: its command has no {{checkpoint}}, so it would read none; put {{checkpoint}} where"
                 " the path belongs"
@@ -64,7 +77,7 @@ class TaskConfig(Section):
         if any(arg == "--out" or arg.startswith("--out=") for arg in self.args):
             raise ValueError(f"task {self.name}: the run gives --out, where it reads the results; leave it out")
         for text in (*self.args, self.command or ""):
-            for word in re.findall(r"(?<!\$)\{(\w+)\}", text):  # a shell has ${NAME} of its own
+            for word in PLACEHOLDER.findall(text):
                 if word not in PLACEHOLDERS and (near := difflib.get_close_matches(word.lower(), PLACEHOLDERS)):
                     raise ValueError(f"task {self.name}: {{{word}}} is not a placeholder; did you mean {{{near[0]}}}?")
         return self

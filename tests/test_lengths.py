@@ -41,3 +41,36 @@ def test_tokens_without_a_batch_are_refused_with_what_is_missing(tmp_path):
 def test_other_texts_are_no_lengths(tmp_path, text):
     with pytest.raises(ConfigError, match="train.steps="):
         make_config(tree_with(tmp_path, train={"steps": text}))
+
+
+@pytest.mark.parametrize("text", ["8.3M tokens", "16.1M tokens", "1" + "0" * 400 + " tokens"])
+def test_tokens_are_counted_exactly(tmp_path, text):
+    tree = tree_with(tmp_path, train={"steps": text, "global_batch": 1, "micro_batch": 1}, data={"seq_len": 1000})
+    number = text.split()[0]
+    tokens = int(number[:-1].replace(".", "")) * 10**5 if number.endswith("M") else int(number)
+    assert make_config(tree).train.steps == tokens // 1000
+
+
+def test_tokens_of_a_run_in_stages_are_those_of_the_stages_they_cross(tmp_path):
+    train = {"global_batch": 4, "stop_at": "900 tokens"}  # 100 a step: 5 steps, 200 a step: 2, 100 a step
+    tree = tree_with(tmp_path, train=train, data={"seq_len": 25}, optim={"warmup_steps": "501 tokens"})
+    tree["train"].pop("steps")
+    null = {"data": {"seq_len": None}, "train": {"global_batch": None, "micro_batch": None}}
+    tree["stages"] = [{"steps": "500 tokens", **null}, {"steps": 2, "data": {"seq_len": 50}}, {"steps": 9}]
+    config = make_config(tree)
+    assert [stage.steps for stage in config.stages] == [5, 2, 9]
+    assert (config.train.stop_at, config.optim.warmup_steps) == (7, 6)
+    for tokens, steps in (("500 tokens", 5), ("901 tokens", 8), ("9K tokens", 5 + 2 + 81)):
+        assert make_config(tree | {"train": train | {"stop_at": tokens, "micro_batch": 2}}).train.stop_at == steps
+    tree["optim"] |= {"schedule": "wsd", "wsd_decay_steps": "300 tokens"}
+    with pytest.raises(ConfigError, match="optim.wsd_decay_steps='300 tokens' is in tokens, counted back"):
+        make_config(tree)
+
+
+@pytest.mark.parametrize(("section", "value"), [("train", 5), ("data", "web"), ("train", [1])])
+def test_a_section_that_is_something_else_is_refused_as_such(tmp_path, section, value):
+    tree = tree_with(tmp_path, optim={"warmup_steps": "1K tokens"})
+    with pytest.raises(ConfigError, match=section):
+        make_config(tree | {section: value})
+    with pytest.raises(ConfigError, match=section):
+        make_config(tree | {section: value, "stages": [{"steps": 3}]})

@@ -9,10 +9,13 @@
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
-from megatron_taipan.checkpoint.metadata import Progress, dotted_settings
+from megatron_taipan.checkpoint.folder import find_newest, is_checkpoint
+from megatron_taipan.checkpoint.metadata import Progress, dotted_settings, read_metadata
 from megatron_taipan.config import Config, yaml_text
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError
@@ -39,6 +42,29 @@ def go_on_in_stage(data: SampleDataset, progress: Progress) -> None:
     """Lets a dataset begin where the stage did: at its first sample of the run, each source at its place."""
     if progress.finished:
         data.go_on(progress.finished[-1]["samples"], places(progress))
+
+
+def stages_done(config: Config) -> int:
+    """How many stages are done in the checkpoint that the run is likely to continue from; 0 where none can be read.
+
+    Their data need not be there any more.
+    """
+    if config.stages and (path := likely_checkpoint(config)):
+        with suppress(UserError):  # damaged: another one will be taken
+            return min(len(read_metadata(path)["progress"].get("finished", [])), len(config.stages) - 1)
+    return 0
+
+
+def likely_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that the run is likely to continue from; which one it is shows once they are verified."""
+    wanted = config.checkpoint.load
+    folders = [] if wanted is None else [config.checkpoint.dir] if wanted == "auto" else [config.checkpoint.dir, wanted]
+    for folder in map(Path, folders):
+        if is_checkpoint(folder):
+            return folder
+        if found := find_newest(folder):
+            return found.path
+    return None
 
 
 def stage_under_way(plan: Sequence[Stage], finished: int, step: int, path: str) -> Stage:

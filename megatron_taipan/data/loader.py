@@ -95,8 +95,9 @@ class SampleDataset(Dataset):
     def read_after(self, samples: int) -> dict[str, Fraction]:
         """How often each source has been read, by the fingerprint of its data, after `samples` samples of the run."""
         drawn, begins = self.blend.drawn(samples - self._locate.first), self._locate.begins
-        each = zip(self.sources, begins, drawn, strict=True)
-        return {_name(s): Fraction(begin + n, s.per_epoch) for s, begin, n in each}
+        each = zip(self.sources, self.before, begins, drawn, strict=True)
+        # one of which nothing was drawn keeps its place, which another cut would round up
+        return {_name(s): Fraction(begin + n, s.per_epoch) if n else before for s, before, begin, n in each}
 
     def __len__(self) -> int:
         """Samples in one epoch of all sources together."""

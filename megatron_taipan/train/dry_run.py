@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
-from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.metadata import read_metadata
+from megatron_taipan.checkpoint.stages import likely_checkpoint, stages_done
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
@@ -74,10 +73,10 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
             yield f"pieces     {where}{describe_pieces(stage.config, accumulation(stage.config, of_stage.data))}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
-    if found := find_newest(Path(config.checkpoint.dir)):
-        progress = read_metadata(found.path)["progress"]
+    if path := likely_checkpoint(config):
+        progress = read_metadata(path)["progress"]
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps
-        yield f"goes on    from {found.path}: {max(t.steps - step, 0):,} steps are left"
+        yield f"goes on    from {path}: {max(t.steps - step, 0):,} steps are left"
     table = parameter_table(config.model)
     for line in (
         *describe_muon(config.optim, table),
@@ -95,12 +94,13 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         yield f"task       {line}"
     for warning in (*untried_torch(torch.__version__), *shortfalls(config, step, run_steps)):
         yield f"warning    {warning}"
-    for stage in plan if config.data.verify else ():
+    left = plan[stages_done(config) :]  # the data of those that are done need not be there
+    for stage in left if config.data.verify else ():
         verification = Verification(stage.config.data)
         while verification.unfinished:
             verification.go_on()
         yield f"checked    {verification.report()}"
-    for stage in plan:
+    for stage in left:
         where = f"{stage.title()} " if config.stages else ""
         data = stage.config.data
         samples = stage.steps * stage.config.train.global_batch

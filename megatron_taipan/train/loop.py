@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,6 @@ import torch
 from megatron_taipan.checkpoint.folder import (
     FULL,
     WEIGHTS,
-    find_newest,
-    is_checkpoint,
     remove_leftovers,
     remove_taken_back,
     step_of,
@@ -24,7 +22,7 @@ from megatron_taipan.checkpoint.loading import Loaded, load_training_state, load
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity, read_metadata
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
-from megatron_taipan.checkpoint.stages import finish_stage, go_on_in_stage, stage_under_way
+from megatron_taipan.checkpoint.stages import finish_stage, go_on_in_stage, stage_under_way, stages_done
 from megatron_taipan.checkpoint.verification import find_checkpoint, rewind_target, where_to_go_on
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
@@ -102,7 +100,7 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
         treated += run_on_all_ranks(lambda: describe_groups(config.optim, table))
         # before data is read: a package may be missing
         ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
-        done = run_on_all_ranks(lambda: stages_done(config)) if config.stages else 0
+        done = run_on_all_ranks(lambda: stages_done(config))
         for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
             train_data, valid_data = run_on_all_ranks(partial(open_stage_data, stage.config))
         verified = [verify(s.config, place, device, watchdog) for s in plan[done:]] if config.data.verify else []
@@ -296,8 +294,8 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                     remove_taken_back(directory, after=before_streak.step, until=progress.step)
                 raise UserError(
                     f"the loss or gradient was not finite in {streak} steps in a row (train.max_skipped), from step"
-                    f" {before_streak.step + 1} on; {where_to_go_on(directory, before_streak.step)}. Lower optim.lr, or"
-                    " look at the data of these steps"
+                    f" {progress.step - streak + 1} on; {where_to_go_on(directory, before_streak.step)}. Lower"
+                    " optim.lr, or look at the data of these steps"
                 )
 
             if spike is not None:
@@ -342,21 +340,6 @@ def train(config: Config, place: RankInfo, device: torch.device) -> int:
                              " before its tasks had; start the same command again to run them")  # fmt: skip
                 return EXIT_REQUEUE
         return 0
-
-
-def stages_done(config: Config) -> int:
-    """How many stages are done in the checkpoint that the run is likely to continue from; 0 where none can be read.
-
-    Their data need not be there any more. Which checkpoint it is shows once they are verified.
-    """
-    wanted = config.checkpoint.load
-    folders = [] if wanted is None else [config.checkpoint.dir] if wanted == "auto" else [config.checkpoint.dir, wanted]
-    for folder in map(Path, folders):
-        path = folder if is_checkpoint(folder) else (found := find_newest(folder)) and found.path
-        if path:
-            with suppress(UserError):  # damaged: another one will be taken
-                return min(len(read_metadata(path)["progress"].get("finished", [])), len(config.stages) - 1)
-    return 0
 
 
 def find_stage(plan: list[Stage], path: Path) -> Stage:

@@ -70,9 +70,11 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 def _last_numbers(stdout: Path) -> dict[str, float] | None:
     """The last line's object of numbers; None where the last line is not meant to be one."""
     with open(stdout, "rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - LONGEST_LINE, 0))
+        begin = file.seek(max(file.seek(0, os.SEEK_END) - LONGEST_LINE, 0))
         lines = file.read().split(b"\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), b"")
+    if begin and last == lines[0].strip() and last.endswith(b"}"):  # its beginning was not read
+        raise UserError(f"its last line has more than {LONGEST_LINE:,} bytes, too many for an object of numbers")
     if not last.startswith(b"{"):
         return None
     try:
@@ -82,7 +84,14 @@ def _last_numbers(stdout: Path) -> dict[str, float] | None:
     wrong = {name: value for name, value in values.items() if not _is_number(value)}
     if wrong:
         raise UserError(f"its last line has values that are not numbers: {json.dumps(wrong)[:200]}")
+    if unwritable := [name for name in values if not _is_text(name)]:
+        raise UserError(f"its last line has a name that no board can write: {json.dumps(unwritable[0])[:200]}")
     return values
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be encoded: JSON can hold half a surrogate pair."""
+    return name == name.encode(errors="replace").decode()
 
 
 def _is_number(value: Any) -> bool:

@@ -28,7 +28,7 @@ from megatron_taipan.checkpoint.folder import FULL, WEIGHTS, checkpoints, folder
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank
-from megatron_taipan.task_config import TaskConfig
+from megatron_taipan.task_config import PLACEHOLDER, TaskConfig
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.task_process import GRACE_S, TIMED_OUT
 from megatron_taipan.train.task_results import curves, read_results
@@ -290,10 +290,9 @@ def command_of(turn: Turn) -> list[str]:
 
 
 def fill_in(text: str, values: dict[str, str]) -> str:
-    """The text with each {name} replaced; other braces are the shell's."""
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text
+    """The text with each {name} replaced, in one pass: a path may have braces too. Other braces are the shell's, those
+    of its own ${name} too."""
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), text)
 
 
 def environment(task: TaskConfig) -> dict[str, str]:

@@ -42,7 +42,8 @@ def test_equals_numpys_average_over_layouts(tmp_path, capsys):
         (["b", "--weights", "1"], "--weights has 1 numbers for 2 checkpoints"),
         (["b", "--weights", "1", "0"], "0 is not a number above 0"),
         (["b", "--weights", "1", "nan"], "nan is not a number above 0"),
-        (["b", "step_00000003"], "has the name of a checkpoint to resume from"),
+        (["b", "step_00000003"], "has the name of a run's own checkpoint"),
+        (["b", "weights_00000003"], "has the name of a run's own checkpoint"),
         (["other"], "different networks (model.d_ff=48 and 32)"),
     ],
 )
@@ -51,7 +52,7 @@ def test_refusals_leave_nothing(tmp_path, capsys, more, message):
         made(tmp_path / name, **changes)
     names = [str(tmp_path / word) if word in ("b", "other") else word for word in more]
     last = 1 if more and more[0] in ("b", "other") else 0
-    out = tmp_path / (names.pop() if names[1:] == ["step_00000003"] else "out")
+    out = tmp_path / (names.pop() if names and names[-1].endswith("_00000003") else "out")
     assert average.main([str(tmp_path / "a"), *names[:last], str(out), *names[last:]]) == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "other"}
@@ -62,3 +63,9 @@ def test_a_second_mean_does_not_replace_the_first(tmp_path, capsys):
     assert average.main([*told, str(tmp_path / "out")]) == 0
     assert average.main([*told, str(tmp_path / "out")]) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", [1e308, 1.0, 1e-300])
+def test_shares_do_not_overflow(weight):
+    assert average.shares_of([0.75 * weight, 0.25 * weight], 2) == pytest.approx([0.75, 0.25])
+    assert average.shares_of([weight] * 4, 4) == [0.25] * 4

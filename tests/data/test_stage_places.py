@@ -52,3 +52,14 @@ def test_with_other_rows_it_keeps_its_epochs_and_comes_back_past_its_own_samples
     again.go_on(12, long.read_after(12))
     rest = read_by(again, 12, 12 + len(short) - 9 - 8)
     assert not set(rest) & set(ours) and len(set(rest)) == len(rest)
+
+
+def test_a_stage_that_draws_nothing_of_a_source_leaves_its_place(prefixes):
+    web, books, _ = prefixes
+    short, again = dataset(web), dataset(web)
+    between = dataset([{"prefix": web, "weight": 1}, {"prefix": books, "weight": 9}], seq_len=64)
+    read = short.read_after(1)
+    between.go_on(1, read)
+    assert read_by(between, 1, 2)[0][0] == books
+    again.go_on(2, read | between.read_after(2))
+    assert read_by(again, 2, 5) == read_by(short, 1, 4)

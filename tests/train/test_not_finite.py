@@ -87,6 +87,14 @@ def test_without_a_sound_checkpoint_the_message_says_so(tmp_path, prefix):
     assert folder.checkpoints(tmp_path / "run") == []
 
 
+def test_over_the_border_of_two_stages_the_message_has_the_first_step(tmp_path, prefix):
+    tree = toy_tree(prefix, tmp_path / "run", train={"steps": 7, "max_skipped": 3}, checkpoint={"save_every": 1})
+    tree["stages"] = [{"steps": 3}, {}]
+    for results in launch(2, poisoned, [tree], [2, 3, 4]):
+        assert "3 steps in a row (train.max_skipped), from step 3 on" in results[0]
+        assert "step_00000003 is sound" in results[0]
+
+
 def made(run: Path, step: int, *, bad: float | None = None, name: str = "embedding.weight|master") -> Path:
     """A complete checkpoint of a step, with a value in it."""
     state = memory_state()

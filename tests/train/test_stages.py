@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from megatron_taipan.checkpoint.folder import find_newest
+from megatron_taipan.config import make_config
+from megatron_taipan.errors import UserError
+from megatron_taipan.train.dry_run import dry_run
 from tests.checkpoint.test_loading import everything
 from tests.distributed.launch import launch
 from tests.train.runs import log, numbers, runs, with_options
@@ -168,6 +171,19 @@ def test_what_may_be_edited(done):
         ("none left", "2 stages are done in checkpoint"),
     ):
         assert difference in str(status[name]), (name, status[name])
+
+
+def test_a_dry_run_does_without_the_data_of_stages_that_are_done(done):
+    tmp, _ = done
+    tree = staged(str(tmp / "web"), str(tmp / "books"), tmp / "elsewhere")
+    tree["checkpoint"]["load"] = str(tmp / "whole/step_00000004")
+    tree["stages"][0]["data"] = {"train": str(tmp / "gone")}
+    told = list(dry_run(make_config(tree), 1))
+    assert f"goes on    from {tmp / 'whole/step_00000004'}: 3 steps are left" in told
+    assert [line.split()[1:3] for line in told if line.startswith("sources")] == [["stage", "2"], ["stage", "3"]]
+    tree["checkpoint"]["load"] = str(tmp / "whole/step_00000003")  # the first stage is under way until the next step
+    with pytest.raises(UserError, match="gone.idx does not exist"):
+        list(dry_run(make_config(tree), 1))
 
 
 def test_stages_are_added_to_a_run_that_had_none(done):

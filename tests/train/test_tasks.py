@@ -15,15 +15,15 @@ import torch
 from megatron_taipan.checkpoint.folder import checkpoints
 from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.config import ConfigError, dump_config, make_config
-from megatron_taipan.errors import EXIT_REQUEUE
+from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.evaluation import perplexity
 from megatron_taipan.evaluation.__main__ import TASKS
 from megatron_taipan.plain_yaml import parse_yaml
 from megatron_taipan.task_config import TaskConfig, meaning_of_tasks
 from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.metrics import Metrics
-from megatron_taipan.train.task_results import curves
-from megatron_taipan.train.tasks import Tasks, environment
+from megatron_taipan.train.task_results import curves, read_results
+from megatron_taipan.train.tasks import Tasks, Turn, command_of, environment
 from tests.distributed.launch import launch
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, numbers, records, runs
@@ -259,6 +259,27 @@ def test_what_cannot_be_started_is_an_alarm(tasks, tmp_path):
     assert said.startswith("alarm: task t of step 4: NotADirectoryError") and not tasks.waiting
 
 
+@pytest.mark.parametrize(
+    ("printed", "fault"),
+    [
+        ('{"\\ud800": 1}', "a name that no board can write"),
+        ('{"a": 1, "' + "b" * 70_000 + '": 2}', "more than 65,536 bytes"),
+    ],
+)
+def test_numbers_that_no_board_can_draw_are_an_alarm(tmp_path, printed, fault):
+    (tmp_path / "stdout").write_text(f"first\n{printed}\n")
+    with pytest.raises(UserError, match=fault):
+        read_results(TaskConfig(**GOOD), tmp_path, tmp_path / "stdout")
+    (tmp_path / "stdout").write_text("x" * 70_000 + '\n{"é": 1}\n')
+    assert read_results(TaskConfig(**GOOD), tmp_path, tmp_path / "stdout") == {"values": {"é": 1}}
+
+
+def test_a_path_with_a_placeholder_in_it_stays_itself(tmp_path):
+    checkpoint = tmp_path / "{step} {out}" / "step_00000004"
+    turn = Turn(TaskConfig(**GOOD | {"command": "ls {checkpoint} {step} ${step} {{x}}"}), 4, checkpoint, tmp_path)
+    assert command_of(turn)[-1] == f"ls '{checkpoint}' 4 ${{step}} {{{{x}}}}"
+
+
 def test_wandb_gets_results_at_their_step_though_the_run_is_further(tmp_path, monkeypatch):
     runs = fake_wandb(monkeypatch)
     config = toy_config("p", tmp_path, log={"tensorboard": False, "wandb": True})
@@ -278,7 +299,11 @@ GOOD = {"name": "a", "every": 4, "command": "true {checkpoint}"}
         ([GOOD | {"every": 3}], "every=3 is a multiple neither of checkpoint.save_every=4 nor .*save_weights_every=0"),
         ([GOOD, GOOD], "two of tasks have the name a"),
         ([GOOD | {"name": "../a"}], r"tasks.0.name='../a': string should match"),
+        ([GOOD | {"name": "a" * 101}], r"tasks.0.name=.*at most 100 characters"),
+        ([GOOD | {"command": "true \0 {checkpoint}"}], "tasks.0.command: .* has a zero byte"),
+        ([{"name": "a", "evaluation": "qa", "args": ["\ud800"]}], "tasks.0.args: .* half a surrogate pair"),
         ([GOOD | {"command": "true"}], "has no {checkpoint}"),
+        ([GOOD | {"command": "true ${checkpoint}"}], "has no {checkpoint}"),
         ([GOOD | {"command": "true {checkpoint} {ouT}"}], "{ouT} is not a placeholder; did you mean {out}"),
         ([GOOD | {"command": None}], "either `evaluation` or `command`, and has neither"),
         ([GOOD | {"evaluation": "qa"}], "and has both"),
