@@ -44,14 +44,10 @@ def find_checkpoint(config: Config) -> Found | None:
     Raises:
         UserError: a new run was asked for in a folder that holds one, or the wanted checkpoint is not there.
     """
+    refuse_load(config)
     directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
     there = checkpoints(directory)
     if wanted is None:
-        if there:
-            raise UserError(
-                f"checkpoint.load=null starts a new run, but {directory} holds checkpoints up to {there[-1].name};"
-                " choose another checkpoint.dir, or checkpoint.load=auto to resume"
-            )
         return None
     found = newest_verified(directory)
     if found is None and there:
@@ -60,16 +56,30 @@ def find_checkpoint(config: Config) -> Found | None:
     if found is not None or wanted == "auto":
         return found
     if is_checkpoint(Path(wanted)):
-        if read_metadata(Path(wanted)).get("contents") == WEIGHTS:
-            raise UserError(
-                f"checkpoint.load={wanted} holds weights only; start a new run with checkpoint.init={wanted}"
-            )
         refuse_damaged(Path(wanted))
         return Found(Path(wanted), [])
     found = newest_verified(Path(wanted))
     if found is None:
         raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
     return found
+
+
+def refuse_load(config: Config) -> None:
+    """Raises UserError where checkpoint.load cannot be meant, as is seen without reading a checkpoint's files."""
+    directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
+    there = checkpoints(directory)
+    if wanted is None and there:
+        raise UserError(
+            f"checkpoint.load=null starts a new run, but {directory} holds checkpoints up to {there[-1].name};"
+            " choose another checkpoint.dir, or checkpoint.load=auto to resume"
+        )
+    if wanted is None or wanted == "auto" or there:
+        return
+    if not is_checkpoint(Path(wanted)):
+        if not checkpoints(Path(wanted)):
+            raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
+    elif read_metadata(Path(wanted)).get("contents") == WEIGHTS:
+        raise UserError(f"checkpoint.load={wanted} holds weights only; start a new run with checkpoint.init={wanted}")
 
 
 def rewind_target(directory: Path, save_every: int) -> Path | None:

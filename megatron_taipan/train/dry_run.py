@@ -7,6 +7,7 @@ import torch
 
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.stages import likely_checkpoint, stages_done
+from megatron_taipan.checkpoint.verification import refuse_load
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import build_dataset
@@ -32,7 +33,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
     """Builds and checks everything for that many processes; yields the report line by line, the data last.
 
     Raises:
-        UserError: the layout or the data do not fit.
+        UserError: the layout, the data or checkpoint.load do not fit.
     """
     p, t = config.parallel, config.train
     mesh = fit_mesh(processes, p)
@@ -73,6 +74,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
             yield f"pieces     {where}{describe_pieces(stage.config, accumulation(stage.config, of_stage.data))}"
     yield f"kernels    {describe_operations(config)}"
     step, run_steps = 0, t.steps
+    refuse_load(config)
     if path := likely_checkpoint(config):
         progress = read_metadata(path)["progress"]
         step, run_steps = progress["step"], progress.get("run_steps") or t.steps

@@ -8,7 +8,10 @@ import torch
 from checkpoints import inspect, reshard, verify
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
 from megatron_taipan.checkpoint.weights import open_checkpoint
+from megatron_taipan.config import make_config
+from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
+from megatron_taipan.train.dry_run import dry_run
 from tests.checkpoints.made import read_all
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import log, runs, with_options
@@ -63,6 +66,11 @@ def test_a_resume_never_takes_them(place):
     assert find_newest(place / "run").path.name == "step_00000007"
     assert "holds weights only" in (place / "refusal").read_text()
     assert not checkpoints(place / "by_load")
+    tree = toy_tree(str(place / "data"), place / "new")
+    for load, said in ((place / "run/weights_00000006", "holds weights only"), (place / "none", "holds no complete")):
+        tree["checkpoint"]["load"] = str(load)  # a dry run says so too
+        with pytest.raises(UserError, match=said):
+            list(dry_run(make_config(tree), 1))
     assert [path.name for path in checkpoints(place / "alone")] == ["step_00000002"]
 
 
