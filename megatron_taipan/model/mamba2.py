@@ -98,19 +98,16 @@ class Mamba2(KeepsFp32Params):
         x, dt, A, B, C = self._ssm_inputs(xBC, dt)
         b, l = x.shape[:2]
 
+        options = {"chunk_size": self.chunk_size, "D": self.D, "seq_idx": ctx.seq_idx}
         if self.place is not None:
-            options = {"chunk_size": self.chunk_size, "D": self.D, "seq_idx": ctx.seq_idx}
             y = self.place.scan(self.ops.ssd, x, dt, A, B, C, ctx.document_start < ctx.position[0], **options)
         elif state is None:
-            y = self.ops.ssd(x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx)
+            y = self.ops.ssd(x, dt, A, B, C, **options)
         elif l == 1:
             y, state.ssm = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)
             y = y[:, None]
         else:
-            y, state.ssm = self.ops.ssd(
-                x, dt, A, B, C, chunk_size=self.chunk_size, D=self.D, seq_idx=ctx.seq_idx,
-                initial_state=state.ssm, return_state=True,
-            )  # fmt: skip
+            y, state.ssm = self.ops.ssd(x, dt, A, B, C, initial_state=state.ssm, return_state=True, **options)
         y = self._gated_norm(y.reshape(b, l, self.inner), z)
         return self.tp.row_parallel_linear(y, self.out_proj)
 
