@@ -46,11 +46,10 @@ def find_checkpoint(config: Config) -> Found | None:
     """
     refuse_load(config)
     directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
-    there = checkpoints(directory)
     if wanted is None:
         return None
     found = newest_verified(directory)
-    if found is None and there:
+    if found is None and (there := checkpoints(directory)):
         names = ", ".join(path.name for path in there)
         raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start again")
     if found is not None or wanted == "auto":
@@ -65,7 +64,7 @@ def find_checkpoint(config: Config) -> Found | None:
 
 
 def refuse_load(config: Config) -> None:
-    """Raises UserError where checkpoint.load cannot be meant, as is seen without reading a checkpoint's files."""
+    """Raises UserError where checkpoint.load cannot be meant, as is seen without verifying a checkpoint."""
     directory, wanted = Path(config.checkpoint.dir), config.checkpoint.load
     there = checkpoints(directory)
     if wanted is None and there:
