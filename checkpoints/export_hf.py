@@ -32,7 +32,7 @@ from checkpoints.safetensors_files import write_sharded
 from checkpoints.streamed import stream
 from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
-from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, is_export, open_weights
 from megatron_taipan.data.made_with import refuse_other
 from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.inference.loading import DTYPES
@@ -125,7 +125,7 @@ def export(
         note(sentence)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another folder or pass --overwrite")
-    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not is_export(out):
         # a run's own folder, given by mistake, would be lost with all its checkpoints
         raise UserError(f"{out} is not an exported folder, so --overwrite does not remove it; choose another folder")
     own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, incomplete, locate, read_manifest
 from megatron_taipan.checkpoint.metadata import read_metadata
-from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, Stored, open_weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, Stored, is_export, open_weights
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.parameters import parameter_table
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{path} is not a folder")
     for line in run_lines(path):
         print(line)
-    if not (path / "config.json").is_file():
+    if not is_export(path):
         path = locate(str(path))
         for label, value in checkpoint_facts(path):
             print(f"{label:<12}{value}")

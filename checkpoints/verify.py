@@ -7,6 +7,7 @@ from pathlib import Path
 from checkpoints.checksums import changed_files, read_sums
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, read_manifest
 from megatron_taipan.checkpoint.verification import damage
+from megatron_taipan.checkpoint.weights import is_export
 from megatron_taipan.errors import UserError, exits_cleanly
 
 
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoints.verify", description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, a run's folder (all of its checkpoints), an export")
     options = parser.parse_args(arguments)
-    if (options.path / "config.json").is_file():
+    if is_export(options.path):
         return verify_export(options.path)
     folders = [*checkpoints(options.path), *checkpoints(options.path, WEIGHTS)] or [options.path]
     if not options.path.is_dir():

@@ -148,11 +148,16 @@ def open_weights(path: Path, *, ema: bool = False) -> ExportedWeights | Checkpoi
     Raises:
         UserError: it holds no weights, or they are incomplete, or no average was kept.
     """
-    if not (path / "config.json").is_file():
+    if not is_export(path):
         return open_checkpoint(path, ema=ema)
     if ema:
         raise UserError(f"{path} is an exported folder, which holds one set of weights; --ema takes a checkpoint")
     return open_export(path)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder is an exported one, rather than a checkpoint or a run's folder of them."""
+    return (path / "config.json").is_file()
 
 
 def open_export(path: Path) -> ExportedWeights:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.calibration import write_thresholds
 from megatron_taipan.checkpoint.folder import locate
+from megatron_taipan.checkpoint.weights import is_export
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import choose_data
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.samples < 1 or options.batch < 1:
         raise UserError(f"--samples={options.samples} and --batch={options.batch} must be at least 1")
 
-    if (options.checkpoint / "config.json").is_file():
+    if is_export(options.checkpoint):
         raise UserError(
             f"{options.checkpoint} is an exported folder, and thresholds are stored beside a checkpoint; calibrate the"
             " checkpoint that it was exported from, and export it again"
