@@ -330,8 +330,8 @@ class OpsConfig(Section):
     swiglu: OwnKernel = option("auto", "the product inside SwiGLU")
     selection: OwnKernel = option(
         "auto",
-        "picking the tokens that attend in S layers, and putting them back; triton also computes all queries of"
-        " gradient=all in one call",
+        "picking the tokens that attend in S layers, and putting them back; as kernels also all queries of gradient=all"
+        " in one call",
     )
     gate: OwnKernel = option("auto", "logits and noise of the gate of S layers")
 

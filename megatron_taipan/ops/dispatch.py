@@ -7,16 +7,8 @@ import torch
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
-from megatron_taipan.ops.fast import FUSIONS, KERNELS, SELECTED_ROWS, load_every_query
+from megatron_taipan.ops.fast import FUSIONS, KERNELS
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
-
-# Kernels that only the operation's own option takes, with the reason: they have not run on a GPU yet.
-UNTRIED = {
-    "rotate": "its kernel ran in Triton's interpreter only; ops.rope=triton takes it",
-    "every_query": "it ran in Triton's interpreter only; ops.selection=triton takes it",
-    "gate_scores": "its kernel ran in Triton's interpreter only; ops.gate=triton takes it",
-}
-EVERY_QUERY = ("interval_attention", *SELECTED_ROWS)  # what attention of every token of which few learn does in one
 
 
 def pick_ops(
@@ -45,8 +37,7 @@ def pick_ops(
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
     replaced = {FOREIGN[option][choice].operation for option, choice in foreign.items()}
-    tried = [name for name in FAST if name not in UNTRIED]
-    lacking = [f"{name}: {own[name][1]}" for name in tried if name not in ours | replaced and not _set(name, asked)]
+    lacking = [f"{name}: {own[name][1]}" for name in FAST if name not in ours | replaced and not _set(name, asked)]
     if backend == "fast" and lacking:
         raise UserError(
             f"ops.backend=fast, but these kernels cannot run here: {'; '.join(lacking)}; use ops.backend=auto"
@@ -66,12 +57,11 @@ def pick_ops(
     if mix is not None and recompute_mixer:
         mix = partial(mix, recompute=tuple(recompute_mixer))
         labels["mamba2_mix"] += f" (again in backward: {', '.join(recompute_mixer)})"
-    every, labels["every_query"] = _every_query(ours - replaced, asked)
     scores, _ = own["gate_scores"]
     unrecordable = (FOREIGN[option][choice].unrecordable(run) for option, choice in foreign.items())
     return Ops(
         **chosen, mamba2_mix=mix, add_norm_linear=fused["add_norm_linear"], add_norm_swiglu=fused["add_norm_swiglu"],
-        every_query=every, gate_scores=_on_its_gpu(scores) if scores else None,
+        every_query=fused["every_query"], gate_scores=_on_its_gpu(scores) if scores else None,
         kernels=frozenset(ours | (replaced & REFERENCES.keys())),
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),
@@ -93,8 +83,6 @@ def _own(name: str, backend: str, asked: Mapping[str, str]) -> tuple[Callable | 
     """
     wanted = _set(name, asked) or backend
     kernel, label = (None, "reference (asked for)") if wanted == "reference" else _fast(name)
-    if kernel is not None and name in UNTRIED and _set(name, asked) != "triton":
-        kernel, label = None, f"reference ({UNTRIED[name]})"
     if wanted == "triton" and kernel is None:
         option = next(option for option, names in OPTIONS.items() if name in names)
         raise UserError(
@@ -134,15 +122,6 @@ def _fused(load: Callable[[], Callable]) -> Callable | None:
         return _on_its_gpu(load())
     except ImportError:
         return None
-
-
-def _every_query(ours: set[str], asked: Mapping[str, str]) -> tuple[Callable | None, str]:
-    """Attention of every token of which picked ones learn, as one operation, and its label."""
-    untried = UNTRIED.get("every_query")
-    if set(EVERY_QUERY) <= ours and untried and asked.get("selection") != "triton":
-        return None, f"none ({untried})"
-    kernel = _fused(load_every_query) if set(EVERY_QUERY) <= ours else None
-    return kernel, "triton" if kernel else "none (its parts one by one)"
 
 
 def _on_gpu(fast: Callable, reference: Callable) -> Callable:

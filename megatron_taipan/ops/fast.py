@@ -169,4 +169,5 @@ FUSIONS: dict[str, tuple[Callable[[], Callable], tuple[str, ...]]] = {
     "mamba2_mix": (load_mamba2_mix, ("causal_conv1d", "ssd", "gated_rms_norm")),
     "add_norm_linear": (load_add_norm_linear, ("add_rms_norm",)),  # and a product
     "add_norm_swiglu": (load_add_norm_swiglu, ("add_rms_norm", "silu_mul")),  # and three products
+    "every_query": (load_every_query, ("interval_attention", *SELECTED_ROWS)),  # of every token, where few learn
 }

@@ -28,7 +28,6 @@ def kernels(monkeypatch) -> dict:
     monkeypatch.setattr(dispatch, "FAST", {name: ("triton", lambda f=f: f) for name, f in made.items()})
     for name, (_, parts) in FUSIONS.items():
         monkeypatch.setitem(FUSIONS, name, (lambda: lambda *args, **options: "in one", parts))
-    monkeypatch.setattr(dispatch, "load_every_query", lambda: lambda *args, **options: "every")
     return made
 
 
@@ -61,13 +60,10 @@ def test_an_operations_own_option_overrides_the_backend(kernels, backend, others
 
 
 def test_without_options_everything_is_as_the_backend_says(kernels):
-    found = labels(pick_ops("auto", {"rope": "triton", "selection": "triton", "gate": "triton"}))
+    found = labels(pick_ops("auto"))
     fused = {found.pop(name) for name in FUSIONS}
     assert set(found.values()) == {"triton"} and "triton (causal_conv1d, ssd, gated_rms_norm in one)" in fused
     assert all(label.startswith("triton (") for label in fused)
-    plain = pick_ops("auto")  # a kernel that no GPU has run is taken by its own option alone
-    assert "rotate" not in plain.kernels and "rotate" not in pick_ops("fast").kernels
-    assert plain.kernels == pick_ops("auto", {"rope": "triton"}).kernels - {"rotate"}
     assert set(labels(pick_ops("reference")).values()) == {"reference (asked for)", "none (its parts one by one)"}
     assert pick_ops("auto").causal_attention is None and not pick_ops("auto").unrecordable
 
@@ -78,6 +74,7 @@ def test_without_options_everything_is_as_the_backend_says(kernels):
         ({"ssd": "mamba_ssm"}, {"mamba2_mix"}), ({"conv": "causal_conv1d"}, {"mamba2_mix"}),
         ({"conv": "reference"}, {"mamba2_mix"}), ({"gated_norm": "reference"}, {"mamba2_mix"}),
         ({"norm": "reference"}, {"add_norm_linear", "add_norm_swiglu"}), ({"swiglu": "reference"}, {"add_norm_swiglu"}),
+        ({"selection": "reference"}, {"every_query"}), ({"attention": "reference"}, {"every_query"}),
     ],
     ids=str,
 )  # fmt: skip
@@ -88,19 +85,11 @@ def test_fused_operations_run_where_all_their_parts_are_ours(kernels, choices, n
     assert all(f"{name}=none" in ops.report for name in names)
 
 
-def test_attention_of_every_query_as_one_operation_waits_for_its_option(kernels):
-    plain, asked = pick_ops("auto"), pick_ops("auto", {"selection": "triton"})
-    assert plain.every_query is None and "every_query=none (it ran in Triton's interpreter only" in plain.report
-    assert asked.every_query is not None and "every_query=triton" in asked.report
-    assert pick_ops("auto", {"selection": "triton", "attention": "reference"}).every_query is None
-    assert pick_ops("reference").every_query is None
-
-
-def test_the_gates_kernel_waits_for_its_option(kernels):
-    assert pick_ops("auto").gate_scores is None and pick_ops("fast").gate_scores is None
-    assert pick_ops("reference").gate_scores is None
-    ops = pick_ops("auto", {"gate": "triton"})
-    assert ops.gate_scores is not None and "gate_scores=triton" in ops.report
+def test_the_gates_kernel_follows_its_option(kernels):
+    assert pick_ops("auto").gate_scores is not None and pick_ops("reference").gate_scores is None
+    ops = pick_ops("auto", {"gate": "reference"})
+    assert ops.gate_scores is None and labels(ops)["gate_scores"] == "reference (asked for)"
+    assert pick_ops("reference", {"gate": "triton"}).gate_scores is not None
 
 
 @pytest.mark.parametrize(("option", "choice"), ALL)
