@@ -28,10 +28,16 @@ def randn(*shape: int, like: dict, scale: float = 1.0) -> Tensor:
 
 
 def compare(kernel: Callable, reference: Callable, inputs: list[Tensor | None], tolerance: float) -> None:
-    """Results and gradients of the kernel against the reference on the same values in float64."""
+    """Results and gradients of the kernel against the reference on the same values in float64.
+
+    A gradient that is nearly 0, such as that of queries which see one key, may have errors of rounding: they count as
+    parts of a hundredth of the largest gradient.
+    """
     expected = with_gradients(reference, [t.double() if t is not None else None for t in inputs])
     got = with_gradients(kernel, inputs)
-    errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
+    least = max(t.norm().item() for t in expected[1:]) / 100
+    floors = [0.0] + [least] * (len(expected) - 1)
+    errors = [error(a, b, floor) for a, b, floor in zip(got, expected, floors, strict=True)]
     assert all(e < tolerance for e in errors), errors
 
 
