@@ -142,8 +142,6 @@ def _by_context(
             yield row | {"note": f"not tried: {failed} did not fit"}
             continue
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             if context == contexts[0] and not options.random_cache:  # compiles kernels, outside of the times
                 _prepare(model, document, contexts, chunk, trained)
             make_room(cache, context + MOST_WARM + OTHER_STEPS + options.steps)
@@ -152,13 +150,18 @@ def _by_context(
             else:
                 if not trained:
                     settle_for_prefill(model, document[:, : min(chunk, contexts[0])])
+                _new_peak(device)
                 new = context - cache.length
                 ms = time_prefill(model, cache, document[:, cache.length : context], chunk)
                 seconds += ms / 1e3
                 row |= {"prefill s": round(seconds, 4), "prefill tokens/s": round(new / ms * 1e3)}
-            row |= _decode(model, cache, trained, options)
-            if device.type == "cuda":
-                row["peak bytes"] = torch.cuda.max_memory_allocated(device)
+                row["peak bytes"] = _peak_bytes(device)
+            if not trained:
+                settle_gates(model, cache)  # by many rows: more memory than one that decodes
+            _new_peak(device)
+            row |= _decode(model, cache, options)
+            if (peak := _peak_bytes(device)) is not None:
+                row["peak bytes"] = max(row["peak bytes"] or 0, peak)
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
@@ -178,16 +181,25 @@ def _prepare(model: Taipan, document: torch.Tensor, contexts: list[int], chunk: 
     time_prefill(model, once, document[:, : min(2 * chunk, contexts[-1])], chunk)
 
 
-def _decode(model: Taipan, prefilled: Cache, trained: bool, options: argparse.Namespace) -> dict[str, Any]:
+def _decode(model: Taipan, prefilled: Cache, options: argparse.Namespace) -> dict[str, Any]:
     """The columns on decoding after a context."""
-    if not trained:
-        settle_gates(model, prefilled)
     stepper = Stepper(model, fork_cache(prefilled, options.batch))
     found = time_decode(model, stepper, options.batch, options.steps, warm_s=options.warm, most_warm=MOST_WARM)
     return {
         "ms a token": round(found.ms, 4), "mean ms": round(found.mean_ms, 4),
         "tokens/s": round(options.batch / found.ms * 1e3, 1), "selected": found.selected,
     }  # fmt: skip
+
+
+def _new_peak(device: torch.device) -> None:
+    """What is allocated from here on counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most that torch had allocated on a GPU since then, weights included."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _free() -> None:
