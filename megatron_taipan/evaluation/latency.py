@@ -35,7 +35,7 @@ from megatron_taipan.evaluation.decode_timing import (
     time_decode,
     time_prefill,
 )
-from megatron_taipan.evaluation.fits import lacks_memory
+from megatron_taipan.evaluation.fits import lacks_memory, new_peak, peak_bytes
 from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.results import Row, make_folder, write_results
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
@@ -150,17 +150,17 @@ def _by_context(
             else:
                 if not trained:
                     settle_for_prefill(model, document[:, : min(chunk, contexts[0])])
-                _new_peak(device)
+                new_peak(device)
                 new = context - cache.length
                 ms = time_prefill(model, cache, document[:, cache.length : context], chunk)
                 seconds += ms / 1e3
                 row |= {"prefill s": round(seconds, 4), "prefill tokens/s": round(new / ms * 1e3)}
-                row["peak bytes"] = _peak_bytes(device)
+                row["peak bytes"] = peak_bytes(device)
             if not trained:
                 settle_gates(model, cache)  # by many rows: more memory than one that decodes
-            _new_peak(device)
+            new_peak(device)
             row |= _decode(model, cache, options)
-            if (peak := _peak_bytes(device)) is not None:
+            if (peak := peak_bytes(device)) is not None:
                 row["peak bytes"] = max(row["peak bytes"] or 0, peak)
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
@@ -189,17 +189,6 @@ def _decode(model: Taipan, prefilled: Cache, options: argparse.Namespace) -> dic
         "ms a token": round(found.ms, 4), "mean ms": round(found.mean_ms, 4),
         "tokens/s": round(options.batch / found.ms * 1e3, 1), "selected": found.selected,
     }  # fmt: skip
-
-
-def _new_peak(device: torch.device) -> None:
-    """What is allocated from here on counts."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    """The most that torch had allocated on a GPU since then, weights included."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _free() -> None:

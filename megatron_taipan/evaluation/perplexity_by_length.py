@@ -25,7 +25,7 @@ from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import losses_in_chunks, losses_of_piece
-from megatron_taipan.evaluation.fits import lacks_memory
+from megatron_taipan.evaluation.fits import lacks_memory, new_peak, peak_bytes
 from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.perplexity import Score, choose_data, each_model, mean_score, name_data, read_batches
 from megatron_taipan.evaluation.ranks import Ranks
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         for length in lengths:
             row: Row = {
                 "model": label, "length": length, "perplexity": None, "cross entropy": None, "tokens": None,
-                "contexts": None, "documents": None,
+                "contexts": None, "documents": None, "peak bytes": None,
                 "training length": trained_on, "note": None,
             }  # fmt: skip
             try:
@@ -198,8 +198,11 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
             else:
                 count = min(options.samples, max(1, budget // length), len(contexts))
                 row |= {"contexts": count, "documents": kind}
+                device = next(model.parameters()).device
+                new_peak(device)
                 score = _score_if_it_fits(model, contexts, count, lengths[0], options.batch, chunk)
                 row |= {"note": "out of memory"} if score is None else _numbers(score.total)
+                row["peak bytes"] = peak_bytes(device)
                 longest = score or longest
             rows.append(row)
             _print_row(row)
