@@ -73,7 +73,7 @@ def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3) ->
 def our_training(config: Config) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
     from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs
-    from megatron_taipan.train.loop import build_training_model
+    from megatron_taipan.train.start import build_training_model
     from megatron_taipan.train.step import train_step
 
     device, groups = join_processes(config)

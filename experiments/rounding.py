@@ -17,7 +17,7 @@ from megatron_taipan.config import Config, make_config
 from megatron_taipan.engine.build import build_engine
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.processes import find_place, stop_processes
-from megatron_taipan.train.loop import build_training_model
+from megatron_taipan.train.start import build_training_model
 from megatron_taipan.train.step import train_step
 
 STEPS = 11

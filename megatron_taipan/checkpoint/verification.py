@@ -50,8 +50,7 @@ def find_checkpoint(config: Config) -> Found | None:
         return None
     found = newest_verified(directory)
     if found is None and (there := checkpoints(directory)):
-        names = ", ".join(path.name for path in there)
-        raise UserError(f"{directory} holds only damaged checkpoints ({names}); delete them to start again")
+        raise UserError(f"{directory} holds only damaged checkpoints ({names_of(there)}); delete them to start again")
     if found is not None or wanted == "auto":
         return found
     if is_checkpoint(Path(wanted)):
@@ -59,8 +58,13 @@ def find_checkpoint(config: Config) -> Found | None:
         return Found(Path(wanted), [])
     found = newest_verified(Path(wanted))
     if found is None:
-        raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
+        there = names_of(checkpoints(Path(wanted)))
+        raise UserError(f"checkpoint.load={wanted} holds only damaged checkpoints ({there}); name another folder")
     return found
+
+
+def names_of(folders: list[Path]) -> str:
+    return ", ".join(folder.name for folder in folders)
 
 
 def refuse_load(config: Config) -> None:
@@ -76,7 +80,7 @@ def refuse_load(config: Config) -> None:
         return
     if not is_checkpoint(Path(wanted)):
         if not checkpoints(Path(wanted)):
-            raise UserError(f"checkpoint.load={wanted} holds no complete and undamaged checkpoint")
+            raise UserError(f"checkpoint.load={wanted} holds no complete checkpoint")
     elif read_metadata(Path(wanted)).get("contents") == WEIGHTS:
         raise UserError(f"checkpoint.load={wanted} holds weights only; start a new run with checkpoint.init={wanted}")
 

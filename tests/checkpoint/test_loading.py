@@ -72,7 +72,7 @@ def convert(tree: dict, source: str) -> None:
     from megatron_taipan.engine.build import build_engine
     from megatron_taipan.ops.dispatch import pick_ops
     from megatron_taipan.parallel.connect import connect
-    from megatron_taipan.train.loop import build_training_model
+    from megatron_taipan.train.start import build_training_model
 
     config = make_config(tree)
     groups, _ = connect(config.parallel, torch.device("cpu"), config.data.seq_len)

@@ -450,8 +450,8 @@ def run_cases(cases: list[Case], setting: Setting, floors: list[dict | None]) ->
 def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple, Groups]) -> dict[str, Any]:
     """Trains the case and compares; {} on ranks other than 0."""
     from megatron_taipan.engine.build import build_engine, capture_graphs, check_layout
-    from megatron_taipan.train.loop import build_training_model
     from megatron_taipan.train.schedule import gate_step
+    from megatron_taipan.train.start import build_training_model
     from megatron_taipan.train.step import train_step
 
     config = configure(case, setting)

@@ -28,7 +28,8 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     from megatron_taipan.parallel.mesh import Mesh
     from megatron_taipan.parallel.processes import device_of_process, find_place
     from megatron_taipan.train.distributed import start_processes
-    from megatron_taipan.train.loop import settle_numerics, to_device
+    from megatron_taipan.train.loop import to_device
+    from megatron_taipan.train.start import settle_numerics
     from megatron_taipan.train.step import train_step
 
     place = find_place(os.environ)

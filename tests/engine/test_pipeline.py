@@ -11,16 +11,16 @@ from tests.train.toy import toy_tree, write_data
 def runs_of_a_staged_engine(trees: list[dict]) -> list:
     """`runs`, whose engines are asked for all that a StagedEngine has."""
     from megatron_taipan.engine.pipeline import StagedEngine
-    from megatron_taipan.train import loop
+    from megatron_taipan.train import start
 
-    build_engine = loop.build_engine
+    build_engine = start.build_engine
 
     def asked(*args):
         engine = build_engine(*args)
         assert isinstance(engine, StagedEngine) and not unfulfilled(engine, StagedEngine)
         return engine
 
-    loop.build_engine = asked
+    start.build_engine = asked
     return runs(trees)
 
 

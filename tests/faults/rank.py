@@ -31,7 +31,8 @@ from megatron_taipan.checkpoint import files, saving
 from megatron_taipan.engine import pipeline  # noqa: F401
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.engine.state_shards import held_shards, spread_masters
-from megatron_taipan.train import loop, saver
+from megatron_taipan.train import loop, saver, start
+from megatron_taipan.train import run as run_state
 
 import_deepspeed(torch.device("cpu"))
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed looks there at its first engine
@@ -87,8 +88,8 @@ def arm(fault: dict[str, Any], at_end: list[Callable[[], None]]) -> None:
 
 # moments of a run, as functions of the product by module and name
 HOOKS: dict[str, tuple[Any, str]] = {
-    "start": (loop, "open_data"),
-    "evaluate": (loop, "evaluate"),
+    "start": (start, "open_stage_data"),
+    "evaluate": (run_state, "evaluate"),
     "step": (loop, "train_step"),
     "save": (saver, "take_snapshot"),
     "write": (saving, "write_tensors"),
