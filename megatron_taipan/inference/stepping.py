@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megatron_taipan.inference.adjacent import make_adjacent
 from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.taipan import Taipan
 
@@ -22,6 +23,8 @@ class Stepper:
     def __init__(self, model: Taipan, cache: Cache, *, captured: bool = True):
         self.model, self.cache = model, cache
         self.captured = captured and model.embedding.weight.is_cuda
+        if self.captured:
+            make_adjacent(model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.held: list[Tensor | None] = []  # what the graph, or the next one, reads and writes
         self.eager_steps = 0  # since `held` changed

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_taipan.ops.product import Weight, product
+
 
 class _JoinRows(torch.autograd.Function):
     @staticmethod
@@ -47,6 +49,15 @@ def join_rows(*parts: Tensor) -> Tensor:
         return torch.cat(parts)
     joined: Tensor = _JoinRows.apply(*parts)
     return joined
+
+
+def products(u: Tensor, *weights: Weight) -> Tensor:
+    """The products of u with every weight side by side, for few tokens: one product where the weights adjoin; elsewhere
+    to join them would cost more than a product each, since they are read only once."""
+    matrices = tuple(weight for weight in weights if isinstance(weight, Tensor))
+    if len(matrices) == len(weights) and adjoin(matrices):
+        return product(u, join_rows(*matrices))
+    return torch.cat([product(u, weight) for weight in weights], -1)
 
 
 def take_rows(t: Tensor, first: int, n: int) -> Tensor:

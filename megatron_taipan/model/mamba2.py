@@ -1,6 +1,6 @@
 """The Mamba-2 mixer (arXiv 2405.21060, figure 6): projections, short convolution, SSD scan, gated norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_taipan.model.build import Build, KeepsFp32Params
 from megatron_taipan.model.cache import MambaState
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.fused_params import join_rows, take_rows
+from megatron_taipan.model.fused_params import join_rows, products, take_rows
 from megatron_taipan.model.layers import CallNorm, fuses_products
 from megatron_taipan.model.stream import Stream
 from megatron_taipan.ops.numerics import at_least_float32, wide_dtype
@@ -26,6 +26,11 @@ class Mamba2(KeepsFp32Params):
     gradients are summed; the norm's group is then spread over ranks, which add up their sums of squares.
     """
 
+    read_together = (
+        ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt"),
+        ("conv_x_weight", "conv_B_weight", "conv_C_weight"),
+        ("conv_x_bias", "conv_B_bias", "conv_C_bias"),
+    )
     in_proj_z: Weight
     in_proj_x: Weight
     in_proj_B: Weight
@@ -85,8 +90,7 @@ class Mamba2(KeepsFp32Params):
         self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context, state: MambaState | None
     ) -> Tensor:
         """What follows the first projection [b, l, z x B C dt], part by part."""
-        states = self.groups * self.d_state
-        z, xBC, dt = zxbcdt.split([self.inner, self.inner + 2 * states, self.heads], -1)
+        z, xBC, dt = self._split(zxbcdt)
         initial_tail = state.conv_tail if state else None
         if self.place is not None:
             initial_tail = torch.where(self._known(ctx)[..., None], self.place.before(xBC, self.d_conv - 1), 0)
@@ -95,7 +99,8 @@ class Mamba2(KeepsFp32Params):
         )
         if state is not None:
             xBC, state.conv_tail = xBC
-        x, dt, A, B, C = self._ssm_inputs(xBC, dt)
+        x, B, C = self._heads(xBC)
+        dt, A = F.softplus(at_least_float32(dt) + self.dt_bias), self._decay_rate()
         b, l = x.shape[:2]
 
         options = {"chunk_size": self.chunk_size, "D": self.D, "seq_idx": ctx.seq_idx}
@@ -112,20 +117,14 @@ class Mamba2(KeepsFp32Params):
         return self.tp.row_parallel_linear(y, self.out_proj)
 
     def _step(self, u: Tensor, state: MambaState) -> Tensor:
-        """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step.
-
-        The weights are joined for large products; here they would be copied for a product that reads them once.
-        """
-        weights = self.in_proj_z, self.in_proj_x, self.in_proj_B, self.in_proj_C, self.in_proj_dt
-        z, x, B, C, dt = (product(u, weight) for weight in weights)
-        conv_weight = torch.cat([self.conv_x_weight, self.conv_B_weight, self.conv_C_weight])
-        conv_bias = torch.cat([self.conv_x_bias, self.conv_B_bias, self.conv_C_bias]) if self.conv_bias else None
-        xBC, tail = self.ops.causal_conv1d(
-            torch.cat([x, B, C], -1), conv_weight, conv_bias, initial_tail=state.conv_tail, return_tail=True
-        )
-        state.conv_tail.copy_(tail)
-        y = self.ops.ssd_update(state.ssm, *self._ssm_inputs(xBC[:, 0], dt[:, 0]), self.D)
-        return product(self._gated_norm(y.reshape(len(u), 1, self.inner), z), self.out_proj)
+        """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step."""
+        zxbcdt = products(u, self.in_proj_z, self.in_proj_x, self.in_proj_B, self.in_proj_C, self.in_proj_dt)
+        z, xBC, dt = self._split(zxbcdt[:, 0])
+        conv_weight = join_rows(self.conv_x_weight, self.conv_B_weight, self.conv_C_weight)
+        conv_bias = join_rows(self.conv_x_bias, self.conv_B_bias, self.conv_C_bias) if self.conv_bias else None
+        x, B, C = self._heads(self.ops.conv_update(state.conv_tail, xBC, conv_weight, conv_bias))
+        y = self.ops.ssd_update(state.ssm, x, dt, self.dt_bias, self.A_log, B, C, self.D)
+        return product(self._gated_norm(y.flatten(1), z)[:, None], self.out_proj)
 
     def _fused_mix(self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context) -> Tensor:
         """As `_mix` from an empty state, or that of the piece before, as one operation; it projects too where this rank
@@ -147,14 +146,16 @@ class Mamba2(KeepsFp32Params):
         before = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=ctx.position.device)
         return before >= ctx.document_start[:, :1]
 
-    def _ssm_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the state space model reads, from the convolution's output [..., channels] and dt [..., h] as projected:
-        x [..., h, p], dt [..., h] above 0, A [h], B and C [..., g, n]."""
+    def _split(self, zxbcdt: Tensor) -> Sequence[Tensor]:
+        """z, what the convolution reads, and dt."""
+        return zxbcdt.split([self.inner, self.inner + 2 * self.groups * self.d_state, self.heads], -1)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., h, p], B and C [..., g, n] of the convolution's output [..., channels]."""
         states = self.groups * self.d_state
         x, B, C = xBC.split([self.inner, states, states], -1)
         x = x.unflatten(-1, (self.heads, self.headdim))
-        B, C = (t.unflatten(-1, (self.groups, self.d_state)) for t in (B, C))
-        return x, F.softplus(at_least_float32(dt) + self.dt_bias), self._decay_rate(), B, C
+        return x, *(t.unflatten(-1, (self.groups, self.d_state)) for t in (B, C))
 
     def _decay_rate(self) -> Tensor:
         """A [h], below 0."""

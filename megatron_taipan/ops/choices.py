@@ -18,7 +18,7 @@ from megatron_taipan.ops.tiles import fit_tiles
 # By option of the configuration's section `ops`: the operations that it decides about (operations.py).
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ssd": ("ssd", "ssd_update"),
-    "conv": ("causal_conv1d",),
+    "conv": ("causal_conv1d", "conv_update"),
     "attention": ("interval_attention", "decode_attention"),
     "cross_entropy": ("linear_cross_entropy",),
     "norm": ("rms_norm", "add_rms_norm"),

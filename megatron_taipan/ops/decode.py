@@ -1,8 +1,10 @@
 """The operations of one decoded token per row: plain torch, no reads by the host, so a CUDA graph can record them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 
@@ -29,10 +31,19 @@ def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, lo: Tens
     return torch.einsum("bhgs,bshd->bhgd", weights, at_least_float32(values)).reshape(b, hq, d).to(q.dtype)
 
 
+def conv_update_reference(tail: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`causal_conv1d_reference` of x [b, c], the tail [b, w-1, c] overwritten by the next one; returns y [b, c]."""
+    y, new = causal_conv1d_reference(x[:, None], weight, bias, initial_tail=tail, return_tail=True)
+    tail.copy_(new)
+    return y[:, 0]
+
+
 def ssd_update_reference(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
+    state: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None
 ) -> Tensor:
-    """`ssd_step` with the state [b, h, p, n] overwritten by the new one; returns y [b, h, p]."""
-    y, new = ssd_step(state, x, dt, A, B, C, D)
+    """`ssd_step` with softplus(dt + dt_bias) and A = -exp(A_log), dt [b, h] as projected, dt_bias and A_log [h]; the
+    state [b, h, p, n] is overwritten by the new one. Returns y [b, h, p]."""
+    steps = F.softplus(at_least_float32(dt) + dt_bias)
+    y, new = ssd_step(state, x, steps, -at_least_float32(A_log).exp(), B, C, D)
     state.copy_(new)
     return y

@@ -1,8 +1,11 @@
-"""The operations of one decoded token per row in Triton. Both are bound by the memory that they read.
+"""The operations of one decoded token per row in Triton, bound by the memory that they read, and for few rows by the
+number of launches: so each takes its inputs as the layer's product left them.
 
 Attention: a row's keys are split into spans, each read by a separate program, so that a single row also fills the GPU; a
 second kernel combines the spans' softmax parts (Flash-Decoding). Grids and loads depend on shapes alone, so a captured
 launch is right for every later token.
+
+The convolution: each program owns some channels of one row, reads their last inputs and then moves them on in place.
 
 The scan: each program loads a tile of one head's state, updates it in place and reads it out.
 """
@@ -10,6 +13,8 @@ The scan: each program loads a tile of one head's state, updates it in place and
 import torch
 import triton
 import triton.language as tl
+
+from megatron_taipan.ops.ssd_forward_triton import softplus
 
 LOG2E = 1.4426950408889634
 SPAN = 256  # slots that one program reads
@@ -92,10 +97,52 @@ def decode_attention(q, keys, values, lo, hi, longest):
 
 
 @triton.jit
-def _update_kernel(state_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, stride_x, stride_b, stride_c, heads,
-                   GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
-                   HAS_D: tl.constexpr):  # fmt: skip
-    """state <- exp(dt A) state + dt x B^T; y = state C + D x, for BLOCK_P channels of one head of one row."""
+def _conv_kernel(tail_ptr, x_ptr, weight_ptr, bias_ptr, y_ptr, stride_row, stride_token, stride_x, n_channels,
+                 WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """y = silu(bias + weight (tail, x)) and the tail moved on by x, for BLOCK channels of one row."""
+    channels, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    inside = channels < n_channels
+    newest = tail_ptr + row * stride_row + (WIDTH - 2) * stride_token + channels
+    weight = weight_ptr + channels * WIDTH + WIDTH - 1
+    x0 = tl.load(x_ptr + row * stride_x + channels, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(newest, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(newest - stride_token, mask=inside & (WIDTH > 2), other=0.0).to(tl.float32)
+    x3 = tl.load(newest - 2 * stride_token, mask=inside & (WIDTH > 3), other=0.0).to(tl.float32)
+    u = tl.load(weight, mask=inside, other=0.0).to(tl.float32) * x0
+    u += tl.load(weight - 1, mask=inside, other=0.0).to(tl.float32) * x1
+    u += tl.load(weight - 2, mask=inside & (WIDTH > 2), other=0.0).to(tl.float32) * x2
+    u += tl.load(weight - 3, mask=inside & (WIDTH > 3), other=0.0).to(tl.float32) * x3
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n_channels + channels, (u / (1 + tl.exp(-u))).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # another thread of this program may have read what this one overwrites
+    tl.store(newest, x0.to(tail_ptr.dtype.element_ty), mask=inside)
+    tl.store(newest - stride_token, x1.to(tail_ptr.dtype.element_ty), mask=inside & (WIDTH > 2))
+    tl.store(newest - 2 * stride_token, x2.to(tail_ptr.dtype.element_ty), mask=inside & (WIDTH > 3))
+
+
+def conv_update(tail, x, weight, bias=None):
+    """As `conv_update_reference`, for widths of 2 to 4; x may be columns of a wider tensor, the tail some tokens."""
+    b, channels = x.shape
+    if tail.stride(2) != 1:
+        raise ValueError(f"conv_update: a tail with strides {tail.stride()} must have its channels side by side")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty((b, channels), device=x.device, dtype=x.dtype)
+    _conv_kernel[(triton.cdiv(channels, 128), b)](
+        tail, x, weight.contiguous(), bias if bias is not None else weight, y, tail.stride(0), tail.stride(1),
+        x.stride(0), channels, WIDTH=weight.shape[1], HAS_BIAS=bias is not None, BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _update_kernel(state_ptr, x_ptr, dt_ptr, bias_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, stride_x, stride_dt, stride_b,
+                   stride_c, heads, GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr,
+                   BLOCK_P: tl.constexpr, HAS_D: tl.constexpr):  # fmt: skip
+    """state <- exp(dt A) state + dt x B^T; y = state C + D x, for BLOCK_P channels of one head of one row.
+
+    dt is the softplus of what was projected, with its bias; A = -exp(a).
+    """
     at = tl.program_id(0).to(tl.int64)
     row, head = at // heads, at % heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -104,12 +151,13 @@ def _update_kernel(state_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, 
     tile = state_ptr + at * P * N + offs_p[:, None] * N + offs_n[None, :]
     mask = in_p[:, None] & in_n[None, :]
     state = tl.load(tile, mask=mask, other=0.0)
-    dt = tl.load(dt_ptr + at)
+    dt = softplus(tl.load(dt_ptr + row * stride_dt + head).to(tl.float32) + tl.load(bias_ptr + head).to(tl.float32))
+    decay = tl.exp(-dt * tl.exp(tl.load(a_ptr + head).to(tl.float32)))
     x = tl.load(x_ptr + row * stride_x + head * P + offs_p, mask=in_p, other=0.0).to(tl.float32)
     group = head // GROUP
     b = tl.load(b_ptr + row * stride_b + group * N + offs_n, mask=in_n, other=0.0).to(tl.float32)
     c = tl.load(c_ptr + row * stride_c + group * N + offs_n, mask=in_n, other=0.0).to(tl.float32)
-    state = state * tl.exp(dt * tl.load(a_ptr + head)) + (dt * x)[:, None] * b[None, :]
+    state = state * decay + (dt * x)[:, None] * b[None, :]
     tl.store(tile, state, mask=mask)
     y = tl.sum(state * c[None, :], 1)
     if HAS_D:
@@ -117,14 +165,17 @@ def _update_kernel(state_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, 
     tl.store(y_ptr + at * P + offs_p, y.to(y_ptr.dtype.element_ty), mask=in_p)
 
 
-def ssd_update(state, x, dt, A, B, C, D=None):
-    """As `ssd_update_reference`, for a contiguous float32 state; x, B and C may be columns of one wider tensor."""
+def ssd_update(state, x, dt, dt_bias, A_log, B, C, D=None):
+    """As `ssd_update_reference`, for a contiguous float32 state; x, dt, B and C may be columns of a wider tensor."""
     b, h, p, n = state.shape
+    if not state.is_contiguous():
+        raise ValueError(f"ssd_update: a state with strides {state.stride()} must be contiguous")
     x, B, C = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (x, B, C))
+    dt = dt if dt.stride(1) == 1 else dt.contiguous()
     y = torch.empty((b, h, p), device=x.device, dtype=x.dtype)
     block_p = min(triton.next_power_of_2(p), 32)
     _update_kernel[(b * h, triton.cdiv(p, block_p))](
-        state, x, dt.float().contiguous(), A.float().contiguous(), B, C, D, y, x.stride(0), B.stride(0), C.stride(0), h,
+        state, x, dt, dt_bias, A_log, B, C, D, y, x.stride(0), dt.stride(0), B.stride(0), C.stride(0), h,
         GROUP=h // B.shape[1], P=p, N=n, N_PAD=triton.next_power_of_2(n), BLOCK_P=block_p, HAS_D=D is not None,
         num_warps=4,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Each loader imports its kernel, so that an ImportError (no Triton here) means: t
 from collections.abc import Callable
 
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.decode import conv_update_reference
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
@@ -109,6 +110,16 @@ def load_decode_attention() -> Callable:
     return decode_attention
 
 
+def load_conv_update() -> Callable:
+    """Widths 2 to 4."""
+    from megatron_taipan.ops.decode_triton import conv_update
+
+    def run(tail, x, weight, bias=None):
+        return (conv_update if 2 <= weight.shape[1] <= 4 else conv_update_reference)(tail, x, weight, bias)
+
+    return run
+
+
 def load_ssd_update() -> Callable:
     from megatron_taipan.ops.decode_triton import ssd_update
 
@@ -161,6 +172,7 @@ KERNELS: dict[str, tuple[str, Callable[[], Callable]]] = {
     "refine": ("triton", load_refine),
     "gate_scores": ("triton", load_gate_scores),
     "decode_attention": ("triton", load_decode_attention),
+    "conv_update": ("triton", load_conv_update),
     "ssd_update": ("triton", load_ssd_update),
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.cross_entropy import linear_cross_entropy_reference
-from megatron_taipan.ops.decode import decode_attention_reference, ssd_update_reference
+from megatron_taipan.ops.decode import conv_update_reference, decode_attention_reference, ssd_update_reference
 from megatron_taipan.ops.interval_attention import interval_attention_reference
 from megatron_taipan.ops.norms import add_rms_norm_reference, gated_rms_norm_reference, rms_norm_reference
 from megatron_taipan.ops.refine import refine_reference
@@ -40,6 +40,7 @@ REFERENCES: dict[str, Callable] = {
     "scatter_rows": scatter_rows_reference,
     "refine": refine_reference,
     "decode_attention": decode_attention_reference,
+    "conv_update": conv_update_reference,
     "ssd_update": ssd_update_reference,
 }
 
@@ -63,6 +64,7 @@ class Ops:
     scatter_rows: Callable
     refine: Callable
     decode_attention: Callable
+    conv_update: Callable
     ssd_update: Callable
     mamba2_mix: Callable | None
     """conv, scan, gate and norm as one operation on CUDA tensors, or None: the layer calls them one by one."""

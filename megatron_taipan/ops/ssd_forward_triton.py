@@ -10,7 +10,7 @@ PROGRAMS = 256  # programs that fill the GPU in the serial kernels; fewer rows x
 
 
 @triton.jit
-def _softplus(u):
+def softplus(u):
     """log(1 + exp(u)); a series where exp(u) is small, because the approximate logarithm loses digits near 1."""
     e = tl.exp(tl.minimum(u, 20.0))
     series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6 - e / 7))))))
@@ -28,7 +28,7 @@ def _decay_kernel(dt_ptr, bias_ptr, A_ptr, dt_out_ptr, cum_ptr, length, padded, 
     dt = tl.load(dt_ptr + row * stride_b + tokens.to(tl.int64)[:, None] * stride_l + heads[None, :] * stride_h,
                  mask=inside, other=0.0).to(tl.float32)  # fmt: skip
     if SOFTPLUS:
-        dt = _softplus(dt + tl.load(bias_ptr + heads, mask=heads < n_heads, other=0.0)[None, :])
+        dt = softplus(dt + tl.load(bias_ptr + heads, mask=heads < n_heads, other=0.0)[None, :])
     dt = tl.where(inside, dt, 0.0)
     A = tl.load(A_ptr + heads, mask=heads < n_heads, other=0.0)
     cum = tl.cumsum(dt * A[None, :], 0) * LOG2E

@@ -1,52 +1,116 @@
-"""The kernels of a decoded token against their references in float64."""
+"""The kernels of a decoded token against their references in float64; on a GPU or with TRITON_INTERPRET=1."""
+
+import os
 
 import pytest
 import torch
 
-from megatron_taipan.ops.decode import decode_attention_reference, ssd_update_reference
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.decode import conv_update_reference, decode_attention_reference, ssd_update_reference
+from megatron_taipan.ops.ssd import ssd_reference
 from tests.ops.kernel_checks import TOLERANCE, error, poison
 
-pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CASES = [
+    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    # the interpreter cuts bf16 off where a GPU rounds
+    pytest.param("cpu", torch.float32, marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
+]
+on_devices = pytest.mark.parametrize(("device", "dtype"), CASES)
 
 
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device="cuda").to(dtype)
+def normal(*shape, device, dtype=torch.float32):
+    return torch.randn(*shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def poisoned(device):
+    if device == "cuda":
+        poison(64)
+
+
+@on_devices
 @pytest.mark.parametrize("case", [(3, 4, 2, 16, 700, 600), (2, 2, 2, 24, 96, 48), (5, 16, 16, 128, 4096, 2048)])
-def test_attention_of_one_query_a_row(case, dtype):
+def test_attention_of_one_query_a_row(case, device, dtype):
     from megatron_taipan.ops.decode_triton import decode_attention
 
     b, heads, key_heads, d, slots, window = case
-    q = normal(b, heads, d, dtype=dtype)
-    keys, values = (normal(b, slots, key_heads, d, dtype=dtype) for _ in range(2))
-    lo = torch.randint(0, slots - window + 1, (b,), device="cuda")
-    hi = lo + torch.randint(0, window, (b,), device="cuda")
+    q = normal(b, heads, d, device=device, dtype=dtype)
+    keys, values = (normal(b, slots, key_heads, d, device=device, dtype=dtype) for _ in range(2))
+    lo = torch.randint(0, slots - window + 1, (b,), device=device)
+    hi = lo + torch.randint(0, window, (b,), device=device)
     hi[0], hi[1] = lo[0] - 1, lo[1] + window - 1  # nothing, and the whole window
     for row in range(b):  # what no query may see is poison
         keys[row, : lo[row]], keys[row, hi[row] + 1 :] = float("nan"), float("nan")
         values[row, : lo[row]], values[row, hi[row] + 1 :] = float("nan"), float("nan")
-    poison(64)
+    poisoned(device)
     got = decode_attention(q, keys, values, lo, hi, window)
     clean = [t.nan_to_num(0).double() for t in (keys, values)]
     assert error(got, decode_attention_reference(q.double(), *clean, lo, hi, window)) < TOLERANCE[dtype]
     assert (got[0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(2, 4, 2, 8, 16), (3, 2, 1, 64, 24), (64, 64, 1, 64, 128)])
-def test_update_of_the_state_in_place(sizes, dtype):
+@on_devices
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("b", "channels", "width"), [(1, 4352, 4), (3, 200, 4), (3, 72, 3), (2, 33, 2)])
+def test_convolution_moves_its_tail_on(b, channels, width, bias, device, dtype):
+    """Several tokens, columns of a wider tensor, the tail in the memory that a prefill left it in."""
+    from megatron_taipan.ops.decode_triton import conv_update
+
+    wide = normal(6, b, channels + 40, device=device, dtype=dtype)
+    weight = normal(channels, width, device=device, dtype=dtype)
+    offset = normal(channels, device=device, dtype=dtype) if bias else None
+    before = normal(b, 5, channels, device=device, dtype=dtype)
+    tail = before.clone()[:, 6 - width :]
+    exact = [None if t is None else t.double() for t in (weight, offset)]
+    last = before[:, 6 - width :].double()
+    poisoned(device)
+    for token in wide:
+        x = token[:, 7 : 7 + channels]
+        expected = conv_update_reference(last, x.double(), *exact)
+        assert error(conv_update(tail, x, weight, offset), expected) < TOLERANCE[dtype]
+        assert torch.equal(tail.double(), last)
+    inputs = torch.cat([before[:, 6 - width :], wide[:, :, 7 : 7 + channels].transpose(0, 1)], 1).double()
+    assert error(expected, causal_conv1d_reference(inputs, *exact)[:, -1]) < 1e-12
+
+
+def test_convolution_refuses_a_tail_whose_channels_lie_apart():
+    from megatron_taipan.ops.decode_triton import conv_update
+
+    with pytest.raises(ValueError, match=r"strides \(24, 1, 3\)"):
+        conv_update(torch.zeros(2, 8, 3).transpose(1, 2), torch.zeros(2, 8), torch.zeros(8, 4))
+
+
+def test_a_state_that_is_not_contiguous_is_refused():
+    from megatron_taipan.ops.decode_triton import ssd_update
+
+    with pytest.raises(ValueError, match="must be contiguous"):
+        ssd_update(torch.zeros(1, 2, 8, 4).transpose(2, 3), *[torch.zeros(1)] * 6)
+
+
+@on_devices
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 16, 32), (2, 4, 2, 8, 16), (3, 2, 1, 64, 24), (3, 64, 1, 64, 128)])
+def test_update_of_the_state_in_place(sizes, skip, device, dtype):
+    """Four tokens of columns that one product gave, against the steps and the scan of them all."""
     from megatron_taipan.ops.decode_triton import ssd_update
 
     b, h, g, p, n = sizes
-    state, wide = normal(b, h, p, n), normal(b, h * p + 2 * g * n, dtype=dtype)
-    x, B, C = wide.split([h * p, g * n, g * n], -1)  # columns of one tensor, as the layer has them
+    parts = [h * p, g * n, g * n, h]
+    state, wide = normal(b, h, p, n, device=device), normal(4, b, sum(parts), device=device, dtype=dtype)
+    dt_bias, A_log, D = normal(h, device=device) * 4 - 3, torch.rand(h, device=device) * 3, normal(h, device=device)
+    x, B, C, dt = wide.split(parts, -1)
     x, B, C = x.unflatten(-1, (h, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
-    dt, A, D = torch.rand(b, h, device="cuda"), -torch.rand(h, device="cuda"), normal(h)
-    exact = state.double()
-    expected = ssd_update_reference(exact, *(t.double() for t in (x, dt, A, B, C, D)))
-    assert error(ssd_update(state, x, dt, A, B, C, D), expected) < TOLERANCE[dtype]
-    assert error(state, exact) < 1e-5
+    exact, initial, D = state.double(), state.double(), D if skip else None
+    poisoned(device)
+    for t in range(4):
+        got = ssd_update(state, x[t], dt[t], dt_bias, A_log, B[t], C[t], D)
+        given = [None if a is None else a.double() for a in (x[t], dt[t], dt_bias, A_log, B[t], C[t], D)]
+        expected = ssd_update_reference(exact, *given)
+        assert error(got, expected) < TOLERANCE[dtype]
+        assert error(state, exact) < 1e-5
+    x, B, C, dt = (t.transpose(0, 1).double() for t in (x, B, C, dt))
+    steps, A = torch.nn.functional.softplus(dt + dt_bias.double()), -A_log.double().exp()
+    skipped = None if D is None else D.double()
+    y, last = ssd_reference(x, steps, A, B, C, chunk_size=2, D=skipped, initial_state=initial, return_state=True)
+    assert error(expected, y[:, -1]) < 1e-12 and error(exact, last) < 1e-12
