@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megatron_taipan.model.build import Build
 from megatron_taipan.model.cache import KeyValueStore
 from megatron_taipan.model.context import Context
-from megatron_taipan.model.fused_params import take_rows
+from megatron_taipan.model.fused_params import products, take_rows
 from megatron_taipan.ops.operations import takes_kernels
 from megatron_taipan.ops.product import Weight, product
 from megatron_taipan.ops.rope import rotary_tables
@@ -23,6 +23,7 @@ class Attention(nn.Module):
     query heads share, and the gradients are summed.
     """
 
+    read_together = (("q_proj", "k_proj", "v_proj"),)
     q_proj: Weight
     k_proj: Weight
     v_proj: Weight
@@ -65,7 +66,9 @@ class Attention(nn.Module):
             front.
         """
         within = (ctx.position - ctx.document_start).reshape(-1)  # [b * l] position inside the document
-        keys, values, first = self._keys_values(u, within, store)  # [b, s, hk, head_dim]
+        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in self._key_value_weights())
+        k = self._rotate(k.flatten(0, 1), within).view_as(k)
+        keys, values, first = (k, v, 0) if store is None else store.append(k, v)  # [b, s, hk, head_dim]
         if self.place is not None:
             keys, values, first = self._join_earlier(keys, values, ctx)
         lo, hi = (t.reshape(-1) for t in ctx.interval(self.window, keys.shape[1], first))  # [b * l]
@@ -107,27 +110,19 @@ class Attention(nn.Module):
         """W_O Attention(q, K, V) of one more token a row, the cache changed in place; see Taipan.step.
 
         Args:
-            u: [b, 1, d]; chosen: bool [b, 1], the rows that attend (None: all). The others' outputs are zeros.
+            u: [b, 1, d]; chosen: bool [b], the rows that attend (None: all). The others' outputs are zeros.
 
         Returns:
             [b, 1, d], this rank's part.
         """
-        within = (ctx.position - ctx.document_start).reshape(-1)  # [b]
-        k, v, _ = self._keys_values(u, within, None)  # [b, 1, hk, head_dim]
-        keys, values, first = store.write(k, v, ctx.position)
-        q = product(u, self.q_proj).view(len(u), self.heads, self.head_dim)
-        q = self._rotate(q, within)
-        lo, hi = (t[:, 0] for t in ctx.interval(self.window, 0, first))  # [b] slots of the row's own buffer
-        if chosen is not None:
-            hi = torch.where(chosen[:, 0], hi, lo - 1)
-        o = self.ops.decode_attention(q, keys, values, lo, hi, self.window or keys.shape[1])
+        start = ctx.document_start[:, 0]  # [b]
+        heads = products(u, self.q_proj, self.k_proj, self.v_proj)[:, 0].unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        if self.theta is not None:
+            qk = self._rotate(qk, ctx.position - start)
+        q, k = qk.split([self.heads, self.kv_heads], 1)
+        o = self.ops.decode_attention(q, k, v, *store.buffers(), ctx.position, start, self.window, chosen)
         return product(o.flatten(1), self.out_proj)[:, None]
-
-    def _keys_values(self, u: Tensor, within: Tensor, store: KeyValueStore | None) -> tuple[Tensor, Tensor, int]:
-        """Keys and values [b, s, hk, head_dim] of every visible token, and the position of the first."""
-        k, v = (product(u, w).unflatten(-1, (self.kv_heads, self.head_dim)) for w in self._key_value_weights())
-        k = self._rotate(k.flatten(0, 1), within).view_as(k)
-        return (k, v, 0) if store is None else store.append(k, v)
 
     def _join_earlier(self, keys: Tensor, values: Tensor, ctx: Context) -> tuple[Tensor, Tensor, int]:
         """With the keys and values of earlier pieces in front, as far back as the window reaches, and the position of

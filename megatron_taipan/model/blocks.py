@@ -28,7 +28,7 @@ class Block(nn.Module):
         class MambaBlock(Block, kinds=(MAMBA2,))
 
     Its `forward` takes the stream, the context and a decoding state, and returns the stream and what it measured: a
-    `Measured` where its kinds have `metrics`, else None.
+    `Measured` where its kinds have `metrics`, else None; in a step of one token a row it may be None for all.
     """
 
     def __init_subclass__(cls, kinds: tuple[LayerKind, ...] = (), **kwargs) -> None:
@@ -128,13 +128,15 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
         self.mlp_norm = StreamNorm(build, f"{prefix}.mlp_norm")
         self.mlp = SwiGLU(build, f"{prefix}.mlp")
 
-    def forward(self, stream: Stream, ctx: Context, state: KeyValueStore | None = None) -> tuple[Stream, Measured]:
+    def forward(
+        self, stream: Stream, ctx: Context, state: KeyValueStore | None = None
+    ) -> tuple[Stream, Measured | None]:
         u, h = self.norm(*stream)  # [b, l, d] or a shard of its tokens
         selection = self.gate(u, ctx)
+        if selection.metrics is None:
+            assert state is not None  # in a step
+            return self._step(u, h, selection, ctx, state), None
         measured = Measured(selection.metrics, selection.budget_loss)
-        if ctx.single:
-            assert state is not None
-            return self._step(u, h, selection, ctx, state), measured
         u = self.tp.copy_to_tensor_parallel(u).view(ctx.batch, ctx.length, -1)
         chosen = selection.selected.flatten()  # [b * l]
         refine = self._weight(selection).to(h.dtype)
@@ -177,9 +179,8 @@ class SelectiveAttentionBlock(Block, kinds=(SELECTIVE_ATTENTION,)):
 
     def _step(self, u: Tensor, h: Tensor, selection: Selection, ctx: Context, state: KeyValueStore) -> Stream:
         """One more token a row, u and h [b, 1, d]: rows that are not selected read no keys; see Taipan.step."""
-        o = self.attention.step(u, ctx, state, selection.selected)
-        weight = self._weight(selection).to(h.dtype)[..., None]
-        h = h + weight * (o if self.adds else o - h)
+        o = self.attention.step(u, ctx, state, selection.selected[:, 0])
+        h = self.ops.refine(h, o, self._weight(selection).to(h.dtype), zero_is_unselected=True, add=self.adds)
         return self.mlp(Stream(h), self.mlp_norm.__call__)
 
     def new_state(self, batch: int, device, dtype) -> KeyValueStore:

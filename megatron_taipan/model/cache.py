@@ -70,7 +70,8 @@ class KeyValueStore:
         self.values = torch.zeros_like(self.keys)
         self.used = 0  # tokens in the buffer
         self.first = 0  # position of the buffer's first token
-        self.origin: Tensor | None = None  # [] int64, `first` on the device, for `write`
+        self.origin: Tensor | None = None  # [] int64, `first` on the device, for `buffers`
+        self.filled: int | None = None  # what `origin` holds
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Adds new tokens.
@@ -104,27 +105,20 @@ class KeyValueStore:
         return self.keys, self.values, self.first
 
     def reserve(self) -> None:
-        """Makes room for one more token and counts it: what the host does before `write`."""
+        """Makes room for one more token and counts it: what the host does before a step."""
         if self.origin is None:
             self.origin = torch.empty((), dtype=torch.int64, device=self.keys.device)
         if self.used + 1 > self.keys.shape[1]:
             self._make_room(1)
-        self.origin.fill_(self.first)
+        if self.filled != self.first:
+            self.origin.fill_(self.first)
+            self.filled = self.first
         self.used += 1
 
-    def write(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`append` of one token, without a number that the host holds: a captured call serves every later token.
-
-        Args:
-            k, v: [b, 1, heads, head_dim]; position: [1] int64 of the token.
-
-        Returns:
-            keys and values, the whole buffers, and the position [] of their first token.
-        """
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [b, s, heads, head_dim], all slots, and the position [] of the first on the device: a
+        captured step needs no number that the host holds."""
         assert self.origin is not None  # by `reserve`
-        slot = position - self.origin
-        self.keys.index_copy_(1, slot, k)
-        self.values.index_copy_(1, slot, v)
         return self.keys, self.values, self.origin
 
     def grow(self, capacity: int) -> None:

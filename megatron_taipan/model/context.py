@@ -57,7 +57,7 @@ class Context:
             )
         return self.copies[position.device]
 
-    def interval(self, window: int | None, row_stride: int, first: int | Tensor) -> tuple[Tensor, Tensor]:
+    def interval(self, window: int | None, row_stride: int, first: int) -> tuple[Tensor, Tensor]:
         """The keys that each token sees, in a flattened [b, row_stride] key axis whose rows begin at position `first`.
 
         Returns:

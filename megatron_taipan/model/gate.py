@@ -21,8 +21,8 @@ class Selection(NamedTuple):
     alpha: Tensor  # [b, l] weight of the attention output, the noiseless softmax of class 1
     selected: Tensor  # [b, l] bool, of all tokens on every rank
     margin: Tensor  # [b, l] s_1 - s_0, detached: what evaluation compares with the threshold
-    budget_loss: Tensor  # scalar: (capacity - mean m)^2 of the batch, or its mean over rows
-    metrics: Tensor  # [5] GATE_METRICS: means over the tokens, detached
+    budget_loss: Tensor | None = None  # scalar: (capacity - mean m)^2 of the batch, or its mean over rows
+    metrics: Tensor | None = None  # [5] GATE_METRICS: means over the tokens, detached; neither in a step of decoding
 
 
 def straight_through(logits: Tensor, noise: Tensor | None, tau: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -87,21 +87,25 @@ class Gate(KeepsFp32Params):
         counted = None  # m as the budget counts it
         if self.noise == "random":
             drawn = uniform_noise(self.seed, ctx.step, ctx.samples, ctx.position, self.layer)[..., 0]
-            m = hard = self.tp.shard_sequence(drawn < ctx.gate.capacity).to(alpha.dtype)
+            picked = self.tp.shard_sequence(drawn < ctx.gate.capacity)
+            m = picked.to(alpha.dtype)
         elif self.training:
             m, hard = self.estimator(logits, noise, ctx.gate.tau)
+            picked = hard > 0.5
             if self.input_gradient == "task":
                 of_constant, _ = self._scores(u.detach(), weight, bias, ctx, draws=False)
                 counted, _ = self.estimator(of_constant, noise, ctx.gate.tau)
         else:
-            m = hard = above.to(alpha.dtype)
+            picked, m = above, above.to(alpha.dtype)
+        if ctx.single:
+            return Selection(m, alpha, picked, margin)
         rows = self.tp.embed_shard(m if counted is None else counted).view(ctx.batch, ctx.length)
         share = self.tp.sum_over_shards(rows.sum(-1)) / (ctx.length * ctx.pieces)  # [b] fraction selected of each row
         if self.place is not None:
             share = self.place.sum_pieces(share)
         budget_loss = self._budget_loss(share, ctx)
-        metrics = self._metrics(hard, above, alpha, budget_loss)
-        selected = self.tp.gather_sequence(hard > 0.5).view(ctx.batch, ctx.length)
+        metrics = self._metrics(picked, above, alpha, budget_loss)
+        selected = self.tp.gather_sequence(picked).view(ctx.batch, ctx.length)
         return Selection(m, alpha, selected, margin, budget_loss, metrics)
 
     def _scores(
@@ -135,10 +139,10 @@ class Gate(KeepsFp32Params):
         return ((capacity - share.detach()).square() + slope * (share - share.detach())) / parts
 
     @torch.no_grad()
-    def _metrics(self, hard: Tensor, above: Tensor, alpha: Tensor, budget_loss: Tensor) -> Tensor:
+    def _metrics(self, picked: Tensor, above: Tensor, alpha: Tensor, budget_loss: Tensor) -> Tensor:
         a = alpha.float().clamp(1e-7, 1 - 1e-7)
         entropy = -(a * a.log() + (1 - a) * (1 - a).log())
-        means = [t.float().mean() for t in (hard, above, alpha, entropy)]
+        means = [t.float().mean() for t in (picked, above, alpha, entropy)]
         if self.tp.sequence_parallel:
             means = list((self.tp.all_reduce_sum(torch.stack(means)) / self.tp.size).unbind())
         found = dict(zip(("selected", "selected_eval", "alpha", "entropy"), means, strict=True), budget=budget_loss)

@@ -1,6 +1,6 @@
 """The Mamba-2 mixer (arXiv 2405.21060, figure 6): projections, short convolution, SSD scan, gated norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class Mamba2(KeepsFp32Params):
         self.shared_groups = m.n_groups % tp.size != 0  # B and C are on every rank
         self.groups = 1 if self.shared_groups else m.n_groups // tp.size
         self.group = tp.rank * m.n_groups // tp.size if self.shared_groups else 0  # which of them this rank uses
+        self.widths = [self.inner, self.inner + 2 * self.groups * self.d_state, self.heads]  # z, xBC, dt
         self.norm_spans_ranks = self.group_size > self.inner
         self.ranks_per_group = tp.size // m.n_groups if self.shared_groups else 1
         fits = fit_tiles(self.headdim, self.d_state) and self.d_conv <= 4
@@ -90,7 +91,7 @@ class Mamba2(KeepsFp32Params):
         self, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, ctx: Context, state: MambaState | None
     ) -> Tensor:
         """What follows the first projection [b, l, z x B C dt], part by part."""
-        z, xBC, dt = self._split(zxbcdt)
+        z, xBC, dt = zxbcdt.split(self.widths, -1)
         initial_tail = state.conv_tail if state else None
         if self.place is not None:
             initial_tail = torch.where(self._known(ctx)[..., None], self.place.before(xBC, self.d_conv - 1), 0)
@@ -119,7 +120,7 @@ class Mamba2(KeepsFp32Params):
     def _step(self, u: Tensor, state: MambaState) -> Tensor:
         """One more token a row, u [b, 1, d], the state changed in place; see Taipan.step."""
         zxbcdt = products(u, self.in_proj_z, self.in_proj_x, self.in_proj_B, self.in_proj_C, self.in_proj_dt)
-        z, xBC, dt = self._split(zxbcdt[:, 0])
+        z, xBC, dt = zxbcdt[:, 0].split(self.widths, -1)
         conv_weight = join_rows(self.conv_x_weight, self.conv_B_weight, self.conv_C_weight)
         conv_bias = join_rows(self.conv_x_bias, self.conv_B_bias, self.conv_C_bias) if self.conv_bias else None
         x, B, C = self._heads(self.ops.conv_update(state.conv_tail, xBC, conv_weight, conv_bias))
@@ -145,10 +146,6 @@ class Mamba2(KeepsFp32Params):
         """[b, d_conv - 1] whether each of the tokens just before this piece is of its first token's document."""
         before = ctx.position[:1] + torch.arange(1 - self.d_conv, 0, device=ctx.position.device)
         return before >= ctx.document_start[:, :1]
-
-    def _split(self, zxbcdt: Tensor) -> Sequence[Tensor]:
-        """z, what the convolution reads, and dt."""
-        return zxbcdt.split([self.inner, self.inner + 2 * self.groups * self.d_state, self.heads], -1)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., h, p], B and C [..., g, n] of the convolution's output [..., channels]."""
@@ -203,8 +200,7 @@ class Mamba2(KeepsFp32Params):
 
     def new_state(self, batch: int, device, dtype) -> MambaState:
         """An empty state for `batch` rows."""
-        channels = self.inner + 2 * self.groups * self.d_state
         return MambaState(
-            torch.zeros(batch, self.d_conv - 1, channels, device=device, dtype=dtype),
+            torch.zeros(batch, self.d_conv - 1, self.widths[1], device=device, dtype=dtype),
             torch.zeros(batch, self.heads, self.headdim, self.d_state, device=device, dtype=wide_dtype(dtype)),
         )

@@ -65,7 +65,8 @@ def run_segment(
         state = ctx.cache.layers[index] if ctx.cache is not None else None
         layer: Any = layers[index]
         stream, measured = layer(stream, ctx, state)
-        Measured.check(measured, f"layers.{layer.layer}", layer.kind.metrics)
+        if measured is not None or not ctx.single:
+            Measured.check(measured, f"layers.{layer.layer}", layer.kind.metrics)
         if measured is not None:
             found.append(measured)
     return stream.total(into), found

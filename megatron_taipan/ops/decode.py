@@ -9,21 +9,30 @@ from megatron_taipan.ops.numerics import at_least_float32
 from megatron_taipan.ops.ssd import ssd_step
 
 
-def decode_attention_reference(q: Tensor, keys: Tensor, values: Tensor, lo: Tensor, hi: Tensor, longest: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of one query per row over the slots lo <= j <= hi of that row's own buffer.
+def decode_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, first: Tensor, position: Tensor, start: Tensor,
+    window: int | None = None, chosen: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T / sqrt(d)) v of one more token per row, whose k and v are written into the row's buffers first.
 
     Args:
-        q: [b, hq, d]; keys, values: [b, s, hk, d], hk divides hq (consecutive query heads share a key head).
-        lo, hi: [b] slots; a row with lo > hi sees nothing and returns zeros.
-        longest: the largest number of slots that a row sees; the reference does not need it.
+        q: [b, hq, d]; k, v: [b, hk, d] of the same token, hk divides hq (consecutive query heads share a key head).
+        keys, values: [b, s, hk, d]; slot j holds the token at position first + j.
+        first: []; position: [1] of the token; start: [b] the first position of its document; integers.
+        window: tokens that a query sees, itself included; None: all.
+        chosen: bool [b], rows that attend; the others return zeros. None: all.
 
     Returns:
         [b, hq, d] in q's dtype.
     """
     b, hq, d = q.shape
     slots, hk = keys.shape[1:3]
-    slot = torch.arange(slots, device=q.device)
-    visible = (slot >= lo[:, None]) & (slot <= hi[:, None])  # [b, s]
+    keys.index_copy_(1, position - first, k[:, None])
+    values.index_copy_(1, position - first, v[:, None])
+    at = torch.arange(slots, device=q.device) + first
+    low = start if window is None else torch.maximum(start, position - window + 1)
+    visible = (at >= low[:, None]) & (at <= position)  # [b, s]
+    visible = visible if chosen is None else visible & chosen[:, None]
     queries = at_least_float32(q).view(b, hk, hq // hk, d)
     scores = torch.einsum("bhgd,bshd->bhgs", queries, at_least_float32(keys)) * d**-0.5
     scores = scores.masked_fill(~visible[:, None, None], torch.finfo(scores.dtype).min)

@@ -3,7 +3,8 @@ number of launches: so each takes its inputs as the layer's product left them.
 
 Attention: a row's keys are split into spans, each read by a separate program, so that a single row also fills the GPU; a
 second kernel combines the spans' softmax parts (Flash-Decoding). Grids and loads depend on shapes alone, so a captured
-launch is right for every later token.
+launch is right for every later token. The token's own key and value come from the product: one program of each key head
+writes them into the buffers, and no program reads them there.
 
 The convolution: each program owns some channels of one row, reads their last inputs and then moves them on in place.
 
@@ -21,26 +22,42 @@ SPAN = 256  # slots that one program reads
 
 
 @triton.jit
-def _span_kernel(q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, acc_ptr, top_ptr, sum_ptr, stride_q, stride_row, stride_slot,
-                 stride_head, heads, scale_log2, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                 SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Unnormalised softmax(q k) v over one span of one row's slots, for one query head."""
+def _span_kernel(q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, start_ptr, first_ptr, chosen_ptr, acc_ptr,
+                 top_ptr, sum_ptr, stride_q, stride_new_k, stride_new_v, stride_row, stride_slot, stride_head,
+                 stride_start, stride_chosen, window, heads, scale_log2, GROUP: tl.constexpr, D: tl.constexpr,
+                 D_PAD: tl.constexpr, WINDOWED: tl.constexpr, CHOSEN: tl.constexpr, SPAN: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """Unnormalised softmax(q k) v over one span of one row's slots, for one query head; the first span of a key head
+    writes the new key and value."""
     # heads first: programs that start together read neighbouring addresses
     head, span, row, spans = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    lo = tl.load(lo_ptr + row) + span * SPAN
-    end = tl.minimum(lo + SPAN, tl.load(hi_ptr + row) + 1)
+    position, first = tl.load(position_ptr), tl.load(first_ptr)
+    low = tl.load(start_ptr + row * stride_start)
+    if WINDOWED:
+        low = tl.maximum(low, position - window + 1)
+    newest = (position - first).to(tl.int32)
+    lo = (low - first).to(tl.int32) + span * SPAN
+    end = tl.minimum(lo + SPAN, newest + 1)
+    if CHOSEN:
+        end = tl.where(tl.load(chosen_ptr + row * stride_chosen) != 0, end, lo)
     offs_d = tl.arange(0, D_PAD)
     inside = offs_d < D
     q = tl.load(q_ptr + row * stride_q + head * D + offs_d, mask=inside, other=0.0).to(tl.float32) * scale_log2
-    base = row * stride_row + (head // GROUP) * stride_head + offs_d[None, :]
+    new_k = tl.load(new_k_ptr + row * stride_new_k + (head // GROUP) * D + offs_d, mask=inside, other=0.0)
+    new_v = tl.load(new_v_ptr + row * stride_new_v + (head // GROUP) * D + offs_d, mask=inside, other=0.0)
+    base = row * stride_row + (head // GROUP) * stride_head
+    writes = inside & (span == 0) & (head % GROUP == 0)
+    tl.store(k_ptr + base + newest.to(tl.int64) * stride_slot + offs_d, new_k, mask=writes)
+    tl.store(v_ptr + base + newest.to(tl.int64) * stride_slot + offs_d, new_v, mask=writes)
     acc = tl.zeros([D_PAD], tl.float32)
     top, total = float("-inf"), 0.0
-    for first in range(lo, end, BLOCK):
-        slots = first + tl.arange(0, BLOCK)
-        mask = (slots < end)[:, None] & inside[None, :]
-        at = base + slots.to(tl.int64)[:, None] * stride_slot
-        k = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for begin in range(lo, end, BLOCK):
+        slots = begin + tl.arange(0, BLOCK)
+        mask = ((slots < end) & (slots != newest))[:, None] & inside[None, :]
+        at = base + slots.to(tl.int64)[:, None] * stride_slot + offs_d[None, :]
+        own = (slots == newest)[:, None]
+        k = tl.where(own, new_k[None, :], tl.load(k_ptr + at, mask=mask, other=0.0)).to(tl.float32)
+        v = tl.where(own, new_v[None, :], tl.load(v_ptr + at, mask=mask, other=0.0)).to(tl.float32)
         s = tl.where(slots < end, tl.sum(k * q[None, :], 1), float("-inf"))
         new = tl.maximum(top, tl.max(s, 0))  # finite: a block has a slot
         p = tl.exp2(s - new)
@@ -72,23 +89,25 @@ def _join_kernel(acc_ptr, top_ptr, sum_ptr, o_ptr, spans,
     tl.store(o_ptr + at * D + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-def decode_attention(q, keys, values, lo, hi, longest):
-    """As `decode_attention_reference`; `longest` bounds hi - lo + 1."""
+def decode_attention(q, k, v, keys, values, first, position, start, window=None, chosen=None):
+    """As `decode_attention_reference`, for keys, values, k and v of one type."""
     b, heads, d = q.shape
-    q = q.contiguous()
+    q, k, v = (t if t.stride()[1:] == (d, 1) else t.contiguous() for t in (q, k, v))
     if keys.stride() != values.stride() or keys.stride(3) != 1:
         raise ValueError(
             f"decode_attention: keys {keys.stride()} and values {values.stride()} must have the same strides"
         )
-    spans = triton.cdiv(max(longest, 1), SPAN)
-    out = torch.empty_like(q)
+    spans = triton.cdiv(keys.shape[1] if window is None else window, SPAN)
+    out = torch.empty((b, heads, d), device=q.device, dtype=q.dtype)
     acc = torch.empty((b, heads, spans, d), device=q.device, dtype=torch.float32)
     top, total = torch.empty((2, b, heads, spans), device=q.device, dtype=torch.float32)
     d_pad = triton.next_power_of_2(d)
     _span_kernel[(heads, spans, b)](
-        q, keys, values, lo.int(), hi.int(), acc, top, total, q.stride(0), keys.stride(0), keys.stride(1),
-        keys.stride(2), heads, d**-0.5 * LOG2E, GROUP=heads // keys.shape[2], D=d, D_PAD=d_pad, SPAN=SPAN, BLOCK=64,
-        num_warps=4,
+        q, k, v, keys, values, position, start, first, chosen if chosen is not None else start, acc, top, total,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), start.stride(0),
+        chosen.stride(0) if chosen is not None else 0, window or 0, heads, d**-0.5 * LOG2E,
+        GROUP=heads // keys.shape[2], D=d, D_PAD=d_pad, WINDOWED=window is not None, CHOSEN=chosen is not None,
+        SPAN=SPAN, BLOCK=64, num_warps=4,
     )  # fmt: skip
     _join_kernel[(b * heads,)](
         acc, top, total, out, spans, D=d, D_PAD=d_pad, SPANS_PAD=triton.next_power_of_2(spans), num_warps=4

@@ -30,24 +30,37 @@ def poisoned(device):
 
 
 @on_devices
-@pytest.mark.parametrize("case", [(3, 4, 2, 16, 700, 600), (2, 2, 2, 24, 96, 48), (5, 16, 16, 128, 4096, 2048)])
-def test_attention_of_one_query_a_row(case, device, dtype):
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize(
+    ("b", "heads", "key_heads", "d", "slots", "window"),
+    [(1, 4, 4, 16, 600, 300), (3, 4, 2, 16, 700, None), (2, 2, 2, 24, 96, 48), (3, 4, 1, 128, 4096, 2048)],
+)
+def test_attention_of_one_query_a_row(b, heads, key_heads, d, slots, window, some, device, dtype):
+    """Three tokens, q, k and v columns of one product; the buffers' first slot is token 1000."""
     from megatron_taipan.ops.decode_triton import decode_attention
 
-    b, heads, key_heads, d, slots, window = case
-    q = normal(b, heads, d, device=device, dtype=dtype)
-    keys, values = (normal(b, slots, key_heads, d, device=device, dtype=dtype) for _ in range(2))
-    lo = torch.randint(0, slots - window + 1, (b,), device=device)
-    hi = lo + torch.randint(0, window, (b,), device=device)
-    hi[0], hi[1] = lo[0] - 1, lo[1] + window - 1  # nothing, and the whole window
+    wide = normal(3, b, (heads + 2 * key_heads) * d, device=device, dtype=dtype)
+    buffers = [normal(b, slots, key_heads, d, device=device, dtype=dtype) for _ in range(2)]
+    newest = slots - 20
+    start = 1000 + torch.randint(newest - (window or newest) - 5, newest, (b, 2), device=device)[:, 1]  # every second
+    start[-1] = 1000 + newest  # sees itself alone at first
+    first = torch.tensor(1000, device=device)
+    chosen = torch.arange(b, device=device) % 2 == 0 if some else None
     for row in range(b):  # what no query may see is poison
-        keys[row, : lo[row]], keys[row, hi[row] + 1 :] = float("nan"), float("nan")
-        values[row, : lo[row]], values[row, hi[row] + 1 :] = float("nan"), float("nan")
+        lowest = max(int(start[row]) - 1000, newest - (window or slots) + 1)
+        for buffer in buffers:
+            buffer[row, :lowest], buffer[row, newest:] = float("nan"), float("nan")
+    exact = [t.nan_to_num(0).double() for t in buffers]
     poisoned(device)
-    got = decode_attention(q, keys, values, lo, hi, window)
-    clean = [t.nan_to_num(0).double() for t in (keys, values)]
-    assert error(got, decode_attention_reference(q.double(), *clean, lo, hi, window)) < TOLERANCE[dtype]
-    assert (got[0] == 0).all()
+    for place, token in enumerate(wide, newest):
+        q, k, v = token.unflatten(1, (-1, d)).split([heads, key_heads, key_heads], 1)
+        position = torch.tensor([1000 + place], device=device)
+        got = decode_attention(q, k, v, *buffers, first, position, start, window, chosen)
+        rest = first, position, start, window, chosen
+        expected = decode_attention_reference(q.double(), k.double(), v.double(), *exact, *rest)
+        assert error(got, expected) < TOLERANCE[dtype]
+        assert not some or b == 1 or (got[1] == 0).all()
+        assert all(torch.equal(t.nan_to_num(0).double(), e) for t, e in zip(buffers, exact, strict=True))
 
 
 @on_devices
