@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     table = Table("decode", options.out)
     config = preset(options).model
     with torch.device("cuda"):
-        model = Taipan(config, ops=pick_ops(options.ops)).bfloat16().eval()
+        model = Taipan(config, ops=pick_ops(options.ops)).bfloat16().eval().requires_grad_(False)
     contexts = sorted(options.contexts)
     document = torch.randint(0, config.vocab_size, (1, contexts[-1]), device="cuda")
     settle_for_prefill(model, document[:, : options.chunk])

@@ -37,9 +37,11 @@ def _span_kernel(q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, start_
         low = tl.maximum(low, position - window + 1)
     newest = (position - first).to(tl.int32)
     lo = (low - first).to(tl.int32) + span * SPAN
-    end = tl.minimum(lo + SPAN, newest + 1)
+    end = tl.minimum(lo + SPAN, newest)
+    has_new = (newest >= lo) & (newest < lo + SPAN)
     if CHOSEN:
-        end = tl.where(tl.load(chosen_ptr + row * stride_chosen) != 0, end, lo)
+        attends = tl.load(chosen_ptr + row * stride_chosen) != 0
+        end, has_new = tl.where(attends, end, lo), has_new & attends
     offs_d = tl.arange(0, D_PAD)
     inside = offs_d < D
     q = tl.load(q_ptr + row * stride_q + head * D + offs_d, mask=inside, other=0.0).to(tl.float32) * scale_log2
@@ -53,11 +55,10 @@ def _span_kernel(q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, start_
     top, total = float("-inf"), 0.0
     for begin in range(lo, end, BLOCK):
         slots = begin + tl.arange(0, BLOCK)
-        mask = ((slots < end) & (slots != newest))[:, None] & inside[None, :]
+        mask = (slots < end)[:, None] & inside[None, :]
         at = base + slots.to(tl.int64)[:, None] * stride_slot + offs_d[None, :]
-        own = (slots == newest)[:, None]
-        k = tl.where(own, new_k[None, :], tl.load(k_ptr + at, mask=mask, other=0.0)).to(tl.float32)
-        v = tl.where(own, new_v[None, :], tl.load(v_ptr + at, mask=mask, other=0.0)).to(tl.float32)
+        k = tl.load(k_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
         s = tl.where(slots < end, tl.sum(k * q[None, :], 1), float("-inf"))
         new = tl.maximum(top, tl.max(s, 0))  # finite: a block has a slot
         p = tl.exp2(s - new)
@@ -65,6 +66,13 @@ def _span_kernel(q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, start_
         total = total * old + tl.sum(p, 0)
         acc = acc * old + tl.sum(p[:, None] * v, 0)
         top = new
+    s = tl.where(has_new, tl.sum(new_k.to(tl.float32) * q, 0), float("-inf"))
+    new = tl.maximum(top, s)
+    p = tl.where(has_new, tl.exp2(s - new), 0.0)
+    old = tl.where(has_new, tl.exp2(top - new), 1.0)  # without it `new` may be infinite
+    total = total * old + p
+    acc = acc * old + p * new_v.to(tl.float32)
+    top = new
     out = (row * heads + head) * spans + span
     tl.store(acc_ptr + out * D + offs_d, acc, mask=inside)
     tl.store(top_ptr + out, top)

@@ -5,6 +5,7 @@ import torch
 
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.stepping import Stepper
+from megatron_taipan.model.fused_params import adjoin
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 from tests.inference.networks import VOCABULARY, small_config
@@ -73,10 +74,11 @@ def test_bf16_decoding_stays_near_the_bf16_forward():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [True, False])  # frozen weights that are read together are moved together
 @pytest.mark.parametrize("pattern", ["M S W M", "M A"])
-def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, dtype):
+def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, frozen, dtype):
     """Far beyond the window of 48, so that the buffers are moved (or grow), with rows that leave on the way."""
-    gpu = pair(pattern)[1].to(dtype)
+    gpu = pair(pattern)[1].to(dtype).requires_grad_(not frozen)
     tokens = torch.randint(0, VOCABULARY, (3, 400), generator=torch.Generator().manual_seed(0)).cuda()
     steppers = []
     with torch.inference_mode():
@@ -100,6 +102,7 @@ def test_a_captured_step_gives_the_very_logits_of_one_that_is_launched(pattern, 
 @pytest.mark.gpu
 def test_steps_equal_the_cpu_forward():
     cpu, gpu = pair("M S W M A")
+    gpu.requires_grad_(False)
     tokens = torch.randint(0, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         cache = gpu.new_cache(2)
@@ -108,3 +111,4 @@ def test_steps_equal_the_cpu_forward():
         got = torch.stack([stepper.step(tokens[:, at : at + 1].cuda()).cpu() for at in range(70, 200)], 1)
         wanted = cpu(tokens).logits[:, 70:]
     assert (got - wanted).abs().max() / wanted.abs().max() < 5e-3
+    assert adjoin(tuple(getattr(gpu.layers[0].mixer, name) for name in gpu.layers[0].mixer.read_together[0]))

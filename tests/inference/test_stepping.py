@@ -35,6 +35,20 @@ def test_steps_and_chunks_in_any_order_equal_the_full_forward(data):
     assert cache.length == length
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [{"noise": "random", "capacity": 0.5}, {"refinement": "add", "weight": "one"}, {"refinement": "add"}],
+    ids=str,
+)
+def test_gates_of_every_kind_decide_in_a_step_as_in_the_forward_pass(gate):
+    model = small_model("M S S", gate=gate)
+    tokens = torch.randint(0, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(3))
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        got = torch.stack([model.step(tokens[:, at : at + 1], cache) for at in range(30)], 1)
+        torch.testing.assert_close(got, model(tokens).logits, rtol=0, atol=1e-9)
+
+
 def test_a_document_may_begin_with_steps_and_rows_may_leave():
     model = small_model("M S W A")
     tokens = torch.randint(0, VOCABULARY, (3, 30), generator=torch.Generator().manual_seed(1))
