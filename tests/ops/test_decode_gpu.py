@@ -42,7 +42,8 @@ def test_attention_of_one_query_a_row(b, heads, key_heads, d, slots, window, som
     wide = normal(3, b, (heads + 2 * key_heads) * d, device=device, dtype=dtype)
     buffers = [normal(b, slots, key_heads, d, device=device, dtype=dtype) for _ in range(2)]
     newest = slots - 20
-    start = 1000 + torch.randint(newest - (window or newest) - 5, newest, (b, 2), device=device)[:, 1]  # every second
+    oldest = 1000 + max(0, newest - 2 * (window or slots))
+    start = torch.randint(oldest, 1000 + newest, (b, 2), device=device)[:, 1]  # every second number
     start[-1] = 1000 + newest  # sees itself alone at first
     first = torch.tensor(1000, device=device)
     chosen = torch.arange(b, device=device) % 2 == 0 if some else None
