@@ -119,7 +119,9 @@ class Attention(nn.Module):
         heads = products(u, self.q_proj, self.k_proj, self.v_proj)[:, 0].unflatten(-1, (-1, self.head_dim))
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
         if self.theta is not None:
-            qk = self._rotate(qk, ctx.position - start)
+            if ctx.rotary is None:
+                ctx.rotary = rotary_tables(ctx.position - start, self.head_dim, self.theta, u.dtype)
+            qk = self.ops.rotate(qk, *ctx.rotary)
         q, k = qk.split([self.heads, self.kv_heads], 1)
         o = self.ops.decode_attention(q, k, v, *store.buffers(), ctx.position, start, self.window, chosen)
         return product(o.flatten(1), self.out_proj)[:, None]
@@ -143,8 +145,7 @@ class Attention(nn.Module):
         return k_proj, v_proj
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        """Queries or keys [n, heads, head_dim], turned by the places [n] of their tokens where the layer has rotary
-        embeddings."""
+        """Queries or keys [n, heads, head_dim] turned by their tokens' places [n] where the layer turns any."""
         if self.theta is None:
             return x
         return self.ops.rotate(x, *rotary_tables(position, self.head_dim, self.theta, x.dtype))

@@ -32,6 +32,7 @@ class Context:
     single: bool = False  # one more token a row; its layers change the cache in place, see Taipan.step
     begin: int = 0  # position of the first token; above 0 with a cache and in a later piece of a row
     pieces: int = 1  # pieces of a row, each of `length` tokens
+    rotary: tuple[Tensor, Tensor] | None = None  # the tables of a step, which its first layer with some makes for all
     copies: dict[torch.device, "Context"] = field(default_factory=dict)  # on other devices, see `to`
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Context":

@@ -54,6 +54,7 @@ def step_launches(pattern: str, rows: int) -> int:
         ("S", 16),  # norm; logits and four of the gate; product, attention in two, product; refinement; 5 of SwiGLU
         ("W", 10),
         ("A", 20),  # ten of the rotary embedding
+        ("A A", 31),  # whose table all layers share
     ],
 )
 def test_launches_of_a_layer(letter, wanted, rows):
