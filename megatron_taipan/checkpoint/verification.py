@@ -58,8 +58,8 @@ def find_checkpoint(config: Config) -> Found | None:
         return Found(Path(wanted), [])
     found = newest_verified(Path(wanted))
     if found is None:
-        there = names_of(checkpoints(Path(wanted)))
-        raise UserError(f"checkpoint.load={wanted} holds only damaged checkpoints ({there}); name another folder")
+        damaged = names_of(checkpoints(Path(wanted)))
+        raise UserError(f"checkpoint.load={wanted} holds only damaged checkpoints ({damaged}); name another folder")
     return found
 
 
