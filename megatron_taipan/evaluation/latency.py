@@ -141,6 +141,7 @@ def _by_context(
         if failed:
             yield row | {"note": f"not tried: {failed} did not fit"}
             continue
+        gc.collect()  # the row before's cache must not count in this one's peak
         try:
             if context == contexts[0] and not options.random_cache:  # compiles kernels, outside of the times
                 _prepare(model, document, contexts, chunk, trained)

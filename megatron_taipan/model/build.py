@@ -51,8 +51,7 @@ class Build:
         device = torch.get_default_device()
         if device.type == "meta":
             return torch.empty(spec.local_shape(self.tp.size))
-        with torch.device("cpu"):
-            full = initial_value(name, spec, self.config, self.seed)
+        full = initial_value(name, spec, self.config, self.seed)
         return take_shard(full, spec, self.tp.size, self.tp.rank).to(device)
 
 

@@ -45,6 +45,15 @@ def test_other_seeds_and_other_names_give_other_values():
     assert not torch.equal(first["layers.0.mixer.in_proj_x"], first["layers.0.mixer.in_proj_z"])
 
 
+def test_the_default_device_changes_nothing():
+    """`with torch.device("cuda")` around the class of transformers, which draws what no file held."""
+    config = small_config("M S W A")
+    for name, spec in parameter_table(config).items():
+        with torch.device("meta"):
+            value = initial_value(name, spec, config, seed=3)
+        assert torch.equal(value, initial_value(name, spec, config, seed=3)), name
+
+
 def test_drawing_leaves_torchs_random_state_alone():
     before = torch.random.get_rng_state()
     parameters("M S")
