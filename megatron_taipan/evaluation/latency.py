@@ -38,6 +38,7 @@ from megatron_taipan.evaluation.decode_timing import (
 from megatron_taipan.evaluation.fits import lacks_memory, new_peak, peak_bytes
 from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
 from megatron_taipan.evaluation.results import Row, make_folder, write_results
+from megatron_taipan.inference.generation import usual_chunk
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.stepping import Stepper
 from megatron_taipan.model.cache import Cache
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="options of the presets")
     parser.add_argument("--contexts", default="1K,4K,16K", help="such as 1K,4K,16K or 1K,4K,...,1M (K is 1024)")
     parser.add_argument("--batch", type=int, default=1, help="rows that are decoded together")
-    parser.add_argument("--chunk", default="2K", help="tokens of a prefill pass; bounds the memory")
+    parser.add_argument("--chunk", help="tokens of a prefill pass; bounds the memory; default: 2K, on a GPU 8K")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens that are timed")
     parser.add_argument("--warm", type=float, help="seconds of decoding before them; default: 6 on a GPU, else 0.5")
     parser.add_argument("--random-cache", action="store_true", help="do not prefill: time decoding alone")
@@ -84,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     if options.warm is None:
         options.warm = 6.0 if device.type == "cuda" else 0.5
-    contexts, chunk = parse_lengths(options.contexts), parse_length(options.chunk)
+    contexts = parse_lengths(options.contexts)
+    chunk = parse_length(options.chunk) if options.chunk else usual_chunk(device)
     make_folder(options.out)
 
     rows: list[Row] = []

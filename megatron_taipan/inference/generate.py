@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--ignore-end", action="store_true", help="do not stop at the end-of-document token")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
-    parser.add_argument("--prefill-chunk", type=int, default=2048, help="prompt tokens per pass; bounds the memory")
+    parser.add_argument(
+        "--prefill-chunk", type=int,
+        help="tokens of each prompt per pass; bounds the memory; default: 2048, on a GPU 8192 for one prompt",
+    )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

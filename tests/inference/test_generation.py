@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.inference.generation import generate
+from megatron_taipan.inference.generation import generate, usual_chunk
 from megatron_taipan.inference.sampling import Sampling
 from tests.inference.networks import VOCABULARY, small_model
 
@@ -92,3 +92,9 @@ def test_generation_leaves_the_mode_and_takes_no_gradient():
 def test_bad_prompts_are_refused(prompts, words):
     with pytest.raises(UserError, match=words):
         generate(small_model("M"), prompts, max_new_tokens=1)
+
+
+def test_a_gpu_reads_more_of_a_prompt_at_once_the_fewer_rows_there_are():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [usual_chunk(gpu, rows) for rows in (1, 2, 4, 64)] == [8192, 4096, 2048, 2048]
+    assert {usual_chunk(cpu, rows) for rows in (1, 64)} == {2048}
