@@ -1,6 +1,7 @@
 # make quickstart   from raw text to a small trained Taipan that writes a sentence
 # make test         the test suite            make test-all   the slow tests too
-# make lint         style, format and types   make clean      removes what the others made
+# make lint         style, format and types   make format     applies what ruff can fix
+# make clean        removes what the others made
 #
 # The first of them that runs makes the environment: VENV (default .venv), from constraints.txt. It needs Python 3.10 or
 # newer with the venv module: PYTHON=python3.12 chooses another interpreter.
@@ -17,7 +18,7 @@ CODE := megatron_taipan data_prep checkpoints launch benchmarks experiments exam
 .PHONY: help venv quickstart test test-all lint format clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 venv: $(STAMP)
 

@@ -54,6 +54,7 @@ class Context:
                 samples=self.samples.to(there),
                 step=self.step.to(there) if isinstance(self.step, Tensor) else self.step,
                 gate=self.gate.to(there),
+                rotary=None,  # made there, by its first layer with some
                 copies={},
             )
         return self.copies[position.device]

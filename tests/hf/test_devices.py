@@ -140,12 +140,14 @@ def test_facts_are_copied_once_for_each_device(devices):
     settings = GateSettings(torch.tensor(0.5, device=first), 1.0, 0.0, False)
     tokens, step = torch.zeros(2, 20, device=first), torch.tensor(3, device=first)
     ctx = make_context(tokens, packed().to(first), None, step, settings)
+    ctx.rotary = (tokens, tokens)  # as its first layer with rotary embeddings leaves it
     assert ctx.to(first) is ctx
     there = ctx.to(second)
     assert ctx.to(second) is there and there.to(second) is there
     facts = [there.seq_idx, there.position, there.document_start, there.samples, there.step, there.gate.capacity]
     assert {t.device for t in facts} == {second} and there.gate.tau == 1.0
     assert torch.equal(there.document_start.to(first), ctx.document_start)
+    assert there.rotary is None  # which a layer there makes
 
 
 @pytest.mark.gpu
