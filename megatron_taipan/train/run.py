@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class Run:
     profiler: StepProfiler
     tasks: Tasks | None  # rank 0's, as the next one
     guard: FolderGuard | None
-    streak: int = 0  # steps in a row that were not finite
-    before_streak: Progress = field(default_factory=Progress)
+    before_streak: Progress  # before the latest streak of steps that were not finite
+    streak: int = 0  # its steps so far; 0 once one was finite
 
     @property
     def at(self) -> Config:
