@@ -14,7 +14,8 @@ class Stepper:
     """Extends a cache by one token a row at a time; on a GPU through a CUDA graph, which gives the same logits.
 
     The graph is captured again where the cache's tensors are not those of before: after a prefill, after rows left,
-    after an unbounded buffer grew. Its memory is that of one step's intermediate results.
+    after an unbounded buffer grew. So it is where the weights moved: the model was cast or put elsewhere, its
+    parameters were replaced, or a later Stepper moved them. Its memory is that of one step's intermediate results.
 
     Args:
         captured: False: every step is launched kernel by kernel, also on a GPU.
@@ -24,7 +25,7 @@ class Stepper:
         self.model, self.cache = model, cache
         self.captured = captured and model.embedding.weight.is_cuda
         if self.captured:
-            make_adjacent(model)
+            self._arrange_weights()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.held: list[Tensor | None] = []  # what the graph, or the next one, reads and writes
         self.eager_steps = 0  # since `held` changed
@@ -37,6 +38,9 @@ class Stepper:
         if not self.captured:
             return self.model.step_on_device(tokens, self.cache)
         tensors = self.cache.tensors()
+        if self._weights_moved():
+            self._arrange_weights()
+            self.held = []
         if len(tensors) != len(self.held) or any(a is not b for a, b in zip(tensors, self.held, strict=True)):
             self.held, self.eager_steps, self.graph = tensors, 0, None
         if self.graph is None:
@@ -48,6 +52,18 @@ class Stepper:
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
+
+    def _arrange_weights(self) -> None:
+        """Moves together what a step reads together, and notes where the weights are."""
+        if make_adjacent(self.model):
+            self.model.weight_moves += 1
+        # kept, so that nothing else can get its address
+        self.embedding, self.weight_moves = self.model.embedding.weight.data, self.model.weight_moves
+
+    def _weights_moved(self) -> bool:
+        """Of what moves all weights at once the embedding tells; to ask each would take longer than the launch."""
+        at = self.model.embedding.weight.data_ptr()
+        return self.weight_moves != self.model.weight_moves or at != self.embedding.data_ptr()
 
     def _capture(self, tokens: Tensor) -> None:
         """Records a step without running it."""

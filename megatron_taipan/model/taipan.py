@@ -74,6 +74,7 @@ class Taipan(nn.Module):
         self.recompute, self.recompute_every = recompute, recompute_every
         self.layer_metrics = LayerMetrics(config)
         self.graphs: GraphedLayers | None = None  # set by `capture`
+        self.weight_moves = 0  # how often the weights were moved to be read together (inference/stepping.py)
         build = Build(config, parameter_table(config, self.tp.size), seed, self.tp, self.ops, self.place)
         self.embedding = Embedding(build, "embedding")
         self.layers = make_layers(build)

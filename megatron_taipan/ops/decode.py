@@ -27,8 +27,8 @@ def decode_attention_reference(
     """
     b, hq, d = q.shape
     slots, hk = keys.shape[1:3]
-    keys.index_copy_(1, position - first, k[:, None])
-    values.index_copy_(1, position - first, v[:, None])
+    keys.index_copy_(1, position - first, k[:, None].to(keys.dtype))  # autocast's may differ
+    values.index_copy_(1, position - first, v[:, None].to(values.dtype))
     at = torch.arange(slots, device=q.device) + first
     low = start if window is None else torch.maximum(start, position - window + 1)
     visible = (at >= low[:, None]) & (at <= position)  # [b, s]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from megatron_taipan.inference.adjacent import make_adjacent
 from megatron_taipan.model.fused_params import adjoin, products
@@ -60,6 +60,46 @@ def test_what_trains_stays_where_it_is():
     make_adjacent(model)
     moved = [adjoin(parts) for parts in groups(model)]
     assert moved == [False, True, True, True]
+
+
+def test_what_layers_share_is_left_where_it_is():
+    """It cannot adjoin in both; moved again by every call, it would leave recorded steps without their weights."""
+    model = small_model("M M A", attention={"n_heads": 2, "n_kv_heads": 2, "head_dim": 6, "window": 6})
+    model.requires_grad_(False)
+    model.layers[1].mixer.in_proj_x = model.layers[0].mixer.in_proj_x
+    model.layers[2].attention.v_proj = model.layers[2].attention.k_proj
+    before, expected = [part.data_ptr() for parts in groups(model) for part in parts], logits(model)
+    assert make_adjacent(model)
+    assert [adjoin(parts) for parts in groups(model)] == [False, True, True, False, True, True, False]
+    after = [part.data_ptr() for parts in groups(model) for part in parts]
+    assert before[:5] == after[:5] and before[-3:] == after[-3:]
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
+    assert not make_adjacent(model)
+
+
+def test_tensors_of_inference_mode_are_not_mixed_with_others():
+    model = small_model("M").requires_grad_(False)
+    with torch.inference_mode():
+        weight = model.layers[0].mixer.in_proj_z
+        model.layers[0].mixer.in_proj_z = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    make_adjacent(model)
+    assert [part.is_inference() for part in groups(model)[0]] == [True, False, False, False, False]
+
+
+def test_each_has_a_storage_of_its_own_in_a_state_dict(tmp_path):
+    """As accelerate tells tensors apart; what it takes for one tensor it saves once."""
+    model = small_model("M S").requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    make_adjacent(model)
+    for found in (model.state_dict(), copy.deepcopy(model).state_dict(), torch.nn.Sequential(model).state_dict()):
+        storages = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in found.values()}
+        assert len(storages) == len(before)
+    weight = model.layers[0].mixer.in_proj_x
+    assert model.state_dict()["layers.0.mixer.in_proj_x"].data_ptr() == weight.data_ptr()  # the same memory
+    save_model(model, tmp_path / "x.safetensors")
+    other = small_model("M S", init_std=0.3)
+    assert load_model(other, tmp_path / "x.safetensors") == (set(), [])
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -112,3 +112,27 @@ def test_steps_equal_the_cpu_forward():
         wanted = cpu(tokens).logits[:, 70:]
     assert (got - wanted).abs().max() / wanted.abs().max() < 5e-3
     assert adjoin(tuple(getattr(gpu.layers[0].mixer, name) for name in gpu.layers[0].mixer.read_together[0]))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_weights_that_move():
+    """Moved by the stepper of another cache, cast and cast back, replaced by others."""
+    gpu = pair("M S W A")[1]
+    other = {name: t * 1.1 for name, t in gpu.state_dict().items()}
+    tokens = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        steppers = [
+            Stepper(gpu, gpu.new_cache(2), captured=captured) for captured in (True, False)
+        ]  # the first moves weights
+        for at in range(60):  # the captured one first: it moves the weights again
+            if at == 10:
+                Stepper(gpu.requires_grad_(False), gpu.new_cache(2))
+            if at == 20:
+                gpu.double().float()
+            if at == 30:
+                gpu.cpu().cuda()
+            if at == 40:
+                gpu.load_state_dict(other, assign=True)
+            replayed, eager = (stepper.step(tokens[:, at : at + 1]).clone() for stepper in steppers)
+            assert torch.equal(eager, replayed), at
+            assert at % 10 < 3 or steppers[0].graph is not None
