@@ -156,7 +156,7 @@ def conv_update(tail, x, weight, bias=None):
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty((b, channels), device=x.device, dtype=x.dtype)
     _conv_kernel[(triton.cdiv(channels, 128), b)](
-        tail, x, weight.contiguous(), bias if bias is not None else weight, y, tail.stride(0), tail.stride(1),
+        tail, x, weight.contiguous(), bias.contiguous() if bias is not None else weight, y, tail.stride(0), tail.stride(1),
         x.stride(0), channels, WIDTH=weight.shape[1], HAS_BIAS=bias is not None, BLOCK=128, num_warps=4,
     )  # fmt: skip
     return y
@@ -199,6 +199,7 @@ def ssd_update(state, x, dt, dt_bias, A_log, B, C, D=None):
         raise ValueError(f"ssd_update: a state with strides {state.stride()} must be contiguous")
     x, B, C = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (x, B, C))
     dt = dt if dt.stride(1) == 1 else dt.contiguous()
+    dt_bias, A_log, D = (None if t is None else t.contiguous() for t in (dt_bias, A_log, D))
     y = torch.empty((b, h, p), device=x.device, dtype=x.dtype)
     block_p = min(triton.next_power_of_2(p), 32)
     _update_kernel[(b * h, triton.cdiv(p, block_p))](

@@ -73,7 +73,7 @@ def test_convolution_moves_its_tail_on(b, channels, width, bias, device, dtype):
 
     wide = normal(6, b, channels + 40, device=device, dtype=dtype)
     weight = normal(channels, width, device=device, dtype=dtype)
-    offset = normal(channels, device=device, dtype=dtype) if bias else None
+    offset = normal(channels, 2, device=device, dtype=dtype)[:, 1] if bias else None  # every second number
     before = normal(b, 5, channels, device=device, dtype=dtype)
     tail = before.clone()[:, 6 - width :]
     exact = [None if t is None else t.double() for t in (weight, offset)]
@@ -112,7 +112,8 @@ def test_update_of_the_state_in_place(sizes, skip, device, dtype):
     b, h, g, p, n = sizes
     parts = [h * p, g * n, g * n, h]
     state, wide = normal(b, h, p, n, device=device), normal(4, b, sum(parts), device=device, dtype=dtype)
-    dt_bias, A_log, D = normal(h, device=device) * 4 - 3, torch.rand(h, device=device) * 3, normal(h, device=device)
+    dt_bias, A_log, D = normal(h, 3, device=device).unbind(1)  # every third number
+    dt_bias, A_log = dt_bias.mul_(4).sub_(3), A_log.sigmoid_().mul_(3)
     x, B, C, dt = wide.split(parts, -1)
     x, B, C = x.unflatten(-1, (h, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
     exact, initial, D = state.double(), state.double(), D if skip else None
