@@ -55,7 +55,7 @@ def products(u: Tensor, *weights: Weight) -> Tensor:
     """The products of u with every weight side by side, for few tokens: one product where the weights adjoin; elsewhere
     to join them would cost more than a product each, since they are read only once."""
     matrices = tuple(weight for weight in weights if isinstance(weight, Tensor))
-    if len(matrices) == len(weights) and adjoin(matrices):
+    if len(matrices) == len(weights) and not torch.compiler.is_compiling() and adjoin(matrices):
         return product(u, join_rows(*matrices))
     return torch.cat([product(u, weight) for weight in weights], -1)
 

@@ -138,3 +138,16 @@ def test_products_of_modules_and_of_matrices_apart():
         assert torch.equal(products(u, a, b), expected) and torch.equal(products(u, a.weight, b), expected)
         flat = torch.cat([a.weight, b.weight])
         torch.testing.assert_close(products(u, flat[:3], flat[3:]), expected)
+
+
+def test_compiled_products_copy_no_weights():
+    """There nothing is known of addresses, and to join few tokens' products is cheaper than to join the weights."""
+    u, flat, seen = torch.randn(2, 1, 6), torch.randn(7, 6), []
+
+    def record(graph, _):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    got = torch.compile(lambda u: products(u, flat[:3], flat[3:]), backend=record)(u)
+    torch.testing.assert_close(got, u @ flat.t())
+    assert seen.count(torch.nn.functional.linear) == 2, seen
