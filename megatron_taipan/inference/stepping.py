@@ -55,7 +55,7 @@ class Stepper:
 
     def _arrange_weights(self) -> None:
         """Moves together what a step reads together, and notes where the weights are."""
-        if make_adjacent(self.model):
+        if self.model.graphs is None and make_adjacent(self.model):  # graphs of training read frozen weights too
             self.model.weight_moves += 1
         # kept, so that nothing else can get its address
         self.embedding, self.weight_moves = self.model.embedding.weight.data, self.model.weight_moves

@@ -78,7 +78,7 @@ def step_context(tokens: Tensor, cache: Cache, gate: GateSettings) -> Context:
     Everything is on the device; nothing depends on how many tokens came before.
     """
     b = tokens.shape[0]
-    samples = torch.arange(b, device=tokens.device)  # of the noise, which only training has
+    samples = torch.arange(b, device=tokens.device)  # of the noise of random gates
     assert cache.position is not None and cache.document_start is not None  # by `advance`
     return Context(b, 1, None, cache.position, cache.document_start[:, None], samples, 0, gate, cache, single=True)
 

@@ -114,6 +114,10 @@ def test_a_step_is_captured_again_where_the_weights_moved(monkeypatch):
         stepper_of(model)
         assert not captured_again()  # what trains was not moved
         model.requires_grad_(False)
+        model.graphs = object()
+        stepper_of(model)
+        assert not captured_again()  # nor was what graphs of training read
+        model.graphs = None
         stepper_of(model)
         assert captured_again() and not captured_again()
         stepper_of(model)
