@@ -25,15 +25,16 @@ def make_adjacent(network: nn.Module) -> bool:
     """
     groups = [(module, _held(module, names)) for module in network.modules() for names in _names(module)]
     uses = Counter(id(part) for _, parts in groups for part in parts)
-    moved = False
+    moved: set[nn.Module] = set()
     for module, parts in groups:
         if parts and all(uses[id(part)] == 1 for part in parts) and _movable(parts):
             _move(parts)
-            module.register_state_dict_post_hook(_store_apart)
-            moved = True
+            moved.add(module)
+    for module in moved:  # once, however many of its groups were moved
+        module.register_state_dict_post_hook(_store_apart)
     if moved and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the parts' own memory is too small for the next buffer and would be kept
-    return moved
+    return bool(moved)
 
 
 def _names(module: nn.Module) -> Sequence[Sequence[str]]:
