@@ -159,7 +159,7 @@ def test_the_fused_mixer_gives_the_same_bits_twice():
     ],
 )
 def test_what_is_computed_again_changes_no_bit(dtype, b, l, heads, headdim, groups, d_state, recompute):
-    """Nor does the projection in the same operation; but in float32 cuBLAS may take another kernel for its gradient."""
+    """Nor does the projection in the same operation; but in float32 cuBLAS may sum its gradient in another order."""
     inner = heads * headdim
     channels = inner + 2 * groups * d_state
     inputs = [
