@@ -85,8 +85,13 @@ def in_processes(options: argparse.Namespace, layout: str) -> dict:
     if status != 0 or not numbers:
         print(*(text[-6000:] for text in texts), file=sys.stderr, flush=True)
         late = f"not done within {options.timeout} s" if status is None else "no result"
-        raise RuntimeError(next((text for text in reversed(texts[1].splitlines()) if "Error" in text), late))
+        raise RuntimeError(next((text for text in reversed(texts[1].splitlines()) if says_why(text)), late))
     return json.loads(numbers[-1].removeprefix(MARK))
+
+
+def says_why(line: str) -> bool:
+    """Whether a line of the processes' messages is an error of their own, not torchrun's that a process failed."""
+    return "Error" in line and "ChildFailedError" not in line
 
 
 def settings(layout: str, batch: int) -> tuple[list[str], int, int]:

@@ -168,11 +168,16 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
     tl.store(out + WIDTH * n_channels, gb, mask=inside)
 
 
+def tokens_of_tile(length: int, usual: int) -> int:
+    """As usual, or as many times two as a row needs whose tiles would pass the 65,535 of a grid's second dimension."""
+    return usual * triton.next_power_of_2(triton.cdiv(triton.cdiv(length, usual), 65_535))
+
+
 def conv_forward(x, weight, bias, seq_idx, tail):
     """y [b, l, c] contiguous; x [b, l, c] of any strides but a contiguous last dimension."""
     b, l, c = x.shape
     y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
-    tokens, channels = 32, 128
+    tokens, channels = tokens_of_tile(l, 32), 128
     _forward_kernel[(triton.cdiv(c, channels), triton.cdiv(l, tokens), b)](
         x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
         tail if tail is not None else weight, y, l, c, x.stride(0), x.stride(1), WIDTH=weight.shape[1], TOKENS=tokens,
@@ -206,7 +211,7 @@ def _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, dtail):
     """Writes dx, and dtail where it is given; the runs' parts of the gradients of weight and bias."""
     b, l, c = x.shape
     width = weight.shape[1]
-    tokens, channels = 128, 256
+    tokens, channels = tokens_of_tile(l, 128), 256
     tiles = triton.cdiv(l, tokens)
     sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
     _backward_kernel[(triton.cdiv(c, channels), tiles, b)](

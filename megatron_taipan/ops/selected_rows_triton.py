@@ -3,6 +3,8 @@
 Buffers are large enough for all rows of the axis, so nothing overflows and no shape depends on the data; a program whose
 rows are beyond the count ends at once. One more tile than needed is written, as zeros: kernels that read a buffer in
 tiles of up to 128 rows find zeros there, never what the memory contained before.
+
+Grids have one dimension, since a second one ends at 65,535: with tiles of 8 rows that were 524,280.
 """
 
 import torch
@@ -24,7 +26,8 @@ def _rows_kernel(a_ptr, b_ptr, c_ptr, index_ptr, count_ptr, capacity, n_out, n_i
                  GATHER: tl.constexpr, SCATTER: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """c[m or index[m], j] = sum_k a[m or index[m], k] * b[j, k] for the rows m below the count; ADD: += instead."""
-    first = tl.program_id(1) * BLOCK_M
+    across = tl.cdiv(n_out, BLOCK_N)
+    first = tl.program_id(0) // across * BLOCK_M
     count = tl.load(count_ptr)
     ahead = 0 if SCATTER else BLOCK_M
     if first >= count + ahead:
@@ -33,7 +36,7 @@ def _rows_kernel(a_ptr, b_ptr, c_ptr, index_ptr, count_ptr, capacity, n_out, n_i
     real = rows < count
     place = tl.load(index_ptr + rows, mask=real, other=0)
     source = place if GATHER else rows.to(tl.int64)
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + source[:, None] * a_row + offs_k[None, :]
     b_ptrs = b_ptr + out[None, :].to(tl.int64) * b_out + offs_k[:, None] * b_in
@@ -80,7 +83,8 @@ def _weight_kernel(dy_ptr, x_ptr, dw_ptr, index_ptr, count_ptr, n_out, n_in, dy_
 def _copy_kernel(source_ptr, target_ptr, index_ptr, count_ptr, capacity, width, source_row, target_row,
                  SCATTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """target[index[m]] = source[m] (SCATTER) or target[m] = source[index[m]], for the rows m below the count."""
-    first = tl.program_id(1) * BLOCK_M
+    across = tl.cdiv(width, BLOCK)
+    first = tl.program_id(0) // across * BLOCK_M
     count = tl.load(count_ptr)
     if SCATTER:
         if first >= count:
@@ -90,7 +94,7 @@ def _copy_kernel(source_ptr, target_ptr, index_ptr, count_ptr, capacity, width, 
     rows = first + tl.arange(0, BLOCK_M)
     real = rows < count
     place = tl.load(index_ptr + rows, mask=real, other=0)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     inside = (at < width)[None, :]
     source = rows.to(tl.int64) if SCATTER else place
     target = place if SCATTER else rows.to(tl.int64)
@@ -118,7 +122,7 @@ def rows_product(
     b_in, b_out = weight.stride() if transposed else weight.stride()[::-1]
     options = _options(a.dtype)
     capacity = len(rows.at)
-    grid = (triton.cdiv(n_out, options["BLOCK_N"]), triton.cdiv(capacity, options["BLOCK_M"]))
+    grid = (triton.cdiv(n_out, options["BLOCK_N"]) * triton.cdiv(capacity, options["BLOCK_M"]),)
     _rows_kernel[grid](
         a, weight, out, rows.at, rows.n_valid, capacity, n_out, n_in, a.stride(0), b_out, b_in, out.stride(0),
         GATHER=gather, SCATTER=scatter, ADD=add, PRECISION=_precision(a.dtype), **options,
@@ -142,7 +146,7 @@ def weight_gradient(dy, x, rows: Rows, weight, *, gather: bool) -> torch.Tensor:
 def copy_rows(source, target, rows: Rows, *, scatter: bool) -> torch.Tensor:
     """Moves the selected rows between a buffer and the axis; returns target."""
     block, tile = min(1024, triton.next_power_of_2(source.shape[1])), 8
-    grid = (triton.cdiv(source.shape[1], block), triton.cdiv(len(rows.at), tile))
+    grid = (triton.cdiv(source.shape[1], block) * triton.cdiv(len(rows.at), tile),)
     _copy_kernel[grid](
         source, target, rows.at, rows.n_valid, len(rows.at), source.shape[1], source.stride(0), target.stride(0),
         SCATTER=scatter, BLOCK_M=tile, BLOCK=block, num_warps=4,

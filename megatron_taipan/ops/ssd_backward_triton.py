@@ -9,6 +9,7 @@ from megatron_taipan.ops.ssd_forward_triton import (
     PROGRAMS,
     _documents,
     launch_options,
+    place_type,
     precision_of,
     segment_decay,
     segments,
@@ -20,7 +21,7 @@ def _reverse_kernel(dy_ptr, cum_ptr, C_ptr, seq_ptr, final_ptr, grads_ptr, initi
                     length, padded, n_chunks, per_segment, n_segments, n_heads, heads_per_group,
                     dy_b, dy_l, dy_h, C_b, C_l, C_g,
                     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_SEQ: tl.constexpr,
-                    HAS_FINAL: tl.constexpr, KEEP: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    HAS_FINAL: tl.constexpr, KEEP: tl.constexpr, TURNED: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """From the end of a segment to its start: the gradient of the state that leaves each chunk (KEEP), then enters.
 
     TURNED: it is stored as [n, p], so that its product takes C and dy from shared memory as they were loaded.
@@ -48,8 +49,9 @@ def _reverse_kernel(dy_ptr, cum_ptr, C_ptr, seq_ptr, final_ptr, grads_ptr, initi
         first = c * CHUNK
         tokens = first + offs_q
         inside = (tokens < length)[:, None]
-        dy = tl.load(dy_base + tokens[:, None] * dy_l + offs_p[None, :], mask=inside, other=0.0)
-        C = tl.load(C_base + tokens[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
+        at = tokens.to(PLACE)
+        dy = tl.load(dy_base + at[:, None] * dy_l + offs_p[None, :], mask=inside, other=0.0)
+        C = tl.load(C_base + at[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
         cum = tl.load(cum_ptr + steps + tokens)
         carry = tl.exp2(tl.load(cum_ptr + steps + first + CHUNK - 1))
         reads = tl.exp2(cum)
@@ -73,7 +75,7 @@ def _token_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, 
                   length, padded, n_chunks, n_heads, n_groups, heads_per_group, heads_per_split,
                   x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g, dx_b, dx_l, dx_h,
                   CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, HAS_D: tl.constexpr,
-                  HAS_SEQ: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  HAS_SEQ: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dx of one chunk, for heads_per_split heads of a group; also the gradient of the scores, added up over them.
 
     Tiles of pairs are stored as [s, t], sources down, so that dx = pairs @ dy takes them straight from registers. What
@@ -89,9 +91,10 @@ def _token_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, 
     first = c * CHUNK
     tokens = first + offs_q
     inside = (tokens < length)[:, None]
+    at = tokens.to(PLACE)
     tile = offs_p[:, None] * N + offs_n[None, :]
-    B = tl.load(B_ptr + row * B_b + group * B_g + tokens[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
-    C = tl.load(C_ptr + row * C_b + group * C_g + tokens[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
+    B = tl.load(B_ptr + row * B_b + group * B_g + at[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
+    C = tl.load(C_ptr + row * C_b + group * C_g + at[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
     visible = offs_q[:, None] <= offs_q[None, :]
     if HAS_SEQ:
         seq, _, last = _documents(seq_ptr, row, tokens, first, length, CHUNK)
@@ -109,8 +112,8 @@ def _token_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, 
     if HAS_D:
         D = tl.load(D_ptr + head0).to(tl.float32)
     for head in tl.range(head0, head0 + heads_per_split):
-        x = tl.load(x_ptr + row * x_b + head * x_h + tokens[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + row * dy_b + head * dy_h + tokens[:, None] * dy_l + offs_p[None, :], mask=inside,
+        x = tl.load(x_ptr + row * x_b + head * x_h + at[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + row * dy_b + head * dy_h + at[:, None] * dy_l + offs_p[None, :], mask=inside,
                      other=0.0)  # fmt: skip
         grad = tl.load(grads_ptr + ((row * n_chunks + c) * n_heads + head) * P * N + tile)
         steps = (row * n_heads + head) * padded + first
@@ -142,7 +145,7 @@ def _token_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, 
         wanted = tl.dot(B.to(grad.dtype), tl.trans(grad), input_precision=PRECISION) * feed[:, None]  # [s, p]
         tl.store(out + 2 * part, tl.sum(x.to(tl.float32) * wanted, 1))
         dx = tl.dot(weights, dy, wanted * dt[:, None], input_precision=PRECISION)
-        tl.store(dx_ptr + row * dx_b + head * dx_h + tokens[:, None] * dx_l + offs_p[None, :],
+        tl.store(dx_ptr + row * dx_b + head * dx_h + at[:, None] * dx_l + offs_p[None, :],
                  dx.to(dx_ptr.dtype.element_ty), mask=inside)  # fmt: skip
         dt, cum, end, D = next_dt, next_cum, next_end, next_D
     slot = split * tl.num_programs(1).to(tl.int64) * n_chunks * n_groups * CHUNK * CHUNK
@@ -194,7 +197,7 @@ def _group_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, seq_ptr, dscores
                   length, padded, n_chunks, n_heads, n_groups, heads_per_group, heads_per_split,
                   x_b, x_l, x_h, dy_b, dy_l, dy_h, B_b, B_l, B_g, C_b, C_l, C_g, dB_s, dB_b, dB_l, dB_g, dC_s, dC_b, dC_l, dC_g,
                   CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, HAS_SEQ: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dB and dC of one chunk and group: sums over heads that stay in registers. Same splits as `_token_kernel`.
 
     Since it has both states, it also computes their contribution to the gradients of the decays: parts[4], each token's
@@ -207,17 +210,18 @@ def _group_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, seq_ptr, dscores
     first = c * CHUNK
     tokens = first + offs_q
     inside = (tokens < length)[:, None]
+    at = tokens.to(PLACE)
     tile = offs_p[:, None] * N + offs_n[None, :]
     if HAS_SEQ:
         seq, before, last = _documents(seq_ptr, row, tokens, first, length, CHUNK)
-    C = tl.load(C_ptr + row * C_b + group * C_g + tokens[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
+    C = tl.load(C_ptr + row * C_b + group * C_g + at[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
     part = tl.num_programs(1).to(tl.int64) * n_heads * padded
     dB = tl.zeros([CHUNK, N], tl.float32)
     dC = tl.zeros([CHUNK, N], tl.float32)
     head0 = group * heads_per_group + split * heads_per_split
     for head in tl.range(head0, head0 + heads_per_split):
-        x = tl.load(x_ptr + row * x_b + head * x_h + tokens[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + row * dy_b + head * dy_h + tokens[:, None] * dy_l + offs_p[None, :], mask=inside,
+        x = tl.load(x_ptr + row * x_b + head * x_h + at[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + row * dy_b + head * dy_h + at[:, None] * dy_l + offs_p[None, :], mask=inside,
                      other=0.0)  # fmt: skip
         where = (row * n_chunks + c) * n_heads + head
         state = tl.load(states_ptr + where * P * N + tile)
@@ -246,7 +250,7 @@ def _group_kernel(x_ptr, dy_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, seq_ptr, dscores
     if HAS_SEQ:
         visible = visible & (seq[:, None] == seq[None, :])
     pairs = tl.where(visible, tl.load(dscores_ptr + slot + at_scores + pair), 0.0).to(B_ptr.dtype.element_ty)
-    B = tl.load(B_ptr + row * B_b + group * B_g + tokens[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
+    B = tl.load(B_ptr + row * B_b + group * B_g + at[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
     dB = tl.dot(pairs, C, dB, input_precision=PRECISION)
     dC = tl.dot(tl.trans(pairs), B, dC, input_precision=PRECISION)
     out_B = dB_ptr + split * dB_s + row * dB_b + group * dB_g
@@ -290,15 +294,15 @@ def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, dd
     passed = torch.empty((b, n_chunks, h), dtype=torch.float32, device=x.device)
     seq = seq_idx if seq_idx is not None else dt
     precision = precision_of(x.dtype)
-    turned = turns(x.dtype, p, n)
+    turned, place = turns(x.dtype, p, n), place_type(l, x, dy, B, C, dx)
 
     def launch(final: torch.Tensor | None, keep: bool) -> torch.Tensor:
         initial = torch.empty((b, count, h, p, n), dtype=torch.float32, device=x.device)
         _reverse_kernel[(h, b * count)](
             dy, cum, C, seq, final if final is not None else dt, grads, initial, l, cum.shape[-1], n_chunks,
             per_segment, count, h, h // g, *dy.stride()[:3], *C.stride()[:3], CHUNK=CHUNK, P=p, N=n,
-            HAS_SEQ=seq_idx is not None, HAS_FINAL=final is not None, KEEP=keep, TURNED=turned, PRECISION=precision,
-            **launch_options("reverse turned" if turned else "reverse", x.dtype),
+            HAS_SEQ=seq_idx is not None, HAS_FINAL=final is not None, KEEP=keep, TURNED=turned, PLACE=place,
+            PRECISION=precision, **launch_options("reverse turned" if turned else "reverse", x.dtype),
         )  # fmt: skip
         return initial
 
@@ -323,7 +327,8 @@ def scan_backward(dy, x, dt, cum, A, B, C, D, seq_idx, states, dfinal, *, dx, dd
     dscores = torch.empty((splits, b, n_chunks, g, CHUNK, CHUNK), dtype=torch.float32, device=x.device)
     sizes = (l, cum.shape[-1], n_chunks, h, g, h // g, h // g // splits)
     strides = (*x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3])
-    shapes = {"CHUNK": CHUNK, "P": p, "N": n, "SPLITS": splits, "HAS_SEQ": seq_idx is not None, "PRECISION": precision}
+    shapes = {"CHUNK": CHUNK, "P": p, "N": n, "SPLITS": splits, "HAS_SEQ": seq_idx is not None, "PLACE": place,
+              "PRECISION": precision}  # fmt: skip
     _token_kernel[(n_chunks, b, g * splits)](
         x, dy, dt, cum, B, C, D if D is not None else dt, seq, grads, dx, parts, dscores, *sizes, *strides,
         *dx.stride()[:3], HAS_D=D is not None, **shapes, **launch_options("token", x.dtype),

@@ -54,7 +54,7 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
                  x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, y_b, y_l, y_h,
                  CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr,
                  HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr,
-                 STATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 STATE: tl.constexpr, PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scans one segment of one head. OUTPUT: write y; FINAL: write the state that leaves.
 
     KEEP: 1 writes the state that enters each chunk, as y reads it; k > 1 every k-th one in float32, from which the others
@@ -81,8 +81,9 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
         first = c * CHUNK
         tokens = first + offs_q
         inside = (tokens < length)[:, None]
-        x = tl.load(x_base + tokens[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
-        B = tl.load(B_base + tokens[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
+        at = tokens.to(PLACE)
+        x = tl.load(x_base + at[:, None] * x_l + offs_p[None, :], mask=inside, other=0.0)
+        B = tl.load(B_base + at[:, None] * B_l + offs_n[None, :], mask=inside, other=0.0)
         dt = tl.load(dt_ptr + steps + tokens)
         cum = tl.load(cum_ptr + steps + tokens)
         end = tl.load(cum_ptr + steps + first + CHUNK - 1)
@@ -93,7 +94,7 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
             feed = tl.where(seq == last, feed, 0.0)
             carry = tl.where(before == last, carry, 0.0)
         if OUTPUT:
-            C = tl.load(C_base + tokens[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
+            C = tl.load(C_base + at[:, None] * C_l + offs_n[None, :], mask=inside, other=0.0)
         if KEEP == 1:
             tl.store(states_ptr + ((row * n_chunks + c) * n_heads + head) * P * N + tile, state.to(STATE))
         elif KEEP > 1:
@@ -113,7 +114,7 @@ def _scan_kernel(x_ptr, dt_ptr, cum_ptr, B_ptr, C_ptr, D_ptr, seq_ptr, init_ptr,
             y = tl.dot(weights.to(x.dtype), x, y, input_precision=PRECISION)
             if HAS_D:
                 y += D * x.to(tl.float32)
-            tl.store(y_base + tokens[:, None] * y_l + offs_p[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_base + at[:, None] * y_l + offs_p[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
         fed = (x.to(tl.float32) * feed[:, None]).to(x.dtype)
         state = tl.dot(tl.trans(fed), B, state * carry, input_precision=PRECISION)
     if FINAL:
@@ -145,6 +146,12 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def _tl(dtype: torch.dtype):
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def place_type(length: int, *tensors: torch.Tensor):
+    """Of a token as the factor of a stride: int64 where offsets within a row [b, length, ...] of one of the tensors
+    pass 2^31, as those of the 1.3B models' projections of 8,512 columns do from 252,289 tokens on."""
+    return tl.int64 if any(length * tensor.stride(1) >= 2**31 for tensor in tensors) else tl.int32
 
 
 def segments(b: int, heads: int, n_chunks: int) -> tuple[int, int]:
@@ -258,5 +265,6 @@ def _launch_scan(
         cum.shape[-1] // CHUNK, per_segment, count, h, h // g, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
         *y.stride()[:3], CHUNK=CHUNK, P=p, N=n, HAS_D=D is not None, HAS_SEQ=seq_idx is not None,
         HAS_INIT=init is not None, OUTPUT=output, KEEP=keep, FINAL=final is not None, STATE=_tl(state_dtype(x.dtype)),
-        PRECISION=precision_of(x.dtype), **launch_options("scan" if final is not None else "states", x.dtype),
+        PLACE=place_type(l, x, B, C, y), PRECISION=precision_of(x.dtype),
+        **launch_options("scan" if final is not None else "states", x.dtype),
     )  # fmt: skip

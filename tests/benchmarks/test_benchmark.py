@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.common import Table, hardware
-from benchmarks.layouts import settings
+from benchmarks.layouts import says_why, settings
 from benchmarks.step import our_training
 from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
 from megatron_taipan.config import make_config
@@ -104,3 +104,12 @@ def test_a_layout_with_pieces_of_rows_trains_on_the_same_rows_as_one_process():
     trees = [toy_tree("unused", train={"global_batch": 2}, parallel={"context": n}, directory="") for n in (1, 2)]
     (alone,), (first, second) = (launch(n, loss_of_one_step, tree) for n, tree in enumerate(trees, 1))
     assert first == second == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_failed_layout_is_reported_by_the_processs_own_error():
+    """Lines as torchrun leaves them, the last ones its own."""
+    lines = [
+        "[rank0]: RuntimeError: Triton Error [CUDA]: invalid argument", "    raise ChildFailedError(",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ", "  error_file: <N/A>",
+    ]  # fmt: skip
+    assert [line for line in lines if says_why(line)] == lines[:1]
