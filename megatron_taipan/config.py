@@ -319,7 +319,7 @@ class OpsConfig(Section):
     attention: Literal["auto", "triton", "flash_attn", "sdpa", "reference"] = option(
         "auto",
         "attention; flash_attn and sdpa (torch's, cuDNN's kernel first) for layers W and A, never for the selected"
-        " queries of S; sdpa for A with one document a row",
+        " queries of S; sdpa for A with one document a row, and auto's choice there",
     )
     cross_entropy: Literal["auto", "triton", "liger", "cce", "reference"] = option(
         "auto", "head and cross entropy; liger: its fused linear cross entropy; cce: cut-cross-entropy"

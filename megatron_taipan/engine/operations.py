@@ -1,5 +1,7 @@
 """The operations of a run, from its configuration: what must be able to run, and what was chosen."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_taipan.config import Config
@@ -41,25 +43,26 @@ def check_operations(config: Config) -> None:
     )
 
 
-def choose_operations(config: Config) -> Ops:
-    """The operations of the run on this machine.
+def choose_operations(config: Config, *later: Config) -> Ops:
+    """The operations on this machine of a run, and of its later stages: one choice that can serve all of them.
 
     Raises:
         UserError: what was chosen cannot serve the run or is not here.
     """
-    p = config.parallel
+    p, facts = config.parallel, run_facts(config)
+    facts = replace(facts, packed=facts.packed or any(run_facts(stage).packed for stage in later))
     again = p.recompute_mixer if p.recompute == "none" else ()  # else a layer's tensors live only while it runs
-    return pick_ops(config.ops.backend, config.ops.choices(), run_facts(config), again)
+    return pick_ops(config.ops.backend, config.ops.choices(), facts, again)
 
 
-def describe_operations(config: Config) -> str:
+def describe_operations(config: Config, *later: Config) -> str:
     """Which implementations run here; without a GPU, where kernels are not looked for, which were asked for.
 
     Raises:
         UserError: as for `choose_operations`.
     """
     if torch.cuda.is_available():
-        return choose_operations(config).report
+        return choose_operations(config, *later).report
     asked = [f"ops.{name}={choice}" for name, choice in config.ops.choices().items() if choice != "auto"]
     return (
         " ".join([f"ops.backend={config.ops.backend}", *asked]) + " (no GPU here: whether they run shows at the start)"

@@ -131,6 +131,17 @@ FOREIGN: dict[str, dict[str, Foreign]] = {
 }  # fmt: skip
 
 
+def faster_than_ours(run: RunFacts) -> dict[str, str]:
+    """By option, the kernels of other projects that `auto` takes on a GPU where they can serve the run: those that were
+    measured to be faster than ours (docs/performance.md, "Kernels to choose").
+
+    cuDNN's attention has heads of up to 128 channels both ways, and adds gradients in an order that may vary.
+    """
+    whole_rows = run.every_query and not any(FOREIGN["attention"]["sdpa"].against(run))
+    in_cudnn = run.precision != "fp32" and run.head_dim % 8 == 0 and run.head_dim <= 128
+    return {"attention": "sdpa"} if whole_rows and in_cudnn and not run.deterministic else {}
+
+
 def _against_triton(option: str, run: RunFacts) -> Iterator[str]:
     """Sizes for which our kernels leave an operation to the reference (fast.py), where they were asked for by name."""
     if option == "ssd" and not fit_tiles(run.headdim, run.d_state):

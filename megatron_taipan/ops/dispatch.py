@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices
+from megatron_taipan.ops.choices import FOREIGN, OPTIONS, RunFacts, check_choices, faster_than_ours
 from megatron_taipan.ops.fast import FUSIONS, KERNELS
 from megatron_taipan.ops.operations import REFERENCES, Ops, takes_kernels
 
@@ -20,8 +20,8 @@ def pick_ops(
     """Chooses the implementations once, at start-up.
 
     Args:
-        backend: "auto" takes each fast kernel of this project that runs here; "reference" takes none; "fast" requires
-            all of them.
+        backend: "auto" takes each fast kernel of this project that runs here, and others' where `faster_than_ours` says
+            so; "reference" takes none; "fast" requires all of ours.
         choices: what overrides it, by option of choices.py: "triton", "reference" or another project's kernel; an
             option that is "auto" or not there follows the backend.
         run: what the operations must be able to do; None: no more than all of them can.
@@ -33,6 +33,8 @@ def pick_ops(
     asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
     run = run or RunFacts()
     check_choices(asked, run)
+    if backend != "reference" and torch.cuda.is_available():
+        asked = faster_than_ours(run) | asked
     own = {name: _own(name, backend, asked) for name in (*REFERENCES, "gate_scores")}
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}

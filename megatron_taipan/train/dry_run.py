@@ -72,7 +72,7 @@ def dry_run(config: Config, processes: int) -> Iterator[str]:
         if of_stage.context > 1:
             where = f"{stage.title()} " if config.stages else ""
             yield f"pieces     {where}{describe_pieces(stage.config, accumulation(stage.config, of_stage.data))}"
-    yield f"kernels    {describe_operations(config)}"
+    yield f"kernels    {describe_operations(*(stage.config for stage in plan))}"
     step, run_steps = 0, t.steps
     refuse_load(config)
     if path := likely_checkpoint(config):

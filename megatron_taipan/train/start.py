@@ -71,7 +71,7 @@ def start(config: Config, place: RankInfo, device: torch.device, stack: ExitStac
     treated = describe_muon(config.optim, table) + describe_width(config.model)
     treated += run_on_all_ranks(lambda: describe_groups(config.optim, table))
     # before data is read: a package may be missing
-    ops = run_on_all_ranks(lambda: [choose_operations(stage.config) for stage in plan][0])
+    ops = run_on_all_ranks(lambda: choose_operations(*(stage.config for stage in plan)))
     there = open_files(config, plan, groups_by_context, place, device, watchdog, stack)
     found, stage, train_data = there.checkpoint, there.stage, there.train_data
     at, groups = stage.config, groups_by_context[stage.config.parallel.context]

@@ -5,7 +5,7 @@ import torch
 
 from megatron_taipan.checkpoint.metadata import changed_settings, identity
 from megatron_taipan.engine.build import capture_graphs, check_layout
-from megatron_taipan.engine.operations import describe_operations, run_facts
+from megatron_taipan.engine.operations import choose_operations, describe_operations, run_facts
 from megatron_taipan.errors import UserError
 from megatron_taipan.model import attention
 from megatron_taipan.model.taipan import Taipan
@@ -54,6 +54,17 @@ def test_a_dry_run_on_a_gpu_says_what_runs(monkeypatch):
     fake_libraries.install(monkeypatch)
     text = describe_operations(config(ops={"backend": "reference", "ssd": "mamba_ssm"}))
     assert "ssd=mamba_ssm 2.3.2.post1" in text and "causal_conv1d=reference (asked for)" in text
+
+
+def test_one_choice_serves_all_stages_of_a_run(monkeypatch):
+    """A later stage that packs documents keeps the whole run from attention that cannot tell them apart."""
+    fake_libraries.install(monkeypatch)
+    whole = config(train={"precision": "bf16"}, data={"train": "unused", "seq_len": 32, "one_document": True})
+    packed = config(train={"precision": "bf16"})
+    assert choose_operations(whole, whole).causal_attention is not None
+    for stages in ((whole, packed), (packed, whole)):
+        assert choose_operations(*stages).causal_attention is None
+        assert "causal_attention" not in describe_operations(*stages)
 
 
 def test_layers_are_not_recorded_where_the_host_counts_documents(monkeypatch):

@@ -17,6 +17,7 @@ from megatron_taipan.ops.libraries import LIBRARIES
 from megatron_taipan.ops.operations import REFERENCES
 from tests.ops import fake_libraries
 
+A = {"A": False}
 ALL = [(option, choice) for option, known in FOREIGN.items() for choice in known]
 
 
@@ -123,6 +124,24 @@ def test_triton_is_refused_where_its_kernel_cannot_run(monkeypatch):
     assert "gated_rms_norm=reference (asked for)" in pick_ops("auto", {"gated_norm": "reference"}).report
 
 
+@pytest.mark.parametrize("backend", ["auto", "fast"])
+def test_auto_takes_cudnn_where_rows_are_whole_and_it_can_serve_the_run(kernels, monkeypatch, backend):
+    def taken(choices=None, **facts) -> str | None:
+        return labels(pick_ops(backend, choices, RunFacts(**({"every_query": A} | facts)))).get("causal_attention")
+
+    assert taken() == taken({"attention": "auto"}) == taken(gated=("S",)) == f"sdpa {torch.__version__}"
+    assert taken({"attention": "triton"}) is None and taken({"attention": "flash_attn"}).startswith("flash_attn")
+    for facts in (
+        {"packed": True}, {"every_query": A | {"W": True}}, {"every_query": {}}, {"precision": "fp32"},
+        {"deterministic": True}, {"head_dim": 256}, {"head_dim": 100},
+    ):  # fmt: skip
+        assert taken(**facts) is None, facts
+    assert pick_ops(backend).causal_attention is None  # where nothing is known of the run
+    assert pick_ops("reference", None, RunFacts(every_query=A)).causal_attention is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_ops("auto", None, RunFacts(every_query=A)).causal_attention is None
+
+
 def test_fast_does_not_ask_for_kernels_that_an_option_replaced(kernels, monkeypatch):
     def lacks():
         raise ImportError("no compiler")
@@ -176,9 +195,6 @@ def test_flash_attention_names_a_gpu_that_is_too_old(kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     with pytest.raises(UserError, match=r"compute capability 8\.0.*Tesla T4 has 7\.5"):
         pick_ops("auto", {"attention": "flash_attn"}, RunFacts(every_query={"A": False}))
-
-
-A = {"A": False}
 
 
 @pytest.mark.parametrize(
