@@ -45,7 +45,7 @@ class LayerKind:
     growing: bool = False  # its decoding state grows with the text
     gated: bool = False  # has a gate that selects tokens (model/gate.py)
     capturable: bool = False  # never needs the host, so that CUDA graphs can hold it
-    ends_graph: bool = False  # a recorded group of layers ends after it
+    ends_graph: bool = False  # a recorded group of layers ends after it, if it is long enough
 
     @property
     def name(self) -> str:

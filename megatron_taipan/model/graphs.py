@@ -23,6 +23,7 @@ from megatron_taipan.parallel.replicated import sum_gradients_ahead
 from megatron_taipan.parallel.tensor import TensorParallel
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
+SHORTEST = 4  # each group holds the stream that enters it and its gradients for itself, 8 to 12 bytes an element
 
 
 class LayerGroup(nn.Module):
@@ -161,10 +162,12 @@ class GraphedLayers:
 
 
 def split_where_graphs_end(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Groups that end after a layer whose kind says so (`ends_graph`), or that are LONGEST layers long."""
+    """Groups of SHORTEST to LONGEST layers, but for the last one, that end after a layer whose kind says so (`ends_graph`)
+    where they can."""
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)
-        if layer.kind.ends_graph or len(groups[-1]) == LONGEST:  # type: ignore[union-attr]
+        length = len(groups[-1])
+        if length == LONGEST or (length >= SHORTEST and layer.kind.ends_graph):  # type: ignore[union-attr]
             groups.append([])
     return [group for group in groups if group]
