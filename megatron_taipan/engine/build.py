@@ -99,7 +99,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
             f"recording the layers on {t.micro_batch} x {config.data.seq_len} tokens ran out of memory on"
             f" {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]} Lower train.micro_batch, or use"
             " parallel.recompute_mixer=[states,conv], parallel.recompute=selective or full;"
-            " train.cuda_graphs=false needs less, and is no slower where a micro-batch has many tokens"
+            " train.cuda_graphs=false needs less, above all with long rows"
         ) from error
     return f"layers run as {len(model.graphs.groups)} CUDA graphs"
 

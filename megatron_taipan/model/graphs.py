@@ -162,8 +162,8 @@ class GraphedLayers:
 
 
 def split_where_graphs_end(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Groups of SHORTEST to LONGEST layers, but for the last one, that end after a layer whose kind says so (`ends_graph`)
-    where they can."""
+    """Groups of SHORTEST to LONGEST layers, the last one excepted; where it can, one ends after a layer whose kind says
+    so (`ends_graph`)."""
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)
