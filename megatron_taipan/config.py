@@ -46,9 +46,11 @@ class ParallelConfig(Section):
         " through their memory",
     )
     zero_stage: Literal[0, 1, 2, 3] = option(1, "DeepSpeed ZeRO stage")
-    offload_optimizer: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO keeps the optimizer state")
-    offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters")
-    nvme_path: str | None = option(None, "folder for nvme offload")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = option(
+        "none", "where ZeRO keeps the optimizer state; nvme is refused"
+    )
+    offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters; nvme is refused")
+    nvme_path: str | None = option(None, "of earlier releases; without effect, since nvme is refused")
     recompute: Literal["none", "selective", "full"] = option(
         "none",
         "activation checkpointing: selective recomputes norms, conv, scan and attention; full recomputes whole layers",

@@ -202,9 +202,9 @@ def deepspeed_config(config: Config, groups: Groups, n_params: int) -> dict[str,
         "memory_efficient_linear": False,  # it replaces torch's linear for the whole process
     }
     if p.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": p.offload_optimizer, "nvme_path": p.nvme_path}
+        zero["offload_optimizer"] = {"device": p.offload_optimizer}
     if p.offload_param != "none":
-        zero["offload_param"] = {"device": p.offload_param, "nvme_path": p.nvme_path}
+        zero["offload_param"] = {"device": p.offload_param}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": accumulation(config, groups.data_size),
@@ -245,17 +245,15 @@ def check_layout(config: Config, processes: int) -> None:
             f" (remainder {piece % p.tensor})"
         )
     for name, where in (("offload_optimizer", p.offload_optimizer), ("offload_param", p.offload_param)):
-        if where == "nvme" and not p.nvme_path:
-            raise UserError(f"parallel.{name}=nvme needs parallel.nvme_path")
+        if where == "nvme":
+            raise UserError(
+                f"parallel.{name}=nvme: DeepSpeed would keep that in files of its own, which no checkpoint here can hold,"
+                f" so the run would end at its first save; use {name}=cpu, or more ranks with zero_stage=3 or tensor"
+            )
     if p.offload_param != "none" and p.zero_stage != 3:
         raise UserError(f"parallel.offload_param={p.offload_param} needs zero_stage=3, not {p.zero_stage}")
     if p.offload_optimizer != "none" and p.zero_stage == 0:
         raise UserError(f"parallel.offload_optimizer={p.offload_optimizer} needs zero_stage 1, 2 or 3, not 0")
-    if p.offload_optimizer == "nvme" and p.zero_stage != 3:
-        raise UserError(
-            f"parallel.offload_optimizer=nvme needs zero_stage=3: at stage {p.zero_stage} DeepSpeed would keep the"
-            " optimizer's state in the host's memory without a word; use offload_optimizer=cpu, or zero_stage=3"
-        )
 
 
 def check_pieces(config: Config) -> None:

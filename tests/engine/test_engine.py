@@ -151,12 +151,14 @@ def test_biases_norms_and_decay_rates_take_no_weight_decay_and_types_are_never_m
         assert parameter_groups(model, table, config)[0]["params"][0].dtype == first
 
 
-def test_what_deepspeed_would_keep_elsewhere_is_refused():
-    offload = {"offload_optimizer": "nvme", "nvme_path": "disk"}
-    for stage in (1, 2):
-        with pytest.raises(UserError, match=f"nvme needs zero_stage=3: at stage {stage} .*host's memory"):
-            check_layout(toy_config("unused", parallel={"zero_stage": stage, **offload}), 1)
-    check_layout(toy_config("unused", parallel={"zero_stage": 3, **offload}), 1)
+@pytest.mark.parametrize("what", ["offload_optimizer", "offload_param"])
+def test_what_deepspeed_would_keep_out_of_a_checkpoints_reach_is_refused(what):
+    """At the first save of `offload_optimizer=nvme` its tensors have no elements: they are in DeepSpeed's files."""
+    for stage in (1, 2, 3):
+        parallel = {"zero_stage": stage, what: "nvme", "nvme_path": "disk"}
+        with pytest.raises(UserError, match=f"parallel.{what}=nvme: .*first save; use {what}=cpu"):
+            check_layout(toy_config("unused", parallel=parallel), 1)
+    check_layout(toy_config("unused", parallel={"zero_stage": 3, what: "cpu", "nvme_path": "disk"}), 1)
 
 
 def test_a_parameter_that_the_table_does_not_know_is_an_error():
