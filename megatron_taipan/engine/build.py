@@ -247,8 +247,8 @@ def check_layout(config: Config, processes: int) -> None:
     for name, where in (("offload_optimizer", p.offload_optimizer), ("offload_param", p.offload_param)):
         if where == "nvme":
             raise UserError(
-                f"parallel.{name}=nvme: DeepSpeed would keep that in files of its own, which no checkpoint here can hold,"
-                f" so the run would end at its first save; use {name}=cpu, or more ranks with zero_stage=3 or tensor"
+                f"parallel.{name}=nvme: DeepSpeed would keep that in its own files, which no checkpoint here holds, so"
+                f" the run would end at its first save; use {name}=cpu, or more ranks with zero_stage=3 or tensor"
             )
     if p.offload_param != "none" and p.zero_stage != 3:
         raise UserError(f"parallel.offload_param={p.offload_param} needs zero_stage=3, not {p.zero_stage}")
