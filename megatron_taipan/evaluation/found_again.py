@@ -104,12 +104,16 @@ def longest_fit(text_of: Callable[[int], str], tokenizer: Tokenizer, length: int
         )
     grows = max(1.0, (size(8) - tokens) / 8)  # tokens for each n
     exceeds: int | None = None
+    back = 1  # how far below `exceeds` the next guess is at least
     while exceeds != fits + 1:
-        guess = max(fits + 1, fits + int((length - tokens) / grows))
-        guess = min(guess, exceeds - 1) if exceeds is not None else guess
+        guess = fits + int((length - tokens) / grows)
+        guess = max(fits + 1, guess if exceeds is None else min(guess, exceeds - back))
         of_guess = size(guess)
         if of_guess <= length:
-            fits, tokens = guess, of_guess
+            fits, tokens, back = guess, of_guess, 1
         else:
-            exceeds = guess
+            # Half of the way back, as far as it seems: one by one, a text of a million tokens would be made, and
+            # tokenized, hundreds of times; all of the way would pass texts that fit, since they do not grow evenly.
+            seems = (of_guess - length) * (guess - fits) / (of_guess - tokens)
+            exceeds, back = guess, max(1, int(seems / 2))
     return text_of(fits)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 
 import pytest
 
@@ -185,3 +186,36 @@ def test_a_gate_that_is_shut_is_warned_of(task, tokenizer, tmp_path, capsys):
     }
     assert evaluate([task, str(weights), "--tokenizer", str(tokenizer), *arguments[task]]) == 0
     assert "layers.1 selects 0.00% of the tokens, where training asked for 15%" in capsys.readouterr().err
+
+
+class Cut:
+    """A tokenizer of so many characters a token, some of none."""
+
+    def __init__(self, *sizes: int):
+        self.sizes = sizes
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[bytes]]:
+        parts, at = [], 0
+        while at < len(text):
+            size = self.sizes[len(parts) % len(self.sizes)]
+            parts.append(text[at : at + size].encode())
+            at += size
+        return list(range(len(parts))), parts
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (2, 0, 5), (0, 0, 1, 7)])
+def test_the_tokens_of_a_value_are_all_that_touch_it(sizes):
+    text, spans = "x" * 60, [(first, first + size) for first in (0, 3, 4, 31, 50) for size in (1, 2, 5, 10)]
+    ids, parts = Cut(*sizes).encode_with_bytes(text)
+    owners = [i for i, part in enumerate(parts) for _ in part]  # of each character
+    found = prompts.place_values(Cut(*sizes), text, spans)
+    assert found.tokens == ids
+    assert [(r[0], r[-1]) for r in found.values] == [(owners[first], owners[last - 1]) for first, last in spans]
+
+
+def test_many_values_of_a_long_text_are_placed_at_once():
+    """A look at every token for each of them would take minutes."""
+    values = [(at, at + 5) for at in range(0, 1 << 18, 64)]
+    began = time.perf_counter()
+    found = prompts.place_values(Cut(4), "x" * (1 << 18), values)
+    assert len(found.values) == len(values) and time.perf_counter() - began < 10
