@@ -86,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = wide_dtype(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        # float32 would round each of the thousands of chunks of a long row alike where their losses are alike
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         lift = fp16_lift(token_weights, hidden.dtype)
         step = max(1, min(n, CHUNK_ELEMENTS // v))
         for start in range(0, n, step):
@@ -117,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += (grad.t() @ h).to(wide)
         ctx.save_for_backward(grad_hidden, grad_weight, lift)
         ctx.weight_dtype = weight.dtype
-        return total
+        return total.to(wide)
 
     @staticmethod
     def backward(ctx, upstream):
