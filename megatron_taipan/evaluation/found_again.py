@@ -78,9 +78,12 @@ def count_ranked_first(model: Taipan, text: RankedText, chunk: int = CHUNK) -> i
     tokens = torch.tensor([text.tokens], device=device)  # [1, l]
     cache, was_training = model.new_cache(1), model.training
     model.eval()
-    likely = [model(part, cache=cache).logits[0].argmax(-1).cpu() for part in tokens.split(chunk, 1)]
+    # copied into one tensor: each of a list of small ones would hold a piece of the CPU's heap that chunks left free
+    likely = torch.empty(len(text.tokens), dtype=torch.int64)
+    for part, place in zip(tokens.split(chunk, 1), likely.split(chunk), strict=True):
+        place.copy_(model(part, cache=cache).logits[0].argmax(-1))
     model.train(was_training)
-    right = torch.cat(likely)[:-1] == tokens[0, 1:].cpu()  # [l - 1]: of the token after each
+    right = likely[:-1] == tokens[0, 1:].cpu()  # [l - 1]: of the token after each
     return sum(bool(right[place.start - 1 : place.stop - 1].all()) for place in text.values)
 
 
