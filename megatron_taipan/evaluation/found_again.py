@@ -115,8 +115,8 @@ def longest_fit(text_of: Callable[[int], str], tokenizer: Tokenizer, length: int
         if of_guess <= length:
             fits, tokens, back = guess, of_guess, 1
         else:
-            # Half of the way back, as far as it seems: one by one, a text of a million tokens would be made, and
+            # Most of the way back, as far as it seems: one by one, a text of a million tokens would be made, and
             # tokenized, hundreds of times; all of the way would pass texts that fit, since they do not grow evenly.
             seems = (of_guess - length) * (guess - fits) / (of_guess - tokens)
-            exceeds, back = guess, max(1, int(seems / 2))
+            exceeds, back = guess, max(1, int(seems * 3 / 4))
     return text_of(fits)
