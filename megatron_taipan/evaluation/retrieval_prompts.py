@@ -24,6 +24,7 @@ QUESTION = (
     " mentioned in the provided text is"
 )
 INITIALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PHONEBOOK = "phonebook"
 SHOTS = 2  # of a phonebook, as in its source
 IN_SENTENCES = set(re.findall(r"\w+", " ".join(SENTENCES)))
 RECALL_WORDS = [word for word in NOUNS if word not in IN_SENTENCES]
@@ -90,7 +91,10 @@ def make_phonebook(tokenizer: Tokenizer, length: int, depth: float, draw: random
 
     def entries(count: int) -> list[tuple[str, str]]:
         if count > names:
-            raise UserError(f"a phonebook of {length:,} tokens needs more than the {names:,} names there are")
+            raise UserError(
+                f"a phonebook of {length:,} tokens needs more than the {names:,} names there are; choose a shorter"
+                " length, or leave phonebook out of --kinds"
+            )
         again = random.Random(seed)
         return [(full_name(i), phone_number(again)) for i in again.sample(range(names), count)]
 
@@ -127,7 +131,7 @@ def asked_places(lines: int, depth: float, draw: random.Random) -> list[int]:
 DEPTH_KINDS: dict[str, Callable[[Tokenizer, int, float, random.Random, Filler], Example]] = {
     "passkey": make_passkey,
     "needle": make_needle,
-    "phonebook": make_phonebook,
+    PHONEBOOK: make_phonebook,
 }
 
 

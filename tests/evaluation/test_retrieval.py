@@ -11,6 +11,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import retrieval_prompts as prompts
 from megatron_taipan.evaluation.__main__ import main as evaluate
 from megatron_taipan.evaluation.retrieval import main
+from megatron_taipan.evaluation.text_models import TextModel
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
@@ -93,6 +94,15 @@ def test_what_does_not_fit_is_said_before_a_model_is_read(tokenizer, model, caps
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     assert main([str(model)]) == 2 and "names no tokenizer" in capsys.readouterr().err
+
+
+def test_too_few_names_for_the_longest_phonebook_are_said_before_a_model_is_read(tokenizer, model, monkeypatch, capsys):
+    for names in ("FIRST_NAMES", "LAST_NAMES"):
+        monkeypatch.setattr(prompts, names, ["Ada"])
+    monkeypatch.setattr(TextModel, "load", lambda *_: pytest.fail("the weights were read"))
+    arguments = [str(model), "--tokenizer", str(tokenizer), "--kinds", "phonebook", "--lengths", "300,2K"]
+    assert main(arguments) == 2
+    assert "a phonebook of 2,048 tokens needs more than the 26 names there are" in capsys.readouterr().err
 
 
 def test_a_text_of_ones_own_is_the_filler_in_its_order(tokenizer, tmp_path):
