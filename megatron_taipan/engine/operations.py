@@ -16,6 +16,8 @@ def run_facts(config: Config) -> RunFacts:
     m, t, tensor = config.model.mamba, config.train, config.parallel.tensor
     attending = [kind for kind in kinds_of(config.model.letters) if kind.attends]
     groups = m.n_groups // tensor if m.n_groups % tensor == 0 else 1  # of a rank, see model/mamba2.py
+    inner, states = config.model.d_inner // tensor, groups * m.d_state
+    tokens = t.micro_batch * config.parallel.piece(config.data.seq_len)
     return RunFacts(
         precision=t.precision,
         tf32=t.tf32,
@@ -25,7 +27,9 @@ def run_facts(config: Config) -> RunFacts:
         headdim=m.headdim,
         d_state=m.d_state,
         d_conv=m.d_conv,
-        conv_channels=config.model.d_inner // tensor + 2 * groups * m.d_state,
+        conv_channels=inner + 2 * states,
+        conv_elements=tokens * (2 * inner + 2 * states + config.model.mamba_heads // tensor),
+        scan_elements=tokens * max(inner + 2 * states, inner * m.d_state // m.chunk_size, groups * m.chunk_size),
         head_dim=config.model.head_dim if attending else RunFacts.head_dim,
         every_query={kind.letter: kind.windowed for kind in attending if not kind.gated},
         gated=tuple(kind.letter for kind in attending if kind.gated),
@@ -50,7 +54,13 @@ def choose_operations(config: Config, *later: Config) -> Ops:
         UserError: what was chosen cannot serve the run or is not here.
     """
     p, facts = config.parallel, run_facts(config)
-    facts = replace(facts, packed=facts.packed or any(run_facts(stage).packed for stage in later))
+    each = [facts, *map(run_facts, later)]
+    facts = replace(
+        facts,
+        packed=any(one.packed for one in each),
+        conv_elements=max(one.conv_elements for one in each),
+        scan_elements=max(one.scan_elements for one in each),
+    )
     again = p.recompute_mixer if p.recompute == "none" else ()  # else a layer's tensors live only while it runs
     return pick_ops(config.ops.backend, config.ops.choices(), facts, again)
 

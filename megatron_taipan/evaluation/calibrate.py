@@ -21,12 +21,14 @@ from megatron_taipan.checkpoint.weights import is_export
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
 from megatron_taipan.evaluation.perplexity import choose_data
+from megatron_taipan.inference.generation import prefill
 from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
 
 MAX_MARGINS = 10_000_000  # values kept for a quantile; 40 MB
+AT_ONCE = 1 << 15  # tokens of a row in one pass; longer rows are read through the decoding cache, in constant memory
 
 
 @torch.no_grad()
@@ -66,11 +68,20 @@ def calibrate(model: Taipan, batches: Sequence[Mapping[str, Any]], capacity: flo
             lambda _, __, selection, into=margins: into.append(selection.margin.flatten())
         )
         for batch in batches:
-            model(batch["tokens"], seq_idx=batch["seq_idx"], all_logits=False)
+            _read(model, batch["tokens"], batch["seq_idx"])
         hook.remove()
         gate.threshold.copy_(_quantile(torch.cat(margins).float(), wanted))
     model.train(was_training)
     return [gate.threshold.item() for gate in gates]
+
+
+def _read(model: Taipan, tokens: Tensor, documents: Tensor | None) -> None:
+    """Lets the gates see rows [b, l] and their documents [b, l] (None: one a row)."""
+    if tokens.shape[1] <= AT_ONCE:
+        model(tokens, seq_idx=documents, all_logits=False)
+        return
+    documents = torch.zeros_like(tokens, dtype=torch.int32) if documents is None else documents
+    prefill(model, tokens, documents, model.new_cache(len(tokens)), AT_ONCE)
 
 
 def _quantile(margins: Tensor, fraction: float) -> Tensor:
@@ -113,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     dataset = build_dataset(data, "train" if options.data else "valid", model.config.vocab_size)
     count = min(options.samples, len(dataset))
     rows = [list(range(first, min(first + options.batch, count))) for first in range(0, count, options.batch)]
-    batches = [{name: value.to(device) for name, value in dataset.batch(part).items()} for part in rows]
+    read = map(dataset.batch, rows)
+    batches = [{name: batch[name].to(device) for name in ("tokens", "seq_idx")} for batch in read]
     thresholds = calibrate(model, batches, options.capacity)
     capacity = model.config.gate.final_capacity if options.capacity is None else options.capacity
     names = [name for name, _ in model.named_buffers() if name.endswith("gate.threshold")]

@@ -78,9 +78,12 @@ def count_ranked_first(model: Taipan, text: RankedText, chunk: int = CHUNK) -> i
     tokens = torch.tensor([text.tokens], device=device)  # [1, l]
     cache, was_training = model.new_cache(1), model.training
     model.eval()
-    likely = [model(part, cache=cache).logits[0].argmax(-1).cpu() for part in tokens.split(chunk, 1)]
+    # copied into one tensor: each of a list of small ones would hold a piece of the CPU's heap that chunks left free
+    likely = torch.empty(len(text.tokens), dtype=torch.int64)
+    for part, place in zip(tokens.split(chunk, 1), likely.split(chunk), strict=True):
+        place.copy_(model(part, cache=cache).logits[0].argmax(-1))
     model.train(was_training)
-    right = torch.cat(likely)[:-1] == tokens[0, 1:].cpu()  # [l - 1]: of the token after each
+    right = likely[:-1] == tokens[0, 1:].cpu()  # [l - 1]: of the token after each
     return sum(bool(right[place.start - 1 : place.stop - 1].all()) for place in text.values)
 
 
@@ -104,12 +107,16 @@ def longest_fit(text_of: Callable[[int], str], tokenizer: Tokenizer, length: int
         )
     grows = max(1.0, (size(8) - tokens) / 8)  # tokens for each n
     exceeds: int | None = None
+    back = 1  # how far below `exceeds` the next guess is at least
     while exceeds != fits + 1:
-        guess = max(fits + 1, fits + int((length - tokens) / grows))
-        guess = min(guess, exceeds - 1) if exceeds is not None else guess
+        guess = fits + int((length - tokens) / grows)
+        guess = max(fits + 1, guess if exceeds is None else min(guess, exceeds - back))
         of_guess = size(guess)
         if of_guess <= length:
-            fits, tokens = guess, of_guess
+            fits, tokens, back = guess, of_guess, 1
         else:
-            exceeds = guess
+            # Most of the way back, as far as it seems: one by one, a text of a million tokens would be made, and
+            # tokenized, hundreds of times; all of the way would pass texts that fit, since they do not grow evenly.
+            seems = (of_guess - length) * (guess - fits) / (of_guess - tokens)
+            exceeds, back = guess, max(1, int(seems * 3 / 4))
     return text_of(fits)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint.weights import open_weights
+from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.evaluation.chunked import cross_entropies
+from megatron_taipan.evaluation.chunked import cross_entropies, losses_in_chunks
 from megatron_taipan.evaluation.perplexity import (
     INPUTS,
     Score,
@@ -40,6 +41,7 @@ from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.processes import on_one_process
 
 EDGES = (64, 512, 2048, 4096)
+AT_ONCE = 1 << 15  # tokens of a row in one pass; longer rows are read in chunks through the decoding cache
 
 
 def recall_distance(tokens: Tensor, labels: Tensor, loss_mask: Tensor, seq_idx: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def score_by_distance(
 
     Args:
         batch: rows per forward pass; changes speed and memory (the logits, 4 bytes x batch x seq_len x vocabulary, and
-            as much again in bfloat16), not results.
+            as much again in bfloat16; of rows longer than AT_ONCE those of one chunk), not results.
         edges: largest distance of each class, ascending.
 
     Raises:
@@ -104,7 +106,6 @@ def score_by_distance(
     edges = tuple(edges)
     if any(high <= low for low, high in itertools.pairwise((0, *edges))):
         raise UserError(f"edges {', '.join(map(str, edges))} must be at least 1 and ascend, each larger than the last")
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     bounds = torch.tensor((0, *edges))
@@ -113,15 +114,25 @@ def score_by_distance(
     for rows in read_batches(dataset, samples, batch):
         scored = rows["loss_mask"].flatten() > 0  # [b * l]
         kind = torch.bucketize(recall_distance(*(rows[name] for name in INPUTS)), bounds).flatten()[scored]  # [n]
-        tokens, seq_idx, which = (rows[name].to(device) for name in ("tokens", "seq_idx", "sample"))
-        logits = model(tokens, seq_idx=seq_idx, samples=which).logits  # [b, l, v]
-        losses = cross_entropies(logits.flatten(0, 1), rows["labels"].flatten().to(device)).cpu()[scored]  # [n]
+        losses = _losses(model, rows)[scored]  # [n]
         nats += torch.bincount(kind, losses.double(), minlength=len(nats))
         counts += torch.bincount(kind, minlength=len(counts))
-        del logits  # before the next ones are made
     model.train(was_training)
     mean_score(0.0, int(counts.sum()))
     return RecallScores(edges, tuple(nats.tolist()), tuple(counts.tolist()))
+
+
+def _losses(model: Taipan, rows: Batch) -> Tensor:
+    """Cross entropies of all tokens of a batch, [b * l] on the CPU."""
+    if rows["tokens"].shape[1] > AT_ONCE:
+        found = torch.empty(rows["tokens"].shape)
+        for first, losses in losses_in_chunks(model, rows):  # copied: kept, each would hold a piece of the CPU's heap
+            found[:, first : first + losses.shape[1]] = losses
+        return found.flatten()
+    device = next(model.parameters()).device
+    tokens, seq_idx, which = (rows[name].to(device) for name in ("tokens", "seq_idx", "sample"))
+    logits = model(tokens, seq_idx=seq_idx, samples=which).logits  # [b, l, v]
+    return cross_entropies(logits.flatten(0, 1), rows["labels"].flatten().to(device)).cpu()
 
 
 @on_one_process

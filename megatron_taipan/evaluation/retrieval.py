@@ -28,7 +28,7 @@ from megatron_taipan.evaluation.found_again import count_ranked_first, find_valu
 from megatron_taipan.evaluation.lengths import length_name, parse_lengths
 from megatron_taipan.evaluation.passkey import spread_depths
 from megatron_taipan.evaluation.results import Row, describe_options, make_folder, markdown_table, write_results
-from megatron_taipan.evaluation.retrieval_prompts import DEPTH_KINDS, Filler, make_recall, read_filler
+from megatron_taipan.evaluation.retrieval_prompts import DEPTH_KINDS, PHONEBOOK, Filler, make_recall, read_filler
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     filler, cells, models = read_filler(options.filler), list_cells(options), find_models(options)
     for model in models:
-        refuse_too_short(model, cells, filler)
+        refuse_unfit(model, cells, filler)
     make_folder(options.out)
     rows = []
     for model in models:
@@ -132,11 +132,13 @@ def list_cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def refuse_too_short(model: TextModel, cells: Sequence[Cell], filler: Filler) -> None:
-    """Makes one text of the shortest length of every kind, so that what does not fit is said before hours of work."""
-    shortest = min(cell.length for cell in cells)
+def refuse_unfit(model: TextModel, cells: Sequence[Cell], filler: Filler) -> None:
+    """Makes one text of the shortest length of every kind, and a phonebook, for which there may be too few names, of
+    the longest, so that what does not fit is said before hours of work."""
+    lengths = [cell.length for cell in cells]
     for cell in cells:
-        if cell.length == shortest and cell.depth in (None, 0.0):
+        tried = cell.length == min(lengths) or (cell.kind == PHONEBOOK and cell.length == max(lengths))
+        if tried and cell.depth in (None, 0.0):
             try:
                 make_one(model, cell, cell.draw(0, 0), filler)
             except UserError as error:

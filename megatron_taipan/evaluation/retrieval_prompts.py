@@ -5,8 +5,10 @@ Every sample is drawn from a generator of its own, so that a sample is the same 
 
 import random
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_taipan.errors import UserError
@@ -22,6 +24,7 @@ QUESTION = (
     " mentioned in the provided text is"
 )
 INITIALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PHONEBOOK = "phonebook"
 SHOTS = 2  # of a phonebook, as in its source
 IN_SENTENCES = set(re.findall(r"\w+", " ".join(SENTENCES)))
 RECALL_WORDS = [word for word in NOUNS if word not in IN_SENTENCES]
@@ -88,7 +91,10 @@ def make_phonebook(tokenizer: Tokenizer, length: int, depth: float, draw: random
 
     def entries(count: int) -> list[tuple[str, str]]:
         if count > names:
-            raise UserError(f"a phonebook of {length:,} tokens needs more than the {names:,} names there are")
+            raise UserError(
+                f"a phonebook of {length:,} tokens needs more than the {names:,} names there are; choose a shorter"
+                " length, or leave phonebook out of --kinds"
+            )
         again = random.Random(seed)
         return [(full_name(i), phone_number(again)) for i in again.sample(range(names), count)]
 
@@ -125,7 +131,7 @@ def asked_places(lines: int, depth: float, draw: random.Random) -> list[int]:
 DEPTH_KINDS: dict[str, Callable[[Tokenizer, int, float, random.Random, Filler], Example]] = {
     "passkey": make_passkey,
     "needle": make_needle,
-    "phonebook": make_phonebook,
+    PHONEBOOK: make_phonebook,
 }
 
 
@@ -161,12 +167,8 @@ def make_recall(tokenizer: Tokenizer, length: int, pairs: int, draw: random.Rand
 def place_values(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]]) -> RankedText:
     """An ASCII text whose values lie at the spans of characters: their tokens are all that touch them."""
     ids, parts = tokenizer.encode_with_bytes(text)
-    ends, end = [], 0
-    for part in parts:
-        end += len(part)
-        ends.append(end)
-    places = []
-    for first, last in spans:
-        touching = [i for i in range(len(ids)) if ends[i] > first and ends[i] - len(parts[i]) < last]
-        places.append(range(touching[0], touching[-1] + 1))
+    borders = [0, *accumulate(map(len, parts))]  # of the tokens, in characters
+    begins, ends = borders[:-1], borders[1:]
+    places = [range(bisect_right(ends, first), bisect_left(begins, last)) for first, last in spans]
+    assert all(places)  # a value without tokens would count as found
     return RankedText(ids, places)

@@ -44,6 +44,8 @@ class RunFacts:
     d_state: int = 128
     d_conv: int = 4
     conv_channels: int = 8  # on a rank
+    conv_elements: int = 0  # of the projections of a micro-batch on a rank, in which the convolution's inputs lie
+    scan_elements: int = 0  # of the largest of the scan's tensors there: its inputs, states or products of chunks
     head_dim: int = 128  # of attention
     every_query: dict[str, bool] = field(default_factory=dict)  # layers that attend from all tokens; whether windowed
     gated: tuple[str, ...] = ()  # layers that attend from selected tokens
@@ -59,7 +61,17 @@ class Foreign:
     unrecordable: Callable[[RunFacts], str] = lambda run: ""  # why no CUDA graph can hold it, or ""
 
 
+def _against_offsets(elements: int, bits: int) -> Iterator[str]:
+    """Of a kernel whose offsets in memory have so many bits: beyond, it reads and writes elsewhere, often unseen."""
+    if elements > 1 << bits:
+        yield (
+            f"its offsets take {bits} bits, 2^{bits} = {1 << bits:,} elements, and a micro-batch has {elements:,} on a"
+            " rank; raise parallel.context, or lower data.seq_len or train.micro_batch"
+        )
+
+
 def _against_mamba_ssm(run: RunFacts) -> Iterator[str]:
+    yield from _against_offsets(run.scan_elements, 31)
     if run.precision == "fp32" and not run.tf32:
         yield "its products of float32 are TF32's, and train.tf32=false"
 
@@ -72,6 +84,7 @@ def _against_causal_conv1d(run: RunFacts) -> Iterator[str]:
             f"a rank's {run.conv_channels} channels of the convolution are not a multiple of 8"
             f" (remainder {run.conv_channels % 8})"
         )
+    yield from _against_offsets(run.conv_elements, 32)
 
 
 def _needs_every_query(run: RunFacts) -> Iterator[str]:

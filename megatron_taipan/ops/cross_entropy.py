@@ -86,10 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = wide_dtype(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
         lift = fp16_lift(token_weights, hidden.dtype)
         step = max(1, min(n, CHUNK_ELEMENTS // v))
-        for start in range(0, n, step):
+        sums = torch.zeros(-(-n // step), dtype=wide, device=hidden.device)  # by chunk: a running sum would drift
+        for chunk, start in enumerate(range(0, n, step)):
             rows = slice(start, min(start + step, n))
             h, scale = hidden[rows], token_weights[rows].to(wide)
             logits = at_least_float32(h @ weight.t())  # [m, v]
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = torch.where(here, logits.gather(1, index)[:, 0], 0)
             exp = logits.exp_()
             norm, target = reduce_sum(torch.stack([exp.sum(-1), target]))
-            total += ((norm.log() - target) * scale).sum()
+            sums[chunk] = ((norm.log() - target) * scale).sum()
             if not (needs_hidden or needs_weight):
                 continue
             if lift is not None:
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += (grad.t() @ h).to(wide)
         ctx.save_for_backward(grad_hidden, grad_weight, lift)
         ctx.weight_dtype = weight.dtype
-        return total
+        return sums.sum()
 
     @staticmethod
     def backward(ctx, upstream):

@@ -78,7 +78,8 @@ def evaluate(
         at = positions(batch["seq_idx"], begin, batch.get("document_start"))
         parts = split_by_position(at, dataset.seq_len)
         scored, by_part = _score(engine, batch, mask, parts, groups)
-        counts = torch.stack([mask.sum(), *(mask.flatten()[part].sum() for part in parts)]).double()
+        weights = mask.flatten().double()
+        counts = torch.stack([weights.sum(), *(weights[part].sum() for part in parts)])
         count = torch.full((1,), rows, dtype=torch.float64, device=device)
         values = torch.cat([counts, count, scored[1:2], by_part, scored[3:] * rows])
         sums = values if sums is None else sums + values

@@ -26,7 +26,7 @@ def test_the_facts_of_a_run():
     facts = run_facts(config(train={"precision": "bf16"}))
     assert facts == RunFacts(
         packed=True, headdim=16, d_state=16, conv_channels=64 + 2 * 2 * 16, head_dim=16, every_query={"A": False},
-        gated=("S",),
+        gated=("S",), conv_elements=2 * 32 * (2 * 64 + 2 * 2 * 16 + 4), scan_elements=2 * 32 * 2 * 256,
     )  # fmt: skip
     assert run_facts(config("W M")).every_query == {"W": True}
     for data in ({"mask_documents": False}, {"one_document": True}):
@@ -42,6 +42,32 @@ def test_a_run_is_refused_before_anything_is_started():
     with pytest.raises(UserError, match="ops.cross_entropy=liger.*parallel.tensor=2"):
         check_layout(config(ops={"cross_entropy": "liger"}, parallel={"tensor": 2}), 2)
     check_layout(config(ops={"cross_entropy": "liger"}), 1)
+
+
+@pytest.mark.parametrize(("choices", "fits"), [({"ssd": "mamba_ssm"}, 448), ({"conv": "causal_conv1d"}, 480)])
+def test_rows_beyond_the_offsets_of_a_kernel_are_refused_before_the_start(choices, fits):
+    """taipan_1.3b, whose projections are 8,512 wide and whose convolution has 4,352 channels."""
+    model = {"d_model": 2048, "mamba": {"d_state": 128, "headdim": 64}, "vocab_size": 64, "pattern": "M"}
+
+    def long(kib: int, **parallel: int):
+        data = {"train": "unused", "seq_len": kib << 10}
+        train = {"micro_batch": 1, "global_batch": 1, "precision": "bf16"}
+        return toy_config("unused", model=model, data=data, train=train, ops=choices, parallel=parallel)
+
+    check_layout(long(fits), 1)
+    with pytest.raises(UserError, match="offsets take .* raise parallel.context"):
+        check_layout(long(1024), 1)
+    check_layout(long(1024, context=4), 4)
+
+
+def test_a_later_stage_of_longer_rows_is_what_counts(monkeypatch):
+    fake_libraries.install(monkeypatch)
+    short, long = (
+        config(data={"train": "unused", "seq_len": length}, ops={"ssd": "mamba_ssm"}) for length in (32, 1 << 22)
+    )
+    choose_operations(short, short)
+    with pytest.raises(UserError, match="ops.ssd=mamba_ssm cannot serve this run: its offsets take 31 bits"):
+        choose_operations(short, long)
 
 
 def test_a_dry_run_without_a_gpu_says_what_was_asked_for(monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
+from megatron_taipan.evaluation import calibrate as calibration
 from megatron_taipan.evaluation.calibrate import calibrate, main
 from megatron_taipan.gate_config import Schedule
 from megatron_taipan.inference.loading import load_model
@@ -44,6 +45,20 @@ def test_fraction_on_unseen_text(capacity):
     model.eval()
     for layer, fraction in enumerate(selected(model, make_batches(1))):
         assert abs(fraction - capacity) < 0.05, (layer, fraction)
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_long_rows_are_read_in_parts(monkeypatch, documents):
+    """With the thresholds that they have at once."""
+    model, batches = make_model("M S W S"), make_batches(0)
+    for batch in batches:
+        batch["seq_idx"] = (torch.arange(64) * documents // 64).int().expand(4, 64) if documents > 1 else None
+    wanted = calibrate(model, batches, 0.3)
+    widths = []
+    model.embedding.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    monkeypatch.setattr(calibration, "AT_ONCE", 24)
+    assert calibrate(model, batches, 0.3) == pytest.approx(wanted, abs=1e-5)
+    assert sorted(set(widths)) == [16, 24]
 
 
 def test_without_a_capacity_it_is_what_the_models_schedule_ends_at():

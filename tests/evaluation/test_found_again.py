@@ -80,3 +80,18 @@ def test_the_longest_text_that_fits_is_found(length, sizes):
         return
     wanted = max(n for n in range(301) if len(text(n)) <= length)
     assert longest_fit(text, Letters(), length) == text(wanted)
+
+
+@pytest.mark.parametrize(("first", "later"), [(9, 10), (10, 9), (1, 40), (40, 30)])
+def test_a_text_of_a_million_tokens_is_made_a_few_times(first, later):
+    """Also where the sentences that the guess is made by are not as long as the others."""
+    made = []
+
+    def text(n: int) -> str:
+        made.append(n)
+        return "x" * (first * min(n, 8) + later * max(n - 8, 0))
+
+    length = 1 << 20
+    found = longest_fit(text, Letters(), length)
+    assert length - later < len(found) <= length
+    assert len(made) < 40

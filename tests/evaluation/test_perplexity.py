@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data.piece import RowPiece
 from megatron_taipan.evaluation.perplexity import main, score
 from megatron_taipan.evaluation.recall_tokens import score_by_distance
 from megatron_taipan.model.taipan import Taipan
@@ -58,6 +60,31 @@ def test_a_random_gate_draws_by_the_sample_not_by_its_place_in_a_batch(prefix):
     assert single == pytest.approx(four, rel=1e-6)
     split = [score_by_distance(model, dataset, samples=9, batch=batch).total.ce for batch in (1, 4)]
     assert split == pytest.approx([single] * 2, rel=1e-6)
+
+
+def test_the_tokens_of_long_rows_are_all_counted():
+    """More of them than float32 can count: 2^24 and one."""
+    tokens = 2**24 + 1
+
+    class Rows:
+        piece = RowPiece()
+
+        def __len__(self) -> int:
+            return 1
+
+        def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+            some = torch.zeros(1, dtype=torch.int64).expand(1, tokens)
+            return {"tokens": some, "labels": some, "loss_mask": torch.ones(1, 1).expand(1, tokens), "seq_idx": some,
+                    "sample": torch.tensor(indices)}  # fmt: skip
+
+    class Model(torch.nn.Linear):
+        place = None
+
+        def forward(self, *_, **__) -> SimpleNamespace:
+            return SimpleNamespace(ce_loss=torch.tensor(2.0 * tokens, dtype=torch.float64))
+
+    found = score(Model(1, 1), Rows(), samples=1)
+    assert found.tokens == tokens and found.ce == 2
 
 
 def test_scoring_leaves_the_training_mode(prefix):

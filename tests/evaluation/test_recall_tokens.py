@@ -13,7 +13,7 @@ from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
-from megatron_taipan.evaluation import chunked
+from megatron_taipan.evaluation import chunked, recall_tokens
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.evaluation.recall_tokens import main, recall_distance, score_by_distance
 from megatron_taipan.model.taipan import Taipan
@@ -81,9 +81,10 @@ def test_largest_ids_do_not_run_into_each_other():
     assert distance.tolist() == [[0, 0, 2, 0], [0, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_classes_hold_the_losses_of_a_loop_and_sum_to_the_perplexity(dataset, batch, monkeypatch):
+@pytest.mark.parametrize(("batch", "at_once"), [(1, 1 << 15), (4, 1 << 15), (4, 1)])
+def test_classes_hold_the_losses_of_a_loop_and_sum_to_the_perplexity(dataset, batch, at_once, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(recall_tokens, "AT_ONCE", at_once)
     model, edges = small_model("M S W A").train(), (2, 5, 20)
     nats, counts = [0.0] * 5, [0] * 5
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import retrieval_prompts as prompts
 from megatron_taipan.evaluation.__main__ import main as evaluate
 from megatron_taipan.evaluation.retrieval import main
+from megatron_taipan.evaluation.text_models import TextModel
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 from tests.checkpoint.test_weights import write_weights
@@ -92,6 +94,15 @@ def test_what_does_not_fit_is_said_before_a_model_is_read(tokenizer, model, caps
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     assert main([str(model)]) == 2 and "names no tokenizer" in capsys.readouterr().err
+
+
+def test_too_few_names_for_the_longest_phonebook_are_said_before_a_model_is_read(tokenizer, model, monkeypatch, capsys):
+    for names in ("FIRST_NAMES", "LAST_NAMES"):
+        monkeypatch.setattr(prompts, names, ["Ada"])
+    monkeypatch.setattr(TextModel, "load", lambda *_: pytest.fail("the weights were read"))
+    arguments = [str(model), "--tokenizer", str(tokenizer), "--kinds", "phonebook", "--lengths", "300,2K"]
+    assert main(arguments) == 2
+    assert "a phonebook of 2,048 tokens needs more than the 26 names there are" in capsys.readouterr().err
 
 
 def test_a_text_of_ones_own_is_the_filler_in_its_order(tokenizer, tmp_path):
@@ -185,3 +196,36 @@ def test_a_gate_that_is_shut_is_warned_of(task, tokenizer, tmp_path, capsys):
     }
     assert evaluate([task, str(weights), "--tokenizer", str(tokenizer), *arguments[task]]) == 0
     assert "layers.1 selects 0.00% of the tokens, where training asked for 15%" in capsys.readouterr().err
+
+
+class Cut:
+    """A tokenizer of so many characters a token, some of none."""
+
+    def __init__(self, *sizes: int):
+        self.sizes = sizes
+
+    def encode_with_bytes(self, text: str) -> tuple[list[int], list[bytes]]:
+        parts, at = [], 0
+        while at < len(text):
+            size = self.sizes[len(parts) % len(self.sizes)]
+            parts.append(text[at : at + size].encode())
+            at += size
+        return list(range(len(parts))), parts
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (2, 0, 5), (0, 0, 1, 7)])
+def test_the_tokens_of_a_value_are_all_that_touch_it(sizes):
+    text, spans = "x" * 60, [(first, first + size) for first in (0, 3, 4, 31, 50) for size in (1, 2, 5, 10)]
+    ids, parts = Cut(*sizes).encode_with_bytes(text)
+    owners = [i for i, part in enumerate(parts) for _ in part]  # of each character
+    found = prompts.place_values(Cut(*sizes), text, spans)
+    assert found.tokens == ids
+    assert [(r[0], r[-1]) for r in found.values] == [(owners[first], owners[last - 1]) for first, last in spans]
+
+
+def test_many_values_of_a_long_text_are_placed_at_once():
+    """A look at every token for each of them would take minutes."""
+    values = [(at, at + 5) for at in range(0, 1 << 18, 64)]
+    began = time.perf_counter()
+    found = prompts.place_values(Cut(4), "x" * (1 << 18), values)
+    assert len(found.values) == len(values) and time.perf_counter() - began < 10

@@ -110,6 +110,18 @@ def test_tensors_on_a_cpu_take_the_reference_as_ever(kernels):
     assert torch.equal(conv(x, weight), REFERENCES["causal_conv1d"](x, weight))
 
 
+@pytest.mark.parametrize(
+    ("choices", "most"),
+    [({"ssd": "mamba_ssm"}, {"scan_elements": 2**31}), ({"conv": "causal_conv1d"}, {"conv_elements": 2**32})],
+    ids=str,
+)
+def test_micro_batches_beyond_the_offsets_of_a_kernel_are_refused(choices, most):
+    check_choices(choices, RunFacts(**most))
+    with pytest.raises(UserError, match=r"offsets take 3\d bits.* and a micro-batch has [\d,]*\d on a rank"):
+        check_choices(choices, RunFacts(**{name: n + 1 for name, n in most.items()}))
+    check_choices({"ssd": "triton", "conv": "triton"}, RunFacts(scan_elements=2**40, conv_elements=2**40))
+
+
 @pytest.mark.parametrize(("option", "choice"), ALL)
 def test_without_a_gpu_it_is_refused(option, choice, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,5 +1,6 @@
 """The cross entropy of a linear head against torch's over all logits."""
 
+import math
 import threading
 
 import pytest
@@ -34,6 +35,17 @@ def test_equals_torchs_for_any_chunk(monkeypatch, elements):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(3 * y, (hidden, weight)) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20])
+def test_the_loss_of_a_million_tokens_is_the_mean_of_theirs(monkeypatch, scale):
+    """An untrained network's losses are alike, so a sum in float32 would be rounded the same way in every chunk."""
+    n, v = 1 << 20, 16
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 256 * v)  # rows of a chunk as with 2^17 ids
+    labels, weight = torch.zeros(n, dtype=torch.int64), torch.zeros(v, 1)
+    loss = linear_cross_entropy_reference(torch.zeros(n, 1), weight, labels, torch.full((n,), scale))
+    assert loss.dtype == torch.float32
+    assert float(loss) / (n * scale) == pytest.approx(math.log(v), rel=1e-6)
 
 
 def test_only_a_chunk_of_logits_is_ever_held(monkeypatch):
