@@ -35,7 +35,12 @@ FREE = 2 << 30  # bytes that may stay in use after a measurement: workspaces of 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `run` takes."""
-    parser.add_argument("--presets", nargs="*", default=PRESETS, help="files of launch/configs, without their ending")
+    parser.add_argument(
+        "--presets",
+        nargs="*",
+        default=PRESETS,
+        help="files of launch/configs, without their ending; none: --peer alone",
+    )
     parser.add_argument(
         "--peer", action="store_true", help=f"also the compiled Transformer++ of {SIZES_OF_PEER}'s sizes"
     )

@@ -50,7 +50,9 @@ class ParallelConfig(Section):
         "none", "where ZeRO keeps the optimizer state; nvme is refused"
     )
     offload_param: Literal["none", "cpu", "nvme"] = option("none", "where ZeRO-3 keeps parameters; nvme is refused")
-    nvme_path: str | None = option(None, "of earlier releases; without effect, since nvme is refused")
+    nvme_path: str | None = option(
+        None, "kept so that files of earlier runs are read; without effect, since nvme is refused"
+    )
     recompute: Literal["none", "selective", "full"] = option(
         "none",
         "activation checkpointing: selective recomputes norms, conv, scan and attention; full recomputes whole layers",
@@ -307,7 +309,8 @@ OwnKernel = Literal["auto", "triton", "reference"]
 
 
 class OpsConfig(Section):
-    """Which implementation of each operation runs; in all options but the first, auto means: as ops.backend says."""
+    """Which implementation of each operation runs; in all options but the first, auto means: as ops.backend says, and
+    for layers A what the option of attention adds."""
 
     backend: Literal["auto", "reference", "fast"] = option(
         "auto",

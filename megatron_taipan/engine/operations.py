@@ -24,6 +24,7 @@ def run_facts(config: Config) -> RunFacts:
         deterministic=t.deterministic,
         tensor=tensor,
         packed=config.data.mask_documents and not config.data.one_document,
+        in_pieces=config.parallel.context > 1,
         headdim=m.headdim,
         d_state=m.d_state,
         d_conv=m.d_conv,
@@ -58,6 +59,7 @@ def choose_operations(config: Config, *later: Config) -> Ops:
     facts = replace(
         facts,
         packed=any(one.packed for one in each),
+        in_pieces=any(one.in_pieces for one in each),
         conv_elements=max(one.conv_elements for one in each),
         scan_elements=max(one.scan_elements for one in each),
     )

@@ -23,7 +23,7 @@ from megatron_taipan.parallel.replicated import sum_gradients_ahead
 from megatron_taipan.parallel.tensor import TensorParallel
 
 LONGEST = 7  # layers of a group; shorter groups let gradients leave for other ranks earlier
-SHORTEST = 4  # each group holds the stream that enters it and its gradients for itself, 8 to 12 bytes an element
+SHORTEST = 4  # each group holds the gradients of the stream that enters and that leaves for itself, 8 bytes an element
 
 
 class LayerGroup(nn.Module):

@@ -170,7 +170,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
 
 def tokens_of_tile(length: int, usual: int) -> int:
     """As usual, or as many times two as a row needs whose tiles would pass the 65,535 of a grid's second dimension."""
-    return usual * triton.next_power_of_2(triton.cdiv(triton.cdiv(length, usual), 65_535))
+    return usual * triton.next_power_of_2(max(1, triton.cdiv(triton.cdiv(length, usual), 65_535)))
 
 
 def conv_forward(x, weight, bias, seq_idx, tail):

@@ -40,6 +40,7 @@ class RunFacts:
     deterministic: bool = False
     tensor: int = 1  # tensor ranks
     packed: bool = False  # rows hold several documents that must not see each other
+    in_pieces: bool = False  # other ranks hold other pieces of the rows
     headdim: int = 64  # of the scan
     d_state: int = 128
     d_conv: int = 4
@@ -145,12 +146,14 @@ FOREIGN: dict[str, dict[str, Foreign]] = {
 
 
 def faster_than_ours(run: RunFacts) -> dict[str, str]:
-    """By option, the kernels of other projects that `auto` takes on a GPU where they can serve the run: those that were
-    measured to be faster than ours (docs/performance.md, "Kernels to choose").
+    """By option, the kernels of other projects that `auto` takes on a GPU of compute capability 9.0 or later, where
+    they can serve the run: those that were measured to be faster than ours on an H200 (docs/performance.md, "Kernels
+    to choose").
 
-    cuDNN's attention has heads of up to 128 channels both ways, and adds gradients in an order that may vary.
+    cuDNN's attention has heads of up to 128 channels both ways, and adds gradients in an order that may vary. Pieces of
+    rows are attended by our kernel whatever is chosen.
     """
-    whole_rows = run.every_query and not any(FOREIGN["attention"]["sdpa"].against(run))
+    whole_rows = run.every_query and not run.in_pieces and not any(FOREIGN["attention"]["sdpa"].against(run))
     in_cudnn = run.precision != "fp32" and run.head_dim % 8 == 0 and run.head_dim <= 128
     return {"attention": "sdpa"} if whole_rows and in_cudnn and not run.deterministic else {}
 

@@ -33,7 +33,7 @@ def pick_ops(
     asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
     run = run or RunFacts()
     check_choices(asked, run)
-    if backend != "reference" and torch.cuda.is_available():
+    if backend != "reference" and _has_cudnn_attention():
         asked = faster_than_ours(run) | asked
     own = {name: _own(name, backend, asked) for name in (*REFERENCES, "gate_scores")}
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
@@ -68,6 +68,13 @@ def pick_ops(
         report="ops: " + " ".join(f"{name}={label}" for name, label in labels.items()),
         unrecordable="; ".join(filter(None, unrecordable)),
     )  # fmt: skip
+
+
+def _has_cudnn_attention() -> bool:
+    """Whether the GPU is of the kind that was measured, or later, and torch has cuDNN's attention for it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    return torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def _set(name: str, asked: Mapping[str, str]) -> str | None:

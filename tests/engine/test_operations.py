@@ -88,7 +88,8 @@ def test_one_choice_serves_all_stages_of_a_run(monkeypatch):
     whole = config(train={"precision": "bf16"}, data={"train": "unused", "seq_len": 32, "one_document": True})
     packed = config(train={"precision": "bf16"})
     assert choose_operations(whole, whole).causal_attention is not None
-    for stages in ((whole, packed), (packed, whole)):
+    pieces = whole.model_copy(update={"parallel": whole.parallel.model_copy(update={"context": 2})})
+    for stages in ((whole, packed), (packed, whole), (whole, pieces)):
         assert choose_operations(*stages).causal_attention is None
         assert "causal_attention" not in describe_operations(*stages)
 

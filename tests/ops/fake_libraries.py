@@ -141,3 +141,4 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda package: VERSIONS.get(package) or real(package))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)

@@ -145,13 +145,18 @@ def test_auto_takes_cudnn_where_rows_are_whole_and_it_can_serve_the_run(kernels,
     assert taken({"attention": "triton"}) is None and taken({"attention": "flash_attn"}).startswith("flash_attn")
     for facts in (
         {"packed": True}, {"every_query": A | {"W": True}}, {"every_query": {}}, {"precision": "fp32"},
-        {"deterministic": True}, {"head_dim": 256}, {"head_dim": 100},
+        {"deterministic": True}, {"head_dim": 256}, {"head_dim": 100}, {"in_pieces": True},
     ):  # fmt: skip
         assert taken(**facts) is None, facts
     assert pick_ops(backend).causal_attention is None  # where nothing is known of the run
     assert pick_ops("reference", None, RunFacts(every_query=A)).causal_attention is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_ops("auto", None, RunFacts(every_query=A)).causal_attention is None
+    for owner, name, value in (
+        (torch.backends.cuda, "cudnn_sdp_enabled", False), (torch.backends.cudnn, "is_available", False),
+        (torch.cuda, "get_device_capability", (8, 0)), (torch.cuda, "is_available", False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_, value=value: value)
+            assert labels(pick_ops("auto", None, RunFacts(every_query=A))).get("causal_attention") is None
 
 
 def test_fast_does_not_ask_for_kernels_that_an_option_replaced(kernels, monkeypatch):
@@ -178,6 +183,7 @@ PACKAGES = [(option, choice) for option, choice in ALL if choice != "sdpa"]
 def test_a_package_that_is_missing_old_or_broken_is_named_with_its_command(option, choice, monkeypatch):
     library = LIBRARIES[choice]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     build = "--no-build-isolation " if choice in ("mamba_ssm", "causal_conv1d", "flash_attn") else ""
     command = rf"pip install {build}'{library.package}>={library.oldest}'"
 

@@ -107,6 +107,20 @@ def test_tokens_beyond_32_bits_are_found(device, operation):
     assert [torch.equal(a, b) for a, b in zip(close, wide, strict=True)] == [True] * len(close)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+def test_tiles_of_a_longer_row_compute_the_same(monkeypatch):
+    """What a convolution of more than two million tokens takes."""
+    from megatron_taipan.ops import causal_conv1d_triton as kernels
+
+    assert [kernels.tokens_of_tile(n, 32) for n in (0, 1, 32 * 65_535, 32 * 65_535 + 1, LONG)] == [32, 32, 32, 64, 256]
+    usual = conv(lambda t: t, "cpu")
+    monkeypatch.setattr(kernels, "tokens_of_tile", lambda _, usual: 4 * usual)
+    *same, dweight, dbias, dx = conv(lambda t: t, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip((*same, dx), (usual[0], usual[3]), strict=True))
+    for a, b in ((dweight, usual[1]), (dbias, usual[2])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_every_grid_of_a_row_of_eight_million_tokens_can_be_launched(monkeypatch):
     """Dimensions after the first end at 65,535 (CUDA's programming guide, technical specifications)."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -135,7 +149,8 @@ def test_every_grid_of_a_row_of_eight_million_tokens_can_be_launched(monkeypatch
 
 
 def make_long_launches():
-    """Every kernel that a training step launches over a row, at LONG tokens; the memory is never touched."""
+    """A training step's kernels with grids of more than one dimension, and some others, at LONG tokens; the memory is
+    never touched."""
     from megatron_taipan.ops import causal_conv1d_triton as convolution
     from megatron_taipan.ops import gated_norm_triton as norms
     from megatron_taipan.ops import selected_rows_triton as selected

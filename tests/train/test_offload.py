@@ -1,7 +1,7 @@
 """Optimizer state and parameters in the host's memory: the same run as without, and stopped and resumed.
 
-On a CPU nothing moves, but DeepSpeed's code for it runs, with torch's AdamW as on a GPU. Pinned memory, copies that
-overlap are not tried here.
+On a CPU nothing moves, but DeepSpeed's code for it runs, with torch's AdamW as on a GPU. Pinned memory and copies
+that overlap are not tried here.
 """
 
 from pathlib import Path
