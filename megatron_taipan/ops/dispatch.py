@@ -33,8 +33,8 @@ def pick_ops(
     asked = {option: choice for option, choice in (choices or {}).items() if choice != "auto"}
     run = run or RunFacts()
     check_choices(asked, run)
-    if backend != "reference" and _has_cudnn_attention():
-        asked = faster_than_ours(run) | asked
+    if backend != "reference" and (faster := faster_than_ours(run)) and _has_cudnn_attention():
+        asked = faster | asked
     own = {name: _own(name, backend, asked) for name in (*REFERENCES, "gate_scores")}
     ours = {name for name, (kernel, _) in own.items() if kernel is not None}
     foreign = {option: choice for option, choice in asked.items() if choice in FOREIGN.get(option, {})}
