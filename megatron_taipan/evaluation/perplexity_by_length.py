@@ -175,7 +175,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     rows: list[Row] = []
     parts: list[Row] = []
     data: DataConfig | None = None
-    print(f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents")
+    print(
+        f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents  (*: beyond training)"
+    )
     for label, model, config, path in each_model(options, options.untrained, ranks):
         if data is None:
             data = choose_data(config, options.data, options.seq_len or lengths[0], path)
@@ -248,7 +250,7 @@ def _numbers(score: Score) -> Row:
 
 
 def _print_row(row: Row) -> None:
-    length = length_name(row["length"]) + ("*" if row["length"] == row["training length"] else "")
+    length = length_name(row["length"]) + "*" * bool(row["training length"] and row["length"] > row["training length"])
     numbers = row["note"]
     if row["perplexity"] is not None:
         numbers = f"{row['perplexity']:>12.2f} {row['cross entropy']:>14.4f} {row['tokens']:>10,}  {row['documents']}"

@@ -20,6 +20,7 @@ from megatron_taipan.errors import UserError, exits_cleanly, writing
 from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_decisions
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
+from megatron_taipan.inference.generation import usual_chunk
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.parallel.processes import on_one_process
@@ -47,13 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the page here (HTML)")
     parser.add_argument("--json", type=Path, help="write the table's numbers here")
     parser.add_argument("--max-tokens", type=int, default=20_000, help="read the beginning of a longer text only")
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens per pass; bounds the memory")
+    parser.add_argument("--chunk", type=int, help="tokens per pass; bounds the memory; default: 2048, on a GPU 8192")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file; default: the model's")
     parser.add_argument("--ema", action="store_true", help="the weights' moving average (optim.ema_decay)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
-    if options.max_tokens < 1 or options.chunk < 1:
+    if options.max_tokens < 1 or (options.chunk is not None and options.chunk < 1):
         raise UserError(f"--max-tokens={options.max_tokens} and --chunk={options.chunk} must be at least 1")
 
     text, device = read_text(options.text), parse_device(options.device)
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = truncate_tokens(parts, options.max_tokens)
     ids = whole[: len(parts)]
     with watched_selection(model, str(options.model)):
-        decisions = collect_decisions(model.to(device), ids, options.chunk)
+        decisions = collect_decisions(model.to(device), ids, options.chunk or usual_chunk(device))
     groups = group_tokens(decisions, token_kinds(ids, parts))
 
     summary = {

@@ -98,7 +98,7 @@ def test_the_program_compares_models_by_length(tmp_path, prefix, capsys):
     wanted = score_contexts(model, contexts_of(prefix, 64)[0], samples=3, first=16).total.ce
     assert rows[5]["cross entropy"] == pytest.approx(wanted, rel=1e-6)
     said = capsys.readouterr().out
-    assert " 64* " in said and "in a row" not in said and said.count("tokens here") == 2
+    assert " 64 " in said and " 128* " in said and "in a row" not in said and said.count("tokens here") == 2
     parts = json.loads((tmp_path / "out/perplexity_by_position.json").read_text())["rows"]
     assert [part["below position"] for part in parts] == [16, 32, 64, 128] * 2
     for name in ("perplexity.svg", "perplexity_by_position.svg"):
