@@ -176,7 +176,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     parts: list[Row] = []
     data: DataConfig | None = None
     print(
-        f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents  (*: beyond training)"
+        f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents"
+        "  (*: beyond training)"
     )
     for label, model, config, path in each_model(options, options.untrained, ranks):
         if data is None:
