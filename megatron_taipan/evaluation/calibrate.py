@@ -20,6 +20,7 @@ from megatron_taipan.checkpoint.folder import locate
 from megatron_taipan.checkpoint.weights import is_export
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.evaluation.chunked import AT_ONCE
 from megatron_taipan.evaluation.perplexity import choose_data
 from megatron_taipan.inference.generation import prefill
 from megatron_taipan.inference.loading import load_model, parse_device
@@ -28,7 +29,6 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
 
 MAX_MARGINS = 10_000_000  # values kept for a quantile; 40 MB
-AT_ONCE = 1 << 15  # tokens of a row in one pass; longer rows are read through the decoding cache, in constant memory
 
 
 @torch.no_grad()

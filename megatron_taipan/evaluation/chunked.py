@@ -15,6 +15,7 @@ from megatron_taipan.data.batch import Batch
 from megatron_taipan.model.taipan import Taipan
 
 CHUNK = 2048  # tokens a pass; the logits of one take 4 bytes x rows x CHUNK x vocabulary
+AT_ONCE = 1 << 15  # tokens of a row that tasks which read whole rows take in one pass; longer rows go through the cache
 CHUNK_ELEMENTS = 1 << 25  # log probabilities held at once: 128 MiB in float32
 
 

@@ -23,7 +23,7 @@ from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError, exits_cleanly
-from megatron_taipan.evaluation.chunked import cross_entropies, losses_in_chunks
+from megatron_taipan.evaluation.chunked import AT_ONCE, cross_entropies, losses_in_chunks
 from megatron_taipan.evaluation.perplexity import (
     INPUTS,
     Score,
@@ -41,7 +41,6 @@ from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.processes import on_one_process
 
 EDGES = (64, 512, 2048, 4096)
-AT_ONCE = 1 << 15  # tokens of a row in one pass; longer rows are read in chunks through the decoding cache
 
 
 def recall_distance(tokens: Tensor, labels: Tensor, loss_mask: Tensor, seq_idx: Tensor) -> Tensor:

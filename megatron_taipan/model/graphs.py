@@ -8,11 +8,13 @@ stays on the device. NCCL's collectives are recorded like any kernel, so tensor-
 
 import warnings
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from megatron_taipan.model.blocks import Block
 from megatron_taipan.model.context import Context, make_context
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.gate_settings import GateSettings
@@ -167,7 +169,7 @@ def split_where_graphs_end(layers: list[nn.Module]) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)
-        length = len(groups[-1])
-        if length == LONGEST or (length >= SHORTEST and layer.kind.ends_graph):  # type: ignore[union-attr]
+        length, kind = len(groups[-1]), cast(Block, layer).kind
+        if length == LONGEST or (length >= SHORTEST and kind.ends_graph):
             groups.append([])
     return [group for group in groups if group]
