@@ -45,8 +45,7 @@ class PeerMemory(OverlappedComm):
         if x.dtype != torch.float32 or x.numel() * 4 > SMALL or x.numel() % 4:
             return None
         if self.sums is None:
-            self.sums = symmetric.empty(SMALL // 4, dtype=torch.float32, device=x.device)
-            symmetric.rendezvous(self.sums, self.group)
+            self.sums, _ = _shared(SMALL // 4, torch.float32, x.device, self.group)
         buffer = self.sums[: x.numel()].view(x.shape)
         return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.contiguous(), "sum", self.group.group_name)
 
@@ -71,6 +70,18 @@ class PeerMemory(OverlappedComm):
         self.buffers.append(_Buffer(self, n_bytes, device))
 
 
+def _shared(n: int, dtype: torch.dtype, device: torch.device, group: Any) -> tuple[Tensor, Any]:
+    """Memory [n] that all ranks of the group see, and torch's handle of it; collective.
+
+    torch clears the signals of new memory by work that it queues on the GPU, behind all that runs there, and the ranks
+    meet on the host. A rank whose GPU was less busy could signal before that, and its signal would be cleared: both
+    ranks would wait until the time is up (pytorch#196546 is the same in another allocator).
+    """
+    memory = symmetric.empty(n, dtype=dtype, device=device)
+    torch.cuda.synchronize(device)
+    return memory, symmetric.rendezvous(memory, group)
+
+
 class _Buffer:
     """Symmetric memory for chunks of up to n_bytes; making one is a collective call.
 
@@ -80,8 +91,7 @@ class _Buffer:
 
     def __init__(self, comm: PeerMemory, n_bytes: int, device: torch.device):
         self.capacity = -(-n_bytes // ALIGNMENT) * ALIGNMENT
-        self.memory = symmetric.empty(SLOTS * comm.size * self.capacity, dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(self.memory, comm.group)
+        self.memory, self.handle = _shared(SLOTS * comm.size * self.capacity, torch.uint8, device, comm.group)
         for slot in range(SLOTS):
             for peer in comm.peers:  # every slot is free
                 self.handle.put_signal(peer, SLOTS + slot, comm.timeout_ms)

@@ -1,6 +1,7 @@
 """Stands in for GPUs that see each other's memory: files that all processes map, streams that are none.
 
-Signals are as torch's: one is put where the last one was taken, else waited for. It shows whether pieces lie where they
+Signals are as torch's: one is put where the last one was taken, else waited for. Those of new memory are cleared when
+the host waits for the GPU, or else, on rank 0, a while after the ranks have met. It shows whether pieces lie where they
 are read and whether each is waited for and given back; what runs beside what on a GPU it cannot show.
 """
 
@@ -8,12 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 CHANNELS = 8
+LATE = 0.3  # seconds by which a busy GPU clears its signals too late
 
 
 class NoStream:
@@ -67,18 +71,29 @@ def made(path: Path, n_bytes: int) -> Path:
 def pretended_gpus(folder: Path, rank: int, size: int) -> Iterator[None]:
     """In here symmetric memory of this process is the files of `folder`."""
     rooms: list[Handle] = []
+    queued: list[torch.Tensor] = []  # memory whose signals the GPU has yet to clear
+
+    def empty(*shape: int, **options: Any) -> torch.Tensor:
+        queued.append(torch.empty(*shape, **options))
+        return queued[-1]
 
     def rendezvous(memory: torch.Tensor, group: object) -> Handle:
         rooms.append(Handle(folder, len(rooms), rank, size, memory.numel()))
+        dist.barrier()
+        if queued and rank == 0:  # whose GPU is the busy one
+            time.sleep(LATE)
+            rooms[-1].signals[rank][:] = 0
+        queued.clear()
         return rooms[-1]
 
     with ExitStack() as stack:
         for name, stand_in in {
             "Stream": NoStream, "current_stream": NoStream, "stream": lambda stream: nullcontext(),
             "empty_cache": lambda: None, "mem_get_info": lambda device: (2**40, 2**40),
+            "synchronize": lambda device=None: queued.clear(),
         }.items():  # fmt: skip
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
         symmetric = torch.distributed._symmetric_memory
-        stack.enter_context(patch.object(symmetric, "empty", torch.empty))
+        stack.enter_context(patch.object(symmetric, "empty", empty))
         stack.enter_context(patch.object(symmetric, "rendezvous", rendezvous))
         yield

@@ -170,6 +170,34 @@ def on_gpu() -> bool:
     return True
 
 
+def behind_work() -> bool:
+    """New memory while one rank's GPU has a second of work before it, and the others none."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    comm = overlapped_comm_of(device)
+    assert isinstance(comm, PeerMemory)
+    for salt, rows in enumerate([100, 1_000, 10_000]):  # each needs a larger buffer
+        chunks = [chunk_of(r, (rows, 8), torch.float32, device, salt) for r in range(comm.size)]
+        few = chunks[comm.rank][:4].clone()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # `make_buffer` has nothing to free, which could wait for the GPU
+        if comm.rank == 0:
+            torch.cuda._sleep(2_000_000_000)
+        whole, _ = gathered(comm, chunks[comm.rank])
+        assert torch.equal(whole, torch.cat(chunks))
+        if comm.rank == 0:
+            torch.cuda._sleep(2_000_000_000)
+        total = comm.sum(few)
+        assert total is not None and torch.equal(total, sum(chunk[:4] for chunk in chunks))
+    return True
+
+
+@pytest.mark.gpu
+def test_signals_of_new_memory_are_not_lost_behind_queued_work():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    assert launch(2, behind_work, on_gpu=True, timeout=100) == [True] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_piece_arrives_through_the_gpus_memory(size):
