@@ -5,6 +5,9 @@ micro-batches have `--micro-tokens`; a longer row is a micro-batch by itself. La
 allows: nothing, else `selective`, else `full`. Every result says which, since it costs time: where a line changes it,
 its fall is not the length's alone. With `--recompute full` all lengths are alike.
 
+A row is one document. Models with `A` layers run without document masks, so that cuDNN's attention, the fastest for
+whole rows, takes them as it takes the peer's (`--overrides data.mask_documents=true`: with masks).
+
 Each result is a line of OUT/lengths.jsonl. The same command makes only those that are missing, so that it can be run in
 parts (`--until`). `--table` prints Markdown and draws OUT/lengths.svg and OUT/lengths-memory.svg, and needs no GPU.
 """
@@ -97,8 +100,18 @@ def config_of(what: dict, recompute: str) -> Config:
         )
     name = SIZES_OF_PEER if what["model"] == PEER else what["model"]
     overrides = [f"data.seq_len={length}", f"parallel.recompute={recompute}", f"train.global_batch={tokens // length}"]
-    chosen = {"preset": name, "batch": rows, "ops": what["ops"], "overrides": [*overrides, *what["overrides"]]}
-    return preset(argparse.Namespace(**chosen))
+
+    def with_overrides(more: list[str]) -> Config:
+        chosen = {
+            "preset": name,
+            "batch": rows,
+            "ops": what["ops"],
+            "overrides": [*more, *overrides, *what["overrides"]],
+        }
+        return preset(argparse.Namespace(**chosen))
+
+    config = with_overrides([])
+    return with_overrides(["data.mask_documents=false"]) if "A" in config.model.letters else config
 
 
 def rows_of_micro_batch(what: dict) -> int:

@@ -73,6 +73,22 @@ def test_every_length_has_the_same_tokens_and_the_least_recomputation_that_fits(
     assert tried[made + 1 :] == [(m, n, "full") for m in ("taipan_190m", "mamba2_190m") for n in (4, 16, 32, 64, 128)]
 
 
+def test_whole_rows_of_full_attention_have_no_masks_unless_asked_for(gpu, monkeypatch, tmp_path):
+    masks = {}
+
+    def measured(config, **_):
+        masks[config.name] = config.data.mask_documents
+        return {"ms": 1.0, "tokens/s": 5, "GiB": 1.0}
+
+    monkeypatch.setattr(lengths, "our_step", measured)
+    names = ["taipan_190m", "samba_190m", "jamba_190m", "transformerpp_190m"]
+    command = ["lengths", "--presets", *names, *SMALL, "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert masks == {"taipan_190m": True, "samba_190m": True, "jamba_190m": False, "transformerpp_190m": False}
+    assert main([*command, "--overrides", "data.mask_documents=true"]) == 0
+    assert all(masks.values()) and len(masks) == 4
+
+
 def test_what_fails_for_another_reason_is_tried_again(gpu, monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise RuntimeError("illegal address")
