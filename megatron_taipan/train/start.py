@@ -15,7 +15,7 @@ from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.checkpoint.metadata import Progress, changed_settings, identity, read_metadata
 from megatron_taipan.checkpoint.randomness import seed_all, set_random_states
 from megatron_taipan.checkpoint.stages import go_on_in_stage, stage_under_way, stages_done
-from megatron_taipan.checkpoint.verification import find_checkpoint
+from megatron_taipan.checkpoint.verification import find_checkpoint, refuse_load
 from megatron_taipan.config import Config
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.loader import SampleDataset
@@ -152,6 +152,7 @@ def open_files(
         UserError: data are missing or damaged, the folder is another run's or in use, no checkpoint in it is sound.
     """
     directory, writer = Path(config.checkpoint.dir), place.rank == 0
+    run_on_all_ranks(lambda: refuse_load(config))  # before anything is written
     done = run_on_all_ranks(lambda: stages_done(config))
     for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
         train_data, valid_data = run_on_all_ranks(partial(open_stage_data, stage.config, groups_by_context))

@@ -65,7 +65,7 @@ def test_they_hold_the_same_weights_in_a_third_of_the_size(place):
 def test_a_resume_never_takes_them(place):
     assert find_newest(place / "run").path.name == "step_00000007"
     assert "holds weights only" in (place / "refusal").read_text()
-    assert not checkpoints(place / "by_load")
+    assert not (place / "by_load").exists()  # a refused run writes nothing, not even its lock
     tree = toy_tree(str(place / "data"), place / "new")
     for load, said in ((place / "run/weights_00000006", "holds weights only"), (place / "none", "holds no complete")):
         tree["checkpoint"]["load"] = str(load)  # a dry run says so too
