@@ -17,6 +17,7 @@ from benchmarks.autotune import compile_ahead
 from benchmarks.common import Table, add_preset, join_processes, kernel_times, median_step_ms, preset
 from megatron_taipan.config import Config
 from megatron_taipan.engine.operations import choose_operations
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.context import ContextParallel
 from megatron_taipan.train.step import StepResult
 
@@ -40,13 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     parser.add_argument("--only", nargs="*", help="rows whose names hold these words")
     parser.add_argument("--profile", action="store_true", help="also our kernels' times")
+    parser.add_argument(
+        "--documents", type=int, default=1, help="of equal length, packed in each of our rows; default: 1"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     table = Table("step", options.out)
     config = preset(options)
+    if not 1 <= options.documents <= (config.data.seq_len if config.data.mask_documents else 1):
+        raise UserError(
+            f"--documents {options.documents}: a row of {config.data.seq_len} tokens has from one document to one a"
+            " token, and with data.mask_documents=false it is one"
+        )
     rows = {
-        config.name: lambda: our_step(config, options.profile),
+        config.name: lambda: our_step(config, options.profile, documents=options.documents),
         "transformer++ compiled": lambda: timed(transformer_training(config), config, options.profile),
         "composition of existing parts, compiled": lambda: composition_step(config, options.profile),
     }
@@ -56,10 +65,10 @@ def run(options: argparse.Namespace) -> None:
     table.ratios(config.name, "tokens/s")
 
 
-def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3) -> dict:
+def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3, documents: int = 1) -> dict:
     """Our trainer's own engine and step."""
     began = time.perf_counter()
-    training = our_training(config)
+    training = our_training(config, documents)
     built = time.perf_counter() - began
     numbers = timed(training, config, profiled, repeats, warm) | {"build s": round(built, 1)}
     losses = [result.loss for result in training.results]
@@ -70,7 +79,7 @@ def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3) ->
     return numbers
 
 
-def our_training(config: Config) -> Training:
+def our_training(config: Config, documents: int = 1) -> Training:
     """Model, engine and step as the training loop makes them; the gates' bias is set so that they select C."""
     from megatron_taipan.engine.build import accumulation, build_engine, capture_graphs
     from megatron_taipan.train.start import build_training_model
@@ -88,7 +97,7 @@ def our_training(config: Config) -> Training:
         Training(engine, lambda: None, [], graphs).end()  # frees the memory of what was recorded
         raise
     torch.manual_seed(groups.data_rank)  # the ranks of a tensor group see the same tokens, of a context group one row's
-    batches = [random_batch(config, device, groups.context)] * accumulation(config, groups.data_size)
+    batches = [random_batch(config, device, groups.context, documents)] * accumulation(config, groups.data_size)
     results: list[StepResult] = []
 
     def step() -> None:
@@ -97,15 +106,19 @@ def our_training(config: Config) -> Training:
     return Training(engine, step, results, graphs)
 
 
-def random_batch(config: Config, device: torch.device, place: ContextParallel | None = None) -> dict[str, torch.Tensor]:
-    """A micro-batch of random tokens, one document a row; with a place that rank's piece of the same rows."""
+def random_batch(
+    config: Config, device: torch.device, place: ContextParallel | None = None, documents: int = 1
+) -> dict[str, torch.Tensor]:
+    """A micro-batch of random tokens, each row one document, or several of equal length; with a place that rank's piece
+    of the same rows, of one document."""
     rows, piece = config.train.micro_batch, config.parallel.piece(config.data.seq_len)
     tokens = torch.randint(0, config.model.vocab_size, (rows, config.data.seq_len + 1), device=device)
     if place is not None:
         tokens = tokens[:, place.rank * piece :][:, : piece + 1]
     labels = tokens[:, 1:].contiguous()
+    document = torch.arange(labels.shape[1], device=device) * documents // labels.shape[1]  # [l]
     batch = {
-        "tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": torch.zeros_like(labels, dtype=torch.int32),
+        "tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": document.int().repeat(rows, 1),
         "loss_mask": torch.ones(labels.shape, device=device), "sample": torch.arange(rows, device=device),
     }  # fmt: skip
     if place is not None:

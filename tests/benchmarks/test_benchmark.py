@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks.common import Table, hardware
 from benchmarks.layouts import says_why, settings
-from benchmarks.step import our_training
+from benchmarks.step import our_training, random_batch
 from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
 from megatron_taipan.config import make_config
 from megatron_taipan.train import peaks
@@ -89,6 +89,19 @@ def test_the_parts_of_a_step_are_named_in_its_profile_and_the_engine_is_left_as_
     calls = [e.name for e in trace.events() if e.name in PARTS]
     assert calls == list(PARTS)
     assert not {"forward", "backward", "step"} & vars(engine).keys()
+
+
+def test_rows_of_a_step_hold_the_documents_that_are_asked_for(monkeypatch, capsys):
+    config = make_config(toy_tree("unused", train={"micro_batch": 2, "global_batch": 2}, directory=""))
+    for documents, length in ((1, config.data.seq_len), (4, config.data.seq_len // 4)):
+        rows = random_batch(config, torch.device("cpu"), documents=documents)["seq_idx"]
+        found = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in rows]
+        assert found == [documents * [length]] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = ["--overrides", "data.mask_documents=false"]
+    for wrong in (["--documents", "0"], ["--documents", "2", *whole], ["--documents", "5000"]):
+        assert benchmarks.main(["step", "--only", "nothing", *wrong]) == 2
+        assert f"--documents {wrong[1]}: a row of 4096 tokens" in capsys.readouterr().err
 
 
 def loss_of_one_step(tree: dict) -> float:
