@@ -9,11 +9,12 @@ import torch
 from megatron_taipan.config import make_config
 from megatron_taipan.errors import UserError
 
+CPU = torch.device("cpu")
 # what is measured rather than computed
 TIMING = ("time", "step_s", "tokens_per_s", "data_wait_s", "memory_gb", "checkpoint_stall_s")
 
 
-def runs(trees: list[dict]) -> list:
+def runs(trees: list[dict], device: torch.device = CPU) -> list:
     """Trains each configuration after the other in this process group; gives exit statuses or error messages."""
     from megatron_taipan.parallel.processes import find_place
     from megatron_taipan.train.loop import train
@@ -21,7 +22,7 @@ def runs(trees: list[dict]) -> list:
     results = []
     for tree in trees:
         try:
-            results.append(train(make_config(tree), find_place(os.environ), torch.device("cpu")))
+            results.append(train(make_config(tree), find_place(os.environ), device))
         except UserError as error:
             results.append(str(error))
     return results
