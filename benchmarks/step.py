@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    table = Table("step", options.out)
     config = preset(options)
     if not 1 <= options.documents <= (config.data.seq_len if config.data.mask_documents else 1):
         raise UserError(
             f"--documents {options.documents}: a row of {config.data.seq_len} tokens has from one document to one a"
             " token, and with data.mask_documents=false it is one"
         )
+    table = Table("step", options.out)
     rows = {
         config.name: lambda: our_step(config, options.profile, documents=options.documents),
         "transformer++ compiled": lambda: timed(transformer_training(config), config, options.profile),
