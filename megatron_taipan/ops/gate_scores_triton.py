@@ -142,7 +142,7 @@ def gate_scores(
             step = torch.full((), step, dtype=torch.int64, device=u.device)
         position = position.long()
         position = position if position.stride(-1) == 1 else position.contiguous()
-        counters = (step.long(), samples.long(), position, position.shape[-1], offset, seed, layer)
+        counters = (step.long(), samples.long().contiguous(), position, position.shape[-1], offset, seed, layer)
     logits, noise = _Scores.apply(flat, weight.contiguous(), bias.contiguous(), counters)
     shape = (*u.shape[:-1], 2)
     return logits.view(shape), None if noise is None else noise.view(shape)
