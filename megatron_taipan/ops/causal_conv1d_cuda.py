@@ -53,4 +53,5 @@ def load_causal_conv1d_cuda() -> tuple[Callable, str]:
 def _aligned(x: Tensor) -> Tensor:
     """x [b, l, c] where the kernel can read it, else a copy."""
     places = x.stride(0), x.stride(1), x.storage_offset()
-    return x if x.stride(2) == 1 and not any(place % ALIGNED for place in places) else x.contiguous()
+    aligned = x.stride(2) == 1 and not any(place % ALIGNED for place in places)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)  # unaligned ones may be contiguous

@@ -274,6 +274,7 @@ def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_tail=None, retu
     x = x if x.stride(-1) == 1 else x.contiguous()
     seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
     tail = initial_tail.detach().contiguous() if initial_tail is not None else None
+    bias = bias.contiguous() if bias is not None else None
     y = _forward_op(x, weight.contiguous(), bias, seq_idx, tail)
     if not return_tail:
         return y

@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             top, norm, target = torch.empty((3, m), dtype=torch.float32, device=h.device)
             _stats_kernel[(m,)](logits, label, top, norm, target, v, n_valid, vocab_start, BLOCK=BLOCK, num_warps=8)
             if reduce_max is not None:
-                local, top = top, reduce_max(top)
+                local, top = top, reduce_max(top).contiguous()
                 norm = norm * (local - top).exp()
             if reduce_sum is not None:
                 norm, target = reduce_sum(torch.stack([norm, target])).contiguous()

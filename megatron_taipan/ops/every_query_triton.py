@@ -30,7 +30,8 @@ class _EveryQuery(torch.autograd.Function):
         def picked(x: Tensor) -> Tensor:
             """The picked rows of [n, ...] in front of a buffer of as many."""
             x = x.flatten(1)
-            return copy_rows(x if x.stride(1) == 1 else x.contiguous(), torch.empty_like(x), rows, scatter=False)
+            buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return copy_rows(x if x.stride(1) == 1 else x.contiguous(), buffer, rows, scatter=False)
 
         do, picked_a, picked_q = picked(do), picked(a), picked(q)
         da = rows_product(do, out_proj, rows, torch.empty_like(picked_a), transposed=True, gather=False, scatter=False)

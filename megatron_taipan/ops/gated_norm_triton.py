@@ -115,6 +115,7 @@ def gated_options(block: int, groups: int) -> tuple[int, int, int]:
 def gated_forward(y, z, weight, eps, group_size, reduce_sum=None):
     """(out [rows, d] in weight's dtype, scale [rows, groups]) of y, z [rows, d]; reduce_sum as for `gated_rms_norm`."""
     rows, d = y.shape
+    weight = weight.contiguous()
     group = min(group_size, d)
     groups = d // group
     out = torch.empty((rows, d), dtype=weight.dtype, device=y.device)
@@ -143,6 +144,7 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
     that the rounding of `out` is far below dy's own.
     """
     rows, d = y.shape
+    weight = weight.contiguous()
     groups = scale.shape[1]
     group = d // groups
     block = triton.next_power_of_2(group)

@@ -52,9 +52,13 @@ def _tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tileable(x: torch.Tensor) -> torch.Tensor:
-    """x [n, h, d], copied where its heads are not side by side or its rows not aligned to 16 bytes."""
+    """x [n, h, d], copied where its heads are not side by side, or its rows not apart or not aligned to 16 bytes."""
+    _, h, d = x.shape
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    apart = x.stride(0) >= h * d  # CUDA's documentation of tensor maps has no rows that share memory
+    # a clone, since what lies behind an unaligned address may be contiguous as it is
+    readable = aligned and apart and x.stride(2) == 1 and x.stride(1) == d
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("megatron_taipan::interval_attention_forward", mutates_args=())

@@ -51,7 +51,7 @@ class Piece:
         reach = self.known.shape[1]
         wait = self.place.start_before(reach, x)
         y = conv_forward(x, weight, bias, seq_idx, None)
-        self.tail = torch.where(self.known[..., None], wait()[0], 0)
+        self.tail = torch.where(self.known[..., None], wait()[0], 0).contiguous()
         self._correct(y, x, weight, bias, seq_idx)
         return y
 

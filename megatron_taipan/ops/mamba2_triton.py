@@ -111,7 +111,7 @@ def _mix_backward(
 
 def _flat(z: torch.Tensor) -> torch.Tensor:
     """[b, l, d] columns of a contiguous buffer as [b * l, d], a view."""
-    return z.as_strided((z.shape[0] * z.shape[1], z.shape[2]), (z.stride(1), 1))
+    return z.view(-1, z.shape[2])
 
 
 @torch.library.custom_op("megatron_taipan::mamba2_mix_forward", mutates_args=())
@@ -280,7 +280,8 @@ def mamba2_mix(
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     keep = Keep("conv" not in recompute, (STATES_EVERY if "states" in recompute else 1) if needed else 0)
     seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
-    ready = (zxbcdt.contiguous(), conv_weight.contiguous(), conv_bias, dt_bias, A.float(), D, norm_weight, seq_idx)
+    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A.float(), D, norm_weight)
+    ready = (*(t.contiguous() if t is not None else None for t in tensors), seq_idx)
     sizes = (headdim, groups, d_state)
     if reduce_sum is None and place is None:
         return _Mix.apply(*ready[:-1], out_weight, seq_idx, sizes, keep, eps, group_size)

@@ -72,7 +72,7 @@ def _norm_backward_kernel(dy_ptr, x_ptr, branch_ptr, weight_ptr, scale_ptr, resi
 
 def norm_forward(x, branch, weight, eps):
     """(y in weight's dtype, scale [rows], sum in x's dtype) for x + branch, or for x and without a sum: branch None."""
-    flat = rows_of(x)
+    flat, weight = rows_of(x), weight.contiguous()
     rows, d = flat.shape
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -117,7 +117,7 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Of the norm of x + branch, or of x: (dx, the weight's gradient, dx once more in the type `second`, the norm
     `again`), the last two or empty."""
-    flat, dflat = rows_of(x), rows_of(dy)
+    flat, dflat, weight = rows_of(x), rows_of(dy), weight.contiguous()
     rows, d = flat.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dbranch = torch.empty(x.shape if second is not None else 0, dtype=second, device=x.device)

@@ -124,7 +124,7 @@ def rows_product(
     capacity = len(rows.at)
     grid = (triton.cdiv(n_out, options["BLOCK_N"]) * triton.cdiv(capacity, options["BLOCK_M"]),)
     _rows_kernel[grid](
-        a, weight, out, rows.at, rows.n_valid, capacity, n_out, n_in, a.stride(0), b_out, b_in, out.stride(0),
+        a, weight, out, rows.at.contiguous(), rows.n_valid, capacity, n_out, n_in, a.stride(0), b_out, b_in, out.stride(0),
         GATHER=gather, SCATTER=scatter, ADD=add, PRECISION=_precision(a.dtype), **options,
     )  # fmt: skip
     return out
@@ -136,7 +136,7 @@ def weight_gradient(dy, x, rows: Rows, weight, *, gather: bool) -> torch.Tensor:
     narrow = 64 if dy.dtype == torch.float32 else 128
     grid = (triton.cdiv(weight.shape[0], narrow), triton.cdiv(weight.shape[1], narrow))
     _weight_kernel[grid](
-        dy, x, dweight, rows.at, rows.n_valid, *weight.shape, dy.stride(0), x.stride(0), GATHER=gather,
+        dy, x, dweight, rows.at.contiguous(), rows.n_valid, *weight.shape, dy.stride(0), x.stride(0), GATHER=gather,
         BLOCK_M=32 if dy.dtype == torch.float32 else 64, BLOCK_N=narrow, BLOCK_K=narrow,
         PRECISION=_precision(dy.dtype), num_warps=8 if narrow == 128 else 4, num_stages=3,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def copy_rows(source, target, rows: Rows, *, scatter: bool) -> torch.Tensor:
     block, tile = min(1024, triton.next_power_of_2(source.shape[1])), 8
     grid = (triton.cdiv(source.shape[1], block) * triton.cdiv(len(rows.at), tile),)
     _copy_kernel[grid](
-        source, target, rows.at, rows.n_valid, len(rows.at), source.shape[1], source.stride(0), target.stride(0),
+        source, target, rows.at.contiguous(), rows.n_valid, len(rows.at), source.shape[1], source.stride(0), target.stride(0),
         SCATTER=scatter, BLOCK_M=tile, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return target
@@ -175,7 +175,7 @@ class _RowsLinear(torch.autograd.Function):
         dy, rows = _plain(dy), Rows(*rows)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            into = torch.zeros_like(x) if ctx.gather else torch.empty_like(x)
+            into = (torch.zeros if ctx.gather else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
             dx = rows_product(dy, weight, rows, into, transposed=True, gather=False, scatter=ctx.gather)
         if ctx.needs_input_grad[1]:
             dweight = weight_gradient(dy, x, rows, weight, gather=ctx.gather)
@@ -188,7 +188,9 @@ class _ScatterRows(torch.autograd.Function):
         ctx.save_for_backward(index, count)
         ctx.shape = x.shape
         # a copy: what is recomputed selectively may have kept `onto`, and takes no change of it
-        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device) if onto is None else onto.clone()
+        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device)
+        if onto is not None:
+            whole = onto.clone(memory_format=torch.contiguous_format)
         return copy_rows(_plain(x), whole, Rows(index, count), scatter=True)
 
     @staticmethod

@@ -90,7 +90,7 @@ def ssd(x, dt, A, B, C, *, chunk_size, D=None, seq_idx=None, initial_state=None,
     """
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
     seq_idx = seq_idx.int().contiguous() if seq_idx is not None else None
-    initial_state = initial_state.contiguous() if initial_state is not None else None
+    D, initial_state = (t.contiguous() if t is not None else None for t in (D, initial_state))
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, dt, A, B, C, D, initial_state)
     )

@@ -1,4 +1,4 @@
-"""A whole network through every kernel, split over tensor or context ranks, on CPUs: loss and gradients of one step.
+"""A whole network through every kernel, split over ranks of each kind, on CPUs: loss and gradients of one step.
 
 Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
@@ -23,6 +23,8 @@ pytest.importorskip("triton")
         Case("taipan", tensor=2),
         Case("taipan", tensor=2, sequence=True, gate="batch-all"),
         Case("taipan", context=2),  # with batch-all the gates' gradients cancel to rounding, see `possible`
+        # a stage gets what belongs to its rows as columns of one tensor, which only several rows show
+        Case("taipan", pipeline=2, micro_batch=2, gate="batch-all"),
     ],
     ids=str,
 )

@@ -50,6 +50,7 @@ def causal_conv1d_fn(
     b, c, l = x.shape
     width = weight.shape[1]
     assert x.stride(1) == 1 and c % 8 == 0 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0 and 2 <= width <= 4
+    assert x.data_ptr() % 16 == 0  # it loads 16 bytes at once
     assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.is_contiguous())
     assert initial_states is None or (seq_idx is None and initial_states.stride(1) == 1)
     assert activation == "silu" and not return_final_states and (bias is None or bias.dtype == weight.dtype)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from megatron_taipan.ops.attention_flash import Boundaries
+from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
+from megatron_taipan.ops.causal_conv1d_cuda import load_causal_conv1d_cuda
 from tests.ops import fake_libraries
 from tests.ops.library_cases import check_attention, check_conv, check_cross_entropy, check_scan
 
@@ -29,6 +31,13 @@ def test_scan(packed, state, groups):
 @pytest.mark.parametrize("extra", [0, 3], ids=["aligned", "copied"])
 def test_conv(packed, tail, extra):
     check_conv(*CPU, l=70, packed=packed, tail=tail, extra=extra, bias=not extra, width=3 if tail else 4)
+
+
+def test_conv_copies_what_begins_at_an_unaligned_address():
+    x, weight = torch.randn(2 * 7 * 24 + 1)[1:].view(2, 7, 24), torch.randn(24, 4)
+    assert x.is_contiguous()
+    found = load_causal_conv1d_cuda()[0](x, weight)
+    torch.testing.assert_close(found, causal_conv1d_reference(x, weight))
 
 
 def test_conv_keeps_a_tail_of_rows_shorter_than_it():
