@@ -188,8 +188,9 @@ class _ScatterRows(torch.autograd.Function):
         ctx.save_for_backward(index, count)
         ctx.shape = x.shape
         # a copy: what is recomputed selectively may have kept `onto`, and takes no change of it
-        whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device)
-        if onto is not None:
+        if onto is None:
+            whole = torch.zeros((n, x.shape[1]), dtype=x.dtype, device=x.device)
+        else:
             whole = onto.clone(memory_format=torch.contiguous_format)
         return copy_rows(_plain(x), whole, Rows(index, count), scatter=True)
 
