@@ -117,6 +117,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
+    from tests.model.replays import watched_passes
 
     place = find_place(os.environ)
     device = device_of_process(place)
@@ -138,17 +139,20 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
             batches = [to_device(next(loader), device) for _ in range(6)]
             batches[4]["loss_mask"] = batches[4]["loss_mask"] * float("inf")
             steps = []
-            for step, batch in enumerate(batches):
-                set_learning_rate(engine, 3e-3)
-                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first ones compile
-                try:
-                    result = train_step(
-                        engine, [batch], step=step, groups=groups, grad_clip=1.0, requests=[step == 3, False]
-                    )
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                assert result.requests == [step == 3, False]
-                steps.append(result.skipped)
+            with watched_passes() as passes:
+                for step, batch in enumerate(batches):
+                    set_learning_rate(engine, 3e-3)
+                    torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first ones compile
+                    try:
+                        result = train_step(
+                            engine, [batch], step=step, groups=groups, grad_clip=1.0, requests=[step == 3, False]
+                        )
+                    finally:
+                        torch.cuda.set_sync_debug_mode("default")
+                    assert result.requests == [step == 3, False]
+                    steps.append(result.skipped)
+            assert [len(passes.replayed), len(passes.one_by_one)] == ([6, 0] if graphs else [0, 6]), passes
+            assert (passes.launches > 0) == graphs
             skipped[layers] = steps
         engine.destroy()
     return skipped
@@ -156,5 +160,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
 
 def test_a_training_step_never_waits_but_for_its_own_numbers(tmp_path):
     prefix = write_data(tmp_path / "data", documents=400)
-    for layers, skipped in launch(1, steps_without_waiting, prefix, on_gpu=True, join=False, timeout=280)[0].items():
+    found = launch(1, steps_without_waiting, prefix, on_gpu=True, join=False, timeout=280)[0]
+    assert len(found) == 2
+    for layers, skipped in found.items():
         assert skipped == [False, False, False, False, True, False], layers
