@@ -29,6 +29,7 @@ from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.groups import Groups
 from megatron_taipan.parameters import merge_shards, parameter_table
 from tests.engine.exact_muon import ExactMuon, is_projection
+from tests.model.replays import watched_passes
 from tests.ops.interpreted import interpreted_ops
 
 VOCAB = 97  # odd on purpose: no tensor size divides it
@@ -78,6 +79,10 @@ GPU_LIMITS = LIMITS | {"grad": 3e-5, "norm": 1e-3, "weights": 1e-4}
 # of bf16, where one process happens to differ by less than a third of these; the losses jump with each token that a
 # gate decides otherwise (by up to 2e-4 at the GPUs' sizes, floors.py)
 LEAST = {"loss1": 1e-3, "norm1": 2e-3, "grad": 2e-2, "losses": 1e-3, "norm": 2e-3, "weights": 5e-4, "flips": 2e-3}
+
+# of a network alone in bf16, the measure of the others: several times the largest of docs/parity-gpu.md and of a CPU.
+# Later steps have no limit: transformerpp's norms were 0.45 off on a GPU, the losses of the gate `layers` 6e-3 on a CPU
+ALONE = {"loss1": 1e-3, "norm1": 5e-3, "grad": 0.2}
 
 
 @dataclass(frozen=True)
@@ -469,6 +474,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
     if setting.graphs:
         report = capture_graphs(model, config, setting.device, graphs)
         assert "CUDA graphs" in report, report
+        passes = graphs.enter_context(watched_passes())
     per_rank = setting.batch // groups.data_size // size
     shares: list[float] = []
     gates = config.model.letters.count("S")
@@ -486,6 +492,8 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
             # the first moment after one step is (1 - beta1) times the gradient, at every ZeRO stage
             trace.grads = collect(engine, model, groups, config, moment=True)
     trace.weights = collect(engine, model, groups, config, moment=False)
+    if setting.graphs:
+        assert len(passes.replayed) == setting.steps * per_rank and not passes.one_by_one, passes
     graphs.close()
     engine.destroy()
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -494,7 +502,7 @@ def run_case(case: Case, setting: Setting, floor: dict | None, made: dict[tuple,
         return {}
     limits = GPU_LIMITS if setting.on_gpu or setting.interpreted else LIMITS  # the same sizes
     if setting.precision == "bf16":
-        limits = {name: max(least, 3 * floor[name]) if floor else float("inf") for name, least in LEAST.items()}
+        limits = {name: max(least, 3 * floor[name]) for name, least in LEAST.items()} if floor else ALONE
     return compare(trace, everyone, reference(case.alone(), setting), limits)
 
 

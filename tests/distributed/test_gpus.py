@@ -1,5 +1,7 @@
 """What needs two GPUs: the real program over NCCL, in several layouts, and when a rank dies."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -34,8 +36,14 @@ def test_saved_in_one_layout_and_resumed_in_others(tmp_path, precision, toleranc
         run_program(processes, program, on_gpu=True).succeeded()
 
     run("still", 1, {}, STEPS)
-    for part, layout in enumerate(LAYOUTS.values()):
-        run("moving", 2, layout, STEPS // len(LAYOUTS) * (part + 1))
+    for part, (name, layout) in enumerate(LAYOUTS.items()):
+        stop = STEPS // len(LAYOUTS) * (part + 1)
+        run("moving", 2, layout, stop)
+        used = json.loads((tmp_path / f"moving/step_{stop:08d}/metadata.json").read_text())["layout"]
+        asked = {option: value for option, value in layout.items() if option != "sequence"}
+        assert used["processes"] == 2 and asked.items() <= used.items(), (name, used)
+        whole_rows = "every tensor rank has all tokens" in log(tmp_path / "moving", "start")[-1]["text"]
+        assert whole_rows == (name == "tensor")
     still, moving = ([record["ce"] for record in log(tmp_path / name)] for name in ("still", "moving"))
     assert len(still) == len(moving) == STEPS and still[-1] < 0.98 * still[0]
     assert all(abs(a - b) < tolerance * b for a, b in zip(moving, still, strict=True)), (moving, still)

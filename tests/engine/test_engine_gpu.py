@@ -20,7 +20,8 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf
 
 
 def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
-    """A few steps of each case in this process; losses, norms, loss scale, types of the parameters."""
+    """A few steps of each case in this process, the first in fp32; losses, norms, loss scale, types of the parameters,
+    and the losses in fp32 without the steps that the case skipped."""
     from megatron_taipan.data.loader import build_dataset, make_loader
     from megatron_taipan.engine.build import build_engine, set_learning_rate
     from megatron_taipan.engine.optimizer import loss_scale
@@ -36,11 +37,11 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
     device = device_of_process(place)
     start_processes(place, device, 120)
     groups = build_groups(Mesh())
-    results = {}
-    for name, case in cases.items():
+
+    def run(precision: str, stage: int, tf32: bool, left_out: tuple[int, ...] = ()) -> dict:
         config = toy_config(
-            prefix, model=SIZES, data={"train": prefix, "seq_len": 128}, parallel={"zero_stage": case["stage"]},
-            train={"precision": case["precision"], "tf32": name == "tf32", "micro_batch": 8, "global_batch": 8},
+            prefix, model=SIZES, data={"train": prefix, "seq_len": 128}, parallel={"zero_stage": stage},
+            train={"precision": precision, "tf32": tf32, "micro_batch": 8, "global_batch": 8},
         )  # fmt: skip
         settle_numerics(config)
         engine = build_engine(Taipan(config.model, seed=3), config, groups, device)
@@ -50,13 +51,21 @@ def trained_on_gpu(prefix: str, cases: dict[str, dict]) -> dict[str, dict]:
         for step in range(12):
             set_learning_rate(engine, 3e-3)
             batch = to_device(next(loader), device)
-            steps.append(train_step(engine, [batch], step=step, groups=groups, grad_clip=1.0))
-        results[name] = {
+            if step not in left_out:
+                steps.append(train_step(engine, [batch], step=step, groups=groups, grad_clip=1.0))
+        result = {
             "ce": [s.ce for s in steps], "norm": [s.grad_norm for s in steps], "skipped": [s.skipped for s in steps],
             "loss_scale": loss_scale(engine), "dtypes": {n: p.dtype for n, p in engine.module.named_parameters()},
             "buffers": {n: b.dtype for n, b in engine.module.named_buffers()},
         }  # fmt: skip
         engine.destroy()
+        return result
+
+    results = {}
+    for name, case in cases.items():
+        results[name] = run(case["precision"], case["stage"], name == "tf32")
+        skipped = tuple(step for step, was in enumerate(results[name]["skipped"]) if was)
+        results[name]["fp32"] = run("fp32", 1, False, skipped)["ce"] if skipped else results["fp32"]["ce"]
     return results
 
 
@@ -76,8 +85,8 @@ def test_every_precision_keeps_the_islands_and_learns_the_same(tmp_path):
         assert (result["loss_scale"] is not None) == name.startswith("fp16"), name
         taken = [ce for ce, skipped in zip(result["ce"], result["skipped"], strict=True) if not skipped]
         assert len(taken) >= 9, (name, result["skipped"])  # fp16 may find its scale first
-        if len(taken) == len(full):
-            assert all(abs(a - b) < 0.02 * b for a, b in zip(taken, full, strict=True)), (name, taken, full)
+        assert taken == pytest.approx(result["fp32"], rel=0.02), name
+    assert results["tf32"]["ce"] != full, "train.tf32 changed no bit"
 
 
 def test_forward_and_backward_never_wait_for_the_gpu():
@@ -117,6 +126,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
     from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.loop import to_device
     from megatron_taipan.train.step import train_step
+    from tests.model.replays import watched_passes
 
     place = find_place(os.environ)
     device = device_of_process(place)
@@ -138,17 +148,20 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
             batches = [to_device(next(loader), device) for _ in range(6)]
             batches[4]["loss_mask"] = batches[4]["loss_mask"] * float("inf")
             steps = []
-            for step, batch in enumerate(batches):
-                set_learning_rate(engine, 3e-3)
-                torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first ones compile
-                try:
-                    result = train_step(
-                        engine, [batch], step=step, groups=groups, grad_clip=1.0, requests=[step == 3, False]
-                    )
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                assert result.requests == [step == 3, False]
-                steps.append(result.skipped)
+            with watched_passes() as passes:
+                for step, batch in enumerate(batches):
+                    set_learning_rate(engine, 3e-3)
+                    torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first ones compile
+                    try:
+                        result = train_step(
+                            engine, [batch], step=step, groups=groups, grad_clip=1.0, requests=[step == 3, False]
+                        )
+                    finally:
+                        torch.cuda.set_sync_debug_mode("default")
+                    assert result.requests == [step == 3, False]
+                    steps.append(result.skipped)
+            assert [len(passes.replayed), len(passes.one_by_one)] == ([6, 0] if graphs else [0, 6]), passes
+            assert (passes.launches > 0) == graphs
             skipped[layers] = steps
         engine.destroy()
     return skipped
@@ -156,5 +169,7 @@ def steps_without_waiting(prefix: str) -> dict[str, list[bool]]:
 
 def test_a_training_step_never_waits_but_for_its_own_numbers(tmp_path):
     prefix = write_data(tmp_path / "data", documents=400)
-    for layers, skipped in launch(1, steps_without_waiting, prefix, on_gpu=True, join=False, timeout=280)[0].items():
+    found = launch(1, steps_without_waiting, prefix, on_gpu=True, join=False, timeout=280)[0]
+    assert len(found) == 2
+    for layers, skipped in found.items():
         assert skipped == [False, False, False, False, True, False], layers

@@ -65,10 +65,15 @@ def compare_pieces(setting: Setting) -> list[Any]:
     pieces = dist.get_world_size() // tensor
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     groups = build_groups(Mesh(tensor=tensor, context=pieces))
-    place, own_tensor = groups.context, groups.tensor
+    place, own_tensor, calls = groups.context, groups.tensor, 0
     mamba = {"d_state": setting.d_state, "headdim": setting.headdim, "n_groups": 1, "chunk_size": 64}
     config = small_config("M", d_model=setting.width, mamba=mamba)
     table = parameter_table(config, tensor)
+
+    def mix(*args, **options):
+        nonlocal calls
+        calls += 1
+        return load_mamba2_mix()(*args, **options)
 
     def layer(tp: TensorParallel, mine, mix) -> mamba2.Mamba2:
         build = Build(config, parameter_table(config, tp.size), 1, tp, replace(pick_ops("reference"), mamba2_mix=mix))
@@ -80,8 +85,8 @@ def compare_pieces(setting: Setting) -> list[Any]:
     mamba2.takes_kernels = lambda x: x.dtype != torch.float64
     other = replace(place, counter=CommCounter())
     whole = layer(TensorParallel(), None, None).double()
-    alone = layer(TensorParallel(), None, load_mamba2_mix())
-    fused, plain = layer(own_tensor, place, load_mamba2_mix()), layer(own_tensor, other, None)
+    alone = layer(TensorParallel(), None, mix)
+    fused, plain = layer(own_tensor, place, mix), layer(own_tensor, other, None)
     torch.manual_seed(0)
     for parameter in whole.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1  # the norm's weight and D are no longer ones
@@ -127,8 +132,10 @@ def compare_pieces(setting: Setting) -> list[Any]:
                 place=mesh_place, document_start=None if mesh_place is None else start.to(at),
             )  # fmt: skip
             patches = [mock.patch(f"{path}.segments", two_segments) for path in segmenting] if setting.segmented else []
+            before = calls
             with patches[0] if patches else nullcontext(), patches[1] if patches else nullcontext():
                 result.append(outcome(module, ctx, rows))
+            assert (calls > before) == (module in (alone, fused)), "which layers the fused operation computed"
         exact, one, *parted = result
         cut = {n: t[:, mine] if n in ("out", "u") else shard(n, t) for n, t in exact.items()}
         errors = [{name: error(part[name], cut[name]) for name in cut} for part in parted]
@@ -142,6 +149,7 @@ def compare_replays(recompute: str) -> list[bool]:
     micro-batch with other documents in each: the loss, then every gradient."""
     from megatron_taipan.model.taipan import Taipan
     from megatron_taipan.model_config import ModelConfig
+    from tests.model.replays import watched_passes
     from tests.model.test_graphs_gpu import CONFIG, batch
 
     place = build_groups(Mesh(context=dist.get_world_size())).context
@@ -165,7 +173,9 @@ def compare_replays(recompute: str) -> list[bool]:
     plain, graphed = made(), made()
     graphed.capture(2, length)
     same = []
-    for number in (1, 2, 3):
-        same += [torch.equal(a, b) for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True)]
+    with watched_passes() as passes:
+        for number in (1, 2, 3):
+            same += [torch.equal(a, b) for a, b in zip(outcome(plain, number), outcome(graphed, number), strict=True)]
+    assert passes.replayed == passes.one_by_one == [(2, length)] * 3 and passes.launches > 0, passes
     graphed.release_graphs()
     return same

@@ -116,12 +116,14 @@ def check_attention(
 
 
 def check_cross_entropy(choice: str, device: str, dtype: torch.dtype, tolerance: float, *, n: int, vocab: int) -> None:
-    """The head's loss with weights of tokens, some of them 0, and three rows of padding in the head."""
+    """The head's loss with weights of tokens, some of them 0, and three rows of padding in the head, so large that they
+    would take most of a softmax that did not leave them out."""
     d, like = 64, {"device": device, "dtype": dtype}
     run = loaded("cross_entropy", choice)
     labels = torch.randint(0, vocab, (n,), device=device)
     scale = torch.rand(n, device=device) * (torch.rand(n, device=device) < 0.8) / n
     inputs = [randn(n, d, like=like), randn(vocab + 3, d, like=like, scale=0.2)]
+    inputs[1][vocab:] *= 10
 
     def both(loss: Callable) -> Callable:
         return lambda hidden, weight: 1000 * loss(hidden, weight, labels, scale, n_valid=vocab)

@@ -155,7 +155,7 @@ def test_cuda_graphs_hold_it(option, choice, one_candidate):
     ],
 )
 def test_a_run_learns_as_with_our_kernels(tmp_path, pattern, overrides, recorded):
-    """launch/pretrain.py in bf16, ten steps; the log's line says what ran."""
+    """launch/pretrain.py in bf16, ten steps; the log's line says what ran. Ours by name, since `auto` may take sdpa."""
     from megatron_taipan.ops.choices import FOREIGN
     from tests.train.toy import write_data
 
@@ -189,9 +189,9 @@ def test_a_run_learns_as_with_our_kernels(tmp_path, pattern, overrides, recorded
         start = next(r["text"] if "text" in r else json.dumps(r) for r in records if r["event"] == "start")
         return [r["ce"] for r in records if r["event"] == "step"], start
 
-    data = [text for text in overrides if text.startswith("data.")]
     theirs, said = losses("theirs", overrides)
-    ours, _ = losses("ours", data)
-    assert all(f"{choice} " in said for _, choice in asked)
+    by_name = [text for text in overrides if text.startswith("data.")] + [f"ops.{option}=triton" for option, _ in asked]
+    ours, said_of_ours = losses("ours", by_name)
+    assert all(f"{choice} " in said and f"{choice} " not in said_of_ours for _, choice in asked), said_of_ours
     assert ("CUDA graphs" in said) == recorded, said
     assert theirs == pytest.approx(ours, rel=2e-2)
