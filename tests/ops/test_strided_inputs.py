@@ -359,3 +359,19 @@ def test_layout_of_what_other_ranks_send_changes_nothing(device, name, monkeypat
     for lay_out in (spread, lambda x: turned(x, 0, -1), lambda x: turned(x, -2, -1) if x.dim() > 1 else x):
         call = CALLS[name]._replace(run=partial(CALLS[name].run, received=lay_out))
         assert not difference(lambda call=call: results(call, device), expected, device == "cpu")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+def test_the_copy_engine_is_given_rows_that_share_no_memory(monkeypatch):
+    """CUDA's documentation of tensor maps has no others, and the interpreter would read them all the same."""
+    from megatron_taipan.ops import interval_attention_triton as kernels
+
+    given, real = [], kernels.TensorDescriptor
+
+    def descriptor(base, shape, strides, block):
+        given.append(strides[0] >= shape[1])
+        return real(base, shape, strides, block)
+
+    monkeypatch.setattr(kernels, "TensorDescriptor", descriptor)
+    results(CALLS["interval_attention"], "cpu", "expanded along 0")
+    assert given == [True] * 8  # two forward, then two of keys and four of all
