@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
+from megatron_taipan.train import loop
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
 from tests.distributed.launch import launch
@@ -36,6 +38,33 @@ def test_spike_is_a_loss_that_many_deviations_above_the_window():
     assert z_score(window, step(above, skipped=True), WATCH) is None
     assert z_score(window, step(above), WATCH.model_copy(update={"spike_z": None})) is None
     assert z_score([3.0] * 5, step(3.0), WATCH) is None
+
+
+@pytest.mark.parametrize("newest, goes_back", [(4, False), (5, True)])
+def test_a_checkpoint_of_the_stage_before_is_not_gone_back_to(tmp_path, monkeypatch, newest, goes_back):
+    """Step 5 is the first of the second stage; what is loaded is not the point."""
+    notes: list[str] = []
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=WATCH, checkpoint=SimpleNamespace(save_every=1)), directory=tmp_path,
+        progress=SimpleNamespace(step=7), stage=SimpleNamespace(first=4), saver=SimpleNamespace(finish=lambda: None),
+        metrics=SimpleNamespace(note=lambda kind, text, **_: notes.append(text)),
+        engine=None, identity=None, groups=None,
+    )  # fmt: skip
+    loaded: list[str] = []
+
+    def load(engine, path, **_):
+        loaded.append(path.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "rewind_target", lambda *_: tmp_path / f"step_{newest:08d}")
+    monkeypatch.setattr(loop, "load_training_state", load)
+    if goes_back:
+        with pytest.raises(InterruptedError):
+            loop.take_back(run, ce=9.0, z=7.0)
+        assert loaded == ["step_00000005"]
+    else:
+        assert not loop.take_back(run, ce=9.0, z=7.0) and not loaded
+        assert notes[-1].endswith("is of the stage before, so nothing is taken back")
 
 
 def test_window_keeps_the_last_losses_of_steps_that_counted():

@@ -16,6 +16,7 @@ from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.lock import FolderLock
 from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, UserError
 from megatron_taipan.parallel.processes import free_port
+from megatron_taipan.train.persistence import FolderGuard
 from megatron_taipan.train.watchdog import Watchdog
 from tests.distributed.launch import ROOT, launch, process_env, wait
 from tests.train.runs import log, numbers, runs, steps_so_far, with_options
@@ -244,6 +245,16 @@ def test_children_of_the_holder_do_not_hold_the_folder(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_folder_whose_name_another_run_has_taken_ends_the_run(tmp_path):
+    run = tmp_path / "run"
+    with FolderLock(run) as lock:
+        guard = FolderGuard(lock, None)  # without metrics: nothing is noted
+        guard.check()
+        run.rename(tmp_path / "moved")
+        with FolderLock(run), pytest.raises(UserError, match=f"{run} is in use by process {os.getpid()} on "):
+            guard.check()
 
 
 def test_folder_that_cannot_be_written_is_an_error_in_words(tmp_path):
