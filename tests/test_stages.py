@@ -1,10 +1,13 @@
 """Stages of a run: which options hold when, what counts from where, and what is refused."""
 
+import re
+
 import pytest
 
 from megatron_taipan.config import ConfigError, dump_config, make_config
 from megatron_taipan.engine.build import check_stages
 from megatron_taipan.errors import UserError
+from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.plain_yaml import parse_yaml
 from megatron_taipan.stages import plan_stages, stage_at
 from megatron_taipan.train.dry_run import dry_run
@@ -139,6 +142,13 @@ def test_dry_run_shows_each_stage(tmp_path):
     lines = list(dry_run(make_config(tree), 2))
     text = "\n".join(lines)
     assert "run        40 steps = 12,800 tokens" in text  # 30 x 8 x 32 + 10 x 8 x 64
+    per_token = [Taipan(make_config(tree).model).num_flops_per_token(length) for length in (32, 64)]
+    operations = 3 * (30 * 8 * 32 * per_token[0] + 10 * 8 * 64 * per_token[1])  # a backward pass costs two forward ones
+    assert f"tokens, {operations:.3g} FLOP forward and backward" in text
+    epochs = re.findall(r"([\d,]+) samples an epoch, so the stage is ([\d.]+) epochs", text)
+    assert [float(n) for _, n in epochs] == pytest.approx(
+        [30 * 8 / int(epochs[0][0]), 10 * 8 / int(epochs[1][0])], abs=0.005
+    )
     assert "stage 2 (decay): steps 31 to 40 = 5,120 tokens, in rows of 64" in text
     plots = [line for line in lines if line.startswith("schedule")]
     assert plots[0].endswith("from 0.005 to 0.01") and plots[0].startswith("schedule   stage 1 optim.lr")

@@ -10,9 +10,10 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks.common import Table, hardware
 from benchmarks.layouts import says_why, settings
-from benchmarks.step import our_training, random_batch
+from benchmarks.step import our_training, random_batch, select_capacity
 from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
 from megatron_taipan.config import make_config
+from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train import peaks
 from tests.distributed.launch import launch
 from tests.train.toy import toy_tree
@@ -41,6 +42,25 @@ def test_rows_are_printed_and_kept_as_json_and_a_failure_is_a_row(tmp_path, caps
     assert "no_such_peer" in kept["rows"][1]["failed"]
     printed = capsys.readouterr().out
     assert "ms 1.5" in printed and "torch: " in printed
+
+
+def test_a_ratio_is_ours_by_each_others_that_was_measured(tmp_path):
+    table = Table("toy", tmp_path)
+    for what, numbers in (("peer", {"tokens/s": 200}), ("ours", {"tokens/s": 300}), ("lacking", {"failed": "no GPU"})):
+        table.add(what, **numbers)
+    table.ratios("ours", "tokens/s")
+    assert table.rows[3:] == [{"what": "ours / peer", "ratio": 1.5}]  # above 1: ours is faster
+
+
+def test_the_gates_of_a_benchmark_select_about_the_capacity():
+    """Of any tokens, in training with its draws and by the mean of alpha."""
+    config = make_config(toy_tree("unused", model={"gate": {"capacity": 0.2}}, directory=""))
+    model = Taipan(config.model, seed=0)
+    select_capacity(model, config)
+    tokens = torch.randint(0, 64, (16, 256), generator=torch.Generator().manual_seed(0))
+    found = model.named_metrics(model(tokens))
+    assert found["layers.1.alpha"].item() == pytest.approx(0.2, abs=1e-6)
+    assert found["layers.1.selected"].item() == pytest.approx(0.2, abs=0.03)  # 5 standard deviations
 
 
 def test_a_gpu_that_only_resembles_a_known_one_has_no_peak(monkeypatch):

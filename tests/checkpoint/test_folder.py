@@ -163,7 +163,7 @@ def test_of_a_linked_checkpoint_the_link_is_deleted(tmp_path):
 def test_what_was_taken_back_is_no_longer_the_newest(tmp_path):
     for step in (10, 20, 30, 40):
         make(tmp_path, step)
-    remove_taken_back(tmp_path, after=10, until=35)
+    remove_taken_back(tmp_path, after=10, until=30)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [10, 40]
     assert (tmp_path / LATEST).read_text().strip() == "step_00000010"
 

@@ -318,3 +318,15 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, model, capsys):
             error = capsys.readouterr().err
             assert error.count("\n") == 1 and "--output" in error
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_stats_divide_the_bytes_of_the_text_by_its_tokens(tmp_path, gpt2_like, capsys):
+    texts = ["naïve café", "日本語 text", "plain words only"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "in.jsonl").write_text(lines)
+    prefix = tmp_path / "o"
+    assert run("tokenize", "--input", tmp_path / "in.jsonl", "--tokenizer", gpt2_like, "--output", prefix) == 0
+    capsys.readouterr()
+    assert run("stats", prefix) == 0
+    size, tokens = sum(len(text.encode()) for text in texts), IndexedReader(prefix).n_tokens
+    assert f"{size} bytes of text, {size / tokens:.3f} bytes per token" in capsys.readouterr().out

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_taipan.checkpoint.calibration import read_thresholds
+from megatron_taipan.checkpoint.calibration import read_capacity, read_thresholds
+from megatron_taipan.checkpoint.folder import locate
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import calibrate as calibration
@@ -104,6 +105,10 @@ def test_program_stores_thresholds_that_later_loads_use(tmp_path, capsys):
     with torch.no_grad():
         (share,) = selected(after.eval(), [tokens])
     assert share == pytest.approx(0.3, abs=0.01)
+    assert read_capacity(locate(str(tmp_path / "run"))) == 0.3
+    assert main([str(tmp_path / "run"), "--samples", "8"]) == 0  # the C that the run was trained for
+    assert "15% of 256 held-out tokens" in capsys.readouterr().out
+    assert read_capacity(locate(str(tmp_path / "run"))) == 0.15
 
 
 def test_damaged_thresholds_are_an_error(tmp_path):

@@ -126,7 +126,9 @@ def test_the_program_compares_models_and_presets(tmp_path, capsys):
         (weights, context) for weights in ("trained", "random") for context in (16, 32, 64)
     ]
     assert all(row["ms a token"] > 0 and row["prefill s"] > 0 and row["peak bytes"] is None for row in rows)
+    assert all(row["tokens/s"] == pytest.approx(2 * 1e3 / row["ms a token"], rel=0.01) for row in rows)
     first, second = ([row["cache bytes"] for row in some] for some in (rows[:3], rows[3:]))
+    assert first[1] - first[0] == 2 * 16 * 2 * 2 * 6 * 4  # rows, tokens, keys and values, 2 heads of 6, float32
     assert first[0] < first[1] < first[2] and len(set(second)) == 1
     assert rows[0]["selected"] is None and 0 <= rows[3]["selected"] <= 1
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
@@ -142,6 +144,15 @@ def test_decoding_alone_needs_no_prefill(tmp_path):
     assert main(arguments) == 0
     [row] = json.loads((tmp_path / "out/latency.json").read_text())["rows"]
     assert row["prefill s"] is None and row["ms a token"] > 0
+
+
+def test_the_peak_of_a_row_is_the_larger_one_of_prefill_and_decoding(tmp_path, monkeypatch):
+    found = iter([7, 3, 5, 9])  # prefill and decoding of the first context, then of the second
+    monkeypatch.setattr(latency, "peak_bytes", lambda _: next(found))
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["--preset", write_preset(tmp_path / "p.yaml", "M"), "--contexts", "16,32", *QUICK, *out]) == 0
+    rows = json.loads((tmp_path / "out/latency.json").read_text())["rows"]
+    assert [row["peak bytes"] for row in rows] == [7, 9]
 
 
 def test_what_does_not_fit_is_a_row_and_not_the_end(tmp_path, capsys, monkeypatch):

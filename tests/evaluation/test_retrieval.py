@@ -4,13 +4,15 @@ import json
 import random
 import re
 import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import retrieval_prompts as prompts
 from megatron_taipan.evaluation.__main__ import main as evaluate
-from megatron_taipan.evaluation.retrieval import main
+from megatron_taipan.evaluation.retrieval import draw_figures, main
 from megatron_taipan.evaluation.text_models import TextModel
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.tokenizer.load import load_tokenizer_file
@@ -164,6 +166,27 @@ def test_counts_tables_and_pictures_of_two_models(tokenizer, model, tmp_path, mo
         assert {f">{share:.1f}<" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)} <= set(re.findall(r">-?[\d.]+<", drawn))
     assert "800*" in heat and "beyond the 600 of training" in heat and ">400<" in heat.replace("400*", "")
     assert "training length 600" in (tmp_path / "out/retrieval.svg").read_text()
+
+
+def test_a_heat_map_has_every_share_where_its_depth_and_length_cross(tmp_path):
+    """By the places of the words in the picture; depths are written downwards from the start of the text."""
+    shares = {(depth, length): 0.1 + 0.4 * depth + length / 1e4 for depth in (0.0, 0.5, 1.0) for length in (500, 2000)}
+    rows = [
+        {"model": "m", "kind": "needle", "length": length, "beyond training": length > 600, "depth": depth,
+         "asked": 1, "found": share, "accuracy": share}
+        for (depth, length), share in shares.items()
+    ]  # fmt: skip
+    draw_figures(tmp_path, rows, [TextModel(Path("m"), None, 600)])
+    at = {}
+    for element in ElementTree.parse(tmp_path / "retrieval-needle-1-m.svg").iter():
+        if element.tag.endswith("text"):
+            at.setdefault(element.text, (float(element.get("x")), float(element.get("y"))))
+    for (depth, length), share in shares.items():
+        x, y = at[f"{share:.2g}"]
+        row = min(("0%", "50%", "100%"), key=lambda word: abs(at[word][1] - y))
+        column = min(("500", "2000*"), key=lambda word: abs(at[word][0] - x))
+        assert (row, column) == (f"{depth:.0%}", "500" if length == 500 else "2000*")
+    assert at["0%"][1] < at["50%"][1] < at["100%"][1]
 
 
 def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, model, monkeypatch):

@@ -103,6 +103,16 @@ def test_a_returned_cache_continues_the_text(pattern, name):
     assert torch.equal(more, naive_greedy(model, tokens[:, :13], 8))
 
 
+@torch.no_grad()
+def test_a_repeated_cache_holds_each_text_so_often_in_a_row():
+    model, tokens = hf_model(), random_tokens(2, 20)
+    cache = model(tokens[:, :13], use_cache=True)[CACHE]
+    cache.batch_repeat_interleave(3)
+    rest = model(tokens[[0, 0, 0, 1, 1, 1], 13:], cache=cache)
+    wanted = model(tokens).logits[[0, 0, 0, 1, 1, 1], 13:]
+    torch.testing.assert_close(rest.logits, wanted, rtol=0, atol=1e-9)
+
+
 def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [2, 20] and their mask; the first row's text begins at 4."""
     mask = torch.ones(2, 20, dtype=torch.int64)

@@ -128,3 +128,5 @@ def test_sample_texts_are_the_documents(tmp_path):
     texts = sample_texts(data, tokenizer, count=1000)
     assert [t.strip() for t in texts] == [t.strip() for t in documents]
     assert len(sample_texts(data, tokenizer, count=10)) in range(10, 14)
+    twice = DataConfig(train=[DataSource(prefix=str(tmp_path / "data"))] * 2)
+    assert len(sample_texts(twice, tokenizer, count=10)) in range(10, 14)  # of all datasets together

@@ -46,16 +46,17 @@ def test_a_batch_of_different_lengths_equals_single_prompts(prompts, chunk, temp
         assert batch[row] == alone
 
 
-def test_rows_end_at_their_stop_token_and_the_others_go_on_unchanged():
-    model = small_model(PATTERN)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_end_at_their_stop_token_and_the_others_go_on_unchanged(temperature):
+    model, sampling = small_model(PATTERN), Sampling(temperature=temperature, seed=3)
     prompts = [[1, 2, 3], [7, 8, 9, 10, 11], [20]]
-    free = generate(model, prompts, max_new_tokens=12)
+    free = generate(model, prompts, max_new_tokens=12, sampling=sampling)
     stop = free[0][4]
-    stopped = generate(model, prompts, max_new_tokens=12, stop_tokens=(stop,))
+    stopped = generate(model, prompts, max_new_tokens=12, sampling=sampling, stop_tokens=(stop,))
     for before, after in zip(free, stopped, strict=True):
         wanted = before[: before.index(stop) + 1] if stop in before else before
         assert after == wanted
-    assert len(stopped[0]) < 12
+    assert len(stopped[0]) < len(stopped[1])
 
 
 def test_the_seed_decides_the_text():

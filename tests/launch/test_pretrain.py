@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megatron_taipan import pretrain
@@ -91,22 +92,35 @@ def test_dry_run_counts_the_parameters_of_one_pipeline_stage(config, pattern, fi
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "bytes_of_each"),
+    ("stage", "precision", "context", "bytes_of_each"),
     [
         # ZeRO's table (arXiv 1910.02054, figure 1) with float32 gradients: parameters, gradients, master and moments
-        (0, "fp32", 4 + 4 + 8),  # the parameters are the master
-        (1, "bf16", 2 + 4 + 12 / 4),
-        (2, "bf16", 2 + 4 / 4 + 12 / 4),
-        (3, "bf16", 2 / 4 + 4 / 4 + 12 / 4),
-        (1, "fp32", 4 + 4 + 12 / 4),
+        (0, "fp32", 1, 4 + 4 + 8),  # the parameters are the master
+        (1, "bf16", 1, 2 + 4 + 12 / 4),
+        (2, "bf16", 1, 2 + 4 / 4 + 12 / 4),
+        (3, "bf16", 1, 2 / 4 + 4 / 4 + 12 / 4),
+        (1, "fp32", 1, 4 + 4 + 12 / 4),
+        (1, "bf16", 2, 2 + 4 + 12 / 4),  # ranks with other pieces of the same rows have the same parameters
     ],
 )
-def test_dry_run_counts_the_bytes_of_the_state(config, stage, precision, bytes_of_each):
-    options = [f"parallel.zero_stage={stage}", f"train.precision={precision}"]
+def test_dry_run_counts_the_bytes_of_the_state(config, stage, precision, context, bytes_of_each):
+    options = [f"parallel.zero_stage={stage}", f"train.precision={precision}", f"parallel.context={context}"]
     options += ["model.vocab_size=400000", "model.d_model=256"]
     line = next(line for line in dry_run(load_config(config, options), 4) if line.startswith("per rank"))
     count, size = re.search(r"([\d,]+) parameters; .* state ([\d.]+) GB", line).groups()
     assert float(size) == pytest.approx(int(count.replace(",", "")) * bytes_of_each / 1e9, abs=0.005)
+
+
+def test_dry_run_counts_one_moment_of_what_muon_steps(config):
+    options = ["optim.name=muon", "train.precision=bf16", "model.d_model=1024", "model.d_ff=4096"]
+    settings = load_config(config, options)
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Taipan(settings.model).named_parameters()}
+    matrices = sum(size for name, size in sizes.items() if re.search(r"_proj(_\w+)?$", name))
+    wanted = (2 + 4) * sum(sizes.values()) + (12 * sum(sizes.values()) - 4 * matrices) / 4
+    line = next(line for line in dry_run(settings, 4) if line.startswith("per rank"))
+    assert float(re.search(r" state ([\d.]+) GB", line)[1]) == pytest.approx(wanted / 1e9, abs=0.005)
+    assert matrices / 1e9 > 0.02  # so that a second moment would show
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(config):

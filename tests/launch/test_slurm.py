@@ -6,6 +6,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.slurm.restarts import starts_without_checkpoint
 from megatron_taipan.checkpoint.folder import find_newest
+from tests.checkpoint.folders import make
 from tests.distributed.launch import ROOT
 from tests.train.runs import log, steps_so_far
 from tests.train.toy import toy_tree, write_data
@@ -137,6 +140,18 @@ echo '{{"format": 1, "files": {{}}}}' > $step/manifest.json
     env = slurm(tmp_path, f"{new_checkpoint}exit 75\n", MAX_RESTARTS="0")
     runs = [run_script(tmp_path, env | {"SLURM_RESTART_COUNT": str(restart)}) for restart in (0, 1, 2, 2)]
     assert [run.returncode for run in runs] == [0, 0, 0, 75]
+
+
+def test_steps_that_a_run_takes_back_and_writes_again_are_no_new_checkpoint(tmp_path):
+    """As after a loss that jumped: the newest checkpoint is of an earlier step than one before was."""
+    counts = []
+    for step in (20, 10, 15, 20, 25, None):
+        if step is not None:
+            shutil.rmtree(tmp_path / "step_00000020", ignore_errors=True)
+            make(tmp_path, step)
+        counts.append(starts_without_checkpoint(tmp_path, "4711"))
+    assert counts == [0, 1, 2, 3, 0, 1]
+    assert starts_without_checkpoint(tmp_path, "4712") == 0  # another job's first start
 
 
 def test_a_task_of_an_array_is_named_by_the_array(tmp_path):

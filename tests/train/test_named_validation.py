@@ -25,10 +25,15 @@ def test_each_set_has_the_loss_that_the_perplexity_program_finds(tmp_path):
     assert launch(1, runs, [tree])[0] == [0]
     record = log(tmp_path / "run", "valid")[-1]
     model, _, _ = load_model(tmp_path / "run")
-    found = {}
+    found, gates = {}, {}
     for name, prefix in (("wiki", wiki), ("code", code)):
         data = DataConfig(train=train, valid=[DataSource(prefix=prefix)], seq_len=24)
-        found[name] = score(model, build_dataset(data, "valid", VOCAB), samples=5)
+        dataset = build_dataset(data, "valid", VOCAB)
+        found[name] = score(model, dataset, samples=5)
+        rows = dataset.batch(list(range(5)))
+        with torch.no_grad():
+            out = model.eval()(rows["tokens"], seq_idx=rows["seq_idx"], samples=rows["sample"])
+        gates[name] = model.named_metrics(out)
         assert record["sets"][name]["ce"] == pytest.approx(found[name].ce, rel=1e-5)
         assert record["sets"][name]["tokens"] == found[name].tokens
     assert found["wiki"].ce != found["code"].ce
@@ -36,7 +41,9 @@ def test_each_set_has_the_loss_that_the_perplexity_program_finds(tmp_path):
     whole = sum(part.ce * part.tokens for part in found.values()) / tokens
     assert record["ce"] == pytest.approx(whole, rel=1e-5) and record["tokens"] == tokens
     assert record["perplexity"] == pytest.approx(math.exp(whole), rel=1e-5)
-    assert 0 <= record["layers.1.selected"] <= 1
+    for metric in ("layers.1.selected", "layers.1.alpha"):  # of five rows in micro-batches of two, two and one
+        shares = [float(gates[name][metric]) * part.tokens for name, part in found.items()]
+        assert record[metric] == pytest.approx(sum(shares) / tokens, rel=1e-5)
 
 
 def losses_by_position(model, dataset, samples: int, names: list[str]) -> dict[str, float]:
