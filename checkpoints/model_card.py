@@ -96,9 +96,10 @@ def describe_run(
     """
     train, data, optim = config.train, config.data, config.optim
     trained = f"{step:,} steps, {tokens:,} tokens" if step and tokens else "not recorded"
+    optimizer = "Muon (matrices) and AdamW" if optim.name == "muon" else "AdamW"
     lines = [
-        f"- training: {trained}; samples of {data.seq_len:,} tokens; AdamW, peak learning rate {optim.lr:g}, weight\n"
-        f"  decay {optim.weight_decay:g}, gradient clipping {optim.grad_clip:g}, {train.precision}"
+        f"- training: {trained}; samples of {data.seq_len:,} tokens; {optimizer}, peak learning rate\n"
+        f"  {optim.lr:g}, weight decay {optim.weight_decay:g}, gradient clipping {optim.grad_clip:g}, {train.precision}"
     ]
     if validation is not None:
         lines.append(

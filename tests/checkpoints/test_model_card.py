@@ -40,8 +40,10 @@ def test_the_card_says_how_the_weights_were_trained():
     config = config.model_copy(update={"optim": optim, "data": data, "train": train})
     text = describe_run(config, 1200, 9_830_400, None, 0.15)
     assert text.splitlines() == [
-        "- training: 1,200 steps, 9,830,400 tokens; samples of 4,096 tokens; AdamW, peak learning rate 0.0003, weight",
-        "  decay 0.02, gradient clipping 0.5, bf16",
+        "- training: 1,200 steps, 9,830,400 tokens; samples of 4,096 tokens; AdamW, peak learning rate",
+        "  0.0003, weight decay 0.02, gradient clipping 0.5, bf16",
         "- thresholds of the gates calibrated afterwards to select 15.0% of held-out tokens",
     ]
     assert "training: not recorded" in describe_run(config, None, None, None, None)
+    config = config.model_copy(update={"optim": optim.model_copy(update={"name": "muon"})})
+    assert "4,096 tokens; Muon (matrices) and AdamW, peak" in describe_run(config, 1200, 9_830_400, None, None)
