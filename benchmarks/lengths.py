@@ -101,17 +101,12 @@ def config_of(what: dict, recompute: str) -> Config:
     name = SIZES_OF_PEER if what["model"] == PEER else what["model"]
     overrides = [f"data.seq_len={length}", f"parallel.recompute={recompute}", f"train.global_batch={tokens // length}"]
 
-    def with_overrides(more: list[str]) -> Config:
-        chosen = {
-            "preset": name,
-            "batch": rows,
-            "ops": what["ops"],
-            "overrides": [*more, *overrides, *what["overrides"]],
-        }
-        return preset(argparse.Namespace(**chosen))
+    def with_overrides(*first: str) -> Config:
+        chosen = {"preset": name, "batch": rows, "ops": what["ops"]}
+        return preset(argparse.Namespace(**chosen, overrides=[*first, *overrides, *what["overrides"]]))
 
-    config = with_overrides([])
-    return with_overrides(["data.mask_documents=false"]) if "A" in config.model.letters else config
+    config = with_overrides()
+    return with_overrides("data.mask_documents=false") if "A" in config.model.letters else config
 
 
 def rows_of_micro_batch(what: dict) -> int:

@@ -29,13 +29,14 @@ SEVERAL = {
     "tests/distributed/test_gpus.py": 2, "tests/hf/test_device_map.py": 2, "tests/hf/test_devices.py": 2,
     "tests/parallel/test_overlapped_comm.py": 4,
 }  # fmt: skip
+ON_GPU = re.compile(r"mark\.gpu\b|from tests\.ops\.devices import .*DEVICES")
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
 def gpu_files(places: list[Path]) -> list[str]:
     """The test files below these places that have tests marked gpu, from the repository's root."""
     files = sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("test_*.py")))
-    return [path.resolve().relative_to(ROOT).as_posix() for path in files if "mark.gpu" in path.read_text("utf-8")]
+    return [path.resolve().relative_to(ROOT).as_posix() for path in files if ON_GPU.search(path.read_text("utf-8"))]
 
 
 def gpu_groups(gpus: list[str], size: int, at_once: int) -> list[str]:
@@ -92,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     by_size = defaultdict(list)
     for file in gpu_files(options.places):
         by_size[SEVERAL.get(file, 1)].append({"file": file})
-    run, end, left = partial(run_file, out=options.out, timeout=options.timeout), time.monotonic(), 0
+    run, began, left = partial(run_file, out=options.out, timeout=options.timeout), time.monotonic(), 0
     for size, files in sorted(by_size.items(), reverse=True):
-        minutes = options.minutes and options.minutes - (time.monotonic() - end) / 60
+        minutes = options.minutes and options.minutes - (time.monotonic() - began) / 60
         left += make_runs(results, files, run, minutes, devices=gpu_groups(gpus, size, options.at_once))
     found = [record["result"] for record in read_runs(results).values() if "result" in record]
     total = {kind: sum(result.get(kind, 0) for result in found) for kind in ("passed", "skipped")}

@@ -152,7 +152,7 @@ def open_files(
         UserError: data are missing or damaged, the folder is another run's or in use, no checkpoint in it is sound.
     """
     directory, writer = Path(config.checkpoint.dir), place.rank == 0
-    run_on_all_ranks(lambda: refuse_load(config))  # before anything is written
+    run_on_all_ranks(lambda: refuse_load(config) if writer else None)  # before anything is written
     done = run_on_all_ranks(lambda: stages_done(config))
     for stage in reversed(plan[done:]):  # the data of later stages only to see that it is there
         train_data, valid_data = run_on_all_ranks(partial(open_stage_data, stage.config, groups_by_context))

@@ -5,7 +5,6 @@ Those of training, but for the rotary embedding (there is no `A`) and attention 
 Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
 
-import os
 from typing import Any
 from unittest import mock
 
@@ -13,10 +12,11 @@ import pytest
 
 from tests.distributed.launch import launch, same_packages
 from tests.distributed.parity import Case, Setting, run_cases
+from tests.ops.devices import interpreted_only
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    interpreted_only,
 ]
 pytest.importorskip("triton")
 

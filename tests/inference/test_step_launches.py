@@ -3,8 +3,6 @@
 TRITON_INTERPRET=1 pytest tests/inference/test_step_launches.py; elsewhere skipped.
 """
 
-import os
-
 import pytest
 import torch
 
@@ -13,10 +11,11 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.operations import reference_ops
 from tests.inference.networks import VOCABULARY, small_config
 from tests.inference.test_decoding_gpu import SIZES
+from tests.ops.devices import interpreted_only
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    interpreted_only,
 ]
 pytest.importorskip("triton")
 PRESET = {

@@ -3,16 +3,15 @@
 Run and skipped as tests/ops/test_mamba2_interpreted.py.
 """
 
-import os
-
 import pytest
 
 from tests.distributed.launch import launch, same_packages
 from tests.model.piece_mixer import Setting, compare_pieces
+from tests.ops.devices import interpreted_only
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    interpreted_only,
 ]
 pytest.importorskip("triton")
 

@@ -3,7 +3,6 @@
 On a GPU, or in Triton's interpreter with TRITON_INTERPRET=1.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -18,14 +17,10 @@ from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops import dispatch
 from megatron_taipan.ops.operations import reference_ops
 from tests.model.small import selecting, small_config, told
+from tests.ops.devices import DEVICES
 from tests.ops.kernel_checks import TOLERANCE, error, poison
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-]
 B, L, D = 2, 90, 32
 
 

@@ -3,7 +3,6 @@
 Run and skipped as tests/ops/test_mamba2_interpreted.py. Each rank compares with the whole layer's reference in float64.
 """
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -23,11 +22,12 @@ from megatron_taipan.parallel.tensor import TensorParallel
 from megatron_taipan.parameters import parameter_table, take_shard
 from tests.distributed.launch import launch, same_packages
 from tests.model.small import small_config, told
+from tests.ops.devices import interpreted_only
 from tests.ops.kernel_checks import error
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    interpreted_only,
 ]
 pytest.importorskip("triton")
 

@@ -1,6 +1,5 @@
 """RMSNorm with the residual stream's sum in Triton: on a GPU, or interpreted with TRITON_INTERPRET=1."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,14 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.ops.norms import add_rms_norm_reference, rms_norm_reference
+from tests.ops.devices import DEVICES
 from tests.ops.kernel_checks import TOLERANCE, error, poison
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-]
 HALF, WHOLE = torch.bfloat16, torch.float32
 EPS = 1e-5
 

@@ -1,21 +1,19 @@
 """The kernels of a decoded token against their references in float64; on a GPU or with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.decode import conv_update_reference, decode_attention_reference, ssd_update_reference
 from megatron_taipan.ops.ssd import ssd_reference
+from tests.ops.devices import interpreted_only
 from tests.ops.kernel_checks import TOLERANCE, error, poison
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [
     *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
     # the interpreter cuts bf16 off where a GPU rounds
-    pytest.param("cpu", torch.float32, marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
+    pytest.param("cpu", torch.float32, marks=interpreted_only),
 ]
 on_devices = pytest.mark.parametrize(("device", "dtype"), CASES)
 

@@ -1,20 +1,14 @@
 """The gate's kernel: logits against float64, noise against that of plain torch; on a GPU or with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_taipan.model.noise import gumbel_noise
+from tests.ops.devices import DEVICES
 from tests.ops.kernel_checks import TOLERANCE, error, poison
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,7 +6,6 @@ and the grids are not launched.
 
 import importlib
 import itertools
-import os
 import pkgutil
 
 import pytest
@@ -14,14 +13,11 @@ import torch
 
 from megatron_taipan import ops
 from megatron_taipan.ops.selected_rows import Rows
+from tests.ops.devices import DEVICES, interpreted_only
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-device = pytest.mark.parametrize("device", [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-])  # fmt: skip
+device = pytest.mark.parametrize("device", DEVICES)
 TOKENS = 193  # four chunks of the scan, the last one of a single token
 STRIDE = 2**31 // 192 // 16 * 16 + 16  # the last token is beyond 2^31 elements
 LONG = 8 * 2**20 + 3
@@ -114,7 +110,7 @@ def test_tokens_beyond_32_bits_are_found(device, operation):
     assert [torch.equal(a, b) for a, b in zip(close, wide, strict=True)] == [True] * len(close)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+@interpreted_only
 def test_tiles_of_a_longer_row_compute_the_same(monkeypatch):
     """What a convolution of more than two million tokens takes."""
     from megatron_taipan.ops import causal_conv1d_triton as kernels

@@ -4,13 +4,13 @@ Skipped otherwise: the variable has to be set before Triton is imported, and Tri
 float32 only, because the interpreter does not compute in bfloat16.
 """
 
-import os
 from functools import partial
 
 import pytest
 import torch
 
 from megatron_taipan.ops.norms import gated_rms_norm_reference
+from tests.ops.devices import interpreted_only
 from tests.ops.kernel_checks import error, with_gradients
 from tests.ops.mamba2_reference import kept_and_projected, mix_reference, mixed_again
 from tests.ops.pieces import mix_in_pieces
@@ -18,7 +18,7 @@ from tests.ops.spread import gated_norm_over_ranks, mix_over_ranks
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not 1"),
+    interpreted_only,
 ]
 pytest.importorskip("triton")
 

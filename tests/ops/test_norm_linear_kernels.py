@@ -3,7 +3,6 @@
 On a GPU, or interpreted with TRITON_INTERPRET=1.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.devices import DEVICES
 from tests.ops.kernel_checks import poison
 
 pytest.importorskip("triton")
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")),
-]
 EPS = 1e-5
 
 

@@ -1,18 +1,11 @@
 """The rotary embedding: against complex numbers on any machine, its kernel on a GPU or with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
 from megatron_taipan.ops.rope import rotary_tables, rotate_reference
+from tests.ops.devices import DEVICES
 from tests.ops.kernel_checks import TOLERANCE, error, poison, with_gradients
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-]
 
 
 @pytest.mark.parametrize("width", [2, 6, 16])

@@ -4,7 +4,6 @@ Each operation is called with tensors side by side in memory and with views of e
 outputs and gradients must be the same bits. On a GPU, or in Triton's interpreter with TRITON_INTERPRET=1.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from megatron_taipan.ops.fast import FUSIONS, KERNELS
 from megatron_taipan.ops.selected_rows import Rows
+from tests.ops.devices import DEVICES, interpreted_only
 from tests.ops.pieces import Chain
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-device = pytest.mark.parametrize("device", [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-])  # fmt: skip
+device = pytest.mark.parametrize("device", DEVICES)
 
 VALUES_STAY = (
     "behind another element", "of the other type", "every other element", "columns", "with odd strides",
@@ -361,7 +357,7 @@ def test_layout_of_what_other_ranks_send_changes_nothing(device, name, monkeypat
         assert not difference(lambda call=call: results(call, device), expected, device == "cpu")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+@interpreted_only
 def test_the_copy_engine_is_given_rows_that_share_no_memory(monkeypatch):
     """CUDA's documentation of tensor maps has no others, and the interpreter would read them all the same."""
     from megatron_taipan.ops import interval_attention_triton as kernels
