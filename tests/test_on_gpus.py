@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import on_gpus
-from tests.on_gpus import ROOT, SEVERAL, gpu_files, gpu_groups, run_file
+from tests.on_gpus import ROOT, SEVERAL, gpu_files, gpu_groups, lanes, run_file
 
 
 def test_every_file_that_looks_at_the_number_of_gpus_is_known():
@@ -20,6 +20,14 @@ def test_files_share_the_gpus_without_a_gpu_in_two_groups():
     assert gpu_groups(["0", "1", "2", "3"], 2, 1) == ["0,1", "2,3"]
     assert gpu_groups(["0", "1", "2"], 2, 2) == ["0,1", "0,1"]
     assert gpu_groups(["5"], 4, 1) == ["5"]
+
+
+def test_files_of_several_gpus_run_beside_those_of_one_or_before_them():
+    four, two = "tests/parallel/test_overlapped_comm.py", "tests/hf/test_devices.py"
+    files = ["tests/ops/test_rope.py", two, four]
+    assert lanes(files, 1) == [([4, 2, 1], 1)]
+    assert lanes(files, 3) == [([4, 2], 1), ([1], 2)]
+    assert lanes(files[:1], 3) == [([1], 3)] and lanes(files[1:], 3) == [([4, 2], 3)]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +65,10 @@ def test_what_passed_is_not_run_again_and_a_failure_shows(tmp_path, monkeypatch,
 
     monkeypatch.setattr(on_gpus, "run_file", run)
     monkeypatch.setattr(on_gpus, "gpu_names", lambda: ["0", "1"])
-    places = ["tests/ops/test_rope.py", "tests/distributed/test_gpus.py", "tests/ops/test_gate_scores.py"]
+    places = ["tests/ops/test_rope.py", "tests/distributed/test_layouts_gpu.py", "tests/ops/test_gate_scores.py"]
     command = [*(str(ROOT / place) for place in places), "--out", str(tmp_path)]
     assert on_gpus.main(command) == 1
-    assert tried[0] == (places[1], "0,1") and {file for file, _ in tried} == set(places)
+    assert (places[1], "0,1") in tried and {file for file, _ in tried} == set(places)
     assert "6 passed, 2 skipped in 2 files; 1 failed or are left" in capsys.readouterr().out
     assert on_gpus.main(command) == 1 and [file for file, _ in tried[3:]] == [places[0]]
     lines = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()]
