@@ -11,8 +11,10 @@ files hold them: products of bf16 are many times slower on a CPU without instruc
 """
 
 import argparse
+import inspect
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -193,10 +195,15 @@ def check_folder(
             "sketch": sketch_of(probe).model_dump(mode="json"), "count": COUNT, "tolerance": TOLERANCE,
         }  # fmt: skip
         write_json(request, asked)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        clean |= {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-I", reload_folder.__file__, str(folder.resolve()), str(request), str(answer)]
-        done = subprocess.run(command, cwd=scratch, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        hub = {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        # Not python -I, which hides the packages that clusters have in PYTHONPATH and ~/.local; and not where it lies,
+        # since Python looks for modules there first.
+        program = shutil.copy(reload_folder.__file__, scratch)
+        shutil.copy(inspect.getfile(stream), scratch)
+        command = [sys.executable, program, str(folder.resolve()), str(request), str(answer)]
+        done = subprocess.run(
+            command, cwd=scratch, env=os.environ | hub, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"the exported folder does not load by itself ({last[0]}); nothing was written")

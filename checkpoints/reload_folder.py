@@ -1,6 +1,6 @@
-"""Loads an exported folder as a stranger would, and stores what it answers. Run by path in a fresh, isolated process.
+"""Loads an exported folder as a stranger would, and stores what it answers. Run by path in a fresh process.
 
-    python -I reload_folder.py FOLDER REQUEST.json ANSWER.npy
+    python reload_folder.py FOLDER REQUEST.json ANSWER.npy
 
 The request holds `dtype`, `tokens` (rows of ids; `prefill` of each in a first pass, the rest from its cache), `texts`
 (pairs of a text and the ids that the tokenizer must give with special tokens taken as text), `special` (their
@@ -9,7 +9,7 @@ conversation and what the chat template makes of it), `network`, which the folde
 `probe`, the same with shorter windows and chunks, which is computed, `streamed`: whether the model is too large to
 be loaded whole; then the folder's class reads it layer by layer and computes in float32; and `sketch`, a small network
 of the same kinds of layers, on which `generate()` is tried to within `tolerance`.
-Our package is made impossible to import first, so that only what the folder holds can answer.
+Our packages are made impossible to import first, so that only what the folder holds can answer.
 """
 
 import importlib.util

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,17 @@ def test_what_a_command_names_exists(program: str, word: str) -> None:
         assert word in BENCHMARKS
     if spec.submodule_search_locations:
         assert importlib.util.find_spec(f"{program}.__main__"), f"{program} is a package without __main__"
+
+
+def test_no_module_beside_a_program_hides_one_of_pythons():
+    """Run by its path, a program finds the modules beside it before Python's own."""
+    sources = {path: path.read_text(encoding="utf-8") for room in OURS for path in (ROOT / room).rglob("*.py")}
+    folders = {path.parent for path, source in sources.items() if 'if __name__ == "__main__":' in source}
+    assert ROOT / "checkpoints" in folders and len(folders) > 5
+    hiding = [path for path in sources if path.parent in folders and path.stem in sys.stdlib_module_names]
+    assert not hiding
+
+
+def test_a_conversion_program_runs_by_its_path_from_anywhere(tmp_path):
+    command = [sys.executable, str(ROOT / "checkpoints/reshard.py"), "--help"]
+    assert "usage:" in subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import diff, export_hf, inspect, reshard, verify
+from checkpoints import diff, export_hf, inspector, reshard, verify
 from megatron_taipan.checkpoint import files, folder
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.randomness import random_states, set_random_states
@@ -59,7 +59,7 @@ def reader(path: Path) -> StateReader:
 
 def programs(path: Path, out: Path) -> list[tuple]:
     return [
-        (inspect, [path]), (inspect, [path, "--tensors"]), (diff, [path, path]), (verify, [path]),
+        (inspector, [path]), (inspector, [path, "--tensors"]), (diff, [path, path]), (verify, [path]),
         (export_hf, [path, out, "--no-tokenizer"]), (reshard, [path, out, "--processes", "2"]),
         (perplexity, [path, "--device", "cpu"]),
     ]  # fmt: skip
@@ -145,7 +145,7 @@ def test_json_nested_too_deeply(checkpoint, tmp_path, name, capsys):
         rehash(checkpoint)
     for program, arguments in programs(checkpoint, tmp_path / "out"):
         status, said = program.main([str(argument) for argument in arguments]), capsys.readouterr()
-        looks_elsewhere = program is verify or (program is inspect and name == INDEX)
+        looks_elsewhere = program is verify or (program is inspector and name == INDEX)
         assert status in (1, 2) or looks_elsewhere, program.__name__
         assert "Traceback" not in said.err
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -274,6 +275,25 @@ def test_a_folder_that_does_not_load_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not load by itself.*taipan_ops"):
         export(memory_state(), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["megatron_taipan", "data_prep", "model_card"])
+def test_a_folder_that_needs_our_modules_is_not_written(tmp_path, monkeypatch, name):
+    """Though they are installed, in PYTHONPATH or beside the file that the check runs."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(export_hf.__file__).parents[1]))
+    sources = dict(export_hf.bundle_sources())
+    sources["taipan_ops.py"] = f"import importlib\nimportlib.import_module({name!r})\n" + sources["taipan_ops.py"]
+    monkeypatch.setattr(export_hf, "bundle_sources", lambda: sources)
+    with pytest.raises(UserError, match=f"does not load by itself.*{name}"):
+        export(memory_state(), tmp_path / "hf")
+
+
+def test_packages_that_are_only_in_pythonpath_are_seen(tmp_path, monkeypatch):
+    """As clusters' modules have them: what the check imports there tells that it was looked for."""
+    (tmp_path / "pydantic.py").write_text("raise ImportError('found in PYTHONPATH')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="does not load by itself.*found in PYTHONPATH"):
+        export(memory_state(), tmp_path / "hf")
 
 
 def test_only_an_earlier_export_is_overwritten(tmp_path):

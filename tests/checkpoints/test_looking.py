@@ -1,4 +1,4 @@
-"""inspect, verify and diff on a real run's checkpoints, its damaged copies and folders of weights."""
+"""inspector, verify and diff on a real run's checkpoints, its damaged copies and folders of weights."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoints import diff, inspect, verify
+from checkpoints import diff, inspector, verify
 from checkpoints.run_metrics import last_validation
 from megatron_taipan.model.taipan import Taipan
 from tests.checkpoint.test_weights import write_weights
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 
 def test_inspect_says_what_is_there(run, capsys):
-    assert inspect.main([str(run), "--tensors"]) == 0
+    assert inspector.main([str(run), "--tensors"]) == 0
     out = capsys.readouterr().out
     assert "step_00000001  complete" in out and "step_00000002  complete" in out
     assert re.search(r"progress +step 2, samples 16, tokens 512", out)
@@ -44,7 +44,7 @@ def test_inspect_says_what_is_there(run, capsys):
     assert f"{expected:,} parameters" in out
     assert re.search(r"layers.1.attention.q_proj +\[32, 32\] +F32 +12.3 kB", out)  # 32 x 32 x 4 bytes, and two moments
     assert "float32 masters, exp_avg, exp_avg_sq" in out and "tensor 2, pipeline 1, data 1" in out
-    assert inspect.main([str(run)]) == 0
+    assert inspector.main([str(run)]) == 0
     tree = capsys.readouterr().out
     assert re.search(
         r"layers\.\{0,2\}  2 x [\d.]+ kB\n +norm\n +weight +\[32\] +F32 +384 B\n +mixer\n +in_proj_z", tree
@@ -159,11 +159,11 @@ def test_inspect_tells_the_size_of_weights_in_16_bits(tmp_path, capsys):
     weights = load_file(folder / "model.safetensors")
     for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
         save_file({key: value.to(dtype) for key, value in weights.items()}, folder / "model.safetensors")
-        assert inspect.main([str(folder), "--tensors"]) == 0
+        assert inspector.main([str(folder), "--tensors"]) == 0
         assert re.search(rf"final_norm.weight +\[24\] +{name} +48 B", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("program", [inspect, verify, diff])
+@pytest.mark.parametrize("program", [inspector, verify, diff])
 def test_what_is_no_checkpoint_is_one_line(program, tmp_path, capsys):
     arguments = [str(tmp_path / "none")] * (2 if program is diff else 1)
     assert program.main(arguments) == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from checkpoints import diff, export_hf, import_hf, import_mamba2, inspect, reshard, verify
+from checkpoints import diff, export_hf, import_hf, import_mamba2, inspector, reshard, verify
 from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.evaluation import calibrate, perplexity
@@ -71,8 +71,8 @@ def programs(place: Path, out: Path) -> list[tuple]:
     tree = memory_state().config.model_dump(mode="json")
     config.write_text(yaml.safe_dump(tree))
     return [
-        (inspect, [place]),
-        (inspect, [place, "--tensors"]),
+        (inspector, [place]),
+        (inspector, [place, "--tensors"]),
         (diff, [place, place]),
         (export_hf, [place, out, "--no-tokenizer"]),
         (import_hf, [place, out]),
@@ -91,7 +91,7 @@ def test_no_program_runs_a_pickle(request, kind, tmp_path, capsys):
         status = program.main([str(argument) for argument in arguments])
         error = capsys.readouterr().err
         assert not (tmp_path / EXECUTED).exists(), program.__name__
-        reads_no_tensors = program is inspect and kind == "checkpoint"
+        reads_no_tensors = program is inspector and kind == "checkpoint"
         assert reads_no_tensors or (status == 2 and error.count("error: ") == 1), (program.__name__, status, error)
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()), program.__name__
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import diff, inspect, reshard
+from checkpoints import diff, inspector, reshard
 from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parameters import parameter_table
@@ -93,7 +93,7 @@ def test_matrices_have_one_moment_and_tools_know_it(place, capsys):
     names = set(open_checkpoint(path).reader.table)
     assert second == {name for name in names if not is_projection(name)}
     assert {key.partition("|")[0] for key in keys if key.endswith("|exp_avg")} == names
-    assert inspect.main([str(path)]) == 0
+    assert inspector.main([str(path)]) == 0
     assert f"without exp_avg_sq of the {len(names) - len(second)} matrices that Muon steps" in capsys.readouterr().out
     assert diff.main([str(place / "one/step_00000002"), str(place / "laid/step_00000002")]) == 0
     assert "common tensors are bit-equal" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import inspect, reshard, verify
+from checkpoints import inspector, reshard, verify
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
 from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.config import make_config
@@ -89,8 +89,8 @@ def test_a_new_run_starts_from_them_in_another_layout(place):
 
 def test_every_program_reads_them(place, tmp_path, capsys):
     weights = place / "run" / "weights_00000006"
-    assert inspect.main([str(place / "run")]) == 0
-    assert inspect.main([str(weights)]) == 0
+    assert inspector.main([str(place / "run")]) == 0
+    assert inspector.main([str(weights)]) == 0
     out = capsys.readouterr().out
     assert "weights_00000006  complete" in out and "weights only" in out
     assert verify.main([str(place / "run")]) == 0

@@ -1,4 +1,4 @@
-"""`python -m checkpoints.inspect PATH`: what a checkpoint or a folder of weights holds, without reading its tensors."""
+"""`python -m checkpoints.inspector PATH`: what a checkpoint or a folder of weights holds, its tensors unread."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ from megatron_taipan.parameters import parameter_table
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """The command line program."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoints.inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m checkpoints.inspector", description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, a run's folder of checkpoints, or a folder of weights")
     parser.add_argument(
         "--tensors",
