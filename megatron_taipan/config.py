@@ -232,8 +232,10 @@ class TrainConfig(Section):
     eval_every: int = option(500, "steps between validations; 0 validates at the end only", ge=0)
     eval_samples: int = option(64, "samples per validation", ge=1)
     deterministic: bool = option(False, "use deterministic algorithms only")
-    cuda_graphs: bool = option(
-        True, "replay the layers as CUDA graphs where that is possible (no pipeline, zero_stage 1, bf16 or fp16)"
+    cuda_graphs: bool | Literal["auto"] = option(
+        "auto",
+        "replay the layers as CUDA graphs where that is possible (no pipeline, zero_stage 1, bf16 or fp16); auto: not"
+        " for micro-batches so long that graphs save no time and only hold memory",
     )
     profile: ProfileConfig | None = option(
         None,

@@ -33,6 +33,9 @@ from megatron_taipan.parameters import check_tensor_size, parameter_table
 from megatron_taipan.stages import Stage, plan_stages
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
+# Elements of a micro-batch's stream on a rank from which on Python launches kernels well ahead of the GPU: a 1.3B model
+# at 65,536 tokens, of which graphs held 8 GiB and saved nothing (docs/performance.md). Smaller ones were not compared.
+SLOWER_THAN_LAUNCHES = 65_536 * 2_048
 
 
 def build_engine(model: nn.Module, config: Config, groups: Groups, device: torch.device) -> Engine:
@@ -77,9 +80,13 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
         What was done, or why not, for the log.
     """
     p, t = config.parallel, config.train
+    tokens = t.micro_batch * p.piece(config.data.seq_len)
     reasons = {
         "no GPU": device.type != "cuda",
         "train.cuda_graphs=false": not t.cuda_graphs,
+        f"train.cuda_graphs=auto: with {tokens:,} tokens a micro-batch they save no time, and hold memory": (
+            t.cuda_graphs == "auto" and tokens * config.model.d_model >= SLOWER_THAN_LAUNCHES * p.tensor
+        ),
         "pipeline parallel": p.pipeline > 1,
         # at the other stages, and in fp32, DeepSpeed keeps gradient tensors that the next replay would overwrite
         f"zero_stage={p.zero_stage}": p.zero_stage != 1,
@@ -93,7 +100,7 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
         return f"layers run one by one ({reason})"
     stack.callback(model.release_graphs)
     try:
-        model.capture(t.micro_batch, config.parallel.piece(config.data.seq_len))
+        model.capture(t.micro_batch, p.piece(config.data.seq_len))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"recording the layers on {t.micro_batch} x {config.data.seq_len} tokens ran out of memory on"

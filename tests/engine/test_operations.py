@@ -1,5 +1,8 @@
 """The operations of a configured run: what it needs of them, when it is refused, and what is printed."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import pytest
 import torch
 
@@ -100,6 +103,25 @@ def test_layers_are_not_recorded_where_the_host_counts_documents(monkeypatch):
     ops = dispatch.pick_ops("reference", ours.ops.choices(), run_facts(ours))
     said = capture_graphs(Taipan(ours.model, ops=ops), ours, torch.device("cuda"), None)
     assert said == "layers run one by one (flash_attn counts packed documents on the host)"
+
+
+@pytest.mark.parametrize(
+    ("graphs", "micro_batch", "parallel", "recorded"),
+    [
+        ("auto", 31, {}, True), ("auto", 32, {}, False), (True, 32, {}, True), (False, 1, {}, False),
+        ("auto", 32, {"tensor": 2}, True), ("auto", 64, {"tensor": 2}, False),
+        ("auto", 32, {"context": 2}, True), ("auto", 64, {"context": 2}, False),
+    ],
+)  # fmt: skip
+def test_layers_are_recorded_where_that_saves_time_or_is_asked_for(graphs, micro_batch, parallel, recorded):
+    train = {"precision": "bf16", "cuda_graphs": graphs, "micro_batch": micro_batch, "global_batch": micro_batch}
+    ours = config("A", train=train, parallel=parallel, data={"train": "unused", "seq_len": 65_536})
+    ours = ours.model_copy(update={"model": ours.model.model_copy(update={"d_model": 64})})
+    model = mock.MagicMock(graphable=True, **{"ops.unrecordable": ""})
+    with ExitStack() as stack:
+        said = capture_graphs(model, ours, torch.device("cuda"), stack)
+    assert ("layers run as" in said) == recorded == model.capture.called
+    assert recorded or "cuda_graphs" in said
 
 
 def test_a_run_goes_on_with_other_kernels_and_says_so():
