@@ -33,8 +33,9 @@ from megatron_taipan.parameters import check_tensor_size, parameter_table
 from megatron_taipan.stages import Stage, plan_stages
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
-# Elements of a micro-batch's stream on a rank from which on Python launches kernels well ahead of the GPU: a 1.3B model
-# at 65,536 tokens, of which graphs held 8 GiB and saved nothing (docs/performance.md). Smaller ones were not compared.
+# Elements of a micro-batch's stream on a rank from which on Python launches kernels well ahead of the GPU: a row of 65,536
+# tokens of taipan_1.3b, where graphs held 8 GiB and saved nothing on an H200 (docs/performance.md). Fewer elements,
+# narrower models, other families and tensor parallelism, which divides a kernel's work, were not compared.
 SLOWER_THAN_LAUNCHES = 65_536 * 2_048
 
 
@@ -84,9 +85,6 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
     reasons = {
         "no GPU": device.type != "cuda",
         "train.cuda_graphs=false": not t.cuda_graphs,
-        f"train.cuda_graphs=auto: with {tokens:,} tokens a micro-batch they save no time, and hold memory": (
-            t.cuda_graphs == "auto" and tokens * config.model.d_model >= SLOWER_THAN_LAUNCHES * p.tensor
-        ),
         "pipeline parallel": p.pipeline > 1,
         # at the other stages, and in fp32, DeepSpeed keeps gradient tensors that the next replay would overwrite
         f"zero_stage={p.zero_stage}": p.zero_stage != 1,
@@ -94,6 +92,10 @@ def capture_graphs(model: Any, config: Config, device: torch.device, stack: Exit
         "train.deterministic": t.deterministic,
         model.ops.unrecordable: bool(model.ops.unrecordable),
         "reference operations": not model.graphable,
+        # the last, since `true` would change nothing where another holds
+        f"train.cuda_graphs=auto: with {tokens:,} tokens a micro-batch on a rank they save no time, and hold memory": (
+            t.cuda_graphs == "auto" and tokens * config.model.d_model >= SLOWER_THAN_LAUNCHES * p.tensor
+        ),
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:

@@ -1,10 +1,12 @@
 """The operations of a configured run: what it needs of them, when it is refused, and what is printed."""
 
+import re
 from contextlib import ExitStack
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 
 from megatron_taipan.checkpoint.metadata import changed_settings, identity
 from megatron_taipan.engine.build import capture_graphs, check_layout
@@ -122,6 +124,20 @@ def test_layers_are_recorded_where_that_saves_time_or_is_asked_for(graphs, micro
         said = capture_graphs(model, ours, torch.device("cuda"), stack)
     assert ("layers run as" in said) == recorded == model.capture.called
     assert recorded or "cuda_graphs" in said
+
+
+@pytest.mark.parametrize("forbids", ["parallel.zero_stage=2", "train.deterministic=True"])
+def test_what_forbids_graphs_is_named_before_what_only_makes_them_useless(forbids):
+    """With `true` in place of `auto` there would be none either."""
+    section, option, value = re.split("[.=]", forbids)
+    options = {"train": {"precision": "bf16", "micro_batch": 32, "global_batch": 32}, "parallel": {}}
+    options[section][option] = yaml.safe_load(value)
+    ours = config("A", **options, data={"train": "unused", "seq_len": 65_536})
+    ours = ours.model_copy(update={"model": ours.model.model_copy(update={"d_model": 64})})
+    model = mock.MagicMock(graphable=True, **{"ops.unrecordable": ""})
+    with ExitStack() as stack:
+        said = capture_graphs(model, ours, torch.device("cuda"), stack)
+    assert option in said and not model.capture.called
 
 
 def test_a_run_goes_on_with_other_kernels_and_says_so():
