@@ -200,6 +200,8 @@ def check_folder(
         # since Python looks for modules there first.
         program = shutil.copy(reload_folder.__file__, scratch)
         shutil.copy(inspect.getfile(stream), scratch)
+        if paths := os.environ.get("PYTHONPATH"):  # it may name folders as seen from here
+            hub["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
         command = [sys.executable, program, str(folder.resolve()), str(request), str(answer)]
         done = subprocess.run(
             command, cwd=scratch, env=os.environ | hub, stdin=subprocess.DEVNULL, capture_output=True, text=True

@@ -33,9 +33,9 @@ from megatron_taipan.parameters import check_tensor_size, parameter_table
 from megatron_taipan.stages import Stage, plan_stages
 
 MAX_BUCKET = 100_000_000  # elements gathered or reduced at once; more no longer raises the bandwidth
-# Elements of a micro-batch's stream on a rank from which on Python launches kernels well ahead of the GPU: a row of 65,536
-# tokens of taipan_1.3b, where graphs held 8 GiB and saved nothing on an H200 (docs/performance.md). Fewer elements,
-# narrower models, other families and tensor parallelism, which divides a kernel's work, were not compared.
+# Elements of a micro-batch's stream on a rank from which on Python launches kernels well ahead of the GPU: a row of
+# 65,536 tokens of taipan_1.3b, where graphs held 8 GiB and saved nothing on an H200 (docs/performance.md). Fewer
+# elements, narrower models, other families and tensor parallelism, which divides a kernel's work, were not compared.
 SLOWER_THAN_LAUNCHES = 65_536 * 2_048
 
 

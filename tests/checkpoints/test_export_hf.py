@@ -288,10 +288,13 @@ def test_a_folder_that_needs_our_modules_is_not_written(tmp_path, monkeypatch, n
         export(memory_state(), tmp_path / "hf")
 
 
-def test_packages_that_are_only_in_pythonpath_are_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("relative", [False, True])
+def test_packages_that_are_only_in_pythonpath_are_seen(tmp_path, monkeypatch, relative):
     """As clusters' modules have them: what the check imports there tells that it was looked for."""
-    (tmp_path / "pydantic.py").write_text("raise ImportError('found in PYTHONPATH')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/pydantic.py").write_text("raise ImportError('found in PYTHONPATH')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "packages" if relative else str(tmp_path / "packages"))
     with pytest.raises(UserError, match="does not load by itself.*found in PYTHONPATH"):
         export(memory_state(), tmp_path / "hf")
 
