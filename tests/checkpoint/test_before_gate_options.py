@@ -5,6 +5,7 @@ step 2, the export of step 4 without its bundled code, the log of the whole run,
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -52,5 +53,7 @@ def test_the_run_goes_on_as_it_did(tmp_path, monkeypatch):
             (now,), (then,) = (list(logged(record, metric).values()) for record in (ours, theirs))
             assert now == pytest.approx(then, rel=1e-5), metric
     changed = [r["text"] for r in log(Path("run"), "changed")]  # nothing of the model
-    assert len(changed) == 2 and all("data.train" in text or "checkpoint.dir" in text for text in changed)
+    names = [re.search(r"[a-z]+\.\w+", text)[0] for text in changed]
+    assert names == ["data.train", "train.cuda_graphs", "checkpoint.dir"]
+    assert "true, this run auto" in changed[1]  # the default since
     assert load_config("run/step_00000004/config.yaml").model.gate == GateConfig()
