@@ -70,12 +70,14 @@ def test_what_an_import_draws_follows_the_seed_of_the_new_run(tmp_path, capsys):
     model = Taipan(state.config.model)
     model.load_state_dict(state.weights)
     write_weights(tmp_path / "theirs", model)
-    tree = state.config.model_dump(mode="json") | {"model": small_config("M S").model_dump(mode="json")}
+    target = small_config("M S", gate={"threshold": 0.5})
+    tree = state.config.model_dump(mode="json") | {"model": target.model_dump(mode="json")}
     for seed in (0, 5):
         tree["train"]["seed"] = seed
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
         out = tmp_path / str(seed)
         assert import_hf.main([str(tmp_path / "theirs"), str(out), "--config", str(tmp_path / "c.yaml")]) == 0
-        fresh, weights = Taipan(small_config("M S"), seed=seed).state_dict(), open_export(out)
+        fresh, weights = Taipan(target, seed=seed).state_dict(), open_export(out)
         assert torch.equal(weights.load("layers.1.attention.q_proj"), fresh["layers.1.attention.q_proj"])
+        assert weights.load("layers.1.gate.threshold") == 0.5
         assert torch.equal(weights.load("layers.0.mixer.D"), state.load("layers.0.mixer.D"))
