@@ -20,9 +20,9 @@ def test_the_average_has_no_calibrated_thresholds(tmp_path):
     tensors |= {name.replace("|master", "|ema"): 3 * tensor for name, tensor in masters.items()}
     save_file(tensors, path / FILE)
     write_manifest(path, read_manifest(path) | {FILE: size_and_sha256(path / FILE, flush=False)})
-    write_thresholds(path, {THRESHOLD: 0.25}, capacity=0.3)
+    write_thresholds(path, {THRESHOLD: 1 / 3}, capacity=0.3)
     weights, average = open_checkpoint(path), open_checkpoint(path, ema=True)
-    assert (weights.load(THRESHOLD), average.load(THRESHOLD)) == (0.25, 0.5)
+    assert (weights.load(THRESHOLD), average.load(THRESHOLD)) == (torch.tensor(1 / 3), 0.5)
     for name in weights.reader.table:
         assert torch.equal(weights.load(name), state.load(name))
         assert torch.equal(average.load(name), 3 * state.load(name))
