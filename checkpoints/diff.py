@@ -88,7 +88,7 @@ def tensor_difference(name: str, x: Tensor, y: Tensor) -> Difference | None:
     differs = (x != y) & ~(x.isnan() & y.isnan())
     if not differs.any():
         return None
-    gap = torch.where(differs, (x - y).abs(), 0).nan_to_num(nan=torch.inf)
+    gap = torch.where(differs, (x - y).abs(), 0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     scale = x.double().norm().clamp(min=1e-300)
     return Difference(name, float(gap.max()), float(gap.double().norm() / scale), int(differs.sum()))
 

@@ -1,7 +1,7 @@
 """A tiktoken file (Llama-3's tokenizer.model) as a tokenizers-library tokenizer.
 
 The file holds one token a line, base64 and rank. tiktoken joins the pair of neighbours whose joined bytes have the
-lowest rank; the tokenizers library wants the pairs themselves, so each token is taken apart by the ranks below its own.
+lowest rank; the tokenizers library wants the pairs themselves, so each token is made of its bytes as tiktoken makes it.
 """
 
 from pathlib import Path
@@ -42,12 +42,17 @@ def convert_tiktoken(path: Path) -> Tokenizer:
 
 
 def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that join into the token; the second is empty where no pair does."""
+    """The two parts that tiktoken joins into the token; the second is empty where it comes to no two.
+
+    Whatever stands beside the token, its bytes are joined in the order in which they are by themselves, as long as
+    nothing is joined across its borders. The ranks on the way may be above the token's own.
+    """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:], strict=False)]
-        lowest = min(range(len(joined)), key=joined.__getitem__)
-        if joined[lowest] >= ranks[token]:
+        pairs = enumerate(zip(parts, parts[1:], strict=False))
+        joined = {at: ranks[left + right] for at, (left, right) in pairs if left + right in ranks}
+        if not joined:
             return token, b""
+        lowest = min(joined, key=joined.__getitem__)  # of equal ones the first
         parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
     return parts[0], parts[1]

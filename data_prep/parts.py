@@ -135,11 +135,11 @@ class _Part:
             self._check_length(self.batch[0].where, int(counts.max()))
         self.tokens_file.write(out.data)
         self.lengths_file.write(counts.astype("<i4").data)
-        size = sum(record.size for record in self.batch)
+        sizes = np.array([record.size for record in self.batch], np.int64)
         self.documents += len(counts)
         self.tokens += len(out)
-        self.bytes += size
-        job.report(size, len(out), len(counts))
+        self.bytes += int(sizes[~unlearned].sum())
+        job.report(int(sizes.sum()), len(out), len(counts))
         self.batch, self.characters = [], 0
 
     def _encoded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -89,11 +89,14 @@ def load_training_state(
             load(EMA)
     set_optimizer_step(shards, reader.optimizer_step)
     set_scaler_state(engine, reader.scaler)
+    # one that was changed is meant for this run; the kept ones may be those of calibrated weights that it began with
+    other_threshold = config.model.gate.threshold != saved.model.gate.threshold
     for name, value in buffers(engine.module):
         kept = reader.buffer(name)
         if kept.shape != value.shape:
             raise UserError(f"{path} is damaged: {name} has shape {list(kept.shape)}, not {list(value.shape)}")
-        value.copy_(kept)
+        if not (other_threshold and name.endswith("gate.threshold")):
+            value.copy_(kept)
     spread_masters(engine)
     return Loaded(Progress(**metadata["progress"]), reader.random_states(dist.get_rank()), saved)
 

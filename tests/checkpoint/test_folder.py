@@ -11,6 +11,7 @@ from megatron_taipan.checkpoint.folder import (
     LATEST,
     MANIFEST,
     METADATA,
+    WEIGHTS,
     checkpoints,
     find_newest,
     folder_name,
@@ -166,6 +167,22 @@ def test_what_was_taken_back_is_no_longer_the_newest(tmp_path):
     remove_taken_back(tmp_path, after=10, until=30)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [10, 40]
     assert (tmp_path / LATEST).read_text().strip() == "step_00000010"
+
+
+def test_weights_alone_of_steps_that_were_taken_back_go_too(tmp_path):
+    for step in (10, 20, 40):
+        (make(tmp_path, step)).rename(tmp_path / folder_name(step, WEIGHTS))
+    make(tmp_path, 10)
+    remove_taken_back(tmp_path, after=10, until=30)
+    assert [step_of(path, WEIGHTS) for path in checkpoints(tmp_path, WEIGHTS)] == [10, 40]
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
+    for step in (10, 20):
+        make(tmp_path, step)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before its first file
+    assert remove_old(tmp_path, keep_last=1, keep_every=None) == ["step_00000010"]
+    assert incomplete(tmp_path / "step_00000010") == "it has no manifest.json, so it was never completed"
 
 
 def test_foreign_format_is_refused(tmp_path):

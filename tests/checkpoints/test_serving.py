@@ -1,8 +1,9 @@
 """The map to a serving engine's layers: complete, and joined so that Mamba-2's reference computes our numbers."""
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.phi3 import modeling_phi3
 
 from checkpoints.serving import mamba_state_shapes, mixer_arguments, served_weights
 from megatron_taipan.model.taipan import Taipan
@@ -69,3 +70,39 @@ def test_state_shapes_are_the_caches():
     network = small_config("M W", mamba={"n_groups": 2, "d_state": 8, "headdim": 8, "d_conv": 3})
     layers = Taipan(network).new_cache(5).layers
     assert [tuple(tensor.shape[1:]) for tensor in layers[0].tensors()] == list(mamba_state_shapes(network))
+
+
+def test_the_joined_attention_and_mlp_compute_what_ours_do(monkeypatch):
+    """Phi-3 of transformers joins the rows of q, k and v, and of gate and up, in the order of vLLM's layers."""
+    network = small_config("A*2", tie_embeddings=False, attention={"n_heads": 4, "n_kv_heads": 2, "head_dim": 6})
+    ours = Taipan(network, seed=1).double().eval()
+    tensors = dict(ours.named_parameters())
+    with in_float64(monkeypatch, modeling_phi3):
+        theirs = Phi3ForCausalLM(
+            Phi3Config(
+                vocab_size=network.vocab_size, hidden_size=network.d_model, intermediate_size=network.d_ff,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=network.norm_eps,
+                tie_word_embeddings=False, pad_token_id=0, attn_implementation="eager",
+                rope_parameters={"rope_type": "default", "rope_theta": network.attention.rope_theta},
+            )
+        ).double().eval()  # fmt: skip
+        names = {
+            "embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight",
+        }  # fmt: skip
+        inside = {
+            ".norm.": ".input_layernorm.",
+            ".mlp_norm.": ".post_attention_layernorm.",
+            ".attention.": ".self_attn.",
+        }
+        loaded = {}
+        for name, tensor in served_weights(network).items():
+            place = names.get(name, f"model.{name}")
+            for our, their in inside.items():
+                place = place.replace(our, their) if name not in names else place
+            loaded[place] = torch.cat([tensors[part] for part in tensor.parts]).view(tensor.shape)
+        theirs.load_state_dict(loaded)
+        tokens = torch.arange(1, 25).view(2, 12) % network.vocab_size
+        with torch.no_grad():
+            wanted, found = theirs(tokens, use_cache=False).logits, ours(tokens).logits
+    assert (found - wanted).abs().max() <= 1e-9 * wanted.abs().max()

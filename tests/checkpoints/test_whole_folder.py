@@ -106,3 +106,28 @@ def test_an_exception_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "hf"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_the_folder(tmp_path):
+    """A temporary folder is its owner's alone; one with this name is for whoever may enter the place."""
+    for _ in range(2):  # new, and in place of an earlier one
+        with whole_folder(tmp_path / "hf") as work:
+            (work / "a").write_text("")
+        assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_that_another_program_took_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """It was removed between its making and its lock, which one can still have of a folder that is gone."""
+    lock, taken = module._lock, []
+
+    def late(folder):
+        handle = lock(folder)
+        if not taken:
+            folder.rmdir()
+        taken.append(folder)
+        return handle
+
+    monkeypatch.setattr(module, "_lock", late)
+    with whole_folder(tmp_path / "hf") as work:
+        (work / "a").write_text("")
+    assert (tmp_path / "hf/a").is_file() and len(taken) == 2

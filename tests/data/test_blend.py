@@ -96,7 +96,7 @@ def test_a_share_that_is_rounded_by_a_tenth_or_more_is_told_with_numbers(tmp_pat
     [said] = told(1, 1e-9)
     assert f"{tmp_path}/b with weight 1e-09 is 1e-09 of the blend, and its share becomes 7.63e-06" in said
     assert "steps of 1/131072: it is drawn 7629 times as often" in said  # 1e9 / 131072 = 7629.4
-    assert told(0.7, 0.3) == told(1.0, 1e-3) == told(1, 12.1 / 131072) == []
+    assert told(0.7, 0.3) == told(1.0, 1e-3) == told(1, 12.1 / 131072) == told(1, 10.4 / 131072) == []
     [said] = told(1, 1.4 / 131072)  # one step, not 1.4
     assert "it is drawn 0.7143 times" in said
     assert len(told(1, 1e-9, 1e-7)) == 2
@@ -124,3 +124,19 @@ def test_the_order_is_the_papers_rule(weights):
         order.append(best)
         drawn[best] += 1
     assert chairman_assignment(weights).tolist() == order
+
+
+def test_by_tokens_every_source_is_read_once_in_an_epoch_of_all(tmp_path):
+    """By samples, to be exact: of 15 tokens one sample of 8 is left, of 33 four."""
+    from megatron_taipan.config import DataConfig
+    from megatron_taipan.data.indexed import IndexedWriter
+    from megatron_taipan.data.loader import build_dataset
+
+    train = []
+    for name, tokens in (("a", 15), ("b", 33), ("c", 24)):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document(list(range(tokens)))
+        train.append({"prefix": str(tmp_path / name), "weight": "tokens"})
+    data = build_dataset(DataConfig(train=train, seq_len=8, valid_fraction=0), "train", 64)
+    assert data.blend.weights == [1, 4, 3] and len(data) == 8
+    assert set(data.epochs(8).values()) == {1.0}

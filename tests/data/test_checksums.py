@@ -94,3 +94,15 @@ def test_what_has_no_checksums_is_refused_and_not_passed(made, tmp_path):
     (tmp_path / "plain.json").write_text("[1]")
     with pytest.raises(UserError, match="plain.bin has no checksum"):
         verify(tmp_path / "plain")
+
+
+def test_data_for_validation_is_checked_too(made, tmp_path):
+    for path in made.parent.glob("o*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = DataConfig(train=str(made), valid=str(tmp_path / "o"))
+    assert Verification(data).files == 2 * verify(made)[0].files
+    with (
+        flipped(tmp_path / "o-00000.bin", 4300),
+        pytest.raises(UserError, match=f"{tmp_path}/o-00000.bin has checksum"),
+    ):
+        Verification(data).go_on()

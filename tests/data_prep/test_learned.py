@@ -159,6 +159,21 @@ def test_any_number_of_parts(model, parts):
         assert apart == 1
 
 
+class Lines:
+    """A tokenizer of characters but for two newlines in a row, which are one token; it puts a blank before a text."""
+
+    def encode_batch(self, texts):
+        found = [[ord(c) for c in " " + text.replace("\n\n", "\r")] for text in texts]
+        return np.array([i for ids in found for i in ids], np.uint32), np.array([len(ids) for ids in found], np.int64)
+
+
+def test_an_answer_that_would_join_what_is_put_before_it_loses_nothing():
+    """A newline is put before it, to see how it is tokenized behind other text; here both would become one token."""
+    ids, counts, mask, apart = encode_marked(Lines(), ["a\n\nb", "a\n\nb"], [(2,), (1,)])
+    assert ids.tolist() == [*b" a\n\nb", *b" a\rb"] and counts.tolist() == [5, 4] and apart == 1
+    assert mask.tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 1]
+
+
 # ---------------------------------------------------------------- tokenize
 
 

@@ -87,3 +87,12 @@ def test_a_little_that_becomes_a_lot_is_unpacked_in_pieces(tmp_path, ending):
     with packed.open_packed(str(path)) as file:
         sizes = [len(block) for block in iter(lambda: file.read1(1 << 16), b"")]
     assert sum(sizes) == 5_000_000
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_what_stands_behind_an_array_is_named_and_costs_no_entry(tmp_path, ending):
+    path = tmp_path / f"a.json{ending}"
+    path.write_bytes(PACK[ending](b'[{"text": "one"}, {"text": "two"}]') + b"behind")
+    one, two, last = records(path)
+    assert [(record.text, record.problem) for record in (one, two)] == [("one", ""), ("two", "")]
+    assert last.problem == "garbage behind compressed data that is whole: 6 bytes, which begin with b'behind'"

@@ -10,6 +10,8 @@ import fsspec
 import pytest
 
 from data_prep import cli, remote
+from megatron_taipan.errors import UserError
+from tests.durable import killed_at, watched_renames
 
 TEXTS = {f"part_{n}.jsonl{'.gz' * (n % 2)}": [f"text {n} {i}" for i in range(300)] for n in (1, 2, 10)}
 
@@ -180,3 +182,68 @@ def test_a_web_server(tmp_path, model, web, want, capsys):
     assert tokenize(tmp_path, model, "o", f"{base}/none.jsonl") == 2
     error = capsys.readouterr().err
     assert "none.jsonl cannot be read" in error and error.count("\n") == 1
+
+
+def test_files_of_one_name_in_two_folders_are_two(tmp_path, model, store):
+    texts = {f"/shelf/{folder}/part.jsonl": [f"text {folder} {i}" for i in range(9)] for folder in ("a", "b")}
+    for path, inside in texts.items():
+        store.pipe(path, "".join(json.dumps({"text": text}) + "\n" for text in inside).encode())
+        (tmp_path / "local" / path[7]).mkdir(parents=True)
+        (tmp_path / "local" / path[7:]).write_bytes(store.cat(path))
+    assert tokenize(tmp_path, model, "want", tmp_path / "local") == 0
+    assert tokenize(tmp_path, model, "o", "memory://shelf") == 0
+    assert result(tmp_path, "o") == result(tmp_path, "want")
+
+
+def test_a_kill_after_a_transfer_leaves_no_earlier_content_under_the_new_note(tmp_path, store, monkeypatch):
+    """The file has changed since it was fetched; the process ends before any of the calls that give names."""
+    url, folder = "memory://corpus/part_2.jsonl", str(tmp_path / "spool")
+    for number in range(1, 4):
+        store.pipe("/corpus/part_2.jsonl", content("part_2.jsonl"))
+        ((place, _),) = (first := remote.find(url, folder)).items()
+        remote.fetch(first)
+        store.pipe("/corpus/part_2.jsonl", content("part_10.jsonl"))
+        second = remote.find(url, folder)
+        with killed_at(monkeypatch, number):
+            remote.fetch(second)
+        remote.fetch(second)
+        with open(place, "rb") as file:
+            assert file.read() == content("part_10.jsonl")
+
+
+def test_what_was_fetched_is_on_the_disk_before_it_has_its_name(tmp_path, store, monkeypatch):
+    with watched_renames(monkeypatch) as seen:
+        remote.fetch(remote.find("memory://corpus", str(tmp_path / "spool")))
+    assert len(seen.names) == len(TEXTS)
+
+
+def test_a_change_is_seen_in_a_store_that_remembers_what_it_listed(tmp_path, store, monkeypatch):
+    """As s3fs, gcsfs and hf do, which list a folder once."""
+
+    class Remembering:
+        def __init__(self):
+            self.listed = {}
+
+        def info(self, path):
+            return self.listed.setdefault(path, store.info(path))
+
+        def invalidate_cache(self):
+            self.listed.clear()
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+    fs, path = Remembering(), "/corpus/part_2.jsonl"
+    monkeypatch.setattr(remote, "_store", lambda url: (fs, path))
+    sources = remote.find("memory://corpus/part_2.jsonl", str(tmp_path / "spool"))
+    read = fs.open
+
+    def changing(path, mode):
+        file = read(path, mode)
+        content = store.cat(path)
+        store.pipe(path, content.replace(b"text 2", b"text 3"))  # of the same size
+        return file
+
+    monkeypatch.setattr(fs, "open", changing, raising=False)
+    with pytest.raises(UserError, match="changed while it was fetched"):
+        remote.fetch(sources)

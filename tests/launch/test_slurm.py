@@ -90,7 +90,7 @@ def test_exit_status_decides_about_the_queue(tmp_path, status, ends_with, requeu
     assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
 
 
-@pytest.mark.parametrize("first", [2, 1])
+@pytest.mark.parametrize("first", [2, 1, 255])
 def test_the_first_task_to_fail_decides_and_not_those_that_srun_then_ends(tmp_path, first):
     said = ["a line", f"srun: error: n1: task 1: Exited with exit code {first}", "srun: error: n2: task 0: Terminated"]
     env = slurm(tmp_path, "".join(f"echo '{line}' >&2\n" for line in said) + "exit 143\n")
@@ -142,6 +142,15 @@ echo '{{"format": 1, "files": {{}}}}' > $step/manifest.json
     assert [run.returncode for run in runs] == [0, 0, 0, 75]
 
 
+@pytest.mark.parametrize("restarts, requeued", [(1, True), (2, False)])
+def test_where_nothing_can_be_remembered_every_restart_counts(tmp_path, restarts, requeued):
+    """The run's folder cannot be written, so no start is known to have brought a checkpoint."""
+    (tmp_path / "run").write_text("a file")
+    done = run_script(tmp_path, slurm(tmp_path, "exit 75\n", MAX_RESTARTS="2", SLURM_RESTART_COUNT=str(restarts)))
+    assert asked_scontrol(tmp_path) == (["requeue 4711"] if requeued else []), done.stdout
+    assert done.returncode == (0 if requeued else 75)
+
+
 def test_steps_that_a_run_takes_back_and_writes_again_are_no_new_checkpoint(tmp_path):
     """As after a loss that jumped: the newest checkpoint is of an earlier step than one before was."""
     counts = []
@@ -152,6 +161,15 @@ def test_steps_that_a_run_takes_back_and_writes_again_are_no_new_checkpoint(tmp_
         counts.append(starts_without_checkpoint(tmp_path, "4711"))
     assert counts == [0, 1, 2, 3, 0, 1]
     assert starts_without_checkpoint(tmp_path, "4712") == 0  # another job's first start
+
+
+def test_a_job_that_slurm_does_not_take_back_ends_with_its_status(tmp_path):
+    env = slurm(tmp_path, "exit 70\n")
+    refusing = (tmp_path / "bin" / "scontrol").read_text().removeprefix("#!/bin/bash\n") + "[[ $1 != requeue ]]\n"
+    script(tmp_path / "bin" / "scontrol", refusing)
+    done = run_script(tmp_path, env)
+    assert asked_scontrol(tmp_path) == ["requeue 4711"]
+    assert done.returncode == 70 and "SLURM refuses to queue job 4711 again" in done.stdout
 
 
 def test_a_task_of_an_array_is_named_by_the_array(tmp_path):
