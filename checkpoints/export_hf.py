@@ -36,12 +36,13 @@ from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, is_export, open_weights
 from megatron_taipan.data.made_with import refuse_other
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.tokenizer.hard_texts import hostile_texts
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 

@@ -8,7 +8,8 @@ import sys
 from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.programs import exits_cleanly
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
@@ -39,9 +40,6 @@ def program() -> None:
     """`main` as a separate process; it ends at once, since taking tokenizers apart would cost 0.05 s."""
     try:
         status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has enough, as `head` does
-        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""
         print(f"stopped by Ctrl-C{continues}", file=sys.stderr)

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from benchmarks.common import hardware
 from megatron_taipan.checkpoint.run_log import LOG, read_records
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank
+from megatron_taipan.programs import exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data_prep" / "sample" / "state_of_the_union.jsonl.gz"

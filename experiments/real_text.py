@@ -30,8 +30,9 @@ from experiments.real_text_report import draw_results, read_log, results_table
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank
+from megatron_taipan.programs import exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, VOCABULARY = 220, 8192

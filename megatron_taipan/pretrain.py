@@ -34,6 +34,7 @@ try:
     from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.parallel.processes import device_of_process, find_place, leave, report, stop_processes
+    from megatron_taipan.programs import with_streams
     from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.dry_run import dry_run
     from megatron_taipan.train.signals import StopSignals
@@ -104,7 +105,7 @@ def options_text() -> str:
 def program() -> NoReturn:
     """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
-        status = main()
+        status = with_streams(main)
     except ImportError as error:
         status = incomplete_environment(error)
     except Exception:
