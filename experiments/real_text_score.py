@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"context {length}: {error}", file=sys.stderr)
             by_context[length] = None
     options.out.write_text(
-        json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()})
+        json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()}),
+        encoding="utf-8",
     )
     return 0
 

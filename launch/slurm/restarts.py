@@ -56,7 +56,7 @@ def starts_without_checkpoint(directory: Path, job: str) -> int:
 def remembered(file: Path, job: str) -> tuple[int, int]:
     """The last step with a checkpoint and the number of starts without one; zeros of another job or a damaged file."""
     try:
-        memory = json.loads(file.read_text())
+        memory = json.loads(file.read_text(encoding="utf-8"))
         return (int(memory["step"]), int(memory["starts"])) if memory["job"] == job else (0, 0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0
