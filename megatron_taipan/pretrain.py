@@ -30,7 +30,7 @@ def incomplete_environment(error: ImportError) -> int:
 
 
 try:
-    from megatron_taipan.config import describe_options, load_config, presets
+    from megatron_taipan.config import describe_options, load_config, presets, refuse_unexpanded
     from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.parallel.processes import device_of_process, find_place, leave, report, stop_processes
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = find_place(os.environ)
         config = load_config(options.config, options.overrides)
+        refuse_unexpanded(config)
         processes = options.processes if options.dry_run and options.processes is not None else place.world_size
         check_stages(config, processes)
         if options.dry_run:
