@@ -9,7 +9,7 @@ from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
 from megatron_taipan.errors import UserError
-from megatron_taipan.programs import exits_cleanly
+from megatron_taipan.programs import exits_cleanly, refuse_other_encodings
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
@@ -66,6 +66,8 @@ def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
     output = getattr(args, "output", None)
     if output is not None and not os.path.basename(output):
         raise UserError(f"--output {output!r} ends without a name; add one")
+    if output is not None:
+        refuse_other_encodings(output)
     if output is not None and output.endswith(loss_mask.SUFFIX):
         raise UserError(
             f"--output {output!r}: names that end in {loss_mask.SUFFIX} are those of loss masks; choose another"
