@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.programs import exits_cleanly
 
 
 class Benchmark(NamedTuple):

@@ -36,7 +36,7 @@ class Table:
         print(f"{what:52s} " + "  ".join(f"{k} {v}" for k, v in numbers.items()), flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             json.dump({"about": self.about, "rows": self.rows}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())

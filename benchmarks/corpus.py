@@ -19,7 +19,8 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.programs import exits_cleanly
 
 PACKAGES = (
     "python3.11-doc postgresql-doc-15 erlang-doc linux-doc-6.1 llvm-14-doc rust-doc openjdk-17-doc git-doc"

@@ -109,7 +109,7 @@ def compare_contenders(corpus: str, tokenizer: str, args: argparse.Namespace, fo
             results[name].append(run_measured(command))
     size = os.path.getsize(corpus) / 1e6
     small = f"{folder}/small.jsonl"
-    Path(small).write_text('{"text": "one document"}\n')
+    Path(small).write_text('{"text": "one document"}\n', encoding="utf-8")
     commands = [tokenize_command(small, tokenizer, f"{folder}/small{i}", args.workers) for i in range(args.rounds)]
     start = [run_measured(command).seconds for command in commands]
     print(f"tokenizer {tokenizer}\n{results['ours'][-1].output.strip()}")
@@ -212,7 +212,7 @@ def run_measured(command: list[str]) -> CommandCost:
 
 def _tree(pid: int) -> list[int]:
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except OSError:
         return []
     return [pid] + [below for child in children for below in _tree(int(child))]
@@ -220,7 +220,7 @@ def _tree(pid: int) -> list[int]:
 
 def _pss(pid: int) -> float:
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1e3
     except (OSError, ValueError):

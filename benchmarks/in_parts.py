@@ -29,7 +29,7 @@ def key_of(run: dict) -> str:
 def read_runs(path: Path) -> dict[str, dict]:
     """The last line of each run, by its key. A line that a killed process left unfinished does not count."""
     records = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

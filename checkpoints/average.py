@@ -24,9 +24,10 @@ from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import load_config
 from megatron_taipan.engine.state_shards import MASTER
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.param_spec import ParamSpec
+from megatron_taipan.programs import exits_cleanly
 
 
 @exits_cleanly

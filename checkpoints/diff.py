@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_taipan.checkpoint.metadata import SCHEDULED, dotted_settings
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
-from megatron_taipan.errors import exits_cleanly
+from megatron_taipan.programs import exits_cleanly
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from checkpoints.foreign.agreement import Answer, compare_logits, our_logits
 from checkpoints.map_weights import Source, map_weights, other_options
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_export
 from megatron_taipan.config import load_config
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
+from megatron_taipan.programs import exits_cleanly
 
 # Options with which the same weights are another sensible network; all others say how the weights are to be read.
 CHOICES = ("norm_eps", "attention.window", "attention.rope_theta", "gate.refinement", "gate.weight")

@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, incomplete, locate, read_manifest
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, Stored, is_export, open_weights
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.programs import exits_cleanly
 
 
 @exits_cleanly

@@ -6,7 +6,6 @@ reported. A tensor that both have with different shapes is an error, because hal
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from checkpoints.export_files import write_json
 from checkpoints.safetensors_files import write_sharded
+from checkpoints.whole_folder import make_beside
 from megatron_taipan.checkpoint.weights import PREFIX, open_export
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.registry import kinds_of
@@ -105,7 +105,7 @@ def map_weights(target: ModelConfig, source: Source, out: Path, seed: int) -> Re
         return source.load(where[name] or "")[: shapes[name][0]] if shapes[name] else source.load(where[name] or "")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    work = make_beside(out)
     try:
         write_json(work / "config.json", {"model_type": "taipan", "network": target.model_dump(mode="json")})
         write_sharded(work, {PREFIX + name: (shape, torch.float32) for name, shape in shapes.items()}, load)
@@ -113,7 +113,6 @@ def map_weights(target: ModelConfig, source: Source, out: Path, seed: int) -> Re
             report.notes.append(
                 source.check(_as_written(work, source, {where[name] or "": name for name in report.taken}))
             )
-        work.chmod(0o755)
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -30,11 +30,12 @@ from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.config import Config, dump_config, load_config, make_config
 from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER, MOMENTS, kinds_of
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model.flops import pipeline_bounds
 from megatron_taipan.parallel.mesh import ZERO, Coordinates, Mesh, fit_mesh
 from megatron_taipan.param_spec import ParamSpec
 from megatron_taipan.parameters import parameter_table
+from megatron_taipan.programs import exits_cleanly
 
 
 @exits_cleanly

@@ -103,7 +103,9 @@ def write_tokenizer(
         "add_eos_token": False,  # a prompt is to be continued
         **tokens,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     ids = {kind: tokenizer.token_to_id(token) for kind, token in tokens.items()}
     return Special(tokens, {kind: number for kind, number in ids.items() if number is not None}, ends)
 

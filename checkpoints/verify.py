@@ -8,7 +8,8 @@ from checkpoints.checksums import changed_files, read_sums
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, read_manifest
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.checkpoint.weights import is_export
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.programs import exits_cleanly
 
 
 @exits_cleanly

@@ -10,8 +10,8 @@ name, puts back the second. The lock is the operating system's, so a process tha
 import fcntl
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +30,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
     earlier = work.with_suffix(EARLIER)
     try:
         yield work
-        work.chmod(0o755)
         if out.exists():
             out.rename(earlier)  # at once: a folder whose deletion is cut short must not have the name
         work.rename(out)
@@ -66,10 +65,22 @@ def remove_or_restore_leftovers(out: Path) -> list[str]:
     return said
 
 
+def make_beside(out: Path, suffix: str = "") -> Path:
+    """An empty folder `.NAME.XXXXXXXX` beside `out`, with what any new folder there gets: the umask's permissions, and
+    group and access lists of a shared place. tempfile's are its owner's alone, and chmod would drop the group's bit."""
+    while True:
+        work = out.parent / f".{out.name}.{secrets.token_hex(4)}{suffix}"
+        try:
+            work.mkdir()
+        except FileExistsError:
+            continue
+        return work
+
+
 def _new(out: Path) -> tuple[Path, int]:
     """An empty folder beside `out`, and the handle that holds its lock."""
     while True:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
+        work = make_beside(out, PARTIAL)
         try:
             handle = _lock(work)
         except (BlockingIOError, FileNotFoundError):

@@ -8,7 +8,8 @@ import sys
 from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
+from megatron_taipan.programs import exits_cleanly, refuse_other_encodings
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",
@@ -39,9 +40,6 @@ def program() -> None:
     """`main` as a separate process; it ends at once, since taking tokenizers apart would cost 0.05 s."""
     try:
         status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has enough, as `head` does
-        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""
         print(f"stopped by Ctrl-C{continues}", file=sys.stderr)
@@ -68,6 +66,8 @@ def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
     output = getattr(args, "output", None)
     if output is not None and not os.path.basename(output):
         raise UserError(f"--output {output!r} ends without a name; add one")
+    if output is not None:
+        refuse_other_encodings(output)
     if output is not None and output.endswith(loss_mask.SUFFIX):
         raise UserError(
             f"--output {output!r}: names that end in {loss_mask.SUFFIX} are those of loss masks; choose another"

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import INPUTS, read_batches
 from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.model.blocks import AttentionBlock
 from megatron_taipan.model.taipan import Taipan
+from megatron_taipan.programs import exits_cleanly
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)
 DRAWS = 3  # masks that a value is averaged over

@@ -59,7 +59,7 @@ def report(name: str, kernel: "triton.JITFunction", constants: dict, warps: int,
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         said = run("ptxas", "-v", "--gpu-name", "sm_90a", ptx, "-o", cubin).stderr
         code = run("nvdisasm", "-c", cubin).stdout
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.common import median_ms, recorded
 from megatron_taipan.config import ParallelConfig
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.processes import device_of_process, find_place, stop_processes
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.train.distributed import start_processes
 
 TIMES = 4  # runs in a graph, so that its start and end weigh little

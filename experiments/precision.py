@@ -22,8 +22,9 @@ from pathlib import Path
 
 from benchmarks.common import hardware
 from megatron_taipan.checkpoint.run_log import LOG, read_records
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank
+from megatron_taipan.programs import exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data_prep" / "sample" / "state_of_the_union.jsonl.gz"
@@ -64,7 +65,7 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: floa
     command += [f"data.train={prefix}", f"checkpoint.dir={directory}", *PRECISIONS[name], *overrides]
     environment = without_rank(os.environ)
     began = time.perf_counter()
-    with (directory / "stderr.txt").open("w") as said:
+    with (directory / "stderr.txt").open("w", encoding="utf-8") as said:
         try:
             status = subprocess.run(command, cwd=ROOT, env=environment, stderr=said, timeout=seconds).returncode
         except subprocess.TimeoutExpired:  # it was killed; the log has every step it made
@@ -73,7 +74,8 @@ def run(name: str, prefix: Path, work: Path, overrides: list[str], seconds: floa
     records = list(read_records(log)) if log.exists() else []
     steps = [record for record in records if record["event"] == "step"]
     if status or not steps:
-        last = (directory / "stderr.txt").read_text().strip().splitlines()[-1:] or ["no message"]
+        lines = (directory / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1:] or ["no message"]
         return {"failed": f"status {status}, {len(steps)} steps: {last[0][:300]}"}
     valid = [record["ce"] for record in records if record["event"] == "valid"]
     scales = [record["loss_scale"] for record in steps if "loss_scale" in record]
@@ -160,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     about = hardware()
     print("; ".join(f"{k}: {v}" for k, v in about.items()), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict] = json.loads(options.against.read_text())["runs"] if options.against else {}
+    results: dict[str, dict] = (
+        json.loads(options.against.read_text(encoding="utf-8"))["runs"] if options.against else {}
+    )
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {pool.submit(run, name, prefix, work, overrides, options.seconds): name for name in options.only}
         for done in as_completed(waiting):
@@ -175,9 +179,9 @@ def write_report(options: argparse.Namespace, about: dict, results: dict[str, di
     """Prints and keeps the comparison of the runs that have ended."""
     rows = compare_losses(results, options.window)
     content = {"about": about, "overrides": options.overrides, "window": options.window, "rows": rows, "runs": results}
-    options.out.with_suffix(".json").write_text(json.dumps(content, indent=1))
+    options.out.with_suffix(".json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     text = comparison_table(rows, options.window)
-    options.out.with_suffix(".md").write_text(text)
+    options.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text, flush=True)
 
 

@@ -30,8 +30,9 @@ from experiments.real_text_report import draw_results, read_log, results_table
 from experiments.recipes import RECIPES, gate_options
 from megatron_taipan.config import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank
+from megatron_taipan.programs import exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, VOCABULARY = 220, 8192
@@ -84,7 +85,7 @@ def run(what: dict, gpu: str | None, *, prefix: Path, work: Path, keep: bool) ->
     for path in [] if keep else directory.glob("step_*"):
         shutil.rmtree(path)  # only the scores are needed
     seconds = {"training": round(trained - began, 1), "scoring": round(time.perf_counter() - trained, 1)}
-    return {**read_log(directory / "log.jsonl"), **json.loads(scored.read_text()), "seconds": seconds}
+    return {**read_log(directory / "log.jsonl"), **json.loads(scored.read_text(encoding="utf-8")), "seconds": seconds}
 
 
 def call(program: list[str], said: Path, gpu: str | None) -> None:
@@ -96,12 +97,13 @@ def call(program: list[str], said: Path, gpu: str | None) -> None:
     environment = without_rank(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with said.open("a") as file:
+    with said.open("a", encoding="utf-8") as file:
         status = subprocess.run(
             [sys.executable, *program], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         ).returncode
     if status:
-        raise RuntimeError(f"{program[:2]}: status {status}: {' / '.join(said.read_text().splitlines()[-3:])}")
+        last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+        raise RuntimeError(f"{program[:2]}: status {status}: {' / '.join(last)}")
 
 
 def prepare_corpus(prefix: Path) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.perplexity import score
 from megatron_taipan.evaluation.recall_tokens import EDGES, score_by_distance
 from megatron_taipan.inference.loading import load_model, parse_device
+from megatron_taipan.programs import exits_cleanly
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"context {length}: {error}", file=sys.stderr)
             by_context[length] = None
     options.out.write_text(
-        json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()})
+        json.dumps({"by_distance": by_distance, "by_context": by_context, "params": model.num_params()}),
+        encoding="utf-8",
     )
     return 0
 

@@ -30,13 +30,13 @@ from experiments.gate_vectors import GateVectors, log_of
 from experiments.recall_report import make_report
 from experiments.recall_task import SMALL, Settings, make_batch, make_rows
 from experiments.recipes import RECIPES, gate_options
-from megatron_taipan.errors import exits_cleanly
 from megatron_taipan.evaluation.calibrate import calibrate
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import AttentionConfig, MambaConfig, ModelConfig
 from megatron_taipan.optim_config import OptimConfig
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.train.schedule import learning_rate
 
 LAST = 50  # steps at the end of training over which the metrics are averaged

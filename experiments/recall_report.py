@@ -29,7 +29,7 @@ def make_report(records: list[dict], out: Path) -> str:
         draw_by_share(stem.with_name(f"{stem.name}-share{end}"), groups, trained)
     failed = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['error']}" for r in records if "error" in r]
     whole = "\n".join([*text, *(["Failed:\n", *failed, ""] if failed else [])])
-    stem.with_suffix(".md").write_text(whole)
+    stem.with_suffix(".md").write_text(whole, encoding="utf-8")
     return whole
 
 

@@ -27,7 +27,7 @@ def encode(arguments: argparse.Namespace, rank: int, processes: int, start: Any,
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     import fastokens
 
-    with open(arguments.corpus) as file:
+    with open(arguments.corpus, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for k, line in enumerate(file) if k % processes == rank]
     model = fastokens.Tokenizer.from_file(arguments.tokenizer)
     start.wait()

@@ -1,6 +1,6 @@
 """Continues a prompt with an exported folder, as someone who has only transformers would.
 
-python -I launch/continue_prompt.py FOLDER "PROMPT" [NEW_TOKENS]
+python launch/continue_prompt.py FOLDER "PROMPT" [NEW_TOKENS]
 """
 
 import sys

@@ -63,8 +63,8 @@ began=$SECONDS
 elsewhere=$(mktemp -d)
 trap 'rm -rf "$elsewhere"' EXIT
 root=$PWD
-(cd "$elsewhere" && HF_HUB_OFFLINE=1 HF_MODULES_CACHE="$elsewhere/modules" PYTHONPATH="" \
-    python -I "$root/launch/continue_prompt.py" "$root/$run/hf" "$prompt")
+(cd "$elsewhere" && HF_HUB_OFFLINE=1 HF_MODULES_CACHE="$elsewhere/modules" \
+    python "$root/launch/continue_prompt.py" "$root/$run/hf" "$prompt")
 done_in
 
 heading "7. Perplexity on held-out addresses, before and after training"

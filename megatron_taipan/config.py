@@ -5,6 +5,8 @@ name; combinations that cannot work are refused with the arithmetic.
 """
 
 import difflib
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -458,6 +460,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return make_config(tree, str(path))
 
 
+def refuse_unexpanded(config: Config) -> None:
+    """A folder of checkpoints as only a shell would read it; what is read from such a path is missing and says so.
+
+    Raises:
+        ConfigError: checkpoint.dir begins with `~` or `$NAME`: the run would be saved in a folder of that name.
+    """
+    folder = config.checkpoint.dir
+    if found := re.match(r"~|\$\w+|\$\{\w+\}", folder):
+        raise ConfigError(
+            f"checkpoint.dir={folder}: {found[0]} is not replaced here, nor by a shell within an override; write the"
+            f' path out, or on the command line checkpoint.dir="$HOME/..." (a folder of that name: ./{folder})'
+        )
+
+
 def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
     """The mapping of a file, merged into what it extends."""
     where = "".join(f" (extended by {file})" for file in reversed(extended_by))
@@ -538,6 +554,13 @@ def _apply_override(tree: dict, override: str) -> None:
         node[last] = _number(parse_yaml(text))
     except ValueError as error:
         raise ConfigError(f"override {override[:200]!r}: {error}") from error
+    for found in re.finditer(r"\s#", text):
+        with suppress(ValueError):  # cut within quotes
+            if parse_yaml(text[: found.start()]) == parse_yaml(text):  # `runs/try #2` would be `runs/try`
+                raise ConfigError(
+                    f"override {override[:200]!r}: what follows {found[0]!r} is a comment in YAML; quote the value,"
+                    f" {key}='\"...\"', or leave the comment out"
+                )
 
 
 def _number(value: Any) -> Any:

@@ -1,9 +1,7 @@
 """The exception type that programs show to their user as a single line, and their exit statuses."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 
 # Exit statuses of pretrain.py besides 0 (finished, or stopped at train.stop_at) and 1 (a defect of this package, with
@@ -33,20 +31,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{path} was not written: {error.strerror or error}{where}") from error
-
-
-def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a program's `main`: a UserError becomes `error: ...` on stderr and its exit status."""
-
-    @wraps(main)
-    def run(*args, **kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return error.exit_status
-
-    return run
 
 
 def divisors(n: int) -> str:

@@ -30,10 +30,11 @@ def incomplete_environment(error: ImportError) -> int:
 
 
 try:
-    from megatron_taipan.config import describe_options, load_config, presets
+    from megatron_taipan.config import describe_options, load_config, presets, refuse_unexpanded
     from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.parallel.processes import device_of_process, find_place, leave, report, stop_processes
+    from megatron_taipan.programs import with_streams
     from megatron_taipan.train.distributed import start_processes
     from megatron_taipan.train.dry_run import dry_run
     from megatron_taipan.train.signals import StopSignals
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = find_place(os.environ)
         config = load_config(options.config, options.overrides)
+        refuse_unexpanded(config)
         processes = options.processes if options.dry_run and options.processes is not None else place.world_size
         check_stages(config, processes)
         if options.dry_run:
@@ -104,7 +106,7 @@ def options_text() -> str:
 def program() -> NoReturn:
     """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
-        status = main()
+        status = with_streams(main)
     except ImportError as error:
         status = incomplete_environment(error)
     except Exception:

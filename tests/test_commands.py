@@ -63,6 +63,15 @@ def test_no_module_beside_a_program_hides_one_of_pythons():
     assert not hiding
 
 
+@pytest.mark.parametrize("room", ["launch", "checkpoints", "data_prep", "megatron_taipan"])
+def test_no_program_hides_the_packages_of_pythonpath_from_another(room):
+    """Nor those of ~/.local: clusters and `pip install --user` have them nowhere else."""
+    isolated = re.compile(r"""python[\d.]* +-\w*[IEs]\b|["']-[IEs]["']|PYTHONPATH=(""|''|\s)""")
+    programs = [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".sh", ".sbatch")]
+    lines = [(path.name, line) for path in programs for line in path.read_text(encoding="utf-8").splitlines()]
+    assert not [each for each in lines if isolated.search(re.split(r"(?:^|\s)#", each[1])[0])]
+
+
 def test_a_conversion_program_runs_by_its_path_from_anywhere(tmp_path):
     command = [sys.executable, str(ROOT / "checkpoints/reshard.py"), "--help"]
     assert "usage:" in subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

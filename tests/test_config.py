@@ -1,6 +1,7 @@
 """The configuration: reading, overrides, and errors that name the key and show the numbers."""
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from megatron_taipan.config import (
     dump_config,
     load_config,
     make_config,
+    refuse_unexpanded,
 )
 from megatron_taipan.errors import UserError, divisors
 from megatron_taipan.gate_config import Schedule
@@ -111,12 +113,27 @@ def test_overrides_are_yaml_and_win_over_the_file(path):
         ("model.mamba.a_init=[-1, 16]", ["model.mamba.a_init", "-1.0", "0 < low"]),
         ("model.mamba.dt_init=[0.1, 0.001]", ["model.mamba.dt_init", "low <= high"]),
         ("parallel.timeout_s=.inf", ["parallel.timeout_s=inf", "finite"]),
+        ("checkpoint.dir=runs/try #2", ["' #' is a comment", "checkpoint.dir='\"...\"'"]),
     ],
 )
 def test_wrong_overrides_say_what_and_what_was_meant(path, override, words):
     with pytest.raises(UserError) as raised:
         load_config(path, [override])
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_number_sign_within_a_value_is_no_comment(path):
+    for text in ("'runs/try #2'", '"runs/try #2"', "runs/try#2"):
+        assert load_config(path, [f"checkpoint.dir={text}"]).checkpoint.dir == text.strip("'\"")
+
+
+@pytest.mark.parametrize("folder", ["~/runs", "$HOME/runs", "${SCRATCH}/runs"])
+def test_a_run_is_not_saved_in_a_folder_named_as_a_variable(path, folder):
+    """No shell reads a file, and bash leaves `~` alone in `checkpoint.dir=~/runs`."""
+    with pytest.raises(UserError, match=re.escape(f"checkpoint.dir={folder}: ")):
+        refuse_unexpanded(load_config(path, [f"checkpoint.dir={folder}"]))
+    for other in (f"./{folder}", "runs/~", "/scratch/a$b"):
+        refuse_unexpanded(load_config(path, [f"checkpoint.dir={other}"]))
 
 
 @pytest.mark.parametrize(

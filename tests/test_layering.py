@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("megatron_taipan", "data_prep", "checkpoints", "launch", "benchmarks", "experiments")
-BASICS = {"megatron_taipan", "megatron_taipan.errors", "megatron_taipan.untrusted"}  # allowed everywhere
+BASICS = {
+    "megatron_taipan",
+    "megatron_taipan.errors",
+    "megatron_taipan.programs",
+    "megatron_taipan.untrusted",
+}  # allowed everywhere
 
 # what layers are, the description of a network of them, and the table of their parameters
 KINDS = ("layer_kinds", "param_spec", "model_config", "parameters")
@@ -35,6 +40,7 @@ PROGRAMS = {*TRAINING, "tokenizer", "inference", "evaluation", "train"}
 # room -> rooms it may import; a room may always import itself
 ROOMS: dict[str, set[str]] = {
     "megatron_taipan.errors": set(),
+    "megatron_taipan.programs": set(),
     "megatron_taipan.untrusted": set(),
     "megatron_taipan.plain_yaml": set(),
     "megatron_taipan.param_spec": set(),

@@ -344,7 +344,7 @@ def _lock(work: str) -> Iterator[None]:
     if not os.access(os.path.dirname(os.path.abspath(work)), os.W_OK):
         yield  # the folder is read-only; an output that is complete is still reported
         return
-    with open(work + ".lock", "w") as file:
+    with open(work + ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -364,8 +364,8 @@ def _claim(work: str, identity: str) -> None:
     """Makes the work folder, and empties one that belongs to another identity."""
     os.makedirs(work, exist_ok=True)
     note = Path(work, "identity")
-    if not note.exists() or note.read_text() != identity:
+    if not note.exists() or note.read_text(encoding="utf-8") != identity:
         shutil.rmtree(work)
         os.makedirs(work)
-        note.with_suffix(".partial").write_text(identity)
+        note.with_suffix(".partial").write_text(identity, encoding="utf-8")
         os.replace(note.with_suffix(".partial"), note)

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.folder import find_newest, step_of
 from megatron_taipan.config import load_config
-from megatron_taipan.errors import exits_cleanly, writing
+from megatron_taipan.errors import writing
+from megatron_taipan.programs import exits_cleanly
 
 MEMORY = "slurm_restarts.json"
 
@@ -55,7 +56,7 @@ def starts_without_checkpoint(directory: Path, job: str) -> int:
 def remembered(file: Path, job: str) -> tuple[int, int]:
     """The last step with a checkpoint and the number of starts without one; zeros of another job or a damaged file."""
     try:
-        memory = json.loads(file.read_text())
+        memory = json.loads(file.read_text(encoding="utf-8"))
         return (int(memory["step"]), int(memory["starts"])) if memory["job"] == job else (0, 0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0

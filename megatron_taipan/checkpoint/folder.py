@@ -101,7 +101,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         UserError: there is none, or it is damaged.
     """
     try:
-        manifest = parse_json((path / MANIFEST).read_text())
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise UserError(f"it has no {MANIFEST}, so it was never completed") from None

@@ -32,7 +32,7 @@ class FolderLock:
     def __enter__(self) -> "FolderLock":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+")
+            self.file = open(self.path, "a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"checkpoint.dir={self.path.parent} cannot be written: {error.strerror}") from error
         try:

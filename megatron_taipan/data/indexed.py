@@ -15,6 +15,7 @@ The .idx file, little endian, S sequences, D documents:
 The .bin file is the tokens back to back. Source of the format: Megatron-LM, core/datasets/indexed_dataset.py.
 """
 
+import errno
 import mmap
 import os
 import struct
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_taipan.data.handles import allow_more_files
 from megatron_taipan.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -61,8 +63,12 @@ class IndexedReader:
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
         self.loss_mask: IndexedReader | None = None
-        self._open()
-        self._check()
+        try:
+            self._open()
+            self._check()
+        except OSError as error:
+            more = "; allow more open files, `ulimit -n`, or use fewer shards" if error.errno == errno.EMFILE else ""
+            raise UserError(f"cannot read {error.filename or self.prefix}: {error.strerror}{more}") from error
 
     def _open(self) -> None:
         """Maps the index and reads its header; refuses sizes that the file cannot hold before using them."""
@@ -73,15 +79,13 @@ class IndexedReader:
                 raise UserError(
                     f"{path} does not exist; make it with `python -m data_prep tokenize --output {self.prefix}`"
                 )
-        try:
-            with open(idx, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < HEADER.size:
-                    raise UserError(f"{idx} is not a token index: {size} bytes, and the header alone has {HEADER.size}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._bin_fd = os.open(bin, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename or self.prefix}: {error.strerror}") from error
+        with open(idx, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < HEADER.size:
+                raise UserError(f"{idx} is not a token index: {size} bytes, and the header alone has {HEADER.size}")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bin_fd = os.open(bin, os.O_RDONLY | os.O_CLOEXEC)
+        allow_more_files(self._bin_fd)
         magic, version, code, sequences, document_entries = HEADER.unpack_from(self._map)
         if magic != MAGIC:
             raise UserError(f"{idx} is not a token index: it starts with {magic!r}, not {MAGIC!r}")

@@ -13,6 +13,7 @@ import sys
 from importlib import import_module
 
 from megatron_taipan.errors import EXIT_WRONG_INPUT
+from megatron_taipan.programs import exits_cleanly
 
 TASKS = {  # command: what it answers, as the list of tasks prints it
     "perplexity": "how well is held-out text predicted",
@@ -29,6 +30,7 @@ TASKS = {  # command: what it answers, as the list of tasks prints it
 }
 
 
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> int:
     """Runs one task, with the arguments after its name."""
     given = sys.argv[1:] if arguments is None else arguments

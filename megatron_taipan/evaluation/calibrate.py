@@ -19,7 +19,7 @@ from megatron_taipan.checkpoint.calibration import write_thresholds
 from megatron_taipan.checkpoint.folder import locate
 from megatron_taipan.checkpoint.weights import is_export
 from megatron_taipan.data.loader import build_dataset
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import AT_ONCE
 from megatron_taipan.evaluation.perplexity import choose_data
 from megatron_taipan.inference.generation import prefill
@@ -27,6 +27,7 @@ from megatron_taipan.inference.loading import load_model, parse_device
 from megatron_taipan.inference.selection_watch import gated_blocks
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 MAX_MARGINS = 10_000_000  # values kept for a quantile; 40 MB
 

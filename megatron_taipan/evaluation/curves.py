@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_taipan.checkpoint.run_log import Course, Record, read_course
-from megatron_taipan.errors import exits_cleanly
 from megatron_taipan.evaluation.figures import Curve, write_curves
 from megatron_taipan.evaluation.results import Row, markdown_table, write_results
 from megatron_taipan.layer_kinds.metrics import logged
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 LAST = 50  # steps at the end of a run whose mean the table gives
 SET_MARKERS = "s^vDP*"  # matplotlib's, of validation sets by name
@@ -32,7 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     courses = {str(path): read_course(path) for path in options.runs}
     rows = [describe(name, course) for name, course in courses.items()]
-    print(markdown_table(rows))
     losses: list[Curve] = []
     shares: list[Curve] = []
     for number, (name, course) in enumerate(courses.items()):
@@ -46,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         pictures["curves_selected.svg"] = (shares, "share of the tokens selected")
     for file, (curves, words) in pictures.items():
         write_curves(options.out / file, curves, x="step", y=words)
+    print(markdown_table(rows))
+    for file in pictures:
         print(f"wrote {options.out / file}")
     return 0
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_taipan.config import load_config, presets
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.decode_timing import (
     cache_bytes,
     fill_randomly,
@@ -45,6 +45,7 @@ from megatron_taipan.model.cache import Cache
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 MOST_WARM = 1024  # steps before the timed ones; buffers that grow are given room for them
 OTHER_STEPS = 256  # and for those that set the gates and count what they select

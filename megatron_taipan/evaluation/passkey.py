@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.found_again import Example, find_values, longest_fit
 from megatron_taipan.evaluation.lengths import parse_lengths
 from megatron_taipan.evaluation.text_models import find_model
@@ -18,6 +18,7 @@ from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.tokenizer.base import Tokenizer
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "

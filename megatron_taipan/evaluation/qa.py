@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from megatron_taipan.checkpoint.files import write_text
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.evaluation import answer_scores
 from megatron_taipan.evaluation.found_again import reply_in_text
 from megatron_taipan.evaluation.lengths import parse_length
@@ -27,6 +27,7 @@ from megatron_taipan.evaluation.text_models import TextModel, add_model_argument
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 
 class Asked(NamedTuple):
@@ -56,13 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(summarize(model, data, answers))
             told += answers
         del network  # before the next one is read
-    print(markdown_table(rows))
     if options.out is not None:
         about = describe_options(options)
         write_results(options.out, "qa", rows, about=about, title="Answers taken from the context")
         with writing(options.out / "qa.jsonl"):
             write_text(options.out / "qa.jsonl", "".join(map(to_line, told)))
         draw_figures(options.out, rows)
+    print(markdown_table(rows))
     return 0
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import AT_ONCE, cross_entropies, losses_in_chunks
 from megatron_taipan.evaluation.perplexity import (
     INPUTS,
@@ -39,6 +39,7 @@ from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 EDGES = (64, 512, 2048, 4096)
 

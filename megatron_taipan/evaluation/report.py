@@ -19,7 +19,7 @@ import torch
 
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.evaluation.decode_timing import cache_bytes_by_layer
 from megatron_taipan.evaluation.lengths import parse_length
 from megatron_taipan.evaluation.results import Row, cell_text, made_by
@@ -29,6 +29,7 @@ from megatron_taipan.model.flops import head_flops, layer_flops, layer_params, m
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.untrusted import parse_json
 
 PAGE = "report.html"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.found_again import count_ranked_first, find_values
 from megatron_taipan.evaluation.lengths import length_name, parse_lengths
 from megatron_taipan.evaluation.passkey import spread_depths
@@ -33,6 +33,7 @@ from megatron_taipan.evaluation.text_models import TextModel, add_model_argument
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 RECALL = "recall"
 KINDS = (*DEPTH_KINDS, RECALL)
@@ -72,12 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             for cell in cells:
                 rows.append(score_cell(model, network, cell, options, filler, bar))
         del network  # before the next one is read
-    print(markdown_table(rows))
     if options.out is not None:
         about = describe_options(options)
         about["scored by"] = "exact ranking of every token: recall; greedy generation: the others"
         write_results(options.out, "retrieval", rows, about=about, title="Retrieval from the context")
         draw_figures(options.out, rows, models)
+    print(markdown_table(rows))
     return 0
 
 

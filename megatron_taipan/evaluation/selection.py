@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_taipan.checkpoint.files import write_text
-from megatron_taipan.errors import UserError, exits_cleanly, writing
+from megatron_taipan.errors import UserError, writing
 from megatron_taipan.evaluation.gate_decisions import GateDecisions, collect_decisions
 from megatron_taipan.evaluation.selection_page import make_page
 from megatron_taipan.evaluation.token_kinds import token_kinds
@@ -24,6 +24,7 @@ from megatron_taipan.inference.generation import usual_chunk
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
 POSITIONS = (0, 64, 512, 2048)  # where the rows by position begin, in tokens from the start of the document
@@ -74,8 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
         "text_tokens": len(whole),
     }  # fmt: skip
     cells = table_cells(groups, decisions.layers)
-    print(f"{options.model} reads {len(ids):,} of the {len(whole):,} tokens of {options.text}; share selected:\n")
-    print(aligned_table(cells))
     report = json_report(summary, groups, decisions)
     for file, content in (
         (options.json, lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
@@ -84,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         if file is not None:
             with writing(file):
                 write_text(file, content())
+    print(f"{options.model} reads {len(ids):,} of the {len(whole):,} tokens of {options.text}; share selected:\n")
+    print(aligned_table(cells))
     return 0
 
 

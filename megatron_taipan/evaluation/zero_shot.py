@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.local_data import load_folder, without_network
 from megatron_taipan.evaluation.results import Row, describe_options, make_folder, markdown_table, write_results
 from megatron_taipan.evaluation.text_models import TextModel, add_model_arguments, find_models
 from megatron_taipan.evaluation.zero_shot_tasks import TASKS
 from megatron_taipan.inference.loading import parse_device
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 SHORTEST_CONTEXT = 2048  # tokens; lm-eval cuts the beginning of what is longer. A model trained on more takes more
 SPLIT_KEYS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -50,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
             found = run_harness(folder, data, options, max(model.training_length or 0, SHORTEST_CONTEXT))
         rows += result_rows(model.name, found)
         about["lm_eval"] = found["lm_eval"]
-    print(markdown_table(rows))
     if options.out is not None:
         write_results(options.out, "zero-shot", rows, about=about, title="Zero-shot tasks")
         draw_figures(options.out, rows)
+    print(markdown_table(rows))
     return 0
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_taipan.errors import UserError, exits_cleanly
+from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
 from megatron_taipan.inference.sampling import Sampling
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.inference.text import model_tokenizer
 from megatron_taipan.parallel.processes import on_one_process
+from megatron_taipan.programs import exits_cleanly
 
 
 @on_one_process

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_taipan.errors import EXIT_UNREACHABLE, UserError
 from megatron_taipan.parallel.waiting import Waiting
+from megatron_taipan.programs import with_streams
 
 
 class Unreachable(UserError):
@@ -246,12 +247,12 @@ def report(error: UserError) -> int:
 
 
 def exits_cleanly_on_ranks(main: Callable[..., int]) -> Callable[..., int]:
-    """`errors.exits_cleanly` of a program that several processes may run together: the error is printed once."""
+    """`programs.exits_cleanly` of a program that several processes may run together: the error is printed once."""
 
     @wraps(main)
     def run(*args, **kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            return with_streams(lambda: main(*args, **kwargs))
         except UserError as error:
             return report(error)
 

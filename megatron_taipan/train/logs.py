@@ -183,8 +183,8 @@ class WeightsAndBiases:
     def _identifier(file: Path) -> str:
         """The same at every start of this run."""
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:8] + "\n")
-        return file.read_text().strip()
+            file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log({**values, "step": step})

@@ -70,6 +70,6 @@ class Launcher:
 def parent_of(pid: int) -> int | None:
     """The parent of a process; None where /proc does not say."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return None

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,6 +298,22 @@ def test_packages_that_are_only_in_pythonpath_are_seen(tmp_path, monkeypatch, re
     monkeypatch.setenv("PYTHONPATH", "packages" if relative else str(tmp_path / "packages"))
     with pytest.raises(UserError, match="does not load by itself.*found in PYTHONPATH"):
         export(memory_state(), tmp_path / "hf")
+
+
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
+    """Not the export's, which may be on another disk."""
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_hf, "write_json", full)
+    with pytest.raises(UserError, match=f"^{re.escape(tempfile.gettempdir())}.* was not written: No space left"):
+        export(memory_state(), tmp_path / "hf")
+
+
+def test_a_path_that_is_not_utf8_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"caf\\xe9/hf' is not UTF-8"):
+        export(memory_state(), Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9/hf")))
 
 
 def test_only_an_earlier_export_is_overwritten(tmp_path):

@@ -1,6 +1,8 @@
 """A folder appears whole or not at all; what a killed program leaves is known, and gone after the next."""
 
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import whole_folder as module
-from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
+from checkpoints.whole_folder import make_beside, remove_or_restore_leftovers, whole_folder
 
 WRITER = """
 import sys, time
@@ -108,14 +110,6 @@ def test_an_exception_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_others_may_read_the_folder(tmp_path):
-    """A temporary folder is its owner's alone; one with this name is for whoever may enter the place."""
-    for _ in range(2):  # new, and in place of an earlier one
-        with whole_folder(tmp_path / "hf") as work:
-            (work / "a").write_text("")
-        assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o755
-
-
 def test_a_folder_that_another_program_took_for_a_leftover_is_made_again(tmp_path, monkeypatch):
     """It was removed between its making and its lock, which one can still have of a folder that is gone."""
     lock, taken = module._lock, []
@@ -131,3 +125,19 @@ def test_a_folder_that_another_program_took_for_a_leftover_is_made_again(tmp_pat
     with whole_folder(tmp_path / "hf") as work:
         (work / "a").write_text("")
     assert (tmp_path / "hf/a").is_file() and len(taken) == 2
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o022, 0o755), (0o002, 0o775)])
+@pytest.mark.parametrize("bit", [0, stat.S_ISGID])
+def test_a_folder_has_the_permissions_of_any_new_folder_there(tmp_path, umask, mode, bit):
+    """In a place that a group shares, the group writes to it, and what is put into it is the group's too."""
+    tmp_path.chmod(0o755 | bit)
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "out") as work:
+            (work / "file").write_bytes(b"")
+        made = make_beside(tmp_path / "other")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", made):
+        assert stat.S_IMODE(folder.stat().st_mode) == mode | bit

@@ -190,6 +190,23 @@ except Exception as error:
     assert out.stdout.strip() == "UserError"
 
 
+@pytest.mark.parametrize(("hard", "said"), [(400, "100"), (40, "UserError Too many open files; allow more")])
+def test_a_corpus_of_more_shards_than_files_may_be_open(tmp_path, hard, said):
+    """Each takes two; the limit that a system begins with is raised as far as it goes; what then fails is a line."""
+    prefix = write(tmp_path / "x", [[1, 2, 3]])
+    code = f"""
+from megatron_taipan.data.indexed import IndexedReader
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, {hard}))
+try:
+    print(len([IndexedReader({prefix!r}) for _ in range(100)]))
+except Exception as error:
+    print(type(error).__name__, str(error).partition(": ")[2])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith(said)
+
+
 def test_every_integer_type_reads_back(tmp_path):
     for dtype in DTYPES.values():
         if np.dtype(dtype).kind != "f":

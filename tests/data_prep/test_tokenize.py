@@ -52,6 +52,16 @@ def documents(prefix):
     return [reader.document(i).tolist() for i in range(reader.n_documents)]
 
 
+def test_an_output_that_is_not_utf8_is_refused(tmp_path, model, monkeypatch, capsys):
+    """Its path goes into JSON; a relative one has the working directory's."""
+    (place := Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))).mkdir()
+    source = jsonl(tmp_path / "in.jsonl", ["a text"])
+    monkeypatch.chdir(place)
+    for output in (place / "out", "out"):
+        assert tokenize("--input", source, "--tokenizer", model, "--output", output) == 2
+        assert "caf\\xe9/out' is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_document_in_order_with_the_library_s_ids(tmp_path, model, speeches, workers):
     # many small and some large documents, cut into many pieces

@@ -208,6 +208,19 @@ def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, model, mo
     assert len(first) == 2 and first < more and not first & other
 
 
+def test_results_are_kept_where_the_table_cannot_be_printed(tokenizer, model, tmp_path, monkeypatch):
+    """As on a full disk with the output, or into a pipe that nobody reads."""
+
+    def cannot(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("megatron_taipan.evaluation.retrieval.print", cannot, raising=False)
+    asked = [str(model), "--tokenizer", str(tokenizer), "--kinds", "passkey", "--lengths", "300", "--samples", "1"]
+    with pytest.raises(BrokenPipeError):
+        main([*asked, "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/retrieval.json").read_text(encoding="utf-8"))["rows"]
+
+
 @pytest.mark.parametrize("task", ["retrieval", "qa", "passkey"])
 def test_a_gate_that_is_shut_is_warned_of(task, tokenizer, tmp_path, capsys):
     shut = Taipan(small_config("M S", vocab_size=600, gate={"threshold": 50.0}))

@@ -143,6 +143,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(config):
         (["data.train=nowhere/x"], ["nowhere/x"]),
         (["parallel.offload_param=cpu"], ["zero_stage=3"]),
         (["parallel.zero_stage=0", "train.precision=bf16"], ["zero_stage=0"]),
+        (["checkpoint.dir=~/runs"], ["checkpoint.dir=~/runs", '"$HOME/..."']),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(config, arguments, words):
