@@ -36,13 +36,13 @@ from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, is_export, open_weights
 from megatron_taipan.data.made_with import refuse_other
-from megatron_taipan.errors import UserError, writing
+from megatron_taipan.errors import UserError, refuse_other_encodings, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.parameters import parameter_table
-from megatron_taipan.programs import exits_cleanly, refuse_other_encodings
+from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.tokenizer.hard_texts import hostile_texts
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 
@@ -199,14 +199,13 @@ def check_folder(
         hub = {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         # Not python -I, which hides the packages that clusters have in PYTHONPATH and ~/.local; and not where it lies,
         # since Python looks for modules there first.
-        program = Path(scratch, Path(reload_folder.__file__).name)
         with writing(Path(scratch)):  # TMPDIR may be full where the export's disk is not
             write_json(request, asked)
-            shutil.copy(reload_folder.__file__, program)
+            program = shutil.copy(reload_folder.__file__, scratch)
             shutil.copy(inspect.getfile(stream), scratch)
         if paths := os.environ.get("PYTHONPATH"):  # it may name folders as seen from here
             hub["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
-        command = [sys.executable, str(program), str(folder.resolve()), str(request), str(answer)]
+        command = [sys.executable, program, str(folder.resolve()), str(request), str(answer)]
         done = subprocess.run(
             command, cwd=scratch, env=os.environ | hub, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )

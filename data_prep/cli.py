@@ -8,8 +8,8 @@ import sys
 from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
-from megatron_taipan.errors import UserError
-from megatron_taipan.programs import exits_cleanly, refuse_other_encodings
+from megatron_taipan.errors import UserError, refuse_other_encodings
+from megatron_taipan.programs import exits_cleanly
 
 COMMANDS = {
     "tokenize": "turn text into .bin/.idx",

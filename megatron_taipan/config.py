@@ -551,16 +551,17 @@ def _apply_override(tree: dict, override: str) -> None:
                 f"override {override!r}: {option} is a value, not a section; give all of it: {option}=..."
             )
     try:
-        node[last] = _number(parse_yaml(text))
+        value = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"override {override[:200]!r}: {error}") from error
     for found in re.finditer(r"\s#", text):
         with suppress(ValueError):  # cut within quotes
-            if parse_yaml(text[: found.start()]) == parse_yaml(text):  # `runs/try #2` would be `runs/try`
+            if parse_yaml(text[: found.start()]) == value:  # `runs/try #2` would be `runs/try`
                 raise ConfigError(
                     f"override {override[:200]!r}: what follows {found[0]!r} is a comment in YAML; quote the value,"
                     f" {key}='\"...\"', or leave the comment out"
                 )
+    node[last] = _number(value)
 
 
 def _number(value: Any) -> Any:

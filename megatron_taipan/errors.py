@@ -1,5 +1,6 @@
 """The exception type that programs show to their user as a single line, and their exit statuses."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,16 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{path} was not written: {error.strerror or error}{where}") from error
+
+
+def refuse_other_encodings(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: the absolute path is not UTF-8, as JSON files and the libraries of tokenizers and weights need it.
+    """
+    absolute = os.path.abspath(path)
+    if absolute.encode(errors="replace").decode() != absolute:
+        raise UserError(f"the path {os.fsencode(absolute)!r} is not UTF-8; rename its folders or choose another")
 
 
 def divisors(n: int) -> str:

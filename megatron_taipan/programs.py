@@ -30,16 +30,6 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
-def refuse_other_encodings(path: str | os.PathLike[str]) -> None:
-    """
-    Raises:
-        UserError: the absolute path is not UTF-8, as JSON files and the libraries of tokenizers and weights need it.
-    """
-    absolute = os.path.abspath(path)
-    if absolute.encode(errors="replace").decode() != absolute:
-        raise UserError(f"the path {os.fsencode(absolute)!r} is not UTF-8; rename its folders or choose another")
-
-
 def with_streams(program: Callable[[], int]) -> int:
     """Runs a program, whatever its standard streams are, and gives its exit status.
 
