@@ -1,7 +1,7 @@
 """What would be left after a power cut: no test can make one, so the calls that guard against it are watched."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,9 +54,12 @@ def watched_renames(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
 
 @contextmanager
-def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
-    """Ends what runs in it, without an error coming out, before call `number` (from 1) that changes a name."""
-    calls = 0
+def killed_at(
+    monkeypatch: pytest.MonkeyPatch, number: int, names: Sequence[str] = ("rename", "replace", "unlink")
+) -> Iterator[list[int]]:
+    """Ends what runs in it, without an error coming out, before call `number` (from 1) of these functions of `os`; the
+    list that it gives then holds the number."""
+    calls, ended = 0, []
 
     def counted(real):
         def call(*arguments, **keywords):
@@ -69,9 +72,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("rename", "replace", "unlink"):
+        for name in names:
             patch.setattr(os, name, counted(getattr(os, name)))
         try:
-            yield
+            yield ended
         except Killed:
-            pass
+            ended.append(number)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import METADATA, folder_name, publish, write_manifest
+from megatron_taipan.checkpoint.folder import METADATA, folder_name, publish, read_manifest, write_manifest
 
 
 def make(directory: Path, step: int, text: str = "weights") -> Path:
@@ -17,3 +17,9 @@ def make(directory: Path, step: int, text: str = "weights") -> Path:
     write_manifest(temporary, {name: size_and_sha256(temporary / name, flush=True) for name in names})
     publish(temporary, directory / folder_name(step))
     return directory / folder_name(step)
+
+
+def rehash(path: Path, *more: str) -> None:
+    """Makes the manifest agree with the checkpoint's files, which were changed, and lists `more` in it."""
+    names = {*read_manifest(path), *more}
+    write_manifest(path, {name: size_and_sha256(path / name, flush=False) for name in names})

@@ -3,10 +3,9 @@
 import pytest
 
 from megatron_taipan.checkpoint import verification
-from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import MANIFEST, read_manifest, write_manifest
+from megatron_taipan.checkpoint.folder import MANIFEST
 from megatron_taipan.checkpoint.verification import damage
-from tests.checkpoint.folders import make
+from tests.checkpoint.folders import make, rehash
 
 RANKS = 3
 
@@ -44,7 +43,7 @@ def checkpoint(tmp_path):
     names = [f"state/rank_{number:05d}.safetensors" for number in range(4)]
     for number, name in enumerate(names):
         (path / name).write_bytes(bytes([number] * 100))
-    write_manifest(path, read_manifest(path) | {name: size_and_sha256(path / name, flush=False) for name in names})
+    rehash(path, *names)
     return path
 
 

@@ -1,6 +1,5 @@
 """The protocol of the checkpoint folder: whatever is cut off or changed, nothing half-written is ever picked up."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.verification import wrong_hashes
 from megatron_taipan.errors import UserError
 from tests.checkpoint.folders import make
+from tests.durable import killed_at
 
 
 def test_newest_complete_one_is_found_and_latest_points_at_it(tmp_path):
@@ -73,38 +73,15 @@ def test_damage_is_passed_over_and_named(tmp_path, damage):
 def test_a_crash_at_any_point_of_writing_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     """Every system call that changes names or makes data durable may be the last one."""
 
-    class Crash(Exception):
-        pass
-
-    count = 0
-    calls = 0
-
-    def counting(real):
-        def call(*arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            if calls == count:
-                raise Crash
-            return real(*arguments, **keywords)
-
-        return call
-
-    reals = {name: getattr(os, name) for name in ("rename", "replace", "fsync")}
     survived = 0
     for count in range(1, 60):
         directory = tmp_path / str(count)
-        calls = -(10**6)
         make(directory, 1)
-        with monkeypatch.context() as patch:
-            for name, real in reals.items():
-                patch.setattr(os, name, counting(real))
-            calls = 0
-            try:
-                make(directory, 2)
-            except Crash:
-                survived += 1
-            else:
-                break
+        with killed_at(monkeypatch, count, ("rename", "replace", "fsync")) as killed:
+            make(directory, 2)
+        if not killed:
+            break
+        survived += 1
         found = find_newest(directory)
         assert found.path.name in ("step_00000001", "step_00000002")
         assert incomplete(found.path) is None and wrong_hashes(found.path, ["state/w.pt", METADATA]) == []

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import diff, export_hf, inspector, reshard, verify
-from megatron_taipan.checkpoint import files, folder
+from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.randomness import random_states, set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.config import load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import perplexity
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.launch import launch
 from tests.train.runs import runs
@@ -36,10 +37,6 @@ def rewrite(path: Path, name: str, change) -> None:
     changed = change(content)
     (path / name).write_text(json.dumps(content if changed is None else changed))
     rehash(path)
-
-
-def rehash(path: Path) -> None:
-    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
 
 
 def put(*place: str | int, value: Any):

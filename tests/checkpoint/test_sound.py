@@ -5,9 +5,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from megatron_taipan.checkpoint import verification
-from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import folder_name, read_manifest, write_manifest
+from megatron_taipan.checkpoint.folder import folder_name
 from megatron_taipan.checkpoint.verification import damage, newest_sound, where_to_go_on
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 
 FILE = "state/rank_00000.safetensors"
@@ -33,7 +33,7 @@ def test_one_value_that_is_not_finite(run, monkeypatch, kind, value):
     tensors[f"{name}|{kind}"] = tensors[f"{name}|master"].copy()
     tensors[f"{name}|{kind}"][-1] = value
     save_file(tensors, path / FILE)
-    write_manifest(path, read_manifest(path) | {FILE: size_and_sha256(path / FILE, flush=False)})
+    rehash(path)
     assert damage(path) is None
     found = newest_sound(run)
     assert found.path.name == "step_00000007"

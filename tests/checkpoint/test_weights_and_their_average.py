@@ -4,9 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_taipan.checkpoint.calibration import write_thresholds
-from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import read_manifest, write_manifest
 from megatron_taipan.checkpoint.weights import open_checkpoint
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 
 FILE, THRESHOLD = "state/rank_00000.safetensors", "layers.1.gate.threshold"
@@ -19,7 +18,7 @@ def test_the_average_has_no_calibrated_thresholds(tmp_path):
     masters = {name: tensor for name, tensor in tensors.items() if name.endswith("|master")}
     tensors |= {name.replace("|master", "|ema"): 3 * tensor for name, tensor in masters.items()}
     save_file(tensors, path / FILE)
-    write_manifest(path, read_manifest(path) | {FILE: size_and_sha256(path / FILE, flush=False)})
+    rehash(path)
     write_thresholds(path, {THRESHOLD: 1 / 3}, capacity=0.3)
     weights, average = open_checkpoint(path), open_checkpoint(path, ema=True)
     assert (weights.load(THRESHOLD), average.load(THRESHOLD)) == (torch.tensor(1 / 3), 0.5)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from checkpoints import average
-from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import METADATA, read_manifest, write_manifest
+from megatron_taipan.checkpoint.folder import METADATA
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.checkpoint.weights import open_checkpoint
 from megatron_taipan.config import make_config
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 
 
@@ -25,7 +25,7 @@ def made(folder: Path, seed: int, pattern: str = "M S W", tokens: int = 0, warmu
     metadata = json.loads((path / METADATA).read_text())
     metadata["progress"]["tokens"] = tokens
     (path / METADATA).write_text(json.dumps(metadata))
-    write_manifest(path, read_manifest(path) | {METADATA: size_and_sha256(path / METADATA, flush=True)})
+    rehash(path)
     assert damage(path) is None
     return path
 

@@ -10,9 +10,9 @@ import yaml
 
 from checkpoints import diff, export_hf, import_hf, import_mamba2, inspector, reshard, verify
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.evaluation import calibrate, perplexity
 from megatron_taipan.inference import generate
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.series import Job, launch_series
 from tests.train.runs import runs
@@ -58,11 +58,6 @@ def checkpoint(tmp_path) -> Path:
     torch.save({"embedding.weight|master": Evil(tmp_path)}, file)
     rehash(path)
     return path
-
-
-def rehash(path: Path) -> None:
-    files = {name: size_and_sha256(path / name, flush=False) for name in folder.read_manifest(path)}
-    folder.write_manifest(path, files)
 
 
 def programs(place: Path, out: Path) -> list[tuple]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_taipan.checkpoint.files import size_and_sha256
-from megatron_taipan.checkpoint.folder import checkpoints, incomplete, read_manifest, write_manifest
+from megatron_taipan.checkpoint.folder import checkpoints, incomplete
 from megatron_taipan.errors import EXIT_HANG, EXIT_REQUEUE, EXIT_UNSAVED
+from tests.checkpoint.folders import rehash
 from tests.faults.bench import LAYOUTS, STEPS, Bench, CaseRun, fill_disk, remount, small_file_system
 from tests.faults.zygote import TrainingJob, send
 
@@ -322,7 +322,7 @@ def refused(bench: Bench, seed: int, name: str, damage: Callable[[CaseRun, Path]
     run = make_run(bench, name, seed)
     newest = killed_with_two_checkpoints(run)
     words = damage(run, newest)
-    write_manifest(newest, {n: size_and_sha256(newest / n, flush=False) for n in read_manifest(newest)})
+    rehash(newest)
     is_refused(run, words)
     shutil.rmtree(newest)
     run.continues_the_same()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_taipan.checkpoint import files, folder
+from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.verification import newest_sound
+from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs
@@ -106,7 +107,7 @@ def made(run: Path, step: int, *, bad: float | None = None, name: str = "embeddi
     save_file(tensors, file)
     metadata = json.loads((path / folder.METADATA).read_text())
     (path / folder.METADATA).write_text(json.dumps(metadata | {"progress": metadata["progress"] | {"step": step}}))
-    folder.write_manifest(path, {n: files.size_and_sha256(path / n, flush=False) for n in folder.read_manifest(path)})
+    rehash(path)
     shutil.move(path, run / folder.folder_name(step))
     return run / folder.folder_name(step)
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_taipan.checkpoint import folder
-from megatron_taipan.checkpoint.files import size_and_sha256
 from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.train import loop
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
+from tests.checkpoint.folders import rehash
 from tests.distributed.launch import launch
 from tests.train.runs import log, numbers, runs, with_options
 from tests.train.toy import toy_tree, write_data
@@ -158,8 +158,7 @@ def test_run_rewinds_past_bad_data_and_resumes_exactly(tmp_path):
     metadata = json.loads((moved / folder.METADATA).read_text())
     metadata["progress"]["samples"] = 32
     (moved / folder.METADATA).write_text(json.dumps(metadata))
-    files = {name: size_and_sha256(moved / name, flush=False) for name in folder.read_manifest(moved)}
-    folder.write_manifest(moved, files)
+    rehash(moved)
     assert launch(2, runs, [tree("moved", spike_z=None, spike_rewind=False)])[0] == [0]
     assert numbers(tmp_path / "moved") == numbers(tmp_path / "whole")[-6:]
 
