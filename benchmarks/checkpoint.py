@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from megatron_taipan.checkpoint.folder import find_newest, read_manifest
 from megatron_taipan.checkpoint.run_log import LOG, read_records
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.processes import RankInfo, device_of_process, find_place, stop_processes

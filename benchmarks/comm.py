@@ -15,7 +15,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.ops.dispatch import pick_ops

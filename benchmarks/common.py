@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.train.peaks import known_peak
 
 ROOT = Path(__file__).resolve().parents[1]

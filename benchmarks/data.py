@@ -236,9 +236,9 @@ def reading(prefix: str) -> None:
     import numpy as np
     import torch
 
-    from megatron_taipan.config import DataConfig, DataSource
     from megatron_taipan.data.indexed import IndexedReader
     from megatron_taipan.data.loader import build_dataset, make_loader
+    from megatron_taipan.data_config import DataConfig, DataSource
 
     torch.set_num_threads(1)
     reader = IndexedReader(prefix)

@@ -22,7 +22,7 @@ from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.metadata import dotted_settings, is_free, read_metadata
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.engine.state_shards import MASTER
 from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model_config import ModelConfig

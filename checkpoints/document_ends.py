@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import manifest
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data_config import DataConfig
 
 LOOKED_AT = 200  # documents of a pair without manifest
 

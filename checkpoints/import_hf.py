@@ -15,7 +15,7 @@ import torch
 from checkpoints.foreign.agreement import Answer, compare_logits, our_logits
 from checkpoints.map_weights import Source, map_weights, other_options
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_export
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig

@@ -14,7 +14,7 @@ from checkpoints.foreign.files import open_tensors, read_settings
 from checkpoints.foreign.hybrids import from_bamba, from_granite
 from checkpoints.foreign.mamba2 import from_mamba_ssm, from_transformers
 from checkpoints.map_weights import Source, map_weights
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.programs import exits_cleanly

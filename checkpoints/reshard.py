@@ -28,7 +28,9 @@ from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, size_and_sha
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import refuse_damaged
-from megatron_taipan.config import Config, dump_config, load_config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config, make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.engine.state_shards import EMA, KINDS, MASTER, MOMENTS, kinds_of
 from megatron_taipan.errors import UserError, writing
 from megatron_taipan.model.flops import pipeline_bounds

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 
 from checkpoints.document_ends import DocumentEnds, document_ends
 from checkpoints.tiktoken_conversion import convert_tiktoken
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.made_with import added_ids
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.base import Tokenizer
 from megatron_taipan.tokenizer.hard_texts import hostile_texts

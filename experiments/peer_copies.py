@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import median_ms, recorded
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.processes import device_of_process, find_place, stop_processes
+from megatron_taipan.parallel_config import ParallelConfig
 from megatron_taipan.programs import exits_cleanly
 from megatron_taipan.train.distributed import start_processes
 

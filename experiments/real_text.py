@@ -28,7 +28,7 @@ from benchmarks.corpus import build_corpus
 from benchmarks.in_parts import make_runs, read_results
 from experiments.real_text_report import draw_results, read_log, results_table
 from experiments.recipes import RECIPES, gate_options
-from megatron_taipan.config import yaml_text
+from megatron_taipan.config_text import yaml_text
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.rank_environment import without_rank

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.common import join_processes
 from benchmarks.step import random_batch, select_capacity
-from megatron_taipan.config import Config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine.build import build_engine
 from megatron_taipan.ops.dispatch import pick_ops
 from megatron_taipan.parallel.processes import find_place, stop_processes

@@ -20,7 +20,7 @@ case $gpus in
     1) processes=1 device="1 GPU" ;;
     *) processes=2 device="2 GPUs" ;;
 esac
-steps=$(python -c "from megatron_taipan.config import load_config; print(load_config('$config').train.steps)")
+steps=$(python -c "from megatron_taipan.config_loading import load_config; print(load_config('$config').train.steps)")
 half=$((steps / 2))
 
 heading() { printf '\n== %s\n' "$*"; }

@@ -30,7 +30,8 @@ def incomplete_environment(error: ImportError) -> int:
 
 
 try:
-    from megatron_taipan.config import describe_options, load_config, presets, refuse_unexpanded
+    from megatron_taipan.config_loading import load_config, presets, refuse_unexpanded
+    from megatron_taipan.config_text import describe_options
     from megatron_taipan.engine.build import check_stages
     from megatron_taipan.errors import EXIT_REQUEUE, UserError
     from megatron_taipan.parallel.processes import device_of_process, find_place, leave, report, stop_processes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.reshard import Target, reshard
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine.build import check_layout
 from megatron_taipan.errors import UserError
 from megatron_taipan.layer_kinds.common import norm

@@ -21,13 +21,25 @@ BASICS = {
 # what layers are, the description of a network of them, and the table of their parameters
 KINDS = ("layer_kinds", "param_spec", "model_config", "parameters")
 
+# the sections of the configuration that stand on their own
+SECTIONS = (
+    "parallel_config",
+    "data_config",
+    "optim_config",
+    "train_config",
+    "checkpoint_config",
+    "task_config",
+    "log_config",
+    "ops_config",
+)
+
 TRAINING = {
     *KINDS,
+    *SECTIONS,
     "engine",
     "config",
     "stages",
     "gate_config",
-    "optim_config",
     "pattern",
     "ops",
     "parallel",
@@ -35,7 +47,7 @@ TRAINING = {
     "data",
     "checkpoint",
 }
-PROGRAMS = {*TRAINING, "tokenizer", "inference", "evaluation", "train"}
+PROGRAMS = {*TRAINING, "config_loading", "config_text", "tokenizer", "inference", "evaluation", "train"}
 
 # room -> rooms it may import; a room may always import itself
 ROOMS: dict[str, set[str]] = {
@@ -50,32 +62,37 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.gate_config": {"section"},
     "megatron_taipan.versions": set(),
     "megatron_taipan.model_config": {"pattern", "section", "gate_config", "layer_kinds"},
-    "megatron_taipan.optim_config": {"section"},
-    "megatron_taipan.task_config": {"section"},
+    **{f"megatron_taipan.{name}": {"section"} for name in SECTIONS},
     "megatron_taipan.lengths": set(),
     "megatron_taipan.stage_config": {"section", "gate_config"},
     "megatron_taipan.stages": {"section", "stage_config"},
-    "megatron_taipan.config": {
-        "section",
-        "gate_config",
-        "model_config",
-        "optim_config",
-        "task_config",
-        "lengths",
-        "plain_yaml",
-        "stage_config",
-        "stages",
-    },
+    "megatron_taipan.config": {"section", "model_config", *SECTIONS, "lengths", "stage_config", "stages"},
+    "megatron_taipan.config_text": {"config", "section"},
+    "megatron_taipan.config_errors": {"config", "config_text", "data_config", "gate_config", "section"},
+    "megatron_taipan.config_overrides": {"config_errors", "plain_yaml"},
+    "megatron_taipan.config_loading": {"config", "config_errors", "config_overrides", "plain_yaml"},
     "megatron_taipan.ops": set(),
     "megatron_taipan.parameters": {"model_config", "layer_kinds", "param_spec"},
-    "megatron_taipan.parallel": {"config", "ops", *KINDS},
+    "megatron_taipan.parallel": {"config", "parallel_config", "ops", *KINDS},
     "megatron_taipan.model": {"gate_config", "ops", "parallel", *KINDS},
     "megatron_taipan.engine": {"config", "stages", "gate_config", "optim_config", "ops", "parallel", "model", *KINDS},
     "megatron_taipan.tokenizer": set(),
-    "megatron_taipan.data": {"config"},
-    "megatron_taipan.checkpoint": {"config", "stages", "section", "pattern", "parallel", "data", *KINDS, "engine"},
+    "megatron_taipan.data": {"data_config"},
+    "megatron_taipan.checkpoint": {
+        "config",
+        "config_loading",
+        "config_text",
+        "stages",
+        "section",
+        "pattern",
+        "parallel",
+        "data",
+        *KINDS,
+        "engine",
+    },
     "megatron_taipan.inference": {
         "config",
+        "data_config",
         "model_config",
         "ops",
         "model",
@@ -86,6 +103,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "megatron_taipan.evaluation": {
         "config",
+        "config_loading",
+        "data_config",
         "ops",
         "model",
         "data",
@@ -95,11 +114,14 @@ ROOMS: dict[str, set[str]] = {
         "inference",
         *KINDS,
     },
-    "megatron_taipan.train": {*TRAINING, "task_config", "versions"},
+    "megatron_taipan.train": {*TRAINING, "versions"},
     "megatron_taipan.hf": {"gate_config", "versions", "ops", "parallel", "model", *KINDS},
     "data_prep": {"data", "tokenizer", "plain_yaml"},
     "checkpoints": {
         "config",
+        "config_loading",
+        "config_text",
+        "data_config",
         "pattern",
         "versions",
         "model",
@@ -112,8 +134,8 @@ ROOMS: dict[str, set[str]] = {
         *KINDS,
         "engine",
     },
-    "megatron_taipan.pretrain": {"config", "engine", "parallel", "train"},
-    "launch": {"pretrain", "config", "checkpoint"},
+    "megatron_taipan.pretrain": {"config_loading", "config_text", "engine", "parallel", "train"},
+    "launch": {"pretrain", "config_loading", "checkpoint"},
     "benchmarks": PROGRAMS,
     "experiments": PROGRAMS,
 }

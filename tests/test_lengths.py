@@ -2,7 +2,9 @@
 
 import pytest
 
-from megatron_taipan.config import ConfigError, dump_config, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.plain_yaml import parse_yaml
 from tests.train.toy import toy_tree
 

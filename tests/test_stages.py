@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from megatron_taipan.config import ConfigError, dump_config, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.engine.build import check_stages
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan

@@ -13,7 +13,8 @@ from checkpoints.checksums import read_sums
 from checkpoints.foreign.files import weight_files
 from data_prep import inputs
 from data_prep.recipes import load_recipe
-from megatron_taipan.config import ConfigError, load_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.plain_yaml import LONGEST_YAML, MOST_ALIASES, parse_yaml
 from megatron_taipan.untrusted import plain_name

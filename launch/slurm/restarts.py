@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, w
 
 from megatron_taipan.checkpoint.files import write_text
 from megatron_taipan.checkpoint.folder import find_newest, step_of
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import writing
 from megatron_taipan.programs import exits_cleanly
 

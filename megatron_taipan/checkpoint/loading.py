@@ -18,7 +18,8 @@ from megatron_taipan.checkpoint.metadata import Progress, network_settings, read
 from megatron_taipan.checkpoint.reader import StateReader
 from megatron_taipan.checkpoint.stages import refuse_edited_stages
 from megatron_taipan.checkpoint.weights import CheckpointWeights, open_weights
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.data.made_with import refuse_mixed
 from megatron_taipan.engine.ema import begin_ema
 from megatron_taipan.engine.protocol import Engine

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_taipan.checkpoint.folder import FORMAT, METADATA
-from megatron_taipan.config import Config, yaml_text
+from megatron_taipan.config import Config
+from megatron_taipan.config_text import yaml_text
 from megatron_taipan.errors import UserError
 from megatron_taipan.model_config import ModelConfig
 from megatron_taipan.pattern import parse_pattern
@@ -110,7 +111,7 @@ def changed_settings(saved: Config, ours: Config) -> list[str]:
 
 
 def _numbered(tree: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with its stages by number, as `_explain` of config.py names them in errors."""
+    """The configuration with its stages by number, as `explain` of config_errors.py names them in errors."""
     return tree | {"stages": {str(number): stage for number, stage in enumerate(tree["stages"])}}
 
 

@@ -17,7 +17,8 @@ from megatron_taipan.checkpoint.files import TEMPORARY, write_tensors
 from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.snapshot import Snapshot, join_indices
-from megatron_taipan.config import Config, dump_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.all_ranks import attempt_on_all_ranks, gather_objects
 

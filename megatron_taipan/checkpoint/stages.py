@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_taipan.checkpoint.folder import find_newest, is_checkpoint
 from megatron_taipan.checkpoint.metadata import Progress, dotted_settings, read_metadata
-from megatron_taipan.config import Config, yaml_text
+from megatron_taipan.config import Config
+from megatron_taipan.config_text import yaml_text
 from megatron_taipan.data.loader import SampleDataset
 from megatron_taipan.errors import UserError
 from megatron_taipan.stages import Stage, plan_stages

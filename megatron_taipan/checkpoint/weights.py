@@ -22,7 +22,8 @@ from megatron_taipan.checkpoint.calibration import read_thresholds
 from megatron_taipan.checkpoint.folder import CONFIG, WEIGHTS, locate
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import StateReader
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.engine.state_shards import EMA, MASTER, MOMENTS, kinds_of
 from megatron_taipan.errors import UserError
 from megatron_taipan.model_config import ModelConfig

@@ -3,11 +3,11 @@
 import warnings
 from collections.abc import Sequence
 
-from megatron_taipan.config import DataSource
 from megatron_taipan.data.blend import MAX_PERIOD, misweighted
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.samples import Samples
 from megatron_taipan.data.shards import Shards
+from megatron_taipan.data_config import DataSource
 
 SHOWN = 12  # sources that are described one by one
 

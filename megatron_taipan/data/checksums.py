@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import xxhash
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.loss_mask import SUFFIX
 from megatron_taipan.data.manifests import shard_entry
 from megatron_taipan.data.share import share
 from megatron_taipan.data.sources import find_pairs
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 BLOCK = 1 << 20

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.batch import Batch, BatchReader, BatchStorage, check_ids
 from megatron_taipan.data.blend import MAX_PERIOD, Blend, exact_weights, whole_weights
 from megatron_taipan.data.blend_weights import choose_weights, describe_blend
@@ -31,6 +30,7 @@ from megatron_taipan.data.samples import LongSamples, PackedSamples, Samples
 from megatron_taipan.data.sources import find_pairs, open_reader
 from megatron_taipan.data.split import split_documents
 from megatron_taipan.data.workers import start_workers
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 
 

@@ -11,10 +11,10 @@ import warnings
 
 import numpy as np
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.manifests import shard_entry
 from megatron_taipan.data.shards import Shards
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 SUFFIX = "_loss_mask"

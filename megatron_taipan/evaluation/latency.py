@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_taipan.config import load_config, presets
+from megatron_taipan.config_loading import load_config, presets
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.decode_timing import (
     cache_bytes,

@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 
 from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
-from megatron_taipan.config import Config, DataConfig, DataSource
+from megatron_taipan.config import Config
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.made_with import refuse_mixed
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.lengths import parse_lengths
 from megatron_taipan.evaluation.ranks import Ranks, joined_ranks

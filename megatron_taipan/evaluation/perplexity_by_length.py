@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_taipan.checkpoint.weights import open_weights
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.piece import RowPiece
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import losses_in_chunks, losses_of_piece
 from megatron_taipan.evaluation.fits import lacks_memory, new_peak, peak_bytes

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.made_with import added_ids
 from megatron_taipan.data.sources import has_index, open_reader
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.tokenizer.base import Tokenizer
 from megatron_taipan.tokenizer.load import load_tokenizer_file
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.all_ranks import gather_objects
 from megatron_taipan.parallel.groups import Groups, build_groups
 from megatron_taipan.parallel.mesh import fit_mesh
 from megatron_taipan.parallel.overlapped_comm import Messages, OverlappedComm
 from megatron_taipan.parallel.tensor import TensorParallel
+from megatron_taipan.parallel_config import ParallelConfig
 
 
 def connect(p: ParallelConfig, device: torch.device, seq_len: int) -> tuple[Groups, str]:

@@ -20,8 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.errors import UserError
+from megatron_taipan.parallel_config import ParallelConfig
 
 
 class Coordinates(NamedTuple):

@@ -5,7 +5,7 @@ import time
 from megatron_taipan.checkpoint.lock import FolderHeld, FolderLock
 from megatron_taipan.checkpoint.metadata import Progress
 from megatron_taipan.checkpoint.saving import SaveFailed
-from megatron_taipan.config import CheckpointConfig
+from megatron_taipan.checkpoint_config import CheckpointConfig
 from megatron_taipan.errors import EXIT_UNSAVED, UserError
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.saver import Saver

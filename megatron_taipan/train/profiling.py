@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_taipan.config import ProfileConfig
+from megatron_taipan.train_config import ProfileConfig
 
 HISTORY = 1_000_000  # allocations and frees that the snapshot can hold: dozens of steps of a large model
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_taipan.checkpoint.metadata import Progress
-from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.step import StepResult
+from megatron_taipan.train_config import TrainConfig
 
 SMALLEST_DEVIATION = 1e-6  # nats; a window of equal losses must not make a spike of rounding
 

@@ -12,7 +12,7 @@ from benchmarks.common import Table, hardware
 from benchmarks.layouts import says_why, settings
 from benchmarks.step import our_training, random_batch, select_capacity
 from benchmarks.sync import COPIES, PARTS, count_waits, parts_marked
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train import peaks
 from tests.distributed.launch import launch

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.gate_config import GateConfig
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.layer_kinds.metrics import logged

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_taipan.checkpoint.stages import refuse_edited_stages, stage_under_way
-from megatron_taipan.config import Config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.stages import plan_stages
 from tests.train.toy import toy_tree

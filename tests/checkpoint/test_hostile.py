@@ -13,7 +13,7 @@ from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.randomness import random_states, set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import perplexity
 from tests.checkpoint.folders import rehash

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_taipan.checkpoint.metadata import identity, identity_differences, refuse_other_run
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.errors import UserError
 from tests.train.toy import toy_tree
 

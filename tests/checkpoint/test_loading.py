@@ -14,7 +14,7 @@ from megatron_taipan.checkpoint.loading import load_weights
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.verification import damage
-from megatron_taipan.config import load_config, make_config
+from megatron_taipan.config_loading import load_config, make_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.engine.state_shards import KINDS
 from megatron_taipan.errors import UserError

@@ -15,7 +15,9 @@ from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.files import TEMPORARY, TensorFile, size_and_sha256
 from megatron_taipan.checkpoint.reader import INDEX
 from megatron_taipan.checkpoint.weights import open_checkpoint
-from megatron_taipan.config import Config, dump_config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.engine.state_shards import KINDS, MASTER
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig

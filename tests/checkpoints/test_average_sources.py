@@ -11,7 +11,7 @@ from megatron_taipan.checkpoint.folder import METADATA
 from megatron_taipan.checkpoint.metadata import read_metadata
 from megatron_taipan.checkpoint.verification import damage
 from megatron_taipan.checkpoint.weights import open_checkpoint
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from tests.checkpoint.folders import rehash
 from tests.checkpoints.made import memory_state, write_checkpoint
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from checkpoints.document_ends import LOOKED_AT, DocumentEnds, document_ends
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.data_config import DataConfig
 
 BOS, EOS = 1, 2
 

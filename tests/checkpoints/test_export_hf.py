@@ -22,7 +22,8 @@ from checkpoints import export_files, export_hf, streamed, whole_folder
 from checkpoints.export_hf import export, find_tokenizer, main
 from checkpoints.map_weights import Source, map_weights
 from megatron_taipan.checkpoint.files import TensorFile
-from megatron_taipan.config import DataSource, dump_config
+from megatron_taipan.config_text import dump_config
+from megatron_taipan.data_config import DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generation import generate
 from megatron_taipan.inference.loading import build_with_weights, load_model

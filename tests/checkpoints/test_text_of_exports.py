@@ -14,8 +14,8 @@ from checkpoints.chat_template import SAMPLE, read_template
 from checkpoints.document_ends import DocumentEnds, document_ends
 from checkpoints.tokenizer import begin_with, write_tokenizer
 from data_prep import cli
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.hf import TaipanConfig, TaipanForCausalLM
 from tests.checkpoints.made import lines_of_text, train_sentencepiece

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from checkpoints.tokenizer import assert_same_ids, convert_sentencepiece, special_tokens, write_tokenizer
-from megatron_taipan.config import DataConfig
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.byte_level import byte_letters
 from megatron_taipan.tokenizer.hard_texts import hostile_texts

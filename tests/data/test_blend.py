@@ -59,9 +59,9 @@ def test_sources_below_a_step_are_paid_by_all_others_in_proportion():
 
 def test_a_blend_that_is_rounded_says_so_in_its_fingerprint(tmp_path):
     """So that a run whose weights were rounded in another way is not resumed in another order."""
-    from megatron_taipan.config import DataConfig, DataSource
     from megatron_taipan.data import loader
     from megatron_taipan.data.indexed import IndexedWriter
+    from megatron_taipan.data_config import DataConfig, DataSource
 
     for name in "ab":
         with IndexedWriter(tmp_path / name, np.uint16) as writer:
@@ -78,9 +78,9 @@ def test_a_blend_that_is_rounded_says_so_in_its_fingerprint(tmp_path):
 
 
 def test_a_share_that_is_rounded_by_a_tenth_or_more_is_told_with_numbers(tmp_path):
-    from megatron_taipan.config import DataConfig, DataSource
     from megatron_taipan.data.indexed import IndexedWriter
     from megatron_taipan.data.loader import build_dataset
+    from megatron_taipan.data_config import DataConfig, DataSource
 
     for name in "abc":
         with IndexedWriter(tmp_path / name, np.uint16) as writer:
@@ -103,7 +103,7 @@ def test_a_share_that_is_rounded_by_a_tenth_or_more_is_told_with_numbers(tmp_pat
 
 
 def test_an_infinite_weight_is_one_line():
-    from megatron_taipan.config import make_config
+    from megatron_taipan.config_loading import make_config
     from megatron_taipan.errors import UserError
 
     data = {"train": [{"prefix": "a", "weight": float("inf")}, "b"]}
@@ -128,9 +128,9 @@ def test_the_order_is_the_papers_rule(weights):
 
 def test_by_tokens_every_source_is_read_once_in_an_epoch_of_all(tmp_path):
     """By samples, to be exact: of 15 tokens one sample of 8 is left, of 33 four."""
-    from megatron_taipan.config import DataConfig
     from megatron_taipan.data.indexed import IndexedWriter
     from megatron_taipan.data.loader import build_dataset
+    from megatron_taipan.data_config import DataConfig
 
     train = []
     for name, tokens in (("a", 15), ("b", 33), ("c", 24)):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data_prep import cli
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data import checksums
 from megatron_taipan.data.checksums import Verification
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.sources import open_reader
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 

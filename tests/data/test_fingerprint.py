@@ -4,9 +4,9 @@ import warnings
 
 import numpy as np
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data_config import DataConfig
 
 
 def pair(path, base: int) -> str:

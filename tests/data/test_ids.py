@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 

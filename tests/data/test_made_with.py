@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.data.made_with import added_ids, tokenizer_of
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.loader import build_dataset, make_loader
 from megatron_taipan.data.piece import RowPiece
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 

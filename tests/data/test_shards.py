@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import cli
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedReader, IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.data.shards import Shards
 from megatron_taipan.data.sources import find_pairs, open_reader
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 
 shard_contents = st.lists(st.lists(st.integers(0, 9), max_size=20), min_size=2, max_size=6)

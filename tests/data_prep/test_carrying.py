@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 
 from data_prep import cli
-from megatron_taipan.config import DataConfig
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.errors import UserError
 
 

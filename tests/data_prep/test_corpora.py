@@ -8,7 +8,7 @@ import pytest
 from data_prep import cli
 from data_prep.corpora import EVALUATION_SETS, evaluation_set
 from data_prep.recipes import load_recipe, names
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.tokenizer.load import load_tokenizer

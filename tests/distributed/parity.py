@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_taipan.config import Config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.ops.dispatch import Ops, pick_ops

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_taipan.config import ConfigError, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine.matrices import MatrixExchange, share_out
 from megatron_taipan.engine.muon import MuonAdamW, describe_muon
 from megatron_taipan.engine.newton_schulz import newton_schulz, orthogonalise, update_scale

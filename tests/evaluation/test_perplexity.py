@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.data.piece import RowPiece
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.evaluation.perplexity import main, score
 from megatron_taipan.evaluation.recall_tokens import score_by_distance
 from megatron_taipan.model.taipan import Taipan

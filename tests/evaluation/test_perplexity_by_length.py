@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.evaluation.perplexity import main
 from megatron_taipan.evaluation.perplexity_by_length import build_contexts, position_edges, score_contexts
 from megatron_taipan.model.taipan import Taipan

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import chunked, recall_tokens
 from megatron_taipan.evaluation.perplexity import score

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import tokenizers
 
-from megatron_taipan.config import DataConfig, DataSource
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation import zero_shot
 from megatron_taipan.evaluation.zero_shot import load_task, main

@@ -31,7 +31,7 @@ from megatron_taipan.checkpoint.metadata import Progress, read_metadata
 from megatron_taipan.checkpoint.randomness import set_random_states
 from megatron_taipan.checkpoint.reader import INDEX, StateReader
 from megatron_taipan.checkpoint.weights import open_export
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.data import manifests
 from megatron_taipan.data.indexed import IndexedReader
 from megatron_taipan.data.made_with import added_ids, tokenizer_of

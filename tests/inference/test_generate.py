@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_taipan.config import DataConfig, DataSource
 from megatron_taipan.data.indexed import IndexedWriter
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.generate import main
 from megatron_taipan.inference.generation import generate

@@ -12,7 +12,8 @@ import torch
 
 from data_prep import cli
 from megatron_taipan.checkpoint.loading import load_weights
-from megatron_taipan.config import Config, load_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.model.taipan import Taipan
 from tests.distributed.launch import ROOT

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from megatron_taipan import pretrain
-from megatron_taipan.config import describe_options, load_config
+from megatron_taipan.config_loading import load_config
+from megatron_taipan.config_text import describe_options
 from megatron_taipan.engine.build import check_layout
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train.dry_run import dry_run

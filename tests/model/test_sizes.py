@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.model.flops import layer_flops, layer_params
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.model_config import ModelConfig

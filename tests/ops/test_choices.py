@@ -40,7 +40,7 @@ def labels(ops) -> dict[str, str]:
 
 
 def test_every_operation_is_under_one_option_and_every_option_in_the_configuration():
-    from megatron_taipan.config import OpsConfig
+    from megatron_taipan.ops_config import OpsConfig
 
     under = [name for names in OPTIONS.values() for name in names]
     assert sorted(under) == sorted([*REFERENCES, "gate_scores"])  # the gate itself has the one of that

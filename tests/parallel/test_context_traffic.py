@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.comm import measure_piece_traffic
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.parallel.context_traffic import describe_pieces
 from tests.distributed.launch import launch
 from tests.parallel.test_traffic import network

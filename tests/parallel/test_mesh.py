@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.engine.startup import import_deepspeed
 from megatron_taipan.errors import UserError
 from megatron_taipan.parallel.mesh import AXES, ZERO, Coordinates, Mesh, fit_mesh
+from megatron_taipan.parallel_config import ParallelConfig
 
 MESHES = [Mesh(*sizes) for sizes in product((1, 2, 3), (1, 2, 4), (1, 2), (1, 2, 4))]
 SOME_AXES = [("tensor",), ("data",), ("context",), ("pipeline",), ZERO, ("data", "context", "tensor"), AXES]

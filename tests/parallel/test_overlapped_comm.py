@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import recorded
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.overlapped_comm import Fetch, OverlappedComm
 from megatron_taipan.parallel.peer_memory import PeerMemory
+from megatron_taipan.parallel_config import ParallelConfig
 from tests.distributed.launch import launch
 from tests.parallel.shared_file import pretended_gpus
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_taipan.config import ParallelConfig
 from megatron_taipan.model.gate_settings import settled
 from megatron_taipan.model.graphs import LayerGroup
 from megatron_taipan.model.recompute import recompute_of
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.connect import connect
 from megatron_taipan.parallel.tensor import TensorParallel
+from megatron_taipan.parallel_config import ParallelConfig
 from tests.distributed.launch import launch
 from tests.model.small import small_config, tokens
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine import build
 from megatron_taipan.model.taipan import Taipan
 from tests.model.replays import Passes, watched_passes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.errors import UserError
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import xxhash
 
 from megatron_taipan.checkpoint.folder import CONFIG, checkpoints, find_newest
 from megatron_taipan.checkpoint.metadata import read_metadata
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.train.metadata import git_commit
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs, with_options

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_taipan.checkpoint.metadata import Progress
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.train.metrics import Metrics
 from megatron_taipan.train.step import StepResult

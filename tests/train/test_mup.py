@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from megatron_taipan.config import Config, ConfigError, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine.build import describe_width, parameter_groups
 from megatron_taipan.model.gate import Gate
 from megatron_taipan.model.taipan import Taipan

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_taipan.config import ConfigError, DataConfig, DataSource, dump_config, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.data.loader import build_dataset
+from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.evaluation.perplexity import read_batches, score
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.plain_yaml import parse_yaml

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_taipan.checkpoint.weights import open_checkpoint
-from megatron_taipan.config import ConfigError, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.engine.build import describe_groups
 from megatron_taipan.errors import UserError
 from megatron_taipan.model.taipan import Taipan

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_taipan.config import dump_config, load_config
+from megatron_taipan.config_loading import load_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.parallel.processes import find_place, free_port, stop_processes
 from megatron_taipan.train.distributed import start_processes

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 
-from megatron_taipan.config import ConfigError, ProfileConfig
+from megatron_taipan.config_errors import ConfigError
 from megatron_taipan.train.profiling import StepProfiler
+from megatron_taipan.train_config import ProfileConfig
 from tests.distributed.launch import launch
 from tests.train.runs import log, runs
 from tests.train.toy import toy_config, toy_tree, write_data

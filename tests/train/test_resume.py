@@ -16,7 +16,7 @@ import yaml
 
 from megatron_taipan.checkpoint.folder import find_newest
 from megatron_taipan.checkpoint.reader import StateReader
-from megatron_taipan.config import load_config, make_config
+from megatron_taipan.config_loading import load_config, make_config
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.errors import EXIT_REQUEUE
 from tests.checkpoint.test_loading import everything

@@ -1,6 +1,6 @@
 """The dry run's plots of the schedules."""
 
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.stages import plan_stages
 from megatron_taipan.train.schedule_plot import WIDTH, plot, schedule_plots
 from tests.train.toy import toy_tree

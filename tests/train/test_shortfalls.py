@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_taipan import pretrain, versions
-from megatron_taipan.config import load_config
+from megatron_taipan.config_loading import load_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.dry_run import dry_run
 from megatron_taipan.train.shortfalls import shortfalls

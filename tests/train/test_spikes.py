@@ -10,11 +10,11 @@ import pytest
 
 from megatron_taipan.checkpoint import folder
 from megatron_taipan.checkpoint.metadata import Progress, read_metadata
-from megatron_taipan.config import TrainConfig
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.train import loop
 from megatron_taipan.train.spikes import after_rewind, remember, z_score
 from megatron_taipan.train.step import StepResult
+from megatron_taipan.train_config import TrainConfig
 from tests.checkpoint.folders import rehash
 from tests.distributed.launch import launch
 from tests.train.runs import log, numbers, runs, with_options

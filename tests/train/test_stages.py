@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_taipan.checkpoint.folder import find_newest
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.train.dry_run import dry_run
 from tests.checkpoint.test_loading import everything

@@ -14,7 +14,9 @@ import torch
 
 from megatron_taipan.checkpoint.folder import checkpoints
 from megatron_taipan.checkpoint.metadata import Progress
-from megatron_taipan.config import ConfigError, dump_config, make_config
+from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_loading import make_config
+from megatron_taipan.config_text import dump_config
 from megatron_taipan.errors import EXIT_REQUEUE, UserError
 from megatron_taipan.evaluation import perplexity
 from megatron_taipan.evaluation.__main__ import TASKS

@@ -8,7 +8,7 @@ import torch
 from checkpoints import inspector, reshard, verify
 from megatron_taipan.checkpoint.folder import WEIGHTS, checkpoints, find_newest
 from megatron_taipan.checkpoint.weights import open_checkpoint
-from megatron_taipan.config import make_config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.errors import UserError
 from megatron_taipan.inference.loading import load_model
 from megatron_taipan.train.dry_run import dry_run

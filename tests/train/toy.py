@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_taipan.config import Config, make_config
+from megatron_taipan.config import Config
+from megatron_taipan.config_loading import make_config
 from megatron_taipan.data.indexed import IndexedWriter
 
 VOCAB = 64
