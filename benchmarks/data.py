@@ -308,7 +308,7 @@ def opening(documents: int) -> None:
         commit(prefix)
         code = f"""
 import time
-from megatron_taipan.config import DataConfig
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.data.loader import build_dataset
 def peak():  # ru_maxrss would begin with what the parent had
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -429,7 +429,7 @@ def test_workers_that_hang_as_they_are_forked_are_forked_again(tmp_path, hangs, 
     """A lock that another thread held stops a child before any of its own code: here the first ones sleep there."""
     code = f"""
 import itertools, os, time
-from megatron_taipan.config import DataConfig
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.data.loader import build_dataset
 from megatron_taipan.data.workers import start_workers
 from megatron_taipan.errors import UserError
@@ -450,7 +450,7 @@ except UserError as error:
 def test_a_program_with_workers_ends(tmp_path):
     """Though its loader lives to the end, or is collected with a traceback when its queues are gone already."""
     code = f"""
-from megatron_taipan.config import DataConfig
+from megatron_taipan.data_config import DataConfig
 from megatron_taipan.data.loader import build_dataset, make_loader
 data = build_dataset(DataConfig(train={corpus(tmp_path / "x", [50])!r}, seq_len=8, valid_fraction=0), "train", 99)
 loader = make_loader(data, start=0, global_batch=2, micro_batch=2, dp_rank=0, dp_size=1, workers=2)
