@@ -1,8 +1,7 @@
 """The short causal convolution with SiLU in Triton, forward and backward, on tensors of any row stride.
 
-Forward in tiles of tokens x channels: a tap of the convolution is the same tile loaded one token earlier, which the
-first-level cache serves. Backward in runs of tokens, because there every tap needs the gradient before the SiLU of
-three later tokens, which a tile would have to compute again or to shuffle.
+A program walks over a run of tokens, with the inputs of the last ones (and, backward, the gradients before the SiLU) in
+registers, so that everything is read once. A run within one document, as most are, does not ask which token is of which.
 """
 
 import torch
@@ -13,51 +12,26 @@ MAX_WIDTH = 4
 
 
 @triton.jit
-def _tap(x_ptr, tail_ptr, seq_ptr, seq, row, tokens, channels, lag, length, n_channels, x_b, x_l, valid,
-         WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
-    """x[t - lag] as float32, 0 where that token is of another document or does not exist."""
-    source = tokens - lag
-    mask = valid & (source >= 0)[:, None]
-    x = tl.load(x_ptr + row * x_b + source.to(tl.int64)[:, None] * x_l + channels[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    if HAS_TAIL:
-        old = valid & ((source < 0) & (source >= 1 - WIDTH))[:, None]
-        at = (row * (WIDTH - 1) + WIDTH - 1 + source)[:, None] * n_channels + channels[None, :]
-        x += tl.load(tail_ptr + at, mask=old, other=0.0).to(tl.float32)
-    if HAS_SEQ:
-        there = tl.load(seq_ptr + row * length + tl.maximum(source, 0), mask=tokens < length, other=-1)
-        x = tl.where((there == seq)[:, None], x, 0.0)
-    return x
-
-
-@triton.jit
 def _weight(weight_ptr, channels, lag, n_channels, WIDTH: tl.constexpr):
     """The weight that meets x[t - lag], one per channel; 0 for lags beyond the width."""
     at = weight_ptr + channels * WIDTH + (WIDTH - 1 - lag)
-    return tl.load(at, mask=(channels < n_channels) & (lag < WIDTH), other=0.0).to(tl.float32)[None, :]
+    return tl.load(at, mask=(channels < n_channels) & (lag < WIDTH), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
-                    WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                    HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
-    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    row = tl.program_id(2).to(tl.int64)
-    valid = (tokens < length)[:, None] & (channels < n_channels)[None, :]
-    seq = tokens
-    if HAS_SEQ:
-        seq = tl.load(seq_ptr + row * length + tokens, mask=tokens < length, other=-1)
-    u = tl.zeros([TOKENS, CHANNELS], tl.float32)
+def _bias(bias_ptr, channels, n_channels, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The bias of each channel, 0 where there is none."""
+    bias = tl.zeros([CHANNELS], tl.float32)
     if HAS_BIAS:
-        u += tl.load(bias_ptr + channels, mask=channels < n_channels, other=0.0).to(tl.float32)[None, :]
-    for lag in tl.static_range(WIDTH):
-        x = _tap(x_ptr, tail_ptr, seq_ptr, seq, row, tokens, channels, lag, length, n_channels, x_b, x_l, valid, WIDTH,
-                 HAS_TAIL, HAS_SEQ)  # fmt: skip
-        u += _weight(weight_ptr, channels, lag, n_channels, WIDTH) * x
-    y = u / (1 + tl.exp(-u))
-    out = (row * length + tokens)[:, None] * n_channels + channels[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=valid)
+        bias += tl.load(bias_ptr + channels, mask=channels < n_channels, other=0.0).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def _of_one_document(seq_ptr, row, first, last, length):
+    """Whether the tokens first..last of a row, as far as they exist, are of one document."""
+    base = seq_ptr + row * length
+    return tl.load(base + tl.maximum(first, 0)) == tl.load(base + tl.minimum(last, length - 1))
 
 
 @triton.jit
@@ -76,27 +50,111 @@ def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channel
 
 
 @triton.jit
+def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
+                    WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
+    """y of TOKENS tokens."""
+    begin, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
+    one = True
+    if HAS_SEQ:
+        one = _of_one_document(seq_ptr, row, begin - 3, begin + TOKENS - 1, length)
+    if one:
+        _forward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l, WIDTH, TOKENS,
+                     CHANNELS, HAS_BIAS, False, HAS_TAIL)  # fmt: skip
+    else:
+        _forward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l, WIDTH, TOKENS,
+                     CHANNELS, HAS_BIAS, HAS_SEQ, HAS_TAIL)  # fmt: skip
+
+
+@triton.jit
+def _forward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
+                 WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
+    """Four tokens at a time, so that four loads are under way before the first use; in a name, 0 is the newest token."""
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    begin, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
+    inside = channels < n_channels
+    w0 = _weight(weight_ptr, channels, 0, n_channels, WIDTH)
+    w1 = _weight(weight_ptr, channels, 1, n_channels, WIDTH)
+    w2 = _weight(weight_ptr, channels, 2, n_channels, WIDTH)
+    w3 = _weight(weight_ptr, channels, 3, n_channels, WIDTH)
+    bias = _bias(bias_ptr, channels, n_channels, CHANNELS, HAS_BIAS)
+    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    end = tl.minimum(begin + TOKENS, length)
+    for i in tl.range(0, TOKENS, 4):
+        token = begin + i
+        xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
+                      False, HAS_SEQ)  # fmt: skip
+        xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
+                      False, HAS_SEQ)  # fmt: skip
+        xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
+                      False, HAS_SEQ)  # fmt: skip
+        xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
+                      False, HAS_SEQ)  # fmt: skip
+        xs, documents = (xa, xb, xc, xd), (sa, sb, sc, sd)
+        for j in tl.static_range(4):
+            x0, s0 = xs[j], documents[j]
+            u = bias + w0 * x0
+            if HAS_SEQ:  # inputs of another document are cut off
+                u += (
+                    tl.where(s1 == s0, w1 * x1, 0.0)
+                    + tl.where(s2 == s0, w2 * x2, 0.0)
+                    + tl.where(s3 == s0, w3 * x3, 0.0)
+                )
+            else:
+                u += w1 * x1 + w2 * x2 + w3 * x3
+            y = u / (1 + tl.exp(-u))
+            tl.store(y_ptr + (row * length + token + j) * n_channels + channels, y.to(y_ptr.dtype.element_ty),
+                     mask=inside & (token + j < end))  # fmt: skip
+            x3, x2, x1 = x2, x1, x0
+            if HAS_SEQ:
+                s3, s2, s1 = s2, s1, s0
+
+
+@triton.jit
 def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
                      n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
                      WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
                      HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr, TAIL_GRADIENT: tl.constexpr):  # fmt: skip
-    """dx of TOKENS tokens, walked four at a time with the last inputs and gradients in registers.
+    """dx of TOKENS tokens, and their part of the gradients of weight and bias: sums [runs, width + 1, channels] float32.
 
-    Also this run's part of the gradients of weight and bias: sums [runs, width + 1, channels] float32. The number 0 in
-    a name is the newest token, 3 the oldest; three tokens past the run are walked for their gradients. The first run
-    also walks over the tail's (TAIL_GRADIENT: written to dtail [b, width - 1, channels]).
+    The first run also walks over the tail's (TAIL_GRADIENT: written to dtail [b, width - 1, channels]).
     """
+    begin, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
+    one = True
+    if HAS_SEQ:
+        one = _of_one_document(seq_ptr, row, begin - 3, begin + TOKENS + 2, length)
+    if one:
+        _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
+                      n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l, WIDTH, TOKENS, CHANNELS, HAS_BIAS, False, HAS_TAIL,
+                      TAIL_GRADIENT)  # fmt: skip
+    else:
+        _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
+                      n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l, WIDTH, TOKENS, CHANNELS, HAS_BIAS, HAS_SEQ, HAS_TAIL,
+                      TAIL_GRADIENT)  # fmt: skip
+
+
+@triton.jit
+def _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
+                     n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
+                     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr, TAIL_GRADIENT: tl.constexpr):  # fmt: skip
+    """Four tokens at a time; in a name, 0 is the newest token, 3 the oldest. Three tokens past the run are walked for
+    their gradients."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * TOKENS
     row = tl.program_id(2).to(tl.int64)
     inside = channels < n_channels
-    w0 = tl.reshape(_weight(weight_ptr, channels, 0, n_channels, WIDTH), [CHANNELS])
-    w1 = tl.reshape(_weight(weight_ptr, channels, 1, n_channels, WIDTH), [CHANNELS])
-    w2 = tl.reshape(_weight(weight_ptr, channels, 2, n_channels, WIDTH), [CHANNELS])
-    w3 = tl.reshape(_weight(weight_ptr, channels, 3, n_channels, WIDTH), [CHANNELS])
-    bias = tl.zeros([CHANNELS], tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    w0 = _weight(weight_ptr, channels, 0, n_channels, WIDTH)
+    w1 = _weight(weight_ptr, channels, 1, n_channels, WIDTH)
+    w2 = _weight(weight_ptr, channels, 2, n_channels, WIDTH)
+    w3 = _weight(weight_ptr, channels, 3, n_channels, WIDTH)
+    bias = _bias(bias_ptr, channels, n_channels, CHANNELS, HAS_BIAS)
     x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
                   HAS_TAIL, HAS_SEQ)  # fmt: skip
     x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
@@ -133,7 +191,7 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
                 y1, y2, y3 = x1, x2, x3
             u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
             s = 1 / (1 + tl.exp(-u))
-            d0 = dys[j].to(tl.float32) * s * (1 + u * (1 - s))  # 0 past the end
+            d0 = dys[j].to(tl.float32) * (s + s * (u - u * s))  # 0 past the end
             own = tl.where(i < TOKENS, d0, 0.0)
             g0 += own * x0
             g1 += own * y1
@@ -168,8 +226,8 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
     tl.store(out + WIDTH * n_channels, gb, mask=inside)
 
 
-def tokens_of_tile(length: int, usual: int) -> int:
-    """As usual, or as many times two as a row needs whose tiles would pass the 65,535 of a grid's second dimension."""
+def tokens_of_run(length: int, usual: int) -> int:
+    """As usual, or as many times two as a row needs whose runs would pass the 65,535 of a grid's second dimension."""
     return usual * triton.next_power_of_2(max(1, triton.cdiv(triton.cdiv(length, usual), 65_535)))
 
 
@@ -177,12 +235,12 @@ def conv_forward(x, weight, bias, seq_idx, tail):
     """y [b, l, c] contiguous; x [b, l, c] of any strides but a contiguous last dimension."""
     b, l, c = x.shape
     y = torch.empty((b, l, c), dtype=x.dtype, device=x.device)
-    tokens, channels = tokens_of_tile(l, 32), 128
+    tokens, channels = tokens_of_run(l, 64), 256
     _forward_kernel[(triton.cdiv(c, channels), triton.cdiv(l, tokens), b)](
         x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
         tail if tail is not None else weight, y, l, c, x.stride(0), x.stride(1), WIDTH=weight.shape[1], TOKENS=tokens,
         CHANNELS=channels, HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None,
-        num_warps=4,
+        num_warps=2,
     )  # fmt: skip
     return y
 
@@ -211,15 +269,15 @@ def _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, dtail):
     """Writes dx, and dtail where it is given; the runs' parts of the gradients of weight and bias."""
     b, l, c = x.shape
     width = weight.shape[1]
-    tokens, channels = tokens_of_tile(l, 128), 256
-    tiles = triton.cdiv(l, tokens)
-    sums = torch.empty((b * tiles, width + 1, c), dtype=torch.float32, device=x.device)
-    _backward_kernel[(triton.cdiv(c, channels), tiles, b)](
+    tokens, channels = tokens_of_run(l, 128), 256
+    runs = triton.cdiv(l, tokens)
+    sums = torch.empty((b * runs, width + 1, c), dtype=torch.float32, device=x.device)
+    _backward_kernel[(triton.cdiv(c, channels), runs, b)](
         x, weight, bias if bias is not None else weight, seq_idx if seq_idx is not None else weight,
         tail if tail is not None else weight, dy, dx, dtail if dtail is not None else weight, sums, l, c, x.stride(0),
         x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1), WIDTH=width, TOKENS=tokens,
         CHANNELS=channels, HAS_BIAS=bias is not None, HAS_SEQ=seq_idx is not None, HAS_TAIL=tail is not None,
-        TAIL_GRADIENT=dtail is not None, num_warps=2,
+        TAIL_GRADIENT=dtail is not None, num_warps=4,
     )  # fmt: skip
     return sums
 

@@ -20,7 +20,8 @@ from megatron_taipan.ops.gated_norm_triton import gated_backward, gated_forward
 from megatron_taipan.ops.mamba2_piece import Piece, Place
 from megatron_taipan.ops.rowwise import rows_of
 from megatron_taipan.ops.ssd_backward_triton import scan_backward
-from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, scan_states, state_dtype
+from megatron_taipan.ops.ssd_forward_triton import prepare_decay, scan_forward, scan_states, state_dtype
+from megatron_taipan.ops.ssd_tiles import CHUNK
 
 
 def _columns(zxbcdt: torch.Tensor, heads: int, headdim: int, groups: int, d_state: int):
@@ -56,7 +57,7 @@ def _conv_and_scan(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, seq_idx, sizes
         xBC = piece.conv_forward(xBC, conv_weight, conv_bias, seq_idx)
     x, B, C = _split_conv(xBC, heads, *sizes)
     enter = piece.enter if piece is not None else None
-    y, states, _ = scan_forward(x, *prepare_decay(dt, dt_bias, A), B, C, D, seq_idx, None, keep=every, enter=enter)
+    y, states, _ = scan_forward(x, prepare_decay(dt, dt_bias, A, seq_idx), B, C, D, None, keep=every, enter=enter)
     return xBC, states, y
 
 
@@ -87,7 +88,7 @@ def _mix_backward(
         rows_of(dout), y.view(b * l, -1), _flat(z), norm_weight, scale, dy.view(b * l, -1), _flat(dz), again=again,
         **spread,
     )  # fmt: skip
-    steps, cum = prepare_decay(dt, dt_bias, A)
+    decays = prepare_decay(dt, dt_bias, A, seq_idx)
     if xBC is None:
         if piece is None:
             xBC = conv_forward(raw, conv_weight, conv_bias, seq_idx, None)
@@ -95,11 +96,11 @@ def _mix_backward(
             xBC = piece.conv_again(raw, conv_weight, conv_bias, seq_idx)
     x, B, C = _split_conv(xBC, heads, *sizes)
     if every > 1:
-        states = scan_states(x, steps, cum, B, seq_idx, states, every)
+        states = scan_states(x, decays, B, states, every)
     dxBC = torch.empty_like(xBC)
     dx, dB, dC = _split_conv(dxBC, heads, *sizes)
     sums, _ = scan_backward(
-        dy, x, steps, cum, A, B, C, D, seq_idx, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True,
+        dy, x, decays, A, B, C, D, states, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True,
         leave=piece.leave if piece is not None else None,
     )  # fmt: skip
     if piece is None:

@@ -14,13 +14,15 @@ split into segments whose incoming states are computed by a first, cheaper pass.
 
 Notation in the kernels: c = position of the chunk; t, s = token in it as reader and as source; cum = running sum of
 dt * A inside the chunk, times log2(e), so that every decay is one exp2. Documents (seq_idx) are independent: a pair (t,
-s) counts where both have the same document; what enters a chunk belongs to the document of the token before it.
+s) counts where s is not before the start of t's document; what enters a chunk belongs to the document of the token
+before it.
 """
 
 import torch
 
 from megatron_taipan.ops.ssd_backward_triton import scan_backward
-from megatron_taipan.ops.ssd_forward_triton import CHUNK, prepare_decay, scan_forward, state_dtype
+from megatron_taipan.ops.ssd_forward_triton import prepare_decay, scan_forward, state_dtype
+from megatron_taipan.ops.ssd_tiles import CHUNK
 
 
 @torch.library.custom_op("megatron_taipan::ssd_forward", mutates_args=())
@@ -29,7 +31,8 @@ def _forward_op(
     seq_idx: torch.Tensor | None, initial_state: torch.Tensor | None, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y, final state, states that enter the chunks)."""
-    y, states, final = scan_forward(x, *prepare_decay(dt, None, A), B, C, D, seq_idx, initial_state, keep=int(keep))
+    decays = prepare_decay(dt, None, A, seq_idx)
+    y, states, final = scan_forward(x, decays, B, C, D, initial_state, keep=int(keep))
     return y, final, states
 
 
@@ -47,12 +50,12 @@ def _backward_op(
     B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None, seq_idx: torch.Tensor | None, states: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(dx, ddt, dB, dC, gradients of A, D and dt's bias [3, h], dinitial)."""
-    steps, cum = prepare_decay(dt, None, A)
+    decays = prepare_decay(dt, None, A, seq_idx)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B, C))
     sums, dinitial = scan_backward(
-        dy, x, steps, cum, A, B, C, D, seq_idx, states, dfinal, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=False
+        dy, x, decays, A, B, C, D, states, dfinal, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=False
     )
     return dx, ddt, dB, dC, sums, dinitial
 

@@ -58,13 +58,11 @@ def scan(place, device):
     x, dy = (place(numbers(1, TOKENS, 2, 16, device=device) * k) for k in (1, 2))
     B, C = (place(numbers(1, TOKENS, 1, 16, device=device) * k) for k in (1, 2))
     A, D = -torch.ones(2, device=device), torch.ones(2, device=device)
-    dt, cum = prepare_decay(place(numbers(1, TOKENS, 2, device=device)), torch.zeros(2, device=device), A)
-    y, states, final = scan_forward(x, dt, cum, B, C, D, None, None, keep=2)
-    every = scan_states(x, dt, cum, B, None, states, 2)
-    dx, dB, dC, ddt = (place(torch.zeros_like(t)) for t in (x, B, C, cum[..., :TOKENS].transpose(1, 2)))
-    sums = scan_backward(
-        dy, x, dt, cum, A, B, C, D, None, every, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True
-    )  # fmt: skip
+    decays = prepare_decay(place(numbers(1, TOKENS, 2, device=device)), torch.zeros(2, device=device), A, None)
+    y, states, final = scan_forward(x, decays, B, C, D, None, keep=2)
+    every = scan_states(x, decays, B, states, 2)
+    dx, dB, dC, ddt = (place(torch.zeros_like(t)) for t in (x, B, C, decays.cum[..., :TOKENS].transpose(1, 2)))
+    sums = scan_backward(dy, x, decays, A, B, C, D, every, None, dx=dx, ddt=ddt, dB=dB, dC=dC, softplus=True)
     return y, final, every, dx, dB, dC, ddt, *sums
 
 
@@ -115,9 +113,9 @@ def test_tiles_of_a_longer_row_compute_the_same(monkeypatch):
     """What a convolution of more than two million tokens takes."""
     from megatron_taipan.ops import causal_conv1d_triton as kernels
 
-    assert [kernels.tokens_of_tile(n, 32) for n in (0, 1, 32 * 65_535, 32 * 65_535 + 1, LONG)] == [32, 32, 32, 64, 256]
+    assert [kernels.tokens_of_run(n, 32) for n in (0, 1, 32 * 65_535, 32 * 65_535 + 1, LONG)] == [32, 32, 32, 64, 256]
     usual = conv(lambda t: t, "cpu")
-    monkeypatch.setattr(kernels, "tokens_of_tile", lambda _, usual: 4 * usual)
+    monkeypatch.setattr(kernels, "tokens_of_run", lambda _, usual: 4 * usual)
     *same, dweight, dbias, dx = conv(lambda t: t, "cpu")
     assert all(torch.equal(a, b) for a, b in zip((*same, dx), (usual[0], usual[3]), strict=True))
     for a, b in ((dweight, usual[1]), (dbias, usual[2])):
@@ -169,11 +167,11 @@ def make_long_launches():
     convolution.conv_forward(x, weight, None, None, None)
     convolution.conv_backward(x, x, weight, empty(4), None, None, empty(1, LONG, 4))
     heads, group = empty(1, LONG, 1, 4), empty(1, LONG, 1, 4)
-    dt, cum = forward.prepare_decay(empty(1, LONG, 1), empty(1), empty(1))
-    _, states, _ = forward.scan_forward(heads, dt, cum, group, group, None, None, None, keep=1)
+    decays = forward.prepare_decay(empty(1, LONG, 1), empty(1), empty(1), None)
+    _, states, _ = forward.scan_forward(heads, decays, group, group, None, None, keep=1)
     backward.scan_backward(
-        heads, heads, dt, cum, empty(1), group, group, None, None, states, None, dx=heads, ddt=empty(1, LONG, 1),
-        dB=group, dC=group, softplus=True,
+        heads, heads, decays, empty(1), group, group, None, states, None, dx=heads, ddt=empty(1, LONG, 1), dB=group,
+        dC=group, softplus=True,
     )  # fmt: skip
     rows = Rows(empty(LONG, dtype=torch.int64), torch.zeros((), dtype=torch.int32))
     selected.copy_rows(x[0], x[0], rows, scatter=False)

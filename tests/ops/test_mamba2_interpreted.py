@@ -41,6 +41,8 @@ def random_case(b: int, l: int, heads: int, size: int, groups: int, packed: bool
     [
         (2, 133, 4, 2, True),  # two rows: each row has its own documents
         (1, 65, 3, 1, False),  # heads that cannot be split
+        (2, 192, 4, 2, True),  # rows of whole chunks: tiles by the copy engine
+        (1, 128, 3, 1, False),
     ],
 )
 def test_fused_mixer(b, l, heads, groups, packed):

@@ -323,7 +323,7 @@ def difference(found: Callable, expected: list[Tensor | None], exact: bool) -> s
 def walk_few_tokens(monkeypatch, device: str) -> None:
     """Tiles of few tokens in the interpreter, which walks over every token of a tile."""
     if device == "cpu":
-        monkeypatch.setattr("megatron_taipan.ops.causal_conv1d_triton.tokens_of_tile", lambda length, usual: 4)
+        monkeypatch.setattr("megatron_taipan.ops.causal_conv1d_triton.tokens_of_run", lambda length, usual: 4)
 
 
 @device
