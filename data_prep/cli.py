@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
@@ -44,7 +45,8 @@ def program() -> None:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""
         print(f"stopped by Ctrl-C{continues}", file=sys.stderr)
         status = 128 + signal.SIGINT
-    sys.stderr.flush()
+    with suppress(OSError):  # what does not fit on a full disk is lost, the status is not
+        sys.stderr.flush()
     os._exit(status)
 
 
