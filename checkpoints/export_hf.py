@@ -135,7 +135,7 @@ def export(
     own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
     if template is not None and tokenizer is None and not own:
         raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
-    with whole_folder(out) as work:
+    with whole_folder(out, overwrite=overwrite) as work:
         text = write_folder(state, work, dtype, tokenizer, own, template, max_shard_bytes)
         difference = check_folder(state, work, dtype, text, stream_above)
         write_sums(work)
