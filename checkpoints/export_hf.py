@@ -36,7 +36,7 @@ from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, is_export, open_weights
 from megatron_taipan.data.made_with import refuse_other
-from megatron_taipan.errors import UserError, refuse_other_encodings, writing
+from megatron_taipan.errors import UserError, refuse_other_locales, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
@@ -123,7 +123,7 @@ def export(
         UserError: the folder exists, the tokenizer cannot be converted exactly, the template fails, or the reloaded
             logits disagree.
     """
-    refuse_other_encodings(out)
+    refuse_other_locales(out)
     out = out.resolve()  # a link stays one, and shows the new export
     for sentence in remove_or_restore_leftovers(out):
         note(sentence)

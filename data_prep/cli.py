@@ -68,8 +68,9 @@ def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
     output = getattr(args, "output", None)
     if output is not None and not os.path.basename(output):
         raise UserError(f"--output {output!r} ends without a name; add one")
-    if output is not None:
-        refuse_other_encodings(output)
+    for recorded in (output, getattr(args, "tokenizer", None)):  # in the manifest
+        if recorded is not None:
+            refuse_other_encodings(recorded)
     if output is not None and output.endswith(loss_mask.SUFFIX):
         raise UserError(
             f"--output {output!r}: names that end in {loss_mask.SUFFIX} are those of loss masks; choose another"
