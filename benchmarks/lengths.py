@@ -10,29 +10,41 @@ whole rows, takes them as it takes the peer's (`--overrides data.mask_documents=
 
 Each result is a line of OUT/lengths.jsonl. The same command makes only those that are missing, so that it can be run in
 parts (`--until`). `--table` prints Markdown and draws OUT/lengths.svg and OUT/lengths-memory.svg, and needs no GPU.
+
+A line belongs to the configuration that it was measured with, not only to this command: where a default or a preset has
+changed since, the same command measures again, and until then the table marks the line. It also says whether layers ran
+as CUDA graphs, and by which commits the lines were made.
 """
 
 import argparse
 import gc
+import hashlib
+import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import add_out, preset
-from benchmarks.in_parts import make_runs, read_results, read_runs
+from benchmarks.in_parts import key_of, make_runs, read_results, read_runs
 from benchmarks.step import our_step, timed, transformer_training
+from megatron_taipan.checkpoint.metadata import dotted_settings
 from megatron_taipan.config import Config
 from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.lengths import length_name, parse_length
 from megatron_taipan.evaluation.results import Row, markdown_table
+from megatron_taipan.train.metadata import git_commit
 
 PRESETS = ["taipan_1.3b", "mamba2_1.3b", "samba_1.3b", "jamba_1.3b", "transformerpp_1.3b"]
 LENGTHS = ["4K", "8K", "16K", "32K", "64K", "128K"]
 PEER, SIZES_OF_PEER = "Transformer++, compiled", "transformerpp_1.3b"
 RECOMPUTE = ["none", "selective", "full"]  # from the fastest to what needs least memory
 STEPS = {"warm": 1, "repeats": 3}  # after the first one; a step takes 2 to 20 seconds
+OF_A_STEP = {"model", "data", "parallel", "optim", "train", "ops"}  # sections of the configuration
+OF_A_LINE = {"data.seq_len", "train.global_batch", "train.micro_batch", "parallel.recompute"}  # what a line says itself
+OTHER = "made with another configuration (other defaults or presets, or by a version that did not say which)"
 FREE = 2 << 30  # bytes that may stay in use after a measurement: workspaces of libraries
 
 
@@ -70,19 +82,38 @@ def run(options: argparse.Namespace) -> None:
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     wanted = wanted_runs(options, device)
-    for what in wanted:
-        config_of(what, "none")  # a mistake shows before anything is measured
+    done = read_runs(file)
+    others = {key_of(without_config(record["run"])) for record in done.values() if "result" in record}
+    if again := sum(key_of(what) not in done and key_of(without_config(what)) in others for what in wanted):
+        print(f"{again} of these were {OTHER}, and are measured again", flush=True)
     minutes = None if options.until is None else options.until / 60
     left = make_runs(file, wanted, lambda what, _: measure(what, file), minutes, expected=options.expect)
     print(f"{len(wanted) - left} of {len(wanted)} are in {file}" + ("; the same command goes on" if left else ""))
 
 
 def wanted_runs(options: argparse.Namespace, device: str) -> list[dict]:
-    """What identifies each measurement, model by model."""
+    """What identifies each measurement, model by model.
+
+    Raises:
+        UserError: as `config_of`.
+    """
     settings = {"tokens": options.tokens, "micro_tokens": options.micro_tokens, "recompute": options.recompute,
                 "ops": options.ops, "overrides": options.overrides, "device": device}  # fmt: skip
     models = [*options.presets, *([PEER] if options.peer else [])]
-    return [{"model": model, "length": length, **settings} for model in models for length in sorted(options.lengths)]
+    runs = [{"model": model, "length": length, **settings} for model in models for length in sorted(options.lengths)]
+    return [run | {"config": digest_of(config_of(run, "none"))} for run in runs]
+
+
+def digest_of(config: Config) -> str:
+    """Of all that the configuration says of a step, defaults too, but for what a line says itself."""
+    tree = dotted_settings(config.model_dump(mode="json", include=OF_A_STEP))
+    text = json.dumps({name: value for name, value in tree.items() if name not in OF_A_LINE}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def without_config(run: dict) -> dict:
+    """A measurement by its command alone: lines of earlier versions say no more."""
+    return {name: value for name, value in run.items() if name != "config"}
 
 
 def config_of(what: dict, recompute: str) -> Config:
@@ -175,8 +206,8 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def about() -> dict[str, str]:
-    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+def about() -> dict[str, str | None]:
+    return {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "commit": git_commit()}
 
 
 def make_report(options: argparse.Namespace, records: list[dict]) -> None:
@@ -185,22 +216,45 @@ def make_report(options: argparse.Namespace, records: list[dict]) -> None:
     Raises:
         UserError: there are none.
     """
-    found = [record for record in records if record["run"] in wanted_runs(options, record["run"]["device"])]
-    if not found:
+    lines = lines_of(options, records)
+    if not lines:
         raise UserError(
             f"{options.out} holds no result of these models, lengths, --tokens, --micro-tokens, --recompute, --ops and"
             " --overrides; give those that it was measured with"
         )
-    devices = sorted({record["run"]["device"] for record in found})
-    rows = [result_row(record, len(devices) > 1) for record in found]
-    print(f"{options.tokens:,} tokens a step; {', '.join(devices)}\n")
+    devices = sorted({record["run"]["device"] for record, _ in lines})
+    rows = [result_row(record, len(devices) > 1, other) for record, other in lines]
+    print(f"{options.tokens:,} tokens a step; {', '.join(devices)}; {made_at(record for record, _ in lines)}\n")
+    if any(other for _, other in lines):
+        print(f"*: {OTHER}; without --table they are measured again\n")
     print(markdown_table(by_length(rows)), end="\n\n")
     print(markdown_table([{name: value for name, value in row.items() if name != "length"} for row in rows]))
     draw(options, rows, ", ".join(devices))
 
 
-def result_row(record: dict, name_device: bool) -> Row:
-    """A measurement as a row of the long table."""
+def lines_of(options: argparse.Namespace, records: list[dict]) -> list[tuple[dict, bool]]:
+    """The lines of this command on any device, and whether each is of another configuration than it has now; of two
+    that differ in that alone, the one that has it."""
+    wanted = {key_of(without_config(run)): run["config"] for run in wanted_runs(options, "any")}
+    found: dict[str, tuple[dict, bool]] = {}
+    for record in records:
+        command = without_config(record["run"])
+        config = wanted.get(key_of(command | {"device": "any"}))
+        other = record["run"].get("config") != config
+        if config is not None and not (other and key_of(command) in found):
+            found[key_of(command)] = (record, other)
+    return list(found.values())
+
+
+def made_at(records: Iterable[dict]) -> str:
+    """The commits that the lines say, in words."""
+    commits = dict.fromkeys(record.get("result", {}).get("commit") for record in records)
+    short = [commit[:9] + ("+changes" if "+" in commit else "") for commit in commits if commit]
+    return f"at {', '.join([*short, *(['commits not recorded'] if None in commits else [])])}"
+
+
+def result_row(record: dict, name_device: bool, other: bool) -> Row:
+    """A measurement as a row of the long table, marked if it is of another configuration."""
     what, result = record["run"], record.get("result", {"failed": record.get("error")})
     fits = "failed" not in result
     return {
@@ -208,7 +262,8 @@ def result_row(record: dict, name_device: bool) -> Row:
         "model": f"{what['model']}, {what['device']}" if name_device else what["model"],
         "row": length_name(what["length"]),
         "micro-batches": f"{result['micro_batches']} x {result['rows']}" if "rows" in result else None,
-        "recomputation": result["recompute"] if fits else result["failed"],
+        "recomputation": (result["recompute"] if fits else result["failed"]) + "*" * other,
+        "layers": None if "layers" not in result else "graphs" if "CUDA graphs" in result["layers"] else "one by one",
         **{name: result.get(name) for name in ("ms", "tokens/s", "GiB", "selected", "allocations retried")},
     }
 

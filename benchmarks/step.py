@@ -30,6 +30,7 @@ class Training:
     step: Callable[[], None]
     results: list[StepResult]  # ours only
     graphs: ExitStack = field(default_factory=ExitStack)  # ours only: releases the recorded graphs
+    layers: str = ""  # ours only: whether they run as recorded graphs, or why not
 
     def end(self) -> None:
         self.graphs.close()
@@ -71,6 +72,7 @@ def our_step(config: Config, profiled: bool, repeats: int = 7, warm: int = 3, do
     training = our_training(config, documents)
     built = time.perf_counter() - began
     numbers = timed(training, config, profiled, repeats, warm) | {"build s": round(built, 1)}
+    numbers["layers"] = training.layers
     losses = [result.loss for result in training.results]
     shares = training.engine.module.layer_metrics.of_gates(training.results[-1].layer_metrics, "selected")
     numbers["loss"] = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
@@ -92,7 +94,8 @@ def our_training(config: Config, documents: int = 1) -> Training:
     engine = build_engine(model, config, groups, device)
     graphs = ExitStack()
     try:
-        print(capture_graphs(model, config, device, graphs), flush=True)
+        layers = capture_graphs(model, config, device, graphs)
+        print(layers, flush=True)
     except BaseException:
         Training(engine, lambda: None, [], graphs).end()  # frees the memory of what was recorded
         raise
@@ -103,7 +106,7 @@ def our_training(config: Config, documents: int = 1) -> Training:
     def step() -> None:
         results.append(train_step(engine, batches, step=len(results), groups=groups, grad_clip=config.optim.grad_clip))
 
-    return Training(engine, step, results, graphs)
+    return Training(engine, step, results, graphs, layers)
 
 
 def random_batch(

@@ -36,7 +36,7 @@ from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.verification import refuse_damaged
 from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, is_export, open_weights
 from megatron_taipan.data.made_with import refuse_other
-from megatron_taipan.errors import UserError, refuse_other_encodings, writing
+from megatron_taipan.errors import UserError, refuse_other_locales, writing
 from megatron_taipan.inference.loading import DTYPES
 from megatron_taipan.model.flops import model_params
 from megatron_taipan.model.taipan import Taipan
@@ -123,7 +123,7 @@ def export(
         UserError: the folder exists, the tokenizer cannot be converted exactly, the template fails, or the reloaded
             logits disagree.
     """
-    refuse_other_encodings(out)
+    refuse_other_locales(out)
     out = out.resolve()  # a link stays one, and shows the new export
     for sentence in remove_or_restore_leftovers(out):
         note(sentence)
@@ -135,7 +135,7 @@ def export(
     own = isinstance(state, ExportedWeights) and carry_tokenizer and (state.path / TOKENIZER).is_file()
     if template is not None and tokenizer is None and not own:
         raise UserError(f"the chat template {template} needs a tokenizer, and the folder will hold none")
-    with whole_folder(out) as work:
+    with whole_folder(out, overwrite=overwrite) as work:
         text = write_folder(state, work, dtype, tokenizer, own, template, max_shard_bytes)
         difference = check_folder(state, work, dtype, text, stream_above)
         write_sums(work)

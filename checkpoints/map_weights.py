@@ -4,8 +4,6 @@ What the source does not have is initialized from (seed, name); what the target 
 reported. A tensor that both have with different shapes is an error, because half a warm start is of no use.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -15,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.export_files import write_json
+from checkpoints.checksums import write_sums
+from checkpoints.export_files import note, write_json
 from checkpoints.safetensors_files import write_sharded
-from checkpoints.whole_folder import make_beside
+from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
 from megatron_taipan.checkpoint.weights import PREFIX, open_export
-from megatron_taipan.errors import UserError
+from megatron_taipan.errors import UserError, refuse_other_encodings
 from megatron_taipan.layer_kinds.registry import kinds_of
 from megatron_taipan.model.init import initial_value
 from megatron_taipan.model.taipan import Taipan
@@ -62,11 +61,15 @@ class Report:
 
 
 def map_weights(target: ModelConfig, source: Source, out: Path, seed: int) -> Report:
-    """Writes a folder of weights for `target` that `checkpoint.init` reads.
+    """Writes a folder of weights for `target` that `checkpoint.init` reads; it appears whole, or not at all.
 
     Raises:
         UserError: `out` exists, shapes disagree, nothing could be taken, or the source's check fails.
     """
+    refuse_other_encodings(out)
+    out = out.resolve()
+    for sentence in remove_or_restore_leftovers(out):
+        note(sentence)
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
     names, table = match_layers(target.letters, source.letters), parameter_table(target)
@@ -104,18 +107,13 @@ def map_weights(target: ModelConfig, source: Source, out: Path, seed: int) -> Re
             return torch.tensor(target.gate.threshold)  # the only buffer there is
         return source.load(where[name] or "")[: shapes[name][0]] if shapes[name] else source.load(where[name] or "")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = make_beside(out)
-    try:
+    with whole_folder(out) as work:
         write_json(work / "config.json", {"model_type": "taipan", "network": target.model_dump(mode="json")})
         write_sharded(work, {PREFIX + name: (shape, torch.float32) for name, shape in shapes.items()}, load)
         if source.check is not None:
-            report.notes.append(
-                source.check(_as_written(work, source, {where[name] or "": name for name in report.taken}))
-            )
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            written = _as_written(work, source, {where[name] or "": name for name in report.taken})
+            report.notes.append(source.check(written))
+        write_sums(work)
     return report
 
 

@@ -16,14 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron_taipan.checkpoint.files import flush_folder
+from megatron_taipan.errors import UserError
+
 PARTIAL, EARLIER = ".partial", ".earlier"
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill; it takes the name `out` at the end, and vanishes if an exception comes through.
 
     The caller flushes the files in it to the disk.
+
+    Args:
+        overwrite: in place of what has the name then.
+
+    Raises:
+        UserError: without `overwrite`, something has got the name meanwhile.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work, handle = _new(out)
@@ -31,8 +40,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield work
         if out.exists():
+            if not overwrite:
+                raise UserError(f"{out} was made by another program meanwhile; choose another folder")
             out.rename(earlier)  # at once: a folder whose deletion is cut short must not have the name
         work.rename(out)
+        flush_folder(out.parent)
         with suppress(FileNotFoundError):  # nothing was there
             earlier.rename(work)  # from here on it may be removed, whenever we are killed
     finally:
@@ -65,11 +77,11 @@ def remove_or_restore_leftovers(out: Path) -> list[str]:
     return said
 
 
-def make_beside(out: Path, suffix: str = "") -> Path:
-    """An empty folder `.NAME.XXXXXXXX` beside `out`, with what any new folder there gets: the umask's permissions, and
-    group and access lists of a shared place. tempfile's are its owner's alone, and chmod would drop the group's bit."""
+def _make_beside(out: Path) -> Path:
+    """An empty folder with what any new one there gets: the umask's permissions, and group and access lists of a shared
+    place. tempfile's are its owner's alone, and chmod would drop the group's bit."""
     while True:
-        work = out.parent / f".{out.name}.{secrets.token_hex(4)}{suffix}"
+        work = out.parent / f".{out.name}.{secrets.token_hex(4)}{PARTIAL}"
         try:
             work.mkdir()
         except FileExistsError:
@@ -80,7 +92,7 @@ def make_beside(out: Path, suffix: str = "") -> Path:
 def _new(out: Path) -> tuple[Path, int]:
     """An empty folder beside `out`, and the handle that holds its lock."""
     while True:
-        work = make_beside(out, PARTIAL)
+        work = _make_beside(out)
         try:
             handle = _lock(work)
         except (BlockingIOError, FileNotFoundError):

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from data_prep.prefetch_tokenizer import PrefetchedTokenizer, guess
@@ -44,7 +45,8 @@ def program() -> None:
         continues = "; the same command continues" if sys.argv[1:2] == ["tokenize"] else ""
         print(f"stopped by Ctrl-C{continues}", file=sys.stderr)
         status = 128 + signal.SIGINT
-    sys.stderr.flush()
+    with suppress(OSError):  # what does not fit on a full disk is lost, the status is not
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -66,8 +68,9 @@ def _run(given: list[str], ahead: PrefetchedTokenizer | None) -> int | None:
     output = getattr(args, "output", None)
     if output is not None and not os.path.basename(output):
         raise UserError(f"--output {output!r} ends without a name; add one")
-    if output is not None:
-        refuse_other_encodings(output)
+    for recorded in (output, getattr(args, "tokenizer", None)):  # in the manifest
+        if recorded is not None:
+            refuse_other_encodings(recorded)
     if output is not None and output.endswith(loss_mask.SUFFIX):
         raise UserError(
             f"--output {output!r}: names that end in {loss_mask.SUFFIX} are those of loss masks; choose another"

@@ -1,6 +1,7 @@
 """The exception type that programs show to their user as a single line, and their exit statuses."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,21 @@ def refuse_other_encodings(path: str | os.PathLike[str]) -> None:
     absolute = os.path.abspath(path)
     if absolute.encode(errors="replace").decode() != absolute:
         raise UserError(f"the path {os.fsencode(absolute)!r} is not UTF-8; rename its folders or choose another")
+
+
+def refuse_other_locales(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: as `refuse_other_encodings`; or the path is other bytes in UTF-8, as which libraries of tokenizers
+            and weights take all names, than in the locale's encoding: they would look for another file.
+    """
+    refuse_other_encodings(path)
+    absolute = os.path.abspath(path)
+    if os.fsencode(absolute) != absolute.encode():
+        raise UserError(
+            f"the path {absolute} is not ASCII, and with {sys.getfilesystemencoding()}, the locale's encoding,"
+            " libraries of tokenizers and weights do not find it; set PYTHONUTF8=1, or choose another folder"
+        )
 
 
 def divisors(n: int) -> str:

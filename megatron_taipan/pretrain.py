@@ -108,6 +108,8 @@ def program() -> NoReturn:
     """`main` as a separate process: ends with its status, 1 with a traceback after an unexpected error."""
     try:
         status = with_streams(main)
+    except UserError as error:  # of its standard output; `main` reports all others
+        status = report(error)
     except ImportError as error:
         status = incomplete_environment(error)
     except Exception:

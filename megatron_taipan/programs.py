@@ -1,16 +1,17 @@
 """How command line programs end: a line for what is wrong, and a status.
 
-Their standard streams are taken as shells and clusters leave them: closed, a pipe that nobody reads, Latin-1.
+Their standard streams are taken as shells and clusters leave them: closed, a pipe that nobody reads, a file on a full
+disk, Latin-1.
 """
 
 import io
 import os
-import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
-from typing import TextIO
+from typing import Any
 
 from megatron_taipan.errors import UserError
 
@@ -24,10 +25,18 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return with_streams(lambda: main(*args, **kwargs) or 0)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say_at_end(f"error: {error}")
             return error.exit_status
 
     return run
+
+
+def say_at_end(text: str) -> None:
+    """The last line on stderr; where it cannot be written, as on a full disk, the exit status alone tells."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
 
 
 def with_streams(program: Callable[[], int]) -> int:
@@ -35,21 +44,72 @@ def with_streams(program: Callable[[], int]) -> int:
 
     A character that the locale's encoding lacks is printed as an escape. A reader that has enough, as `head`, ends the
     program without a word, with the status that SIGPIPE gives (141).
+
+    Raises:
+        UserError: what was printed cannot be written, as to a file on a full disk.
     """
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
+    out: Any = sys.stdout if isinstance(sys.stdout, _Output) else _Output(sys.stdout)
+    try:
+        with redirect_stdout(out):
+            return _flushed(program)
+    except _NoReader:
+        return 128 + signal.SIGPIPE
+
+
+def _flushed(program: Callable[[], int]) -> int:
+    """Runs it to its end, printed lines included: Python's own last flush could only print a traceback."""
     try:
         status = program()
+    except SystemExit:  # argparse's, after --help
         sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not _unread(sys.stdout):
-            raise
-        silent = os.open(os.devnull, os.O_WRONLY)  # for Python, which flushes once more at its end
-        os.dup2(silent, sys.stdout.fileno())
-        os.close(silent)
-        return 128 + signal.SIGPIPE
+        raise
+    except BaseException:
+        with suppress(UserError, OSError):  # what ended the program is what is told
+            sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
+
+
+class _NoReader(BrokenPipeError):
+    """Standard output is a pipe that nobody reads any more."""
+
+
+class _Output:
+    """Standard output, its failures told from those of other files and pipes; after one, all else is dropped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._told():
+            return self._stream.write(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        with self._told():
+            self._stream.writelines(lines)
+
+    def flush(self) -> None:
+        with self._told():
+            self._stream.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _silence(self._stream)
+            if isinstance(error, BrokenPipeError):
+                raise _NoReader from error
+            raise UserError(
+                f"standard output was not written: {error.strerror or error}; free some space, or send it elsewhere"
+            ) from error
 
 
 def open_streams() -> None:
@@ -65,11 +125,9 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # as long as the process lives
 
 
-def _unread(stream: TextIO) -> bool:
-    """Whether the stream is a pipe that nobody reads any more."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), select.POLLOUT)
-        return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
-    except (OSError, ValueError):  # not a file
-        return False
+def _silence(stream: Any) -> None:
+    """Drops what waits in the stream and all that will: Python flushes once more at its end, and a failure there would
+    replace the exit status."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, stream.fileno())
+    os.close(silent)

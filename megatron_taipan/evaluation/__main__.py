@@ -12,7 +12,7 @@ perplexity shares long contexts out over the processes that torchrun or srun sta
 import sys
 from importlib import import_module
 
-from megatron_taipan.errors import EXIT_WRONG_INPUT
+from megatron_taipan.errors import UserError
 from megatron_taipan.programs import exits_cleanly
 
 TASKS = {  # command: what it answers, as the list of tasks prints it
@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     task, *rest = given
     if task not in TASKS:
-        print(f"error: {task!r} is not a task; the tasks are {', '.join(TASKS)}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        raise UserError(f"{task!r} is not a task; the tasks are {', '.join(TASKS)}")
     return import_module(f"megatron_taipan.evaluation.{task.replace('-', '_')}").main(rest)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from megatron_taipan.checkpoint.weights import ExportedWeights, open_weights
+from megatron_taipan.checkpoint.weights import CheckpointWeights, ExportedWeights, open_weights
 from megatron_taipan.config import Config
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
@@ -29,7 +29,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.lengths import parse_lengths
 from megatron_taipan.evaluation.ranks import Ranks, joined_ranks
 from megatron_taipan.evaluation.results import Row, make_folder, write_results
-from megatron_taipan.inference.loading import DTYPES, load_model, parse_device
+from megatron_taipan.inference.loading import DTYPES, build_with_weights, parse_device
 from megatron_taipan.inference.selection_watch import watched_selection
 from megatron_taipan.model.taipan import Taipan
 from megatron_taipan.parallel.all_ranks import run_on_all_ranks
@@ -134,8 +134,7 @@ def refuse_unfit(options: argparse.Namespace, processes: int) -> None:
     if options.lengths is not None:
         name, lengths = "--lengths", parse_lengths(options.lengths)
     else:
-        config = None if isinstance(opened[0], ExportedWeights) else opened[0].config
-        name, lengths = "--seq-len", [choose_data(config, options.data, options.seq_len, options.models[0]).seq_len]
+        name, lengths = "--seq-len", [data_for(opened[0], options, options.seq_len).seq_len]
     for length, weights in itertools.product(lengths, opened):
         refuse_unfit_pieces(weights.network, length, processes, rows=name, ranks="processes")
 
@@ -200,9 +199,9 @@ def read_models(
     ranks = ranks or Ranks(parse_device(options.device))
     split: Literal["train", "valid"] = "train" if options.data or options.split == "train" else "valid"
     dataset: SampleDataset | None = None
-    for label, model, config, path in each_model(options, untrained, ranks):
+    for label, model, opened in each_model(options, untrained, ranks):
         if dataset is None:
-            data = choose_data(config, options.data, options.seq_len, path)
+            data = data_for(opened, options, options.seq_len)
             build = partial(build_dataset, data, split, model.config.vocab_size, ranks.piece)
             dataset = ranks.on_all(build)
         dataset.vocab_size = model.config.vocab_size  # the first model's may be larger
@@ -211,28 +210,36 @@ def read_models(
 
 def each_model(
     options: argparse.Namespace, untrained: bool, ranks: Ranks
-) -> Iterator[tuple[str, Taipan, Config | None, Path]]:
-    """Each model named, on its rank's device: its label, the network, the run's configuration if it is a checkpoint,
-    the path. When the next one is asked for, it is said where the gates selected far from what they were trained for.
+) -> Iterator[tuple[str, Taipan, CheckpointWeights | ExportedWeights]]:
+    """Each model named, on its rank's device: its label, the network, where its weights are from. When the next one is
+    asked for, it is said where the gates selected far from what they were trained for.
 
     Args:
         untrained: begin with the first model's network as it is before training.
     """
     device, dtype = ranks.device, DTYPES[options.dtype]
     for path in options.models:
-        load = partial(load_model, path, dtype, ema=options.ema, place=ranks.place)
-        model, _, config = ranks.on_all(load)
+        opened = ranks.on_all(partial(open_weights, path, ema=options.ema))
+        model = ranks.on_all(partial(build_with_weights, opened.network, opened.load, dtype, ranks.place))
         if untrained and path is options.models[0]:
-            seed = config.train.seed if config else 0
-            yield "untrained", Taipan(model.config, seed=seed, context_parallel=ranks.place).to(device), config, path
+            seed = 0 if isinstance(opened, ExportedWeights) else opened.config.train.seed
+            yield "untrained", Taipan(model.config, seed=seed, context_parallel=ranks.place).to(device), opened
         label = f"{path} (EMA)" if options.ema else str(path)
         with watched_selection(model, label):
-            yield label, model.to(device), config, path
+            yield label, model.to(device), opened
 
 
 def name_data(options: argparse.Namespace) -> str:
     """The data that the models are scored on, in words."""
     return options.data or f"{options.split} documents of {options.models[0]}"
+
+
+def data_for(
+    opened: CheckpointWeights | ExportedWeights, options: argparse.Namespace, seq_len: int | None
+) -> DataConfig:
+    """`choose_data` for opened weights and --data."""
+    config = None if isinstance(opened, ExportedWeights) else opened.config
+    return choose_data(config, options.data, seq_len, opened.path)
 
 
 def choose_data(config: Config | None, prefix: str | None, seq_len: int | None, path: Path) -> DataConfig:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_taipan.checkpoint.weights import open_weights
 from megatron_taipan.data.batch import Batch
 from megatron_taipan.data.loader import SampleDataset, build_dataset
 from megatron_taipan.data.piece import RowPiece
@@ -27,7 +26,7 @@ from megatron_taipan.errors import UserError
 from megatron_taipan.evaluation.chunked import losses_in_chunks, losses_of_piece
 from megatron_taipan.evaluation.fits import lacks_memory, new_peak, peak_bytes
 from megatron_taipan.evaluation.lengths import length_name, parse_length, parse_lengths
-from megatron_taipan.evaluation.perplexity import Score, choose_data, each_model, mean_score, name_data, read_batches
+from megatron_taipan.evaluation.perplexity import Score, data_for, each_model, mean_score, name_data, read_batches
 from megatron_taipan.evaluation.ranks import Ranks
 from megatron_taipan.evaluation.results import Row, write_results
 from megatron_taipan.model.taipan import Taipan
@@ -179,11 +178,11 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         f"{'model':<48} {'length':>8} {'perplexity':>12} {'cross entropy':>14} {'tokens':>10}  documents"
         "  (*: beyond training)"
     )
-    for label, model, config, path in each_model(options, options.untrained, ranks):
+    for label, model, opened in each_model(options, options.untrained, ranks):
         if data is None:
-            data = choose_data(config, options.data, options.seq_len or lengths[0], path)
+            data = data_for(opened, options, options.seq_len or lengths[0])
         longest: LengthScore | None = None
-        trained_on = given or (config.data.seq_len if config else open_weights(path).training_length)
+        trained_on = given or opened.training_length
         for length in lengths:
             row: Row = {
                 "model": label, "length": length, "perplexity": None, "cross entropy": None, "tokens": None,

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_taipan.errors import EXIT_UNREACHABLE, UserError
 from megatron_taipan.parallel.waiting import Waiting
-from megatron_taipan.programs import with_streams
+from megatron_taipan.programs import say_at_end, with_streams
 
 
 class Unreachable(UserError):
@@ -219,8 +219,9 @@ def leave(status: int) -> NoReturn:
     Leaving the interpreter the ordinary way races with threads of torch's process groups, which want Python's lock
     while it is taken down: about one run in 15 on gloo ended in an abort, and its status 134 would have hidden ours.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # what does not fit on a full disk is lost, the status is not
+            stream.flush()
     os._exit(status)
 
 
@@ -239,10 +240,10 @@ def report(error: UserError) -> int:
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say_at_end(f"error: {error}")
     else:
         time.sleep(3)
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        say_at_end(f"error on rank {rank}: {error}")
     return error.exit_status
 
 

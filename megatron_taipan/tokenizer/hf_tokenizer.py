@@ -2,6 +2,7 @@
 
 import os
 from functools import cached_property
+from pathlib import Path
 
 from megatron_taipan.errors import UserError
 from megatron_taipan.tokenizer.base import Encoded, Tokenizer, file_digest, flatten
@@ -19,7 +20,8 @@ class HFTokenizer(Tokenizer):
         except ImportError as error:
             raise UserError(f"{path}: the package tokenizers is missing; `pip install tokenizers`") from error
         try:
-            self.model = tokenizers.Tokenizer.from_file(path)
+            # from_file takes every name as UTF-8, whatever the locale
+            self.model = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
         except Exception as error:  # the library raises bare Exception
             reason = what_it_is(path) or ": " + " ".join(str(error).split())
             raise UserError(f"{path} is not a tokenizer.json{reason}") from error

@@ -26,7 +26,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         self.model = sentencepiece.SentencePieceProcessor()
         try:
-            self.model.Load(path)
+            self.model.LoadFromSerializedProto(Path(path).read_bytes())  # Load takes every name as UTF-8
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is not a sentencepiece model: {reason}; give {EXPECTED}") from error

@@ -1,6 +1,7 @@
 """`python -m benchmarks lengths` on a CPU: a small network in place of the presets, or stand-ins for its step."""
 
 import json
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.distributed.launch import launch
 TINY = ["model.pattern=M S", "model.vocab_size=64", "model.d_model=32", "model.d_ff=48", "optim.kernel=torch"]
 TINY += ["model.mamba={d_state: 16, headdim: 16, chunk_size: 16}", "model.attention={n_heads: 2, window: 12}"]
 SMALL = ["--lengths", "16", "32", "--tokens", "64", "--micro-tokens", "16", "--expect", "1"]
+GRAPHS = "train.cuda_graphs=true"
 LIMITS = {"none": 16, "selective": 32, "full": 64}  # tokens of a micro-batch that fit
 
 
@@ -132,12 +134,53 @@ def test_tables_and_pictures_need_no_gpu(tried, monkeypatch, tmp_path, capsys):
     assert (
         "| tokens/s | 16 | 64 | 128 |" in table and "| mamba2_190m | 64,000 | 64,000 (full) | out of memory |" in table
     )
-    assert "| taipan_190m | 64 | 2 x 1 | full | 2 | 64,000 | 8 |" in table and "toy GPU" in table
+    assert "| taipan_190m | 64 | 2 x 1 | full | – | 2 | 64,000 | 8 |" in table and "toy GPU" in table
     picture = (tmp_path / "lengths.svg").read_text()
     assert "taipan_190m" in picture and ">full<" in picture and "128 tokens a step, toy GPU" in picture
     assert "GiB held" in (tmp_path / "lengths-memory.svg").read_text()
     assert main([*command, "--table", "--recompute", "none"]) == 2
     assert "holds no result" in capsys.readouterr().err
+
+
+def test_a_line_belongs_to_the_configuration_that_it_was_measured_with(tried, monkeypatch, tmp_path, capsys):
+    """Not to the command alone: a default may have changed, and earlier versions did not say what they measured."""
+    command = ["lengths", "--presets", "taipan_190m", *SMALL, "--out", str(tmp_path)]
+    table = [*command, "--table"]
+
+    def printed(arguments: list[str]) -> str:
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    assert "2 of 2" in printed(command) and "*" not in printed(table)
+    file = tmp_path / "lengths.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        del record["run"]["config"], record["result"]["commit"]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "| 2 | 32,000 |" in (said := printed(table)) and said.count("none*") == 2 and "selective*" in said
+    assert "*: made with another configuration" in said and "commits not recorded" in said
+    made = len(tried)
+    assert "2 of these were made with another configuration" in printed(command) and len(tried) == made + 3
+    assert "*" not in (said := printed(table)) and said.count("| taipan_190m |") == 3  # one, and two by length
+    assert "again" not in printed(command) and len(tried) == made + 3
+
+    other = lengths.preset
+    with_graphs = lambda options: other(Namespace(**vars(options) | {"overrides": [GRAPHS, *options.overrides]}))  # noqa: E731
+    monkeypatch.setattr(lengths, "preset", with_graphs)  # as if it were the default
+    assert printed(table).count("*") > 3
+    assert "2 of these" in printed(command) and len(tried) == made + 6 and len(file.read_text().splitlines()) == 6
+    assert "*" not in printed(table)
+
+
+def test_whether_layers_ran_as_graphs_is_in_the_table(gpu, monkeypatch, tmp_path, capsys):
+    said = iter(["layers run as 24 CUDA graphs", "layers run one by one (train.cuda_graphs=auto: with 131,072 tokens)"])
+    monkeypatch.setattr(
+        lengths, "our_step", lambda *_, **__: {"ms": 1.0, "tokens/s": 5, "GiB": 1.0, "layers": next(said)}
+    )
+    command = ["lengths", "--presets", "taipan_190m", *SMALL, "--out", str(tmp_path)]
+    assert main(command) == 0 and main([*command, "--table"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| taipan_190m | ")]
+    assert ["graphs" in row for row in rows[1:]] == [True, False] and "one by one" in rows[2]
 
 
 def real_steps(out: str) -> list[list]:

@@ -317,6 +317,14 @@ def test_a_path_that_is_not_utf8_is_refused_at_once(tmp_path):
         export(memory_state(), Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9/hf")))
 
 
+def test_so_is_one_that_libraries_do_not_find_in_the_locale(tmp_path, monkeypatch):
+    """In a Latin-1 locale, where they look for its name in UTF-8."""
+    monkeypatch.setattr(os, "fsencode", lambda path: os.fspath(path).encode("latin-1"))
+    with pytest.raises(UserError, match="café/hf is not ASCII, and with .* do not find it; set PYTHONUTF8=1"):
+        export(memory_state(), tmp_path / "café/hf")
+    export(memory_state(), tmp_path / "coffee/hf")
+
+
 def test_only_an_earlier_export_is_overwritten(tmp_path):
     """`export_hf runs/x runs/x --overwrite` would else remove the run with all its checkpoints."""
     (tmp_path / "run/step_00000001").mkdir(parents=True)

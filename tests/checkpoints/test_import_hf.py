@@ -5,7 +5,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from checkpoints import import_hf
+from checkpoints import import_hf, verify
 from checkpoints.map_weights import Source, map_weights
 from checkpoints.safetensors_files import write_sharded
 from megatron_taipan.inference.loading import load_model
@@ -87,3 +87,12 @@ def test_a_tensor_that_is_written_wrongly_is_noticed(imports, monkeypatch):
     monkeypatch.setattr("checkpoints.map_weights.write_sharded", spoil)
     status, said = imports("S A M", ["model.pattern=M S A"])
     assert status == 2 and "logits differ" in said and "nothing was written" in said
+
+
+def test_what_a_killed_import_left_goes_with_the_next(tmp_path, imports):
+    left = tmp_path / ".out.abcdefgh.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    status, said = imports()
+    assert status == 0 and f"note: removed {left}, which a killed program had left" in said
+    assert not left.exists() and verify.main([str(tmp_path / "out")]) == 0

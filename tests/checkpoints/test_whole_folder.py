@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import whole_folder as module
-from checkpoints.whole_folder import make_beside, remove_or_restore_leftovers, whole_folder
+from checkpoints.whole_folder import remove_or_restore_leftovers, whole_folder
+from megatron_taipan.errors import UserError
 
 WRITER = """
 import sys, time
@@ -71,7 +72,7 @@ def test_a_kill_between_two_renames_loses_neither(tmp_path, monkeypatch, moment)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", counted)
-        with pytest.raises(Killed), whole_folder(out) as work:
+        with pytest.raises(Killed), whole_folder(out, overwrite=True) as work:
             (work / "config.json").write_text("new")
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 2
@@ -82,6 +83,15 @@ def test_a_kill_between_two_renames_loses_neither(tmp_path, monkeypatch, moment)
         assert (out / "config.json").read_text() == "earlier"
         assert any(sentence.startswith(f"put {out} back") for sentence in said)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_got_the_name_meanwhile_stays(tmp_path):
+    """Two programs that write to one name: neither asked to replace what the other has made."""
+    with pytest.raises(UserError, match="another program meanwhile"), whole_folder(tmp_path / "hf") as work:
+        (work / "a").write_text("second")
+        with whole_folder(tmp_path / "hf") as other:
+            (other / "a").write_text("first")
+    assert (tmp_path / "hf/a").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_other_folders_are_left_alone(tmp_path):
@@ -136,8 +146,6 @@ def test_a_folder_has_the_permissions_of_any_new_folder_there(tmp_path, umask, m
     try:
         with whole_folder(tmp_path / "out") as work:
             (work / "file").write_bytes(b"")
-        made = make_beside(tmp_path / "other")
     finally:
         os.umask(before)
-    for folder in (tmp_path / "out", made):
-        assert stat.S_IMODE(folder.stat().st_mode) == mode | bit
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode | bit

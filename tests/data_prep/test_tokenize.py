@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,14 +53,17 @@ def documents(prefix):
     return [reader.document(i).tolist() for i in range(reader.n_documents)]
 
 
-def test_an_output_that_is_not_utf8_is_refused(tmp_path, model, monkeypatch, capsys):
-    """Its path goes into JSON; a relative one has the working directory's."""
+def test_paths_that_are_not_utf8_are_refused(tmp_path, model, monkeypatch, capsys):
+    """They go into JSON; a relative one has the working directory's."""
     (place := Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))).mkdir()
     source = jsonl(tmp_path / "in.jsonl", ["a text"])
     monkeypatch.chdir(place)
     for output in (place / "out", "out"):
         assert tokenize("--input", source, "--tokenizer", model, "--output", output) == 2
         assert "caf\\xe9/out' is not UTF-8" in capsys.readouterr().err
+    shutil.copy(model, "tok.model")
+    assert tokenize("--input", source, "--tokenizer", "tok.model", "--output", tmp_path / "out") == 2
+    assert "caf\\xe9/tok.model' is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_taipan.checkpoint import weights
 from megatron_taipan.data.indexed import IndexedWriter
 from megatron_taipan.data_config import DataConfig, DataSource
 from megatron_taipan.evaluation.perplexity import main
@@ -108,6 +109,16 @@ def test_the_program_compares_models_by_length(tmp_path, prefix, capsys):
     assert main([*arguments[:1], *arguments[2:], "--tokens", "200", "--out", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out/perplexity.json").read_text())["rows"]
     assert {row["training length"] for row in rows} == {32}
+
+
+def test_each_model_is_opened_once(tmp_path, prefix, monkeypatch):
+    """A folder that is written again meanwhile would be two models in one row."""
+    opened, real = [], weights.open_export
+    monkeypatch.setattr(weights, "open_export", lambda path: opened.append(path.name) or real(path))
+    for name in ("one", "other"):
+        write_weights(tmp_path / name, Taipan(small_config("M"), seed=2))
+    models = [str(tmp_path / name) for name in ("one", "other")]
+    assert main([*models, "--data", prefix, "--lengths", "8,16", "--samples", "1"]) == 0 and opened == ["one", "other"]
 
 
 def test_a_lack_of_memory_is_a_row_not_the_end(tmp_path, prefix, capsys, monkeypatch):

@@ -132,7 +132,7 @@ def test_a_lack_of_memory_keeps_what_was_scored_before(made):
 def test_what_cannot_be_shared_out_is_refused_before_anything_is_loaded(made, monkeypatch, capsys, count, given, words):
     for name, value in (SAYS | {"WORLD_SIZE": count}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(perplexity, "load_model", None)
+    monkeypatch.setattr(perplexity, "build_with_weights", None)
     monkeypatch.setattr(perplexity, "joined_ranks", None)
     assert perplexity.main([str(made / "window"), str(made / "all"), "--data", str(made / "data"), *given]) == 2
     assert words in capsys.readouterr().err

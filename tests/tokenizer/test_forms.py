@@ -3,6 +3,7 @@
 import base64
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,16 @@ def test_what_data_is_tokenized_with_can_be_loaded_for_generation(tmp_path):
         assert cli.main(["tokenize", *map(str, arguments)]) == 0
         ids = IndexedReader(tmp_path / file.stem).document(0).tolist()
         assert model_tokenizer(renamed).decode(ids, skip_special_tokens=True) == "the text"
+
+
+def test_a_file_is_read_whatever_the_encoding_of_its_path(tmp_path):
+    """Libraries take every name as UTF-8, so in a Latin-1 locale they look for another file."""
+    (place := Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))).mkdir()
+    piece = train_sentencepiece(tmp_path)
+    convert_sentencepiece(piece).save(str(tmp_path / "tokenizer.json"))
+    for file in (piece, tmp_path / "tokenizer.json", tiktoken_file(tmp_path / "ranks.model")):
+        copy = Path(shutil.copy(file, place))
+        assert load_tokenizer_file(copy).encode("the text") == load_tokenizer_file(file).encode("the text")
 
 
 def test_a_fast_library_that_fails_on_a_text_is_not_used(tmp_path, capsys):
