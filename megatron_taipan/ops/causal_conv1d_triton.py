@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.column_sums_triton import column_sums
+
 MAX_WIDTH = 4
 
 
@@ -248,10 +250,8 @@ def conv_forward(x, weight, bias, seq_idx, tail):
 def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
     """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias."""
     width = weight.shape[1]
-    total = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, None).sum(0)
-    dweight = torch.empty_like(weight)
-    dweight.copy_(total[:width].t())
-    return dweight, total[width].to(weight.dtype, copy=True)
+    sums = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, None)
+    return column_sums(sums[:, :width], weight.dtype, turned=True), column_sums(sums[:, width], weight.dtype)
 
 
 def conv_tail_gradient(dy, x, weight, bias, seq_idx, tail):

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.column_sums_triton import column_sums
 from megatron_taipan.ops.rowwise import row_warps, rows_of
 
 
@@ -163,7 +164,7 @@ def gated_backward(dout, y, z, weight, scale, dy, dz, out=None, group_size=None,
         group_size or group, dout.stride(0), y.stride(0), z.stride(0), dy.stride(0), dz.stride(0),
         SPREAD=reduce_sum is not None, AGAIN=again is not None, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return sums.sum(0).to(weight.dtype)
+    return column_sums(sums, weight.dtype)
 
 
 @torch.library.custom_op("megatron_taipan::gated_rms_norm_forward", mutates_args=())

@@ -9,6 +9,7 @@ from which it was made, and writes it once more.
 import torch
 import torch.nn.functional as F
 
+from megatron_taipan.ops.product import weight_gradient
 from megatron_taipan.ops.rms_norm_triton import gradients_of_both, norm_backward, sum_and_norm
 from megatron_taipan.ops.swiglu_triton import swiglu_backward, swiglu_forward
 
@@ -26,7 +27,7 @@ class _AddNormLinear(torch.autograd.Function):
         *needed, weight = ctx.saved_tensors
         rows = dproduct.reshape(-1, dproduct.shape[-1])
         *gradients, u = _norm_gradients(ctx, rows @ weight, dtotal, needed, ctx.needs_input_grad[3])
-        return *gradients, rows.t() @ u if u is not None else None, None, None
+        return *gradients, weight_gradient(rows, u) if u is not None else None, None, None
 
 
 class _AddNormSwiglu(torch.autograd.Function):

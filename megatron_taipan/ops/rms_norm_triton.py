@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.column_sums_triton import column_sums
 from megatron_taipan.ops.norms import keeps_summands
 from megatron_taipan.ops.rowwise import row_warps, rows_of
 
@@ -132,7 +133,7 @@ def norm_backward(
         HAS_RESIDUAL=residual is not None, TWICE=second is not None, AGAIN=again, BLOCK=block,
         num_warps=row_warps(block),
     )  # fmt: skip
-    return dx, sums.sum(0).to(weight.dtype), dbranch, y
+    return dx, column_sums(sums, weight.dtype), dbranch, y
 
 
 @norm_backward.register_fake

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_taipan.ops.column_sums_triton import column_sums
 from megatron_taipan.ops.ssd_forward_triton import (
     PROGRAMS,
     Decays,
@@ -357,4 +358,4 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
     if splits > 1:
         dB.copy_(out_B.sum(0))
         dC.copy_(out_C.sum(0))
-    return sums.sum(1), dinitial
+    return column_sums(sums, torch.float32), dinitial
