@@ -44,8 +44,8 @@ def main() -> None:
     turned = {"HAS_FINAL": False, "KEEP": True, "TURNED": True}
     for name, place, tiled in (("engine", tl.int32, True), ("loads", tl.int32, False), ("64 bits", tl.int64, False)):
         shapes = SHAPES | {"PLACE": place, "TILED": tiled}
-        report(f"scan, {name}", _scan_kernel, shapes | scan, "scan", wide=("states",))
-        report(f"states, {name}", _scan_kernel, shapes | again, "states")
+        report(f"scan, {name}", _scan_kernel, shapes | scan | {"BY_ENGINE": tiled}, "scan", wide=("states",))
+        report(f"states, {name}", _scan_kernel, shapes | again | {"BY_ENGINE": False}, "states", loaded=("states",))
         report(f"reverse, {name}", _reverse_kernel, shapes | turned, "reverse turned")
         report(f"token, {name}", _token_kernel, shapes | {"SPLITS": 1, "HAS_D": True}, "token", loaded=("B", "C"))
         report(f"group, {name}", _group_kernel, shapes | {"SPLITS": 1}, "group", loaded=("B", "C"))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_taipan.ops.column_sums_triton import column_sums
+from megatron_taipan.ops.column_sums_triton import weight_and_bias_sums
 
 MAX_WIDTH = 4
 
@@ -18,6 +18,13 @@ def _weight(weight_ptr, channels, lag, n_channels, WIDTH: tl.constexpr):
     """The weight that meets x[t - lag], one per channel; 0 for lags beyond the width."""
     at = weight_ptr + channels * WIDTH + (WIDTH - 1 - lag)
     return tl.load(at, mask=(channels < n_channels) & (lag < WIDTH), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(u):
+    """1 / (1 + exp(-u)); a reciprocal root and its square are five instructions fewer than a quotient."""
+    root = tl.rsqrt(1 + tl.exp(-u))
+    return root * root
 
 
 @triton.jit
@@ -110,7 +117,7 @@ def _forward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, 
                 )
             else:
                 u += w1 * x1 + w2 * x2 + w3 * x3
-            y = u / (1 + tl.exp(-u))
+            y = u * _sigmoid(u)
             tl.store(y_ptr + (row * length + token + j) * n_channels + channels, y.to(y_ptr.dtype.element_ty),
                      mask=inside & (token + j < end))  # fmt: skip
             x3, x2, x1 = x2, x1, x0
@@ -192,7 +199,7 @@ def _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr
             else:
                 y1, y2, y3 = x1, x2, x3
             u = bias + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-            s = 1 / (1 + tl.exp(-u))
+            s = _sigmoid(u)
             d0 = dys[j].to(tl.float32) * (s + s * (u - u * s))  # 0 past the end
             own = tl.where(i < TOKENS, d0, 0.0)
             g0 += own * x0
@@ -249,9 +256,7 @@ def conv_forward(x, weight, bias, seq_idx, tail):
 
 def conv_backward(dy, x, weight, bias, seq_idx, tail, dx):
     """Writes dx [b, l, c] (any strides, last one 1) in place; returns the gradients of weight and bias."""
-    width = weight.shape[1]
-    sums = _launch_backward(dy, x, weight, bias, seq_idx, tail, dx, None)
-    return column_sums(sums[:, :width], weight.dtype, turned=True), column_sums(sums[:, width], weight.dtype)
+    return weight_and_bias_sums(_launch_backward(dy, x, weight, bias, seq_idx, tail, dx, None), weight.dtype)
 
 
 def conv_tail_gradient(dy, x, weight, bias, seq_idx, tail):

@@ -12,40 +12,47 @@ ROWS, COLUMNS = 64, 32  # of a tile: 132 rows of 4,096 columns, the gated norm's
 
 
 @triton.jit
-def _column_sums_kernel(parts_ptr, out_ptr, rows, columns, stride_part, stride_row, turn,
+def _column_sums_kernel(parts_ptr, out_ptr, turned_ptr, rows, columns, stride_part, stride_row, channels, width,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    part = tl.program_id(1)
+    part = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    base = parts_ptr + part.to(tl.int64) * stride_part + at[None, :]
+    base = parts_ptr + part * stride_part + at[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
-        total += tl.load(base + row.to(tl.int64)[:, None] * stride_row, mask=(row < rows)[:, None] & (at < columns)[None, :],
-                         other=0.0)  # fmt: skip
-    to = part.to(tl.int64) * columns + at % turn * (columns // turn) + at // turn
-    tl.store(out_ptr + to, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=at < columns)
+        inside = (row < rows)[:, None] & (at < columns)[None, :]
+        total += tl.load(base + row.to(tl.int64)[:, None] * stride_row, mask=inside, other=0.0)
+    sums = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+    turned = width * channels  # so many columns
+    tl.store(turned_ptr + at % channels * width + at // channels, sums, mask=at < turned)
+    tl.store(out_ptr + part * columns + at - turned, sums, mask=(at >= turned) & (at < columns))
 
 
-def column_sums(parts: torch.Tensor, dtype: torch.dtype, turned: bool = False) -> torch.Tensor:
-    """parts.sum(-2) in that type, of float32 [..., rows, columns] or [..., rows, k, columns] with turned.
+def column_sums(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """parts.sum(0) [columns] in that type, of float32 [rows, columns]; of [several, rows, columns] each one's."""
+    *several, _, columns = parts.shape
+    out = torch.empty((*several, columns), dtype=dtype, device=parts.device)
+    _launch(parts, out, out, columns, 0)
+    return out
+
+
+def weight_and_bias_sums(parts: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A convolution's gradients of weight [channels, width] and bias [channels] in that type.
 
     Args:
-        turned: the sums [..., k, columns] are written as [..., columns, k].
+        parts: [rows, width + 1, channels] float32, contiguous, the bias's last.
     """
-    if turned:
-        *parts_shape, rows, k, columns = parts.shape
-        assert parts.stride(-2) == columns  # so that both are one range of k x columns
-        shape, width, turn = (*parts_shape, columns, k), k * columns, columns
-        stride_row = parts.stride(-3)
-    else:
-        *parts_shape, rows, columns = parts.shape
-        shape, width, turn = (*parts_shape, columns), columns, columns
-        stride_row = parts.stride(-2)
-    assert parts.stride(-1) == 1 and len(parts_shape) <= 1
-    out = torch.empty(shape, dtype=dtype, device=parts.device)
-    count = parts_shape[0] if parts_shape else 1
-    _column_sums_kernel[(triton.cdiv(width, COLUMNS), count)](
-        parts, out, rows, width, parts.stride(0) if parts_shape else 0, stride_row, turn, ROWS=ROWS, COLUMNS=COLUMNS,
-        num_warps=4,
+    width, channels = parts.shape[1] - 1, parts.shape[2]
+    weight = torch.empty((channels, width), dtype=dtype, device=parts.device)
+    bias = torch.empty((channels,), dtype=dtype, device=parts.device)
+    _launch(parts.flatten(1), bias, weight, channels, width)
+    return weight, bias
+
+
+def _launch(parts: torch.Tensor, out: torch.Tensor, turned: torch.Tensor, channels: int, width: int) -> None:
+    assert parts.stride(-1) == 1 and parts.ndim <= 3
+    rows, columns = parts.shape[-2:]
+    _column_sums_kernel[(triton.cdiv(columns, COLUMNS), parts.shape[0] if parts.ndim == 3 else 1)](
+        parts, out, turned, rows, columns, parts.stride(0), parts.stride(-2), channels, width, ROWS=ROWS,
+        COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return out

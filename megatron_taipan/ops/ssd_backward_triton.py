@@ -88,7 +88,6 @@ def _token_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, grads, dx, pa
     dt, what it gave within the chunk; 2, without dt, what it fed to the state that leaves; 3 x . dy. `_group_kernel`
     writes 4, what it read from the state that entered.
 
-    The numbers of the next head are loaded one iteration ahead, which the compiler does only for inputs of a product.
     B, C and dx do not go through the copy engine: the first two are read once, and with the last it was slower.
     """
     c, row = tl.program_id(0), tl.program_id(1)
@@ -107,25 +106,17 @@ def _token_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, grads, dx, pa
     dscores = tl.zeros([CHUNK, CHUNK], tl.float32)
     part = tl.num_programs(1).to(tl.int64) * n_heads * padded
     head0 = group * heads_per_group + split * heads_per_split
-    steps = (row.to(tl.int64) * n_heads + head0) * padded + first
-    dt = tl.load(dt_ptr + steps + offs_q)
-    cum = tl.load(cum_ptr + steps + offs_q)
-    end = tl.load(cum_ptr + steps + CHUNK - 1)
-    D = 0.0
-    if HAS_D:
-        D = tl.load(D_ptr + head0).to(tl.float32)
     for head in tl.range(head0, head0 + heads_per_split, num_stages=STAGES):
         x_c = load_tokens(x, row, first, head * x_h, x_b, x_l, length, CHUNK, P, PLACE, TILED)
         dy_c = load_tokens(dy, row, first, head * dy_h, dy_b, dy_l, length, CHUNK, P, PLACE, TILED)
         grad = load_state(grads, (row * n_chunks + c) * n_heads + head, P, N, TILED)
         steps = (row.to(tl.int64) * n_heads + head) * padded + first
-        ahead = steps + tl.where(head + 1 < head0 + heads_per_split, padded, 0)
-        next_dt = tl.load(dt_ptr + ahead + offs_q)
-        next_cum = tl.load(cum_ptr + ahead + offs_q)
-        next_end = tl.load(cum_ptr + ahead + CHUNK - 1)
-        next_D = 0.0
+        dt = tl.load(dt_ptr + steps + offs_q)
+        cum = tl.load(cum_ptr + steps + offs_q)
+        end = tl.load(cum_ptr + steps + CHUNK - 1)
+        D = 0.0
         if HAS_D:
-            next_D = tl.load(D_ptr + tl.minimum(head + 1, n_heads - 1)).to(tl.float32)
+            D = tl.load(D_ptr + head).to(tl.float32)
         out = parts_ptr + steps + offs_q
 
         # pairs inside the chunk; the minimum keeps pairs that do not count (their scores are 0) finite
@@ -148,7 +139,6 @@ def _token_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, grads, dx, pa
         tl.store(out + 2 * part, tl.sum(x_c.to(tl.float32) * wanted, 1))
         dx_c = tl.dot(weights, dy_c, wanted * dt[:, None], input_precision=PRECISION)
         store_tokens(dx, dx_c, row, first, head * dx_h, dx_b, dx_l, length, CHUNK, P, PLACE, False)
-        dt, cum, end, D = next_dt, next_cum, next_end, next_D
     slot = split * tl.num_programs(1).to(tl.int64) * n_chunks * n_groups * CHUNK * CHUNK
     at_scores = ((row.to(tl.int64) * n_chunks + c) * n_groups + group) * CHUNK * CHUNK
     tl.store(dscores_ptr + slot + at_scores + offs_q[:, None] * CHUNK + offs_q[None, :], dscores)
@@ -204,6 +194,8 @@ def _group_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, dscores_ptr, states,
     Since it has both states, it also computes their contribution to the gradients of the decays: parts[4], each token's
     y . dy as far as it read the entering state, which is C . dC of this head; and passed [b, chunks, h], the product of
     the entering state and its gradient through the chunk.
+
+    The numbers of the next head are loaded one iteration ahead: with so many tiles under way it is faster so.
     """
     c, row = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS

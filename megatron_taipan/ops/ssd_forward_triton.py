@@ -66,12 +66,13 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
                  CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr,
                  HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, BETWEEN: tl.constexpr,
                  FINAL: tl.constexpr, STATE: tl.constexpr, PLACE: tl.constexpr, TILED: tl.constexpr,
-                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 BY_ENGINE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Scans one segment of one head. OUTPUT: write y; FINAL: write the state that leaves.
 
     KEEP: 1 writes the state that enters each chunk, as y reads it; k > 1 every k-th one in float32, from which the others
     come out again bit for bit; 0 none. BETWEEN: KEEP for k > 1, else more than there are chunks. States in float32 are
-    written between two loops: inside, their addresses would take registers that the loop needs.
+    written between two loops: inside, their addresses would take registers that the loop needs. BY_ENGINE: states are
+    written by the copy engine.
     """
     head = tl.program_id(0)
     row, segment = tl.program_id(1) // n_segments, tl.program_id(1) % n_segments
@@ -90,7 +91,7 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
     for part in tl.range(begin // BETWEEN, tl.cdiv(stop, BETWEEN), num_stages=1):
         if KEEP > 1:
             if part * BETWEEN >= begin:
-                store_state(states, state, (row * tl.cdiv(n_chunks, KEEP) + part) * n_heads + head, P, N, TILED)
+                store_state(states, state, (row * tl.cdiv(n_chunks, KEEP) + part) * n_heads + head, P, N, BY_ENGINE)
         for c in tl.range(tl.maximum(begin, part * BETWEEN), tl.minimum(stop, (part + 1) * BETWEEN), num_stages=STAGES):
             first = c * CHUNK
             x_c = load_tokens(x, row, first, head * x_h, x_b, x_l, length, CHUNK, P, PLACE, TILED)
@@ -106,23 +107,27 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
                 feed = tl.where(offs_q >= last, feed, 0.0)
                 carry = tl.where(last < 0, carry, 0.0)
             entering = state.to(STATE)
+            fed = (x_c.to(tl.float32) * feed[:, None]).to(
+                x_c.dtype
+            )  # here, so that it is in shared memory by its product
             if KEEP == 1:
-                store_state(states, entering, (row * n_chunks + c) * n_heads + head, P, N, TILED)
+                store_state(states, entering, (row * n_chunks + c) * n_heads + head, P, N, BY_ENGINE)
             if OUTPUT:
                 C_c = load_tokens(C, row, first, group * C_g, C_b, C_l, length, CHUNK, N, PLACE, TILED)
                 scores = tl.dot(C_c, tl.trans(B_c), input_precision=PRECISION)  # [t, s]
-                visible = offs_q[:, None] >= offs_q[None, :]
                 reads = tl.exp2(cum)
-                if HAS_SEQ:
-                    visible = visible & (offs_q[None, :] >= starts[:, None])
+                if HAS_SEQ:  # starts <= s <= t in one comparison
+                    since, reach = offs_q[None, :] - starts[:, None], (offs_q - starts)[:, None]
+                    visible = since.to(tl.uint32) <= reach.to(tl.uint32)
                     reads = tl.where(starts < 0, reads, 0.0)
+                else:
+                    visible = offs_q[:, None] >= offs_q[None, :]
                 weights = tl.where(visible, scores * tl.exp2(cum[:, None] - cum[None, :]) * dt[None, :], 0.0)
                 y_c = tl.dot(C_c.to(STATE), tl.trans(entering), input_precision=PRECISION) * reads[:, None]
                 y_c = tl.dot(weights.to(x_c.dtype), x_c, y_c, input_precision=PRECISION)
                 if HAS_D:
                     y_c += D * x_c.to(tl.float32)
                 store_tokens(y, y_c, row, first, head * y_h, y_b, y_l, length, CHUNK, P, PLACE, TILED)
-            fed = (x_c.to(tl.float32) * feed[:, None]).to(x_c.dtype)
             state = tl.dot(tl.trans(fed), B_c, state * carry, input_precision=PRECISION)
     if FINAL:
         tl.store(final_ptr + slot + tile, state)
@@ -137,7 +142,7 @@ def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, state: int)
         "states": (4, 3, 1),
         "reverse": (4, 3, 3),
         "reverse turned": (8, 3, 3),
-        "token": (4, 3, 3),
+        "token": (4, 2, 2),
         "group": (8, 4 if state <= 64 * 128 else 3, 3),  # four of larger ones are more than shared memory
     }[kernel]
     return {"num_warps": warps, "num_stages": stages if by_engine else stages_of_loads}
@@ -283,10 +288,11 @@ def _launch_scan(
     _scan_kernel[(h, b * count)](
         of_tokens(x, by_engine), decays.dt, cum, starts if starts is not None else cum, of_tokens(B, by_engine),
         of_tokens(C, by_engine), D if D is not None else cum, init if init is not None else cum, of_tokens(y, by_engine),
-        of_states(states, by_engine), final if final is not None else cum, l, cum.shape[-1], cum.shape[-1] // CHUNK,
+        of_states(states, by_engine and output), final if final is not None else cum, l, cum.shape[-1], cum.shape[-1] // CHUNK,
         per_segment, count, h, h // g, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], CHUNK=CHUNK,
         P=p, N=n, HAS_D=D is not None, HAS_SEQ=starts is not None, HAS_INIT=init is not None, OUTPUT=output, KEEP=keep,
         BETWEEN=keep if keep > 1 else 1 << 30, FINAL=final is not None, STATE=_tl(state_dtype(x.dtype)),
-        PLACE=place_type(l, x, B, C, y), TILED=by_engine, PRECISION=precision_of(x.dtype),
-        STAGES=options["num_stages"], **options,
+        PLACE=place_type(l, x, B, C, y), TILED=by_engine,
+        BY_ENGINE=by_engine and output,  # what writes nothing else is faster without it
+        PRECISION=precision_of(x.dtype), STAGES=options["num_stages"], **options,
     )  # fmt: skip

@@ -20,12 +20,11 @@ def test_sums_of_one_and_of_several(device, rows, columns):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_view_of_rows_that_lie_apart_is_summed_and_turned(device):
-    """As the convolution leaves them: [runs, width + 1, channels], the last of width + 1 the bias's."""
-    from megatron_taipan.ops.column_sums_triton import column_sums
+def test_a_convolutions_sums(device):
+    from megatron_taipan.ops.column_sums_triton import column_sums, weight_and_bias_sums
 
     parts = torch.randn(70, 5, 37, generator=torch.Generator().manual_seed(0)).to(device)
-    turned = column_sums(parts[:, :4], torch.float32, turned=True)
-    assert turned.is_contiguous() and turned.shape == (37, 4)
-    assert error(turned, parts[:, :4].double().sum(0).t()) < 1e-6
-    assert error(column_sums(parts[:, 4], torch.float16), parts[:, 4].double().sum(0)) < 1e-3
+    expected = parts.double().sum(0)
+    weight, bias = weight_and_bias_sums(parts, torch.float32)
+    assert error(weight, expected[:4].t()) < 1e-6 and error(bias, expected[4]) < 1e-6
+    assert error(column_sums(parts[:, 4], torch.float16), expected[4]) < 1e-3  # rows that lie apart
