@@ -8,6 +8,7 @@ import torch
 from megatron_taipan.ops.causal_conv1d import causal_conv1d_reference
 from megatron_taipan.ops.norms import gated_rms_norm_reference
 from megatron_taipan.ops.ssd import ssd_reference
+from tests.ops.copy_engine import assert_engine_changes_nothing
 from tests.ops.kernel_checks import TOLERANCE, assert_close, error, poison, with_gradients
 from tests.ops.mamba2_reference import kept_and_projected, mix_reference, mixed_again
 from tests.ops.pieces import mix_in_pieces
@@ -30,6 +31,11 @@ def documents(b: int, l: int) -> torch.Tensor:
         (torch.bfloat16, 2, 300, 11, 64, 1, 128, True),
         (torch.float16, 1, 300, 4, 32, 1, 16, True),
         (torch.float32, 1, 131, 2, 16, 1, 16, True),
+        # rows of whole chunks: tiles by the copy engine
+        (torch.bfloat16, 2, 512, 11, 64, 1, 128, True),
+        (torch.bfloat16, 1, 2048, 4, 64, 2, 64, False),
+        (torch.bfloat16, 1, 192, 11, 128, 1, 128, True),  # the largest tiles
+        (torch.float16, 1, 320, 4, 32, 1, 16, True),
     ],
 )
 def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
@@ -53,6 +59,7 @@ def test_fused_mixer(dtype, b, l, heads, headdim, groups, d_state, packed):
     "dtype, b, headdim, d_state, ends, packed",
     [
         (torch.bfloat16, 2, 64, 128, [300, 517], True),
+        (torch.bfloat16, 2, 64, 128, [320, 512], True),  # of whole chunks
         (torch.bfloat16, 1, 64, 128, [1100, 2200, 3300], False),  # segments in every piece
         (torch.float32, 2, 16, 16, [64, 67, 131], True),
     ],
@@ -149,11 +156,18 @@ def test_the_fused_mixer_gives_the_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, with_gradients(run, inputs), strict=True))
 
 
+@pytest.mark.parametrize("every", [0, 1, 16])
+def test_the_copy_engine_changes_no_bit(monkeypatch, every):
+    """Nor does it matter how states are kept: none, all, or one of so many and the others computed again."""
+    assert_engine_changes_nothing(monkeypatch, "cuda", torch.bfloat16, 1152, heads=4, size=64, every=every)
+
+
 @pytest.mark.parametrize("recompute", [["states"], ["conv"], ["conv", "states"]], ids="-".join)
 @pytest.mark.parametrize(
     "dtype, b, l, heads, headdim, groups, d_state",
     [
-        (torch.bfloat16, 2, 2500, 8, 64, 1, 128),  # the taipan presets' heads, three kept states a row
+        (torch.bfloat16, 2, 2560, 8, 64, 1, 128),  # the taipan presets' heads, three kept states a row
+        (torch.bfloat16, 1, 2500, 8, 64, 1, 128),  # the last chunk short
         (torch.bfloat16, 1, 2051, 4, 64, 2, 64),  # the forward pass starts in the middle too
         (torch.float32, 1, 1100, 2, 16, 1, 16),
     ],

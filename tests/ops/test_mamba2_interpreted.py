@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_taipan.ops.norms import gated_rms_norm_reference
+from tests.ops.copy_engine import assert_engine_changes_nothing
 from tests.ops.devices import interpreted_only
 from tests.ops.kernel_checks import error, with_gradients
 from tests.ops.mamba2_reference import kept_and_projected, mix_reference, mixed_again
@@ -67,6 +68,11 @@ def test_what_is_computed_again_changes_no_bit(monkeypatch):
     for recompute in ((), ("states", "conv")):
         got = with_gradients(partial(mixed_again, recompute=recompute, **options), inputs)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), recompute
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_the_copy_engine_changes_no_bit(monkeypatch, every):
+    assert_engine_changes_nothing(monkeypatch, "cpu", torch.float32, 192, heads=2, size=16, every=every)
 
 
 def test_fused_mixer_whose_norm_spans_two_ranks():

@@ -18,6 +18,20 @@ def test_silu_mul():
     assert_close(silu_mul, silu_mul_reference, inputs, TOLERANCE[torch.bfloat16])
 
 
+def test_a_tall_gradient_is_made_in_two_products(monkeypatch):
+    """Of columns of a larger tensor, as the 1.3B presets' in_proj has them."""
+    from megatron_taipan.ops.product import weight_gradient
+
+    rows = torch.randn(300, 8600, device="cuda", dtype=torch.bfloat16)[:, :8512]
+    x = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (products.append(len(a)), mm(a, b, out=out)))
+    found = weight_gradient(rows, x)
+    assert products == [8320, 192]
+    assert error(found, rows.double().t() @ x.double()) < 4e-3
+    assert torch.equal(weight_gradient(rows[:, :8192], x), rows[:, :8192].t() @ x)  # nothing to cut
+
+
 def test_cross_entropy_in_chunks_with_padded_vocabulary(monkeypatch):
     from megatron_taipan.ops import cross_entropy_triton
 

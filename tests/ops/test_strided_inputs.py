@@ -114,6 +114,14 @@ CALLS = {
             "initial_state": numbers(2, 2, 16, 16),
         },
     ),
+    "ssd of whole chunks": Call(  # whose tiles the copy engine moves where they lie as it needs them
+        ours("ssd", chunk_size=64, return_state=True),
+        {
+            "x": numbers(2, 64, 2, 16), "dt": numbers(2, 64, 2).exp(), "A": -numbers(2).exp(),
+            "B": numbers(2, 64, 2, 16), "C": numbers(2, 64, 2, 16) * 2, "D": numbers(2),
+            "seq_idx": torch.arange(128).view(2, 64) // 20, "initial_state": numbers(2, 2, 16, 16),
+        },
+    ),
     "causal_conv1d": Call(ours("causal_conv1d", return_tail=True), CONV | {"seq_idx": DOCUMENTS[:, 1:4].clone()}),
     "causal_conv1d after a tail": Call(
         lambda initial_tail, **tensors: ours("causal_conv1d")(**tensors, initial_tail=initial_tail.detach()),
