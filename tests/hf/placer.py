@@ -2,11 +2,12 @@
 
     python -I placer.py FOLDER SITE OUT
 
-FOLDER: an export; SITE: where accelerate is installed, or ""; OUT: the file for the answers, by name of the map. Two
+FOLDER: an export; SITE: folders with packages, written as in PYTHONPATH, or ""; OUT: the file for the answers, by name of the map. Two
 GPUs are taken where there are any, else a pretended device beside the CPU. Our package is made impossible to import
 first.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,7 +58,7 @@ def answer(model: Any, prompt: Any) -> dict[str, Any]:
 
 def main(folder: str, site: str, out: str) -> None:
     sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
-    sys.path[:0] = [site] if site else []
+    sys.path[:0] = site.split(os.pathsep) if site else []
     gpus = torch.cuda.device_count() > 1
     devices = ("cuda:0", "cuda:1") if gpus else ("cpu", str(DEVICE))
     prompt = torch.arange(1, 41, device=devices[0]).view(2, 20)

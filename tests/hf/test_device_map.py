@@ -21,8 +21,10 @@ from tests.hf.test_libraries import install
 
 def answers(scratch: Path) -> dict[str, dict]:
     """What `placer.py` answered."""
-    here = importlib.util.find_spec("accelerate") is not None
-    site = "" if here else str(install(scratch / "site", ["accelerate"]))
+    folders = [f for f in os.environ.get("PYTHONPATH", "").split(os.pathsep) if f]  # packages may be there alone
+    if importlib.util.find_spec("accelerate") is None:
+        folders.append(str(install(scratch / "site", ["accelerate"])))
+    site = os.pathsep.join(map(os.path.abspath, folders))
     export(memory_state("M S W M A M S M W A"), scratch / "hf")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     env |= {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
