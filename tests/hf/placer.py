@@ -2,9 +2,9 @@
 
     python -I placer.py FOLDER SITE OUT
 
-FOLDER: an export; SITE: folders with packages, written as in PYTHONPATH, or ""; OUT: the file for the answers, by name of the map. Two
-GPUs are taken where there are any, else a pretended device beside the CPU. Our package is made impossible to import
-first.
+FOLDER: an export; SITE: folders with packages, written as in PYTHONPATH, or ""; OUT: the file for the answers, by name
+of the map. Two GPUs are taken where there are any, else a pretended device beside the CPU. Our package is made
+impossible to import first.
 """
 
 import os
