@@ -1,7 +1,7 @@
 """What is wrong with a configuration, in words: dotted keys, values, and the nearest known name."""
 
 import difflib
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -10,7 +10,7 @@ from megatron_taipan.config_text import describe_options
 from megatron_taipan.data_config import DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS
-from megatron_taipan.section import Section
+from megatron_taipan.section import Section, section_of
 
 
 class ConfigError(UserError):
@@ -41,7 +41,7 @@ def _nearest(location: tuple) -> str:
         if isinstance(part, int):  # in a list, whose section is known already
             continue
         field = getattr(section, "model_fields", {}).get(part)
-        section = _section_of(field.annotation) if field else section
+        section = section_of(field.annotation) if field else section
         if not (isinstance(section, type) and issubclass(section, Section)):
             section = DataSource  # short forms of data hold nothing else
     known = list(section.model_fields)
@@ -54,9 +54,3 @@ def _nearest(location: tuple) -> str:
     if elsewhere:
         return f"; it belongs at {elsewhere[0]}"
     return f"; known there: {', '.join(known)}"
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section in `Section | None` or in a number that may be a schedule; anything else as it is."""
-    inner = [a for arg in get_args(annotation) for a in (arg, *get_args(arg))]
-    return next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), annotation)

@@ -2,10 +2,12 @@
 
 import re
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
+from megatron_taipan.config import Config
 from megatron_taipan.config_errors import ConfigError
 from megatron_taipan.plain_yaml import parse_yaml
+from megatron_taipan.section import section_of
 
 
 def apply_override(tree: dict, override: str) -> None:
@@ -37,7 +39,24 @@ def apply_override(tree: dict, override: str) -> None:
                     f"override {override[:200]!r}: what follows {found[0]!r} is a comment in YAML; quote the value,"
                     f" {key}='\"...\"', or leave the comment out"
                 )
-    node[last] = _number(value)
+    if _takes_text([*parents, last]):
+        node[last] = value if value is None or isinstance(value, str | list | dict) else text.strip()
+    else:
+        node[last] = _number(value)
+
+
+def _takes_text(path: list[str]) -> bool:
+    """Whether an option takes text but no number; what looks like a number is text there too, as it was written.
+
+    A folder may be named after a job (checkpoint.dir=12345) or a day (2026-11-30).
+    """
+    section: Any = Config
+    for part in path[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = section_of(field.annotation) if field else None
+    field = getattr(section, "model_fields", {}).get(path[-1])
+    kinds = set(get_args(field.annotation) or [field.annotation]) if field else set()
+    return str in kinds and not kinds & {int, float, bool}
 
 
 def _number(value: Any) -> Any:

@@ -96,6 +96,14 @@ def test_wrong_overrides_say_what_and_what_was_meant(path, override, words):
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["12345", "007", "2e3", "1e-4", "nan", "2026-11-30", "true", "1_000", "0x10"])
+def test_a_folder_may_be_named_as_a_number(path, name):
+    """After a job, a day, a learning rate: as it was written, although YAML reads something else."""
+    config = load_config(path, [f"checkpoint.dir={name}", f"checkpoint.load={name}", "optim.lr=2e-3"])
+    assert (config.checkpoint.dir, config.checkpoint.load, config.optim.lr) == (name, name, 2e-3)
+    assert load_config(path, ["checkpoint.load=null"]).checkpoint.load is None
+
+
 def test_a_number_sign_within_a_value_is_no_comment(path):
     for text in ("'runs/try #2'", '"runs/try #2"', "runs/try#2"):
         assert load_config(path, [f"checkpoint.dir={text}"]).checkpoint.dir == text.strip("'\"")
