@@ -107,6 +107,30 @@ def test_fused_mixer_in_pieces(ends, starts):
     assert all(e < 4e-5 for e in errors), errors
 
 
+@pytest.mark.parametrize("ends", [[263], [130, 263]], ids=str)
+def test_fused_mixer_cut_in_segments(monkeypatch, ends):
+    """Of two chunks each, the last one short; kept states that begin no segment; states that reach over several
+    segments, and documents that begin in a segment's first or second chunk. Whole rows and two pieces."""
+    from megatron_taipan.ops import mamba2_triton, ssd_backward_triton, ssd_forward_triton
+
+    for module in (ssd_forward_triton, ssd_backward_triton):
+        monkeypatch.setattr(module, "segments", lambda b, heads, n_chunks: (-(-n_chunks // 2), 2))
+    monkeypatch.setattr(mamba2_triton, "STATES_EVERY", 3)
+    inputs, sizes = random_case(2, ends[-1], 2, 16, 1, False)
+    inputs[3] -= 4
+    seq_idx = torch.zeros(2, ends[-1], dtype=torch.int32)
+    seq_idx[1, [30, 200]] = 1
+    sizes["seq_idx"] = seq_idx.cumsum(1).int()
+    expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
+    options = {"group_size": 32, "eps": 1e-5, "recompute": ("states",)}
+    if len(ends) == 1:
+        got = with_gradients(lambda *t: mamba2_triton.mamba2_mix(*t, **sizes, **options), inputs)
+    else:
+        got = with_gradients(lambda *t: mix_in_pieces(t, sizes, ends, **options), inputs)
+    errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
+    assert all(e < 4e-5 for e in errors), errors
+
+
 def test_gated_norm_that_spans_three_ranks():
     torch.manual_seed(0)
     inputs = [torch.randn(2, 5, 72), torch.randn(2, 5, 72), torch.randn(72)]
