@@ -44,6 +44,7 @@ def random_case(b: int, l: int, heads: int, size: int, groups: int, packed: bool
         (1, 65, 3, 1, False),  # heads that cannot be split
         (2, 192, 4, 2, True),  # rows of whole chunks: tiles by the copy engine
         (1, 128, 3, 1, False),
+        (2, 80, 2, 1, False),  # not of whole chunks: a tile by the copy engine would have the next row's tokens
     ],
 )
 def test_fused_mixer(b, l, heads, groups, packed):
@@ -73,6 +74,24 @@ def test_what_is_computed_again_changes_no_bit(monkeypatch):
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_the_copy_engine_changes_no_bit(monkeypatch, every):
     assert_engine_changes_nothing(monkeypatch, "cpu", torch.float32, 192, heads=2, size=16, every=every)
+
+
+def test_what_the_copy_engine_may_move():
+    """Where the interpreter would read right numbers from any layout, the GPU's engine has rules."""
+    from megatron_taipan.ops.ssd_tiles import tiled
+
+    numbers = torch.zeros(1 << 14)
+    allowed = numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 16, 1))
+    assert tiled(allowed)
+    for refused in (
+        numbers.as_strided((2, 80, 2, 16), (80 * 48, 48, 16, 1)),  # a part of a chunk
+        numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 16, 1), 1),  # no multiple of 16 bytes
+        numbers.as_strided((2, 64, 2, 16), (64 * 50, 50, 16, 1)),  # nor the step from token to token
+        numbers.as_strided((2, 64, 2, 16), (64 * 16, 16, 16, 1)),  # tokens share memory
+        numbers.as_strided((2, 64, 2, 16), (65 * 48, 48, 16, 1)),  # a gap between rows
+        numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 24, 1)),  # and between heads
+    ):
+        assert not tiled(allowed, refused), refused.stride()
 
 
 def test_fused_mixer_whose_norm_spans_two_ranks():
@@ -110,7 +129,7 @@ def test_fused_mixer_in_pieces(ends, starts):
 @pytest.mark.parametrize("ends", [[263], [130, 263]], ids=str)
 def test_fused_mixer_cut_in_segments(monkeypatch, ends):
     """Of two chunks each, the last one short; kept states that begin no segment; states that reach over several
-    segments, and documents that begin in a segment's first or second chunk. Whole rows and two pieces."""
+    segments, and documents that begin in a segment's first or second chunk, or with one. Whole rows and two pieces."""
     from megatron_taipan.ops import mamba2_triton, ssd_backward_triton, ssd_forward_triton
 
     for module in (ssd_forward_triton, ssd_backward_triton):
@@ -119,7 +138,7 @@ def test_fused_mixer_cut_in_segments(monkeypatch, ends):
     inputs, sizes = random_case(2, ends[-1], 2, 16, 1, False)
     inputs[3] -= 4
     seq_idx = torch.zeros(2, ends[-1], dtype=torch.int32)
-    seq_idx[1, [30, 200]] = 1
+    seq_idx[1, [30, 128, 200]] = 1
     sizes["seq_idx"] = seq_idx.cumsum(1).int()
     expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
     options = {"group_size": 32, "eps": 1e-5, "recompute": ("states",)}
