@@ -35,7 +35,7 @@ def documents_from_mask(mask: Tensor, rows: int, length: int, past: int = 0) -> 
                 f"attention_mask: with padding it must cover the {past} cached tokens too, not only the {length} new"
             )
         return None
-    documents = F.pad((text[:, 1:] != text[:, :-1]).cumsum(1, dtype=torch.int32), (1, 0))
+    documents = numbered_by_run(text)
     if mask.shape[1] > 2 and bool(((documents > 1) & text).any()):
         raise ValueError("attention_mask: padding must be at the left or the right end of a row, not inside it")
     return documents[:, -length:]
@@ -70,6 +70,15 @@ def documents_from_positions(positions: Tensor, mask: Tensor | None, length: int
             "position_ids do not go on by one inside a text, as in packed rows, which need seq_idx if padded or cached"
         )
     return F.pad(jumps.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def numbered_by_run(seq_idx: Tensor) -> Tensor:
+    """Documents [b, l] int32 from any numbers [b, l]: a document is a run of tokens with the same one.
+
+    Callers may give a number twice, as those do who pad packed rows with 0. The layers ask for numbers that do not
+    fall: a kernel takes a stretch whose first and last token have the same number for one document.
+    """
+    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1, dtype=torch.int32), (1, 0))
 
 
 def within_texts(labels: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:

@@ -57,7 +57,8 @@ class TaipanForCausalLM(TaipanPreTrainedModel, GenerationMixin):
             attention_mask: [b, past + l], 0 on padding, which must be at the left or the right end of a row.
             past_key_values, cache: earlier tokens, extended in place; two names of one argument.
             labels: [b, l], not shifted; -100 is left out of the loss.
-            seq_idx: [b, l] document of each token where rows are packed; instead of attention_mask.
+            seq_idx: [b, l] document of each token where rows are packed, a run of one number each; instead of
+                attention_mask.
             logits_to_keep: logits of the last so many positions only, or of positions [n]; 0 keeps all.
             output_hidden_states: give the residual stream between the layers too, see `TaipanModel.forward`.
             skip_logits: with labels in training mode, give no logits. They are 4 b l v bytes, and their gradient as

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from megatron_taipan.hf.arguments import check_arguments
 from megatron_taipan.hf.cache import CACHE, TaipanCache
 from megatron_taipan.hf.configuration_taipan import TaipanConfig
-from megatron_taipan.hf.documents import documents_from_mask, documents_from_positions
+from megatron_taipan.hf.documents import documents_from_mask, documents_from_positions, numbered_by_run
 from megatron_taipan.hf.linears import hold_in_linears, register_names, table_name
 from megatron_taipan.model.blocks import BLOCKS, make_layers
 from megatron_taipan.model.build import Build
@@ -147,6 +147,8 @@ class TaipanModel(TaipanPreTrainedModel):
         step = self._train_step if self.training else 0
         seq_idx = None if seq_idx is None else seq_idx.to(h.device)
         ctx = make_context(h[..., 0], seq_idx, None, step, settled(self.gate_config, step), state)
+        if seq_idx is not None:  # after the cache has the caller's last numbers, to compare the next ones with
+            ctx.seq_idx = numbered_by_run(seq_idx)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         between, found = [h], []

@@ -38,7 +38,7 @@ def _bias(bias_ptr, channels, n_channels, CHANNELS: tl.constexpr, HAS_BIAS: tl.c
 
 @triton.jit
 def _of_one_document(seq_ptr, row, first, last, length):
-    """Whether the tokens first..last of a row, as far as they exist, are of one document."""
+    """Whether the tokens first..last of a row, as far as they exist, are of one document: numbers never fall."""
     base = seq_ptr + row * length
     return tl.load(base + tl.maximum(first, 0)) == tl.load(base + tl.minimum(last, length - 1))
 
@@ -150,9 +150,9 @@ def _backward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_
 
 @triton.jit
 def _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr, dtail_ptr, sums_ptr, length,
-                     n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
-                     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr, TAIL_GRADIENT: tl.constexpr):  # fmt: skip
+                  n_channels, x_b, x_l, dy_b, dy_l, dx_b, dx_l,
+                  WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                  HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr, TAIL_GRADIENT: tl.constexpr):  # fmt: skip
     """Four tokens at a time; in a name, 0 is the newest token, 3 the oldest. Three tokens past the run are walked for
     their gradients."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

@@ -38,7 +38,8 @@ def _stats_kernel(
         top = new
     largest = tl.max(top, 0)
     tl.store(top_ptr + row, largest)
-    tl.store(sum_ptr + row, tl.sum(total * tl.exp(top - largest), 0))
+    moved = tl.where(top == float("-inf"), 0.0, total * tl.exp(top - largest))  # a rank may have padding alone
+    tl.store(sum_ptr + row, tl.sum(moved, 0))
     label = tl.load(labels_ptr + row) - vocab_start
     here = (label >= 0) & (label < n_valid)
     tl.store(target_ptr + row, tl.load(base + tl.where(here, label, 0), mask=here, other=0.0).to(tl.float32))

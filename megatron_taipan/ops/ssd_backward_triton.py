@@ -34,7 +34,7 @@ def _reverse_kernel(dy, cum_ptr, starts_ptr, C, final_ptr, grads_ptr, initial_pt
                     TILED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """From the end of a segment to its start: the gradient of the state that leaves each chunk (KEEP), then enters.
 
-    TURNED: it is stored as [n, p], so that its product takes C and dy from shared memory as they were loaded.
+    TURNED: a program holds it as [n, p], so that its product takes C and dy from shared memory as they were loaded.
     """
     head = tl.program_id(0)
     row, segment = tl.program_id(1) // n_segments, tl.program_id(1) % n_segments
@@ -148,7 +148,7 @@ def _token_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, grads, dx, pa
 def _steps_kernel(dt_ptr, A_ptr, parts_ptr, passed_ptr, ddt_ptr, sums_ptr, length, padded, n_heads,
                   ddt_b, ddt_l, ddt_h, HAS_D: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
                   HEADS: tl.constexpr):  # fmt: skip
-    """ddt of one chunk and HEADS heads from what the token and the reverse kernel left of each token.
+    """ddt of one chunk and HEADS heads from what the token and the group kernel left of each token.
 
     sums: [3, b * chunks, h], this chunk's part of the gradients of A, D and dt's bias.
     """
@@ -255,7 +255,7 @@ def _group_kernel(x, dy, dt_ptr, cum_ptr, starts_ptr, B, C, dscores_ptr, states,
 
 
 def turns(dtype: torch.dtype, p: int, n: int) -> bool:
-    """Whether `_reverse_kernel` stores its state transposed: faster in half precision, where both sides fill a warpgroup."""
+    """Whether `_reverse_kernel` holds its state transposed: faster in half precision, where both sides fill a warpgroup."""
     return dtype != torch.float32 and p >= 64 and n >= 64
 
 

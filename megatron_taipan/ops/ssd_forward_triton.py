@@ -107,9 +107,8 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
                 feed = tl.where(offs_q >= last, feed, 0.0)
                 carry = tl.where(last < 0, carry, 0.0)
             entering = state.to(STATE)
-            fed = (x_c.to(tl.float32) * feed[:, None]).to(
-                x_c.dtype
-            )  # here, so that it is in shared memory by its product
+            # here, so that it is in shared memory by its product
+            fed = (x_c.to(tl.float32) * feed[:, None]).to(x_c.dtype)
             if KEEP == 1:
                 store_state(states, entering, (row * n_chunks + c) * n_heads + head, P, N, BY_ENGINE)
             if OUTPUT:
@@ -173,9 +172,8 @@ class Decays(NamedTuple):
 
     dt: torch.Tensor
     cum: torch.Tensor  # the running sum of dt A within the chunk, times log2(e)
-    starts: (
-        torch.Tensor | None
-    )  # [b, padded l] int32: where in the chunk the token's document begins, -1: before the chunk
+    # [b, padded l] int32: where in the chunk the token's document begins, -1: before the chunk; None: one document a row
+    starts: torch.Tensor | None
 
 
 def prepare_decay(dt: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, seq_idx: torch.Tensor | None) -> Decays:

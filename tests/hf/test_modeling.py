@@ -157,6 +157,21 @@ def test_positions_that_start_again_pack_a_row():
         model(packed, position_ids=positions, use_cache=True)
 
 
+@torch.no_grad()
+def test_a_number_that_comes_again_is_another_document():
+    """As where packed rows are padded with 0; at once and in parts, whose borders compare the caller's own numbers."""
+    model, tokens = hf_model(), random_tokens(2, 21, 3)
+    again = torch.tensor([[0] * 2 + [1] + [0] * 18, [5] * 9 + [3] * 4 + [5] * 8])
+    rising = torch.tensor([[0] * 2 + [1] + [2] * 18, [0] * 9 + [1] * 4 + [2] * 8])
+    expected = model(tokens, seq_idx=rising).logits
+    assert torch.equal(model(tokens, seq_idx=again).logits, expected)
+    cache = TaipanCache()
+    parts = []
+    for part in (slice(0, 11), slice(11, 16), slice(16, 21)):
+        parts.append(model(tokens[:, part], seq_idx=again[:, part], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-9)
+
+
 def test_positions_of_one_text_change_nothing():
     model, (tokens, mask) = hf_model(), left_padded()
     positions = (mask.cumsum(1) - 1).clamp(min=0)

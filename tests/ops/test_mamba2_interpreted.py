@@ -44,6 +44,7 @@ def random_case(b: int, l: int, heads: int, size: int, groups: int, packed: bool
         (1, 65, 3, 1, False),  # heads that cannot be split
         (2, 192, 4, 2, True),  # rows of whole chunks: tiles by the copy engine
         (1, 128, 3, 1, False),
+        (2, 80, 2, 1, False),  # not of whole chunks: a tile by the copy engine would have the next row's tokens
     ],
 )
 def test_fused_mixer(b, l, heads, groups, packed):
@@ -75,6 +76,24 @@ def test_the_copy_engine_changes_no_bit(monkeypatch, every):
     assert_engine_changes_nothing(monkeypatch, "cpu", torch.float32, 192, heads=2, size=16, every=every)
 
 
+def test_what_the_copy_engine_may_move():
+    """Where the interpreter would read right numbers from any layout, the GPU's engine has rules."""
+    from megatron_taipan.ops.ssd_tiles import tiled
+
+    numbers = torch.zeros(1 << 14)
+    allowed = numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 16, 1))
+    assert tiled(allowed)
+    for refused in (
+        numbers.as_strided((2, 80, 2, 16), (80 * 48, 48, 16, 1)),  # a part of a chunk
+        numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 16, 1), 1),  # no multiple of 16 bytes
+        numbers.as_strided((2, 64, 2, 16), (64 * 50, 50, 16, 1)),  # nor the step from token to token
+        numbers.as_strided((2, 64, 2, 16), (64 * 16, 16, 16, 1)),  # tokens share memory
+        numbers.as_strided((2, 64, 2, 16), (65 * 48, 48, 16, 1)),  # a gap between rows
+        numbers.as_strided((2, 64, 2, 16), (64 * 48, 48, 24, 1)),  # and between heads
+    ):
+        assert not tiled(allowed, refused), refused.stride()
+
+
 def test_fused_mixer_whose_norm_spans_two_ranks():
     """Output and gradients against one rank's reference; both ranks add to the gradients of B and C."""
     inputs, sizes = random_case(1, 67, 4, 16, 1, True)
@@ -103,6 +122,30 @@ def test_fused_mixer_in_pieces(ends, starts):
         sizes["seq_idx"] = seq_idx.cumsum(1).int()
     expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
     got = with_gradients(lambda *t: mix_in_pieces(t, sizes, ends, group_size=48, eps=1e-5), inputs)
+    errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
+    assert all(e < 4e-5 for e in errors), errors
+
+
+@pytest.mark.parametrize("ends", [[263], [130, 263]], ids=str)
+def test_fused_mixer_cut_in_segments(monkeypatch, ends):
+    """Of two chunks each, the last one short; kept states that begin no segment; states that reach over several
+    segments, and documents that begin in a segment's first or second chunk, or with one. Whole rows and two pieces."""
+    from megatron_taipan.ops import mamba2_triton, ssd_backward_triton, ssd_forward_triton
+
+    for module in (ssd_forward_triton, ssd_backward_triton):
+        monkeypatch.setattr(module, "segments", lambda b, heads, n_chunks: (-(-n_chunks // 2), 2))
+    monkeypatch.setattr(mamba2_triton, "STATES_EVERY", 3)
+    inputs, sizes = random_case(2, ends[-1], 2, 16, 1, False)
+    inputs[3] -= 4
+    seq_idx = torch.zeros(2, ends[-1], dtype=torch.int32)
+    seq_idx[1, [30, 128, 200]] = 1
+    sizes["seq_idx"] = seq_idx.cumsum(1).int()
+    expected = with_gradients(lambda *t: mix_reference(*t, **sizes), [t.double() for t in inputs])
+    options = {"group_size": 32, "eps": 1e-5, "recompute": ("states",)}
+    if len(ends) == 1:
+        got = with_gradients(lambda *t: mamba2_triton.mamba2_mix(*t, **sizes, **options), inputs)
+    else:
+        got = with_gradients(lambda *t: mix_in_pieces(t, sizes, ends, **options), inputs)
     errors = [error(a, b) for a, b in zip(got, expected, strict=True)]
     assert all(e < 4e-5 for e in errors), errors
 
