@@ -1,5 +1,6 @@
 # make quickstart   from raw text to a small trained Taipan that writes a sentence
 # make test         the test suite            make test-all   the slow tests too
+# make test-kernels the Triton kernels on a CPU, in Triton's interpreter
 # make lint         style, format and types   make format     applies what ruff can fix
 # make clean        removes what the others made
 #
@@ -15,10 +16,10 @@ RUN := PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=
 CODE := megatron_taipan data_prep checkpoints launch benchmarks experiments examples tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint format clean
+.PHONY: help venv quickstart test test-all test-kernels lint format clean
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 venv: $(STAMP)
 
@@ -34,6 +35,18 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(RUN) python -m pytest -m "not manual" $(PYTEST_ARGS)
+
+# Triton, and the newest numpy that its interpreter works with, beside the environment: no other test may find them.
+INTERPRETER := $(abspath $(VENV))/interpreter
+$(INTERPRETER)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$(INTERPRETER)" \
+	    $$(sed -n 's/^# interpreter: //p' constraints.txt)
+	@touch "$@"
+
+test-kernels: $(INTERPRETER)/.installed
+	$(RUN) TRITON_INTERPRET=1 PYTHONPATH="$(INTERPRETER)" python -m pytest -m "not gpu and not manual" \
+	    -W ignore::RuntimeWarning -W ignore::DeprecationWarning $(PYTEST_ARGS) \
+	    $$(grep -lE 'DEVICES|interpreted_only' tests/ops/test_*.py)
 
 lint: $(STAMP)
 	$(RUN) ruff check $(CODE)

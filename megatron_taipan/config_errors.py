@@ -1,7 +1,7 @@
 """What is wrong with a configuration, in words: dotted keys, values, and the nearest known name."""
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -10,7 +10,7 @@ from megatron_taipan.config_text import describe_options
 from megatron_taipan.data_config import DataSource
 from megatron_taipan.errors import UserError
 from megatron_taipan.gate_config import SCHEDULED_TAGS
-from megatron_taipan.section import Section, section_of
+from megatron_taipan.section import Section
 
 
 class ConfigError(UserError):
@@ -54,3 +54,9 @@ def _nearest(location: tuple) -> str:
     if elsewhere:
         return f"; it belongs at {elsewhere[0]}"
     return f"; known there: {', '.join(known)}"
+
+
+def section_of(annotation: Any) -> Any:
+    """The section in `Section | None` or in a number that may be a schedule; anything else as it is."""
+    inner = [a for arg in get_args(annotation) for a in (arg, *get_args(arg))]
+    return next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), annotation)

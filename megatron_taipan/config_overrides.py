@@ -5,9 +5,8 @@ from contextlib import suppress
 from typing import Any, get_args
 
 from megatron_taipan.config import Config
-from megatron_taipan.config_errors import ConfigError
+from megatron_taipan.config_errors import ConfigError, section_of
 from megatron_taipan.plain_yaml import parse_yaml
-from megatron_taipan.section import section_of
 
 
 def apply_override(tree: dict, override: str) -> None:

@@ -1,6 +1,6 @@
 """What every part of the configuration's tree is made of."""
 
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,9 +25,3 @@ def faults(error: ValidationError) -> str:
         found.append(f"{where + ': ' if where else ''}{text[:1].lower()}{text[1:]}")
     more = len(error.errors()) - len(found)
     return "; ".join(found) + (f" and {more} more" if more else "")
-
-
-def section_of(annotation: Any) -> Any:
-    """The section in `Section | None` or in a number that may be a schedule; anything else as it is."""
-    inner = [a for arg in get_args(annotation) for a in (arg, *get_args(arg))]
-    return next((a for a in inner if isinstance(a, type) and issubclass(a, Section)), annotation)

@@ -69,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
     "megatron_taipan.config": {"section", "model_config", *SECTIONS, "lengths", "stage_config", "stages"},
     "megatron_taipan.config_text": {"config", "section"},
     "megatron_taipan.config_errors": {"config", "config_text", "data_config", "gate_config", "section"},
-    "megatron_taipan.config_overrides": {"config", "config_errors", "plain_yaml", "section"},
+    "megatron_taipan.config_overrides": {"config", "config_errors", "plain_yaml"},
     "megatron_taipan.config_loading": {"config", "config_errors", "config_overrides", "plain_yaml"},
     "megatron_taipan.ops": set(),
     "megatron_taipan.parameters": {"model_config", "layer_kinds", "param_spec"},

@@ -9,9 +9,9 @@ from which it was made, and writes it once more.
 import torch
 import torch.nn.functional as F
 
-from megatron_taipan.ops.product import weight_gradient
 from megatron_taipan.ops.rms_norm_triton import gradients_of_both, norm_backward, sum_and_norm
 from megatron_taipan.ops.swiglu_triton import swiglu_backward, swiglu_forward
+from megatron_taipan.ops.weight_gradient import weight_gradient
 
 
 class _AddNormLinear(torch.autograd.Function):

@@ -76,12 +76,12 @@ def _tiled(x: torch.Tensor) -> bool:
 
 
 def _copies(x: torch.Tensor) -> bool:
-    if x.device.type == "cpu":  # the interpreter: it has an engine of its own, and no room to save
+    if x.device.type != "cuda":  # the interpreter: it has an engine of its own, and no room to save
         return True
     return x.element_size() == 2 and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def of_tokens(x: torch.Tensor, by_engine: bool) -> TensorDescriptor | torch.Tensor:
+def of_tokens(x: torch.Tensor, by_engine: bool) -> "TensorDescriptor | torch.Tensor":
     """x [b, l, h, p] as `load_tokens` takes it: tiles [CHUNK, p]."""
     if not by_engine:
         return x
@@ -89,7 +89,7 @@ def of_tokens(x: torch.Tensor, by_engine: bool) -> TensorDescriptor | torch.Tens
     return TensorDescriptor(x, [b * l, h * p], [x.stride(1), 1], [CHUNK, p])
 
 
-def of_states(x: torch.Tensor, by_engine: bool) -> TensorDescriptor | torch.Tensor:
+def of_states(x: torch.Tensor, by_engine: bool) -> "TensorDescriptor | torch.Tensor":
     """x [..., p, n], contiguous, as `load_state` takes it."""
     if not by_engine or not x.numel():
         return x

@@ -43,7 +43,7 @@ def test_no_file_needs_more_than_the_documented_packages(tmp_path):
 
 def test_an_export_is_a_dozen_files_without_the_trainer():
     sources = bundle_sources()
-    assert len(sources) <= 12 and sum(text.count("\n") for text in sources.values()) < 4200
+    assert len(sources) <= 12 and sum(text.count("\n") for text in sources.values()) < 4250
     trainers = "deepspeed|torch.distributed|ProcessGroup|all_gather_into_tensor|CUDAGraph|make_graphed|triton|yaml"
     for name, text in sources.items():
         code = ast.unparse(ast.parse(text))  # comments may name them

@@ -20,7 +20,7 @@ def test_silu_mul():
 
 def test_a_tall_gradient_is_made_in_two_products(monkeypatch):
     """Of columns of a larger tensor, as the 1.3B presets' in_proj has them."""
-    from megatron_taipan.ops.product import weight_gradient
+    from megatron_taipan.ops.weight_gradient import weight_gradient
 
     rows = torch.randn(300, 8600, device="cuda", dtype=torch.bfloat16)[:, :8512]
     x = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
