@@ -26,6 +26,7 @@ from megatron_taipan.ops.ssd_forward_triton import _scan_kernel, launch_options
 
 HALF = {"x", "dy", "B", "C", "y", "states", "grads", "grads_ptr", "dx", "dB", "dC"}
 ODD = {"n_segments", "n_groups"}  # 1; the other integers are multiples of 16, by which addresses align
+SHARED = 232_448  # bytes that a program may have on an H100 and H200
 SHAPES = {"CHUNK": 64, "P": 64, "N": 128, "HAS_SEQ": True, "PRECISION": "ieee"}
 TILES = dict.fromkeys(("x", "dy", "y"), (64, 64)) | dict.fromkeys(("B", "C", "states", "grads"), (64, 128))
 
@@ -59,7 +60,7 @@ def report(
 
     wide: which tensors are float32, loaded: which never move by the copy engine.
     """
-    options = launch_options(launch, torch.bfloat16, constants["TILED"], constants["P"] * constants["N"])
+    options = launch_options(launch, torch.bfloat16, constants["TILED"], constants["P"], constants["N"], SHARED)
     constants = constants | {"STAGES": options["num_stages"]}
     signature, constexprs, aligned = {}, {}, {}
     for at, argument in enumerate(kernel.arg_names):

@@ -20,6 +20,7 @@ from megatron_taipan.ops.ssd_tiles import (
     of_states,
     of_tokens,
     place_type,
+    shared_memory,
     store_tokens,
     tiled,
 )
@@ -289,7 +290,7 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
     grads = torch.empty_like(states)
     parts = torch.empty((5, *cum.shape), dtype=torch.float32, device=x.device)
     passed = torch.empty((b, n_chunks, h), dtype=torch.float32, device=x.device)
-    turned, by_engine = turns(x.dtype, p, n), tiled(x, dy, B, C)
+    turned, by_engine, room = turns(x.dtype, p, n), tiled(x, dy, B, C), shared_memory(x.device)
     from_tokens, from_chunks = of_tokens(dy, by_engine), of_states(grads, by_engine)
     shared = {
         "CHUNK": CHUNK, "P": p, "N": n, "HAS_SEQ": starts is not None, "PLACE": place_type(l, x, dy, B, C, dx),
@@ -299,7 +300,7 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
 
     def launch(final: torch.Tensor | None, keep: bool) -> torch.Tensor:
         initial = torch.empty((b, count, h, p, n), dtype=torch.float32, device=x.device)
-        options = launch_options("reverse turned" if turned else "reverse", x.dtype, by_engine, p * n)
+        options = launch_options("reverse turned" if turned else "reverse", x.dtype, by_engine, p, n, room)
         _reverse_kernel[(h, b * count)](
             from_tokens, cum, documents, of_tokens(C, by_engine), final if final is not None else cum, grads, initial, l,
             padded, n_chunks, per_segment, count, h, h // g, *dy.stride()[:3], *C.stride()[:3],
@@ -328,7 +329,7 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
     dscores = torch.empty((splits, b, n_chunks, g, CHUNK, CHUNK), dtype=torch.float32, device=x.device)
     sizes = (l, padded, n_chunks, h, g, h // g, h // g // splits)
     strides = (*x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3])
-    options = launch_options("token", x.dtype, by_engine, p * n)
+    options = launch_options("token", x.dtype, by_engine, p, n, room)
     _token_kernel[(n_chunks, b, g * splits)](
         of_tokens(x, by_engine), from_tokens, dt, cum, documents, B, C, D if D is not None else dt, from_chunks, dx, parts,
         dscores, *sizes, *strides, *dx.stride()[:3], SPLITS=splits, HAS_D=D is not None, STAGES=options["num_stages"],
@@ -336,7 +337,7 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
     )  # fmt: skip
     # one split writes its sums in place; several leave them to be added up
     out_B, out_C = (t[None] if splits == 1 else t.new_empty((splits, *t.shape), dtype=torch.float32) for t in (dB, dC))
-    options = launch_options("group", x.dtype, by_engine, p * n)
+    options = launch_options("group", x.dtype, by_engine, p, n, room)
     _group_kernel[(n_chunks, b, g * splits)](
         of_tokens(x, by_engine), from_tokens, dt, cum, documents, B, C, dscores, of_states(states, by_engine), from_chunks,
         parts, passed, out_B, out_C, *sizes, *strides, *out_B.stride()[:4], *out_C.stride()[:4], SPLITS=splits,

@@ -12,6 +12,7 @@ from megatron_taipan.ops.ssd_tiles import (
     of_states,
     of_tokens,
     place_type,
+    shared_memory,
     store_state,
     store_tokens,
     tiled,
@@ -132,8 +133,12 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
         tl.store(final_ptr + slot + tile, state)
 
 
-def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, state: int) -> dict[str, int]:
-    """num_warps and num_stages for heads with states of so many numbers, measured on an H200 (docs/lab-notes.md)."""
+def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, p: int, n: int, shared: int) -> dict[str, int]:
+    """num_warps and num_stages for heads of p channels and states [p, n], measured on an H200 (docs/lab-notes.md).
+
+    Args:
+        shared: bytes of shared memory that a program may have: 227 KiB there, 163 on an A100, 99 on GPUs for desktops.
+    """
     if dtype == torch.float32:
         return {"num_warps": 8, "num_stages": 1}
     warps, stages, stages_of_loads = {
@@ -141,10 +146,13 @@ def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, state: int)
         "states": (4, 3, 1),
         "reverse": (4, 3, 3),
         "reverse turned": (8, 3, 3),
-        "token": (4, 2, 2),
-        "group": (8, 4 if state <= 64 * 128 else 3, 3),  # four of larger ones are more than shared memory
+        "token": (4, 2, 3),
+        "group": (8, 4, 3),
     }[kernel]
-    return {"num_warps": warps, "num_stages": stages if by_engine else stages_of_loads}
+    stages = stages if by_engine else stages_of_loads
+    if kernel == "group":  # the tiles of one head: x, dy and both states
+        stages = min(stages, max(1, 1 + (shared - (32 << 10)) // (4 * p * (CHUNK + n))))
+    return {"num_warps": warps, "num_stages": stages}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -282,7 +290,9 @@ def _launch_scan(
     g, n = B.shape[2:]
     cum, starts = decays.cum, decays.starts
     by_engine = tiled(x, B, C, y)
-    options = launch_options("scan" if final is not None else "states", x.dtype, by_engine, p * n)
+    options = launch_options(
+        "scan" if final is not None else "states", x.dtype, by_engine, p, n, shared_memory(x.device)
+    )
     _scan_kernel[(h, b * count)](
         of_tokens(x, by_engine), decays.dt, cum, starts if starts is not None else cum, of_tokens(B, by_engine),
         of_tokens(C, by_engine), D if D is not None else cum, init if init is not None else cum, of_tokens(y, by_engine),

@@ -63,7 +63,7 @@ def tiled(*tensors: torch.Tensor) -> bool:
     Rows of whole chunks, since a tile past a row's end would have the next row's tokens; tokens at multiples of 16
     bytes, rows one after the other; 16 bits, since tiles in float32 leave no room for the next ones.
     """
-    return all(_tiled(tensor) for tensor in tensors)
+    return _has_engine(tensors[0]) and all(_tiled(tensor) for tensor in tensors)
 
 
 def _tiled(x: torch.Tensor) -> bool:
@@ -72,13 +72,21 @@ def _tiled(x: torch.Tensor) -> bool:
     in_order = x.stride()[1:] == (x.stride(1), p, 1) and (b == 1 or x.stride(0) == l * x.stride(1))
     apart = x.stride(1) >= h * p  # CUDA's documentation of tensor maps has no rows that share memory
     counted = b * l < 2**31 and b * l // CHUNK * h * p < 2**31  # coordinates of tokens and states have 32 bits
-    return l % CHUNK == 0 and aligned and in_order and apart and counted and _copies(x)
+    return l % CHUNK == 0 and aligned and in_order and apart and counted
 
 
-def _copies(x: torch.Tensor) -> bool:
+def _has_engine(x: torch.Tensor) -> bool:
     if x.device.type != "cuda":  # the interpreter: it has an engine of its own, and no room to save
         return True
     return x.element_size() == 2 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; of the interpreter, as many as it likes."""
+    if device.type != "cuda":
+        return 1 << 40
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 1 << 40))  # torch has it from 2.7 on
 
 
 def of_tokens(x: torch.Tensor, by_engine: bool) -> "TensorDescriptor | torch.Tensor":
