@@ -21,6 +21,16 @@ def _weight(weight_ptr, channels, lag, n_channels, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _weights(weight_ptr, channels, n_channels, WIDTH: tl.constexpr):
+    """Those of the token itself and of the three before it."""
+    w0 = _weight(weight_ptr, channels, 0, n_channels, WIDTH)
+    w1 = _weight(weight_ptr, channels, 1, n_channels, WIDTH)
+    w2 = _weight(weight_ptr, channels, 2, n_channels, WIDTH)
+    w3 = _weight(weight_ptr, channels, 3, n_channels, WIDTH)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def _sigmoid(u):
     """1 / (1 + exp(-u)); a reciprocal root and its square are five instructions fewer than a quotient."""
     root = tl.rsqrt(1 + tl.exp(-u))
@@ -59,6 +69,34 @@ def _row(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channel
 
 
 @triton.jit
+def _three_before(x_ptr, tail_ptr, seq_ptr, row, begin, channels, length, n_channels, x_b, x_l, inside,
+                  WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
+    """The inputs of the three tokens before a run, the nearest first, and their documents."""
+    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
+                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    return x1, x2, x3, s1, s2, s3
+
+
+@triton.jit
+def _four_from(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop, n_channels, x_b, x_l, inside,
+               WIDTH: tl.constexpr, HAS_SEQ: tl.constexpr):  # fmt: skip
+    """The inputs of four tokens, and their documents: four loads are under way before the first use."""
+    xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                  False, HAS_SEQ)  # fmt: skip
+    xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                  False, HAS_SEQ)  # fmt: skip
+    xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                  False, HAS_SEQ)  # fmt: skip
+    xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
+                  False, HAS_SEQ)  # fmt: skip
+    return xa, xb, xc, xd, sa, sb, sc, sd
+
+
+@triton.jit
 def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
                     WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
                     HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
@@ -79,32 +117,19 @@ def _forward_kernel(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, lengt
 def _forward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, y_ptr, length, n_channels, x_b, x_l,
                  WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_BIAS: tl.constexpr,
                  HAS_SEQ: tl.constexpr, HAS_TAIL: tl.constexpr):  # fmt: skip
-    """Four tokens at a time, so that four loads are under way before the first use; in a name, 0 is the newest token."""
+    """Four tokens at a time; in a name, 0 is the newest token."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
     inside = channels < n_channels
-    w0 = _weight(weight_ptr, channels, 0, n_channels, WIDTH)
-    w1 = _weight(weight_ptr, channels, 1, n_channels, WIDTH)
-    w2 = _weight(weight_ptr, channels, 2, n_channels, WIDTH)
-    w3 = _weight(weight_ptr, channels, 3, n_channels, WIDTH)
+    w0, w1, w2, w3 = _weights(weight_ptr, channels, n_channels, WIDTH)
     bias = _bias(bias_ptr, channels, n_channels, CHANNELS, HAS_BIAS)
-    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x1, x2, x3, s1, s2, s3 = _three_before(x_ptr, tail_ptr, seq_ptr, row, begin, channels, length, n_channels, x_b, x_l,
+                                           inside, WIDTH, HAS_TAIL, HAS_SEQ)  # fmt: skip
     end = tl.minimum(begin + TOKENS, length)
     for i in tl.range(0, TOKENS, 4):
         token = begin + i
-        xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, end, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
+        xa, xb, xc, xd, sa, sb, sc, sd = _four_from(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, end,
+                                                    n_channels, x_b, x_l, inside, WIDTH, HAS_SEQ)  # fmt: skip
         xs, documents = (xa, xb, xc, xd), (sa, sb, sc, sd)
         for j in tl.static_range(4):
             x0, s0 = xs[j], documents[j]
@@ -159,17 +184,10 @@ def _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr
     begin = tl.program_id(1) * TOKENS
     row = tl.program_id(2).to(tl.int64)
     inside = channels < n_channels
-    w0 = _weight(weight_ptr, channels, 0, n_channels, WIDTH)
-    w1 = _weight(weight_ptr, channels, 1, n_channels, WIDTH)
-    w2 = _weight(weight_ptr, channels, 2, n_channels, WIDTH)
-    w3 = _weight(weight_ptr, channels, 3, n_channels, WIDTH)
+    w0, w1, w2, w3 = _weights(weight_ptr, channels, n_channels, WIDTH)
     bias = _bias(bias_ptr, channels, n_channels, CHANNELS, HAS_BIAS)
-    x1, s1 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 1, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x2, s2 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 2, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
-    x3, s3 = _row(x_ptr, tail_ptr, seq_ptr, row, begin - 3, channels, length, length, n_channels, x_b, x_l, inside, WIDTH,
-                  HAS_TAIL, HAS_SEQ)  # fmt: skip
+    x1, x2, x3, s1, s2, s3 = _three_before(x_ptr, tail_ptr, seq_ptr, row, begin, channels, length, n_channels, x_b, x_l,
+                                           inside, WIDTH, HAS_TAIL, HAS_SEQ)  # fmt: skip
     zero = tl.zeros([CHANNELS], tl.float32)
     # Three different zeros: Triton 3.6 takes rotating loop variables with one common start for constants.
     d1, d2, d3 = w1 * 0.0, w2 * 0.0, w3 * 0.0
@@ -178,14 +196,8 @@ def _backward_run(x_ptr, weight_ptr, bias_ptr, seq_ptr, tail_ptr, dy_ptr, dx_ptr
     stop = tl.minimum(begin + TOKENS + 3, length)  # past the end counts as zero
     for i in tl.range(0, TOKENS + 4, 4):  # four tokens at once, so that eight loads are under way before the first use
         token = begin + i
-        xa, sa = _row(x_ptr, tail_ptr, seq_ptr, row, token + 0, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xb, sb = _row(x_ptr, tail_ptr, seq_ptr, row, token + 1, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xc, sc = _row(x_ptr, tail_ptr, seq_ptr, row, token + 2, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
-        xd, sd = _row(x_ptr, tail_ptr, seq_ptr, row, token + 3, channels, length, stop, n_channels, x_b, x_l, inside, WIDTH,
-                      False, HAS_SEQ)  # fmt: skip
+        xa, xb, xc, xd, sa, sb, sc, sd = _four_from(x_ptr, tail_ptr, seq_ptr, row, token, channels, length, stop,
+                                                    n_channels, x_b, x_l, inside, WIDTH, HAS_SEQ)  # fmt: skip
         at = dy_ptr + row * dy_b + token.to(tl.int64) * dy_l + channels
         dy_a = tl.load(at + 0 * dy_l, mask=inside & (token + 0 < stop), other=0.0)
         dy_b_ = tl.load(at + 1 * dy_l, mask=inside & (token + 1 < stop), other=0.0)
