@@ -32,21 +32,14 @@ TILES = dict.fromkeys(("x", "dy", "y"), (64, 64)) | dict.fromkeys(("B", "C", "st
 
 
 def main() -> None:
-    scan = {
-        "HAS_D": True,
-        "HAS_INIT": False,
-        "OUTPUT": True,
-        "KEEP": STATES_EVERY,
-        "BETWEEN": STATES_EVERY,
-        "FINAL": True,
-    }
-    again = {"HAS_D": False, "HAS_INIT": True, "OUTPUT": False, "KEEP": 1, "BETWEEN": 1 << 30, "FINAL": False}
-    scan, again = ({**sizes, "STATE": tl.bfloat16} for sizes in (scan, again))
+    state = {"STATE": tl.bfloat16}
+    scan = state | {"HAS_D": True, "HAS_INIT": False, "OUTPUT": True, "KEEP": STATES_EVERY, "FINAL": True}
+    again = state | {"HAS_D": False, "HAS_INIT": True, "OUTPUT": False, "KEEP": 1, "FINAL": False}
     turned = {"HAS_FINAL": False, "KEEP": True, "TURNED": True}
     for name, place, tiled in (("engine", tl.int32, True), ("loads", tl.int32, False), ("64 bits", tl.int64, False)):
         shapes = SHAPES | {"PLACE": place, "TILED": tiled}
-        report(f"scan, {name}", _scan_kernel, shapes | scan | {"BY_ENGINE": tiled}, "scan", wide=("states",))
-        report(f"states, {name}", _scan_kernel, shapes | again | {"BY_ENGINE": False}, "states", loaded=("states",))
+        report(f"scan, {name}", _scan_kernel, shapes | scan, "scan", wide=("states",))
+        report(f"states, {name}", _scan_kernel, shapes | again, "states", loaded=("states",))
         report(f"reverse, {name}", _reverse_kernel, shapes | turned, "reverse turned")
         report(f"token, {name}", _token_kernel, shapes | {"SPLITS": 1, "HAS_D": True}, "token", loaded=("B", "C"))
         report(f"group, {name}", _group_kernel, shapes | {"SPLITS": 1}, "group", loaded=("B", "C"))
@@ -61,7 +54,7 @@ def report(
     wide: which tensors are float32, loaded: which never move by the copy engine.
     """
     options = launch_options(launch, torch.bfloat16, constants["TILED"], constants["P"], constants["N"], SHARED)
-    constants = constants | {"STAGES": options["num_stages"]}
+    constants = constants | {"STAGES": options.pop("STAGES")}
     signature, constexprs, aligned = {}, {}, {}
     for at, argument in enumerate(kernel.arg_names):
         number = "bf16" if argument in HALF and argument not in wide else "i32" if argument == "starts_ptr" else "fp32"

@@ -300,11 +300,11 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
 
     def launch(final: torch.Tensor | None, keep: bool) -> torch.Tensor:
         initial = torch.empty((b, count, h, p, n), dtype=torch.float32, device=x.device)
-        options = launch_options("reverse turned" if turned else "reverse", x.dtype, by_engine, p, n, room)
         _reverse_kernel[(h, b * count)](
             from_tokens, cum, documents, of_tokens(C, by_engine), final if final is not None else cum, grads, initial, l,
             padded, n_chunks, per_segment, count, h, h // g, *dy.stride()[:3], *C.stride()[:3],
-            HAS_FINAL=final is not None, KEEP=keep, TURNED=turned, STAGES=options["num_stages"], **shared, **options,
+            HAS_FINAL=final is not None, KEEP=keep, TURNED=turned, **shared,
+            **launch_options("reverse turned" if turned else "reverse", x.dtype, by_engine, p, n, room),
         )  # fmt: skip
         return initial
 
@@ -329,19 +329,17 @@ def scan_backward(dy, x, decays: Decays, A, B, C, D, states, dfinal, *, dx, ddt,
     dscores = torch.empty((splits, b, n_chunks, g, CHUNK, CHUNK), dtype=torch.float32, device=x.device)
     sizes = (l, padded, n_chunks, h, g, h // g, h // g // splits)
     strides = (*x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3])
-    options = launch_options("token", x.dtype, by_engine, p, n, room)
     _token_kernel[(n_chunks, b, g * splits)](
         of_tokens(x, by_engine), from_tokens, dt, cum, documents, B, C, D if D is not None else dt, from_chunks, dx, parts,
-        dscores, *sizes, *strides, *dx.stride()[:3], SPLITS=splits, HAS_D=D is not None, STAGES=options["num_stages"],
-        **shared, **options,
+        dscores, *sizes, *strides, *dx.stride()[:3], SPLITS=splits, HAS_D=D is not None, **shared,
+        **launch_options("token", x.dtype, by_engine, p, n, room),
     )  # fmt: skip
     # one split writes its sums in place; several leave them to be added up
     out_B, out_C = (t[None] if splits == 1 else t.new_empty((splits, *t.shape), dtype=torch.float32) for t in (dB, dC))
-    options = launch_options("group", x.dtype, by_engine, p, n, room)
     _group_kernel[(n_chunks, b, g * splits)](
         of_tokens(x, by_engine), from_tokens, dt, cum, documents, B, C, dscores, of_states(states, by_engine), from_chunks,
         parts, passed, out_B, out_C, *sizes, *strides, *out_B.stride()[:4], *out_C.stride()[:4], SPLITS=splits,
-        STAGES=options["num_stages"], **shared, **options,
+        **shared, **launch_options("group", x.dtype, by_engine, p, n, room),
     )  # fmt: skip
     block = min(16, triton.next_power_of_2(h))
     _steps_kernel[(n_chunks, b, triton.cdiv(h, block))](

@@ -65,16 +65,17 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
                  length, padded, n_chunks, per_segment, n_segments, n_heads, heads_per_group,
                  x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, y_b, y_l, y_h,
                  CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_SEQ: tl.constexpr,
-                 HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, BETWEEN: tl.constexpr,
-                 FINAL: tl.constexpr, STATE: tl.constexpr, PLACE: tl.constexpr, TILED: tl.constexpr,
-                 BY_ENGINE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 HAS_INIT: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, FINAL: tl.constexpr,
+                 STATE: tl.constexpr, PLACE: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
     """Scans one segment of one head. OUTPUT: write y; FINAL: write the state that leaves.
 
     KEEP: 1 writes the state that enters each chunk, as y reads it; k > 1 every k-th one in float32, from which the others
-    come out again bit for bit; 0 none. BETWEEN: KEEP for k > 1, else more than there are chunks. States in float32 are
-    written between two loops: inside, their addresses would take registers that the loop needs. BY_ENGINE: states are
-    written by the copy engine.
+    come out again bit for bit; 0 none. States in float32 are written between two loops: inside, their addresses would
+    take registers that the loop needs.
     """
+    BETWEEN: tl.constexpr = KEEP if KEEP > 1 else 1 << 30  # chunks of the inner loop: more than there are, for one
+    BY_ENGINE: tl.constexpr = TILED and OUTPUT  # the states; what writes nothing else is faster without it
     head = tl.program_id(0)
     row, segment = tl.program_id(1) // n_segments, tl.program_id(1) % n_segments
     group = head // heads_per_group
@@ -134,13 +135,15 @@ def _scan_kernel(x, dt_ptr, cum_ptr, starts_ptr, B, C, D_ptr, init_ptr, y, state
 
 
 def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, p: int, n: int, shared: int) -> dict[str, int]:
-    """num_warps and num_stages for heads of p channels and states [p, n], measured on an H200 (docs/lab-notes.md).
+    """num_warps, num_stages and STAGES for heads of p channels and states [p, n], measured on an H200 (docs/lab-notes.md).
+
+    The stages twice: a loop that names them itself is compiled otherwise, and so it was measured.
 
     Args:
         shared: bytes of shared memory that a program may have: 227 KiB there, 163 on an A100, 99 on GPUs for desktops.
     """
     if dtype == torch.float32:
-        return {"num_warps": 8, "num_stages": 1}
+        return {"num_warps": 8, "num_stages": 1, "STAGES": 1}
     warps, stages, stages_of_loads = {
         "scan": (4, 2, 1),
         "states": (4, 3, 1),
@@ -152,7 +155,7 @@ def launch_options(kernel: str, dtype: torch.dtype, by_engine: bool, p: int, n: 
     stages = stages if by_engine else stages_of_loads
     if kernel == "group":  # the tiles of one head: x, dy and both states
         stages = min(stages, max(1, 1 + (shared - (32 << 10)) // (4 * p * (CHUNK + n))))
-    return {"num_warps": warps, "num_stages": stages}
+    return {"num_warps": warps, "num_stages": stages, "STAGES": stages}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -290,17 +293,13 @@ def _launch_scan(
     g, n = B.shape[2:]
     cum, starts = decays.cum, decays.starts
     by_engine = tiled(x, B, C, y)
-    options = launch_options(
-        "scan" if final is not None else "states", x.dtype, by_engine, p, n, shared_memory(x.device)
-    )
     _scan_kernel[(h, b * count)](
         of_tokens(x, by_engine), decays.dt, cum, starts if starts is not None else cum, of_tokens(B, by_engine),
         of_tokens(C, by_engine), D if D is not None else cum, init if init is not None else cum, of_tokens(y, by_engine),
         of_states(states, by_engine and output), final if final is not None else cum, l, cum.shape[-1], cum.shape[-1] // CHUNK,
         per_segment, count, h, h // g, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3], CHUNK=CHUNK,
         P=p, N=n, HAS_D=D is not None, HAS_SEQ=starts is not None, HAS_INIT=init is not None, OUTPUT=output, KEEP=keep,
-        BETWEEN=keep if keep > 1 else 1 << 30, FINAL=final is not None, STATE=_tl(state_dtype(x.dtype)),
-        PLACE=place_type(l, x, B, C, y), TILED=by_engine,
-        BY_ENGINE=by_engine and output,  # what writes nothing else is faster without it
-        PRECISION=precision_of(x.dtype), STAGES=options["num_stages"], **options,
+        FINAL=final is not None, STATE=_tl(state_dtype(x.dtype)), PLACE=place_type(l, x, B, C, y), TILED=by_engine,
+        PRECISION=precision_of(x.dtype),
+        **launch_options("scan" if final is not None else "states", x.dtype, by_engine, p, n, shared_memory(x.device)),
     )  # fmt: skip

@@ -20,4 +20,5 @@ pytest.importorskip("triton")
 def test_stages_fit_into_shared_memory(shared, p, n, stages, engine):
     from megatron_taipan.ops.ssd_forward_triton import launch_options
 
-    assert launch_options("group", torch.bfloat16, engine, p, n, shared) == {"num_warps": 8, "num_stages": stages}
+    options = launch_options("group", torch.bfloat16, engine, p, n, shared)
+    assert options == {"num_warps": 8, "num_stages": stages, "STAGES": stages}
