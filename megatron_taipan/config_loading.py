@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from megatron_taipan.config import Config
 from megatron_taipan.config_errors import ConfigError, explain
 from megatron_taipan.config_overrides import apply_override
-from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
+from megatron_taipan.plain_yaml import read_yaml
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -33,8 +33,7 @@ def _read_tree(path: Path, extended_by: tuple[Path, ...]) -> dict:
     if path.resolve() in {file.resolve() for file in extended_by}:
         raise ConfigError(f"{path} extends itself: {' -> '.join(map(str, (*extended_by, path)))}")
     try:
-        with open(path, encoding="utf-8") as file:
-            tree = parse_yaml(file.read(LONGEST_YAML + 1))
+        tree = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:

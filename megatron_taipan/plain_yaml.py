@@ -1,5 +1,6 @@
 """YAML that somebody else may have written: plain values, in bounded time and memory."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +23,17 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is too deeply nested") from error
     except (yaml.YAMLError, ValueError, AttributeError) as error:  # not of its syntax but of a value, as 2026-13-45
         raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """`parse_yaml` of a file, of which no more is read than may be parsed.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `parse_yaml`; of these UnicodeDecodeError, where it is not UTF-8.
+    """
+    with open(path, encoding="utf-8") as file:
+        return parse_yaml(file.read(LONGEST_YAML + 1))
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_taipan.errors import UserError
-from megatron_taipan.plain_yaml import LONGEST_YAML, parse_yaml
+from megatron_taipan.plain_yaml import read_yaml
 
 FOLDER = Path(__file__).parent
 TRAINING, EVALUATION = "training", "evaluation"
@@ -71,8 +71,7 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     try:
-        with open(path, encoding="utf-8") as file:
-            content = parse_yaml(file.read(LONGEST_YAML + 1))
+        content = read_yaml(path)
     except OSError as error:
         raise UserError(f"there is no recipe {name}; shipped are {', '.join(names())}") from error
     except ValueError as error:
